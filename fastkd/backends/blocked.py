@@ -1,0 +1,369 @@
+"""Streaming backend in plain PyTorch: any device, any dtype, memory linear in the number of rows.
+
+Similarities exist one tile at a time. The forward keeps a few numbers a row, the backward recomputes the tiles; both
+follow the identities worked out in float64 against the definition. Half-precision inputs are computed in float32.
+
+Legend, for :func:`dual_softmax_forward`: ``a``, ``b`` are the unit rows; ``X_ij = A_ij = scale a_i . b_j`` and
+``Y_ij = C_ij = A_ji`` on a tile of rows I and columns J; ``p = softmax_j X``, ``q = softmax_j Y``; ``la``, ``lc``
+their log-sum-exps; ``E_i = sum_j p_ij (X_ij - Y_ij)``. The tile of Y is the transposed tile (J, I) of A, so a pair of
+tiles serves the rows I and the rows J in both softmaxes: 2 N^2 D operations forward and 6 N^2 D backward.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastkd.backends.reference import accumulation_dtype, soft_target, unit_rows
+
+# exp(+-40) summed over any number of rows stays inside float32, so no maximum has to be subtracted.
+MAX_SHARED_SCALE = 40.0
+SOFT_TARGET_ELEMENTS = 1 << 18  # a block of logits: 1 MiB in float32
+
+
+def tile_rows(device: torch.device) -> int:
+    """Rows and columns of a tile: a few tiles fit a CPU's L2 cache; a GPU needs larger ones to fill it."""
+    return 512 if device.type == "cpu" else 4096
+
+
+def _blocks(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+class _Tiles:
+    """Tiles cut from buffers that are allocated once; every call returns contiguous [rows, columns] views."""
+
+    def __init__(self, like: Tensor, count: int, size: int) -> None:
+        size = min(size, len(like))
+        self._flat = like.new_empty(count, size * size)
+
+    def __call__(self, rows: slice, columns: slice) -> Iterator[Tensor]:
+        m, k = rows.stop - rows.start, columns.stop - columns.start
+        return (flat[: m * k].view(m, k) for flat in self._flat)
+
+
+class _OnlineSums:
+    """Row-wise ``sum exp(logits)`` and ``sum exp(logits) d`` over columns that come in tiles."""
+
+    def __init__(self, like: Tensor) -> None:
+        n = len(like)
+        self.maximum = like.new_full((n,), -torch.inf)
+        self.total = like.new_zeros(n)
+        self.weighted = like.new_zeros(n)
+
+    def add(self, rows: slice, logits: Tensor, d: Tensor | None = None) -> None:
+        old = self.maximum[rows]
+        new = torch.maximum(old, logits.amax(dim=1))
+        # A row that holds only -inf so far has no finite maximum: subtracting 0 keeps exp(-inf) = 0.
+        shift = new.masked_fill(new == -torch.inf, 0)
+        decay = (old - shift).exp()
+        weights = (logits - shift[:, None]).exp()
+        self.total[rows] = self.total[rows] * decay + weights.sum(dim=1)
+        if d is not None:
+            self.weighted[rows] = self.weighted[rows] * decay + (weights * d).sum(dim=1)
+        self.maximum[rows] = new
+
+    def logsumexp(self) -> Tensor:
+        return self.maximum + self.total.log()
+
+    def mean(self) -> Tensor:
+        return self.weighted / self.total
+
+
+def _row_weights(weight: Tensor | None, grad: Tensor, like: Tensor) -> Tensor:
+    """Upstream gradient of each row's loss, [n]."""
+    if weight is None:
+        return grad.to(like.dtype).expand(len(like))
+    return weight.to(like.dtype) * grad.to(like.dtype)
+
+
+def _weighted_sum(loss: Tensor, weight: Tensor | None) -> Tensor:
+    return loss.sum() if weight is None else (loss * weight.to(loss.dtype)).sum()
+
+
+def _finish(
+    raw_rows: Tensor, grad: Tensor | None, rows: Tensor, diagonal: Tensor, inverse_norm: Tensor | None, scale: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """From ``sum_j G_ij other_j`` to the gradient of the raw rows, and to that of the scale.
+
+    Adds the positives' part ``-w_i other_i`` (``diagonal``) and goes back through the normalisation. Its dot products
+    with the unit rows are the gradient of the scale, row by row. Without a gradient: an empty tensor and None.
+    """
+    if grad is None:
+        return raw_rows.new_empty(0), None
+    grad -= diagonal
+    dots = (grad * rows).sum(dim=1, keepdim=True)
+    if inverse_norm is not None:
+        grad = grad.addcmul_(dots, rows, value=-1) * inverse_norm
+    return (grad * scale).to(raw_rows.dtype), dots.sum()
+
+
+def _shares_exponentials(a: Tensor, scale: Tensor, scale_bound: float) -> bool:
+    """Whether ``|A|`` is small enough for one plain exponential; reads the scale itself only where that is free."""
+    if scale_bound <= MAX_SHARED_SCALE:
+        return True
+    return a.device.type == "cpu" and abs(scale.item()) <= MAX_SHARED_SCALE
+
+
+def dual_softmax_forward(
+    student: Tensor, teacher: Tensor, logit_scale: Tensor, weight: Tensor | None, consistency: str, scale_bound: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sums of contrast and consistency, and the numbers ``(la, lc, E)`` [3, n] that the backward needs."""
+    dtype = accumulation_dtype(student.dtype)
+    scale = logit_scale.to(dtype)
+    forward_kl = consistency == "student||teacher"
+    # KL(q || p) is KL(p || q) with student and teacher exchanged; only the contrast then reads q instead of p.
+    a, b = (student, teacher) if forward_kl else (teacher, student)
+    a, b = unit_rows(a.to(dtype))[0], unit_rows(b.to(dtype))[0]
+    if _shares_exponentials(a, scale, scale_bound):
+        stats = _dual_statistics_shared(a, b, scale)
+    else:
+        stats = _dual_statistics_online(a, b, scale)
+    la, lc, E = stats
+    contrast = (la if forward_kl else lc) - scale * (a * b).sum(dim=1)
+    return _weighted_sum(contrast, weight), _weighted_sum(E - la + lc, weight), stats
+
+
+def _dual_statistics_shared(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """(la, lc, E) with one exponential a similarity, shared by p, q and their transposes."""
+    n, size = len(a), tile_rows(a.device)
+    scaled_a, scaled_b, ones = a * scale, b * scale, a.new_ones(n)
+    stats = a.new_zeros(3, n)
+    la, lc, E = stats  # sums of exponentials until the end
+    tiles, blocks = _Tiles(a, 4, size), _blocks(n, size)
+    for first, rows in enumerate(blocks):
+        for cols in blocks[first:]:
+            X, Y, U, V = tiles(rows, cols)
+            ones_rows, ones_cols = ones[rows], ones[cols]
+            torch.exp(torch.mm(scaled_a[rows], b[cols].T, out=X), out=U)
+            la[rows].addmv_(U, ones_cols)
+            lc[cols].addmv_(U.T, ones_rows)
+            if rows is cols:
+                U.mul_(torch.sub(X, X.T, out=Y))
+                E[rows].addmv_(U, ones_cols)
+                continue
+            torch.exp(torch.mm(scaled_b[rows], a[cols].T, out=Y), out=V)
+            lc[rows].addmv_(V, ones_cols)
+            la[cols].addmv_(V.T, ones_rows)
+            X.sub_(Y)
+            E[rows].addmv_(U.mul_(X), ones_cols)
+            E[cols].addmv_(V.mul_(X).T, ones_rows, alpha=-1)
+    E /= la
+    la.log_()
+    lc.log_()
+    return stats
+
+
+def _dual_statistics_online(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """(la, lc, E) for any scale: every softmax keeps its own running maximum."""
+    scaled_a, scaled_b = a * scale, b * scale
+    p, q = _OnlineSums(a), _OnlineSums(a)
+    blocks = _blocks(len(a), tile_rows(a.device))
+    for first, rows in enumerate(blocks):
+        for cols in blocks[first:]:
+            X = scaled_a[rows] @ b[cols].T
+            Y = X.T if rows is cols else scaled_b[rows] @ a[cols].T
+            d = X - Y
+            p.add(rows, X, d)
+            q.add(rows, Y)
+            if rows is not cols:
+                p.add(cols, Y.T, -d.T)
+                q.add(cols, X.T)
+    return torch.stack([p.logsumexp(), q.logsumexp(), p.mean()])
+
+
+def dual_softmax_backward(
+    student: Tensor,
+    teacher: Tensor,
+    logit_scale: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    grad_contrast: Tensor,
+    grad_consist: Tensor,
+    consistency: str,
+    scale_bound: float,
+    need_student: bool,
+    need_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of student, teacher (empty if not needed) and logit_scale.
+
+    With ``w``, ``k`` the upstream gradients of a row's contrast and consistency and ``r = w - k E``, the gradient of
+    ``A_ij`` is ``p_ij (k_i (X_ij - Y_ij) + r_i) + k_j (q_ji - p_ji) - w_i delta_ij``. For the other KL, student and
+    teacher are exchanged and ``w`` moves from p to q.
+    """
+    dtype = accumulation_dtype(student.dtype)
+    scale = logit_scale.to(dtype)
+    forward_kl = consistency == "student||teacher"
+    raw_a, raw_b = (student, teacher) if forward_kl else (teacher, student)
+    need_a, need_b = (need_student, need_teacher) if forward_kl else (need_teacher, need_student)
+    a, inverse_a = unit_rows(raw_a.to(dtype))
+    b, inverse_b = unit_rows(raw_b.to(dtype))
+    w, k = _row_weights(weight, grad_contrast, a), _row_weights(weight, grad_consist, a)
+    shared = _shares_exponentials(a, scale, scale_bound)
+    # The gradient of logit_scale falls out of either side's, so one side is always computed.
+    need_a = need_a or not need_b
+    coefficients = _DualCoefficients(stats, w if forward_kl else 0, 0 if forward_kl else w, k, shared)
+    grad_a, grad_b = _dual_gradients(a, b, scale, coefficients, need_a, need_b)
+    w = w[:, None]
+    grad_a, scale_a = _finish(raw_a, grad_a, a, w * b, inverse_a, scale)
+    grad_b, scale_b = _finish(raw_b, grad_b, b, w * a, inverse_b, scale)
+    grad_scale = scale_b if scale_a is None else scale_a
+    assert grad_scale is not None
+    grad_student, grad_teacher = (grad_a, grad_b) if forward_kl else (grad_b, grad_a)
+    return grad_student, grad_teacher, grad_scale.to(logit_scale.dtype)
+
+
+class _DualCoefficients:
+    """Per-row factors of ``G_ij = p_ij (k_i d_ij + r_i) + q_ji x_j - p_ji k_j``, with ``d = X - Y``.
+
+    ``wp``, ``wq``: upstream gradient of -log p_i(i) and of -log q_i(i); ``k``: that of KL(p_i || q_i). If ``shared``,
+    the tiles hold plain exponentials and the factors exp(-la), exp(-lc) that make them p and q are folded in here.
+    """
+
+    def __init__(self, stats: Tensor, wp: Tensor | float, wq: Tensor | float, k: Tensor, shared: bool) -> None:
+        self.la, self.lc, E = stats
+        self.shared = shared
+        to_p, to_q = ((-self.la).exp(), (-self.lc).exp()) if shared else (1.0, 1.0)
+        self.k, self.r, self.x = k * to_p, (wp - k * E) * to_p, (wq + k) * to_q
+
+    def exponentials(self, X: Tensor, Y: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """p_ij, q_ij, p_ji and q_ji of a tile, the first two by row and the last two by column."""
+        la, lc = self.la, self.lc
+        p, q = (X - la[rows, None]).exp_(), (Y - lc[rows, None]).exp_()
+        return p, q, (Y - la[columns]).exp_(), (X - lc[columns]).exp_()
+
+    def gradient(
+        self, p: Tensor, p_t: Tensor, q_t: Tensor, d: Tensor, rows: slice, columns: slice, out: Tensor, scratch: Tensor
+    ) -> Tensor:
+        """``G`` of a tile [rows, columns], written to ``out``; every argument may be a transposed view."""
+        torch.mul(d, self.k[rows, None], out=out).add_(self.r[rows, None])
+        if q_t is p:
+            out.add_(self.x[columns]).mul_(p)
+        else:
+            out.mul_(p).add_(torch.mul(q_t, self.x[columns], out=scratch))
+        return out.sub_(torch.mul(p_t, self.k[columns], out=scratch))
+
+
+def _dual_gradients(
+    a: Tensor, b: Tensor, scale: Tensor, coefficients: _DualCoefficients, need_a: bool, need_b: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """``sum_j G_ij b_j`` and ``sum_i G_ij a_i`` over all tiles, without the diagonal's ``- w_i``."""
+    n, size = len(a), tile_rows(a.device)
+    scaled_a, scaled_b = a * scale, b * scale
+    grad_a = torch.zeros_like(a) if need_a else None
+    grad_b = torch.zeros_like(b) if need_b else None
+    tiles, blocks = _Tiles(a, 6, size), _blocks(n, size)
+    for first, rows in enumerate(blocks):
+        for cols in blocks[first:]:
+            X, Y, U, V, G, scratch = tiles(rows, cols)
+            torch.mm(scaled_a[rows], b[cols].T, out=X)
+            if rows is cols:
+                Y.copy_(X.T)
+            else:
+                torch.mm(scaled_b[rows], a[cols].T, out=Y)
+            if coefficients.shared:
+                p = q_t = torch.exp(X, out=U)
+                q = p_t = torch.exp(Y, out=V)
+            else:
+                p, q, p_t, q_t = coefficients.exponentials(X, Y, rows, cols)
+            d = X.sub_(Y)
+            coefficients.gradient(p, p_t, q_t, d, rows, cols, G, scratch)
+            if grad_a is not None:
+                grad_a[rows].addmm_(G, b[cols])
+            if grad_b is not None:
+                grad_b[cols].addmm_(G.T, a[rows])
+            if rows is cols:
+                continue
+            # The mirrored tile (J, I): rows and columns, p and its transpose change places.
+            coefficients.gradient(p_t.T, p.T, q.T, d.neg_().T, cols, rows, G.T, scratch.T)
+            if grad_a is not None:
+                grad_a[cols].addmm_(G.T, b[rows])
+            if grad_b is not None:
+                grad_b[rows].addmm_(G, a[cols])
+    return grad_a, grad_b
+
+
+def _rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Rows in the accumulation dtype; if asked, as unit rows with their inverse norms [n, 1]."""
+    rows = raw_rows.to(accumulation_dtype(raw_rows.dtype))
+    return unit_rows(rows) if normalize else (rows, None)
+
+
+def contrast_forward(
+    query: Tensor, key: Tensor, logit_scale: Tensor, weight: Tensor | None, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of InfoNCE over the rows, and each row's log-sum-exp [n]."""
+    (q, _), (k, _) = _rows(query, normalize), _rows(key, normalize)
+    scale = logit_scale.to(q.dtype)
+    sums = _OnlineSums(q)
+    columns = _blocks(len(k), tile_rows(k.device))
+    for rows in _blocks(len(q), tile_rows(q.device)):
+        scaled = q[rows] * scale
+        for cols in columns:
+            sums.add(rows, scaled @ k[cols].T)
+    lse = sums.logsumexp()
+    return _weighted_sum(lse - scale * (q * k).sum(dim=1), weight), lse
+
+
+def contrast_backward(
+    query: Tensor,
+    key: Tensor,
+    logit_scale: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    grad_loss: Tensor,
+    normalize: bool,
+    need_query: bool,
+    need_key: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key (empty if not needed) and logit_scale: ``G_ij = w_i (p_ij - delta_ij)``."""
+    (q, inverse_q), (k, inverse_k) = _rows(query, normalize), _rows(key, normalize)
+    scale = logit_scale.to(q.dtype)
+    w = _row_weights(weight, grad_loss, q)
+    need_query = need_query or not need_key  # the gradient of logit_scale needs one side
+    grad_q = torch.zeros_like(q) if need_query else None
+    grad_k = torch.zeros_like(k) if need_key else None
+    columns = _blocks(len(k), tile_rows(k.device))
+    for rows in _blocks(len(q), tile_rows(q.device)):
+        scaled = q[rows] * scale
+        for cols in columns:
+            G = torch.mm(scaled, k[cols].T).sub_(lse[rows, None]).exp_().mul_(w[rows, None])
+            if grad_q is not None:
+                grad_q[rows].addmm_(G, k[cols])
+            if grad_k is not None:
+                grad_k[cols].addmm_(G.T, q[rows])
+    w = w[:, None]
+    grad_query, scale_q = _finish(query, grad_q, q, w * k, inverse_q, scale)
+    grad_key, scale_k = _finish(key, grad_k, k, w * q, inverse_k, scale)
+    grad_scale = scale_k if scale_q is None else scale_q
+    assert grad_scale is not None
+    return grad_query, grad_key, grad_scale.to(logit_scale.dtype)
+
+
+def _soft_target_blocks(logits: Tensor) -> list[slice]:
+    return _blocks(len(logits), max(1, SOFT_TARGET_ELEMENTS // logits.shape[1]))
+
+
+def soft_target_forward(
+    student_logits: Tensor, teacher_logits: Tensor, weight: Tensor | None, temperature: float
+) -> Tensor:
+    """Weighted sum over the rows of ``temperature^2 KL(teacher || student)``."""
+    dtype = accumulation_dtype(student_logits.dtype)
+    loss = student_logits.new_empty(len(student_logits), dtype=dtype)
+    for rows in _soft_target_blocks(student_logits):
+        loss[rows] = soft_target(student_logits[rows], teacher_logits[rows], temperature)
+    return _weighted_sum(loss, weight)
+
+
+def soft_target_backward(
+    student_logits: Tensor, teacher_logits: Tensor, weight: Tensor | None, grad_loss: Tensor, temperature: float
+) -> Tensor:
+    """Gradient of the student's logits: ``w_i temperature (p_student - p_teacher)``, softmax at that temperature."""
+    dtype = accumulation_dtype(student_logits.dtype)
+    grad = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+    w = _row_weights(weight, grad_loss, student_logits.new_empty(len(student_logits), dtype=dtype)) * temperature
+    for rows in _soft_target_blocks(student_logits):
+        p_student = (student_logits[rows].to(dtype) / temperature).softmax(dim=1)
+        p_teacher = (teacher_logits[rows].to(dtype) / temperature).softmax(dim=1)
+        grad[rows] = p_student.sub_(p_teacher).mul_(w[rows, None]).to(grad.dtype)
+    return grad

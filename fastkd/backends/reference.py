@@ -1,0 +1,69 @@
+"""The definition of every operation: plain PyTorch, N x N, any dtype, differentiated by autograd.
+
+Nothing here is fast. In float64 these functions are the judge of every other backend, and are gradchecked themselves.
+They return one loss per row, so that each can be read against its formula; weights and means are applied outside.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPS = 1e-12  # rows no longer than this count as zero
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a loss is computed in: float64 for float64 inputs, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x_i / |x_i|`` [n, D] and ``1 / |x_i|`` [n, 1]; rows with ``|x_i| <= NORM_EPS`` give 0 and 0, and no gradient.
+
+    Rows are divided by their largest magnitude before squaring: the square of 1e30 overflows float32, that of 1e-30
+    vanishes. Rows that are not finite give NaN.
+    """
+    largest = x.detach().abs().amax(dim=1, keepdim=True)
+    divisor = largest.masked_fill(largest == 0, 1)
+    scaled = x / divisor
+    norm = torch.linalg.vector_norm(scaled.masked_fill(largest == 0, 1), dim=1, keepdim=True)
+    is_zero = divisor * norm.detach() <= NORM_EPS
+    is_zero |= largest == 0
+    return (scaled / norm).masked_fill(is_zero, 0), (1 / (divisor * norm)).masked_fill(is_zero, 0)
+
+
+def dual_softmax(
+    student: Tensor,
+    teacher: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | float = 0.0,
+    consistency: str = "student||teacher",
+) -> tuple[Tensor, Tensor]:
+    """Contrast and consistency of DCD, each [n] (arXiv 2407.11802, eq. 2-8).
+
+    ``A_ij = logit_scale s_i . t_j + logit_bias`` of the normalised rows, ``p_i = softmax_j A_ij``,
+    ``q_i = softmax_j A_ji``. Returns ``-log p_i(i)`` and ``KL(p_i || q_i)``, or ``KL(q_i || p_i)`` for
+    ``consistency="teacher||student"``.
+    """
+    dtype = accumulation_dtype(student.dtype)
+    s, t = unit_rows(student.to(dtype))[0], unit_rows(teacher.to(dtype))[0]
+    A = logit_scale.to(dtype) * (s @ t.T) + logit_bias
+    log_p, log_q = A.log_softmax(dim=1), A.T.log_softmax(dim=1)
+    first, second = (log_p, log_q) if consistency == "student||teacher" else (log_q, log_p)
+    return -log_p.diagonal(), (first.exp() * (first - second)).sum(dim=1)
+
+
+def contrast(query: Tensor, key: Tensor, logit_scale: Tensor, normalize: bool = True) -> Tensor:
+    """InfoNCE per row, [n]: ``-log softmax_j(logit_scale q_i . k_j)_i``; rows L2-normalised first if asked."""
+    dtype = accumulation_dtype(query.dtype)
+    query, key = query.to(dtype), key.to(dtype)
+    if normalize:
+        query, key = unit_rows(query)[0], unit_rows(key)[0]
+    return -(logit_scale.to(dtype) * (query @ key.T)).log_softmax(dim=1).diagonal()
+
+
+def soft_target(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Hinton's KD per row, [B]: ``temperature^2 KL(teacher || student)``, both softmax(logits / temperature)."""
+    dtype = accumulation_dtype(student_logits.dtype)
+    log_s = F.log_softmax(student_logits.to(dtype) / temperature, dim=1)
+    log_t = F.log_softmax(teacher_logits.to(dtype) / temperature, dim=1)
+    return temperature**2 * (log_t.exp() * (log_t - log_s)).sum(dim=1)

@@ -1,0 +1,293 @@
+"""The public functions: validate, choose a backend, call the operation, take the mean.
+
+Every loss is a 0-dim tensor in the accumulation dtype: float64 for float64 inputs, float32 otherwise (bf16 and fp16
+inputs, autocast or not). Gradients come back in the inputs' dtypes. Inputs are never written to.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastkd import backends
+from fastkd.backends import reference
+from fastkd.distributed import Group, require_local
+from fastkd.ops.contrast import contrast
+from fastkd.ops.dual_softmax import dual_softmax
+from fastkd.ops.soft_target import soft_target
+
+CONSISTENCIES = ("student||teacher", "teacher||student")
+
+
+def dcd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    alpha: float = 0.5,
+    consistency: str = "student||teacher",
+    sample_weight: Tensor | None = None,
+    group: Group = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Discriminative and consistent distillation, the contrastive part of DCD.
+
+    .. code-block:: text
+
+        A_ij = logit_scale * s_i . t_j + logit_bias       s, t: L2-normalised rows of student, teacher
+        p_i  = softmax_j A_ij    q_i = softmax_j A_ji     student over teachers, teacher over students
+        loss = mean_i w_i [-log p_i(i) + alpha * KL(p_i || q_i)]
+
+    Source: arXiv 2407.11802, eq. 2-8. The paper's eq. 6 is ``KL(p || q)``, the default; the authors' public code
+    computes ``KL(q || p)``: ``consistency="teacher||student"``. The classification and KD terms are not included.
+
+    Args:
+        student, teacher: embeddings [n, D] of the same n samples, after the projection heads; float64, float32, bf16
+            or fp16, both alike. All-zero rows count as the zero vector and get no gradient.
+        logit_scale: the positive multiplier itself, ``exp(tau)``, already clamped; a float or a 0-dim tensor that may
+            need a gradient.
+        logit_bias: accepted for the paper's interface and for old checkpoints. It cancels in every softmax above, so
+            it changes nothing, costs no arithmetic on similarities, and its gradient is exactly zero.
+        alpha: weight of the consistency term, >= 0.
+        consistency: ``"student||teacher"`` or ``"teacher||student"``.
+        sample_weight: [n], >= 0, without gradient; multiplies the rows' losses. The mean still divides by n. On CUDA,
+            and under torch.compile, a negative weight makes the loss NaN instead of raising, which would have to wait
+            for the device.
+        group: ``None`` or ``"local"``; in-batch means this process's rows. With a process group of several ranks,
+            ``None`` raises NotImplementedError.
+        backend: ``None`` (the fastest), ``"blocked"`` (streams; memory linear in n) or ``"reference"`` (the
+            definition; n x n memory).
+
+    Returns:
+        The loss, 0-dim. Non-finite inputs give a non-finite loss.
+
+    Raises:
+        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+    """
+    contrast_mean, consistency_mean = dcd_terms(
+        student, teacher, logit_scale, logit_bias, alpha=alpha, consistency=consistency, sample_weight=sample_weight,
+        group=group, backend=backend,
+    )  # fmt: skip
+    return contrast_mean + consistency_mean
+
+
+def dcd_terms(
+    student: Tensor,
+    teacher: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    alpha: float = 0.5,
+    consistency: str = "student||teacher",
+    sample_weight: Tensor | None = None,
+    max_scale: float = math.inf,
+    group: Group = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two summands of :func:`dcd_loss`: mean contrast, and alpha times mean consistency.
+
+    max_scale: an upper bound of logit_scale that the caller guarantees. Up to 40 it lets a backend that must not read
+    logit_scale from the device drop the running maxima; it does not clamp.
+    """
+    _check_pair("student", student, "teacher", teacher, "[n, D]")
+    scale = _check_scale(logit_scale, student)
+    _check_number("alpha", alpha, minimum=0)
+    _check_choice("consistency", consistency, CONSISTENCIES)
+    weight = _check_weight(sample_weight, student)
+    require_local(group)
+    backend = backends.resolve(backend)
+    n = student.shape[0]
+    if backend == "reference":
+        with torch.autocast(student.device.type, enabled=False):
+            rows = reference.dual_softmax(student, teacher, scale, consistency=consistency)
+            contrast_sum, consistency_sum = (_weighted_sum(row, weight) for row in rows)
+    else:
+        bound = scale_bound(logit_scale, max_scale)
+        contrast_sum, consistency_sum, _ = dual_softmax(student, teacher, scale, weight, consistency, bound, backend)
+    contrast_mean = contrast_sum / n
+    if logit_bias is not None:
+        contrast_mean = contrast_mean + 0.0 * _check_bias(logit_bias, student).to(contrast_mean.dtype)
+    return contrast_mean, alpha * consistency_sum / n
+
+
+def info_nce_loss(
+    query: Tensor,
+    key: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    normalize: bool = True,
+    sample_weight: Tensor | None = None,
+    group: Group = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""InfoNCE with in-batch negatives: row i of ``key`` is the positive of row i of ``query``, all others negatives.
+
+    .. code-block:: text
+
+        loss = mean_i w_i [-log softmax_j(logit_scale * q_i . k_j)_i]     q, k: L2-normalised rows if ``normalize``
+
+    Source: arXiv 1807.03748, eq. 4, with scaled dot products as the scores.
+
+    Args:
+        query, key: [n, D], float64, float32, bf16 or fp16, both alike.
+        logit_scale: the positive multiplier (an inverse temperature), a float or a 0-dim tensor that may need a
+            gradient.
+        normalize: L2-normalise the rows first; all-zero rows count as the zero vector and get no gradient.
+        sample_weight, group, backend: as for :func:`dcd_loss`.
+
+    Returns:
+        The loss, 0-dim.
+
+    Raises:
+        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+    """
+    _check_pair("query", query, "key", key, "[n, D]")
+    scale = _check_scale(logit_scale, query)
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize: got {type(normalize).__name__}, expected a bool")
+    weight = _check_weight(sample_weight, query)
+    require_local(group)
+    backend = backends.resolve(backend)
+    if backend == "reference":
+        with torch.autocast(query.device.type, enabled=False):
+            total = _weighted_sum(reference.contrast(query, key, scale, normalize), weight)
+    else:
+        total, _ = contrast(query, key, scale, weight, normalize, backend)
+    return total / query.shape[0]
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 4.0,
+    *,
+    sample_weight: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Hinton's knowledge distillation on logits.
+
+    .. code-block:: text
+
+        loss = temperature^2 * mean_i w_i KL(softmax(teacher_i / temperature) || softmax(student_i / temperature))
+
+    Source: arXiv 1503.02531, section 2; temperature 4 as in the DCD paper's recipes.
+
+    Args:
+        student_logits, teacher_logits: [B, C], float64, float32, bf16 or fp16, both alike. The teacher gets no
+            gradient.
+        temperature: > 0; divides the logits.
+        sample_weight, backend: as for :func:`dcd_loss`.
+
+    Returns:
+        The loss, 0-dim.
+
+    Raises:
+        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+    """
+    _check_pair("student_logits", student_logits, "teacher_logits", teacher_logits, "[B, C]")
+    _check_number("temperature", temperature, minimum=0, exclusive=True)
+    weight = _check_weight(sample_weight, student_logits)
+    backend = backends.resolve(backend)
+    teacher_logits = teacher_logits.detach()
+    if backend == "reference":
+        with torch.autocast(student_logits.device.type, enabled=False):
+            total = _weighted_sum(reference.soft_target(student_logits, teacher_logits, temperature), weight)
+    else:
+        total = soft_target(student_logits, teacher_logits, weight, temperature, backend)
+    return total / student_logits.shape[0]
+
+
+def _weighted_sum(rows: Tensor, weight: Tensor | None) -> Tensor:
+    return rows.sum() if weight is None else (rows * weight.to(rows.dtype)).sum()
+
+
+def scale_bound(logit_scale: Tensor | float, max_scale: float) -> float:
+    """What is known about the scale without reading it from its device."""
+    return max_scale if isinstance(logit_scale, Tensor) else min(float(logit_scale), max_scale)
+
+
+def _check_pair(name: str, first: Tensor, other_name: str, second: Tensor, shape: str) -> None:
+    for argument, value in ((name, first), (other_name, second)):
+        _check_floating(argument, value)
+        if value.ndim != 2:
+            raise ValueError(f"{argument}: got shape {list(value.shape)}, expected {shape}")
+    if first.shape != second.shape:
+        raise ValueError(f"{other_name}: got shape {list(second.shape)}, expected that of {name}, {list(first.shape)}")
+    if first.shape[0] == 0 or first.shape[1] == 0:
+        raise ValueError(f"{name}: got shape {list(first.shape)}, expected at least one row and one column")
+    if first.dtype != second.dtype:
+        raise TypeError(f"{other_name}: got {second.dtype}, expected the dtype of {name}, {first.dtype}")
+    if first.device != second.device:
+        raise ValueError(f"{other_name}: got device {second.device}, expected that of {name}, {first.device}")
+
+
+def _check_floating(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if value.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"{name}: got {value.dtype}, expected float64, float32, bfloat16 or float16")
+
+
+def _check_number(name: str, value: float, *, minimum: float, exclusive: bool = False) -> None:
+    expected = f"a finite number {'>' if exclusive else '>='} {minimum}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+    if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+        raise ValueError(f"{name}: got {value}, expected {expected}")
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {allowed}")
+
+
+def _check_scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
+    """The scale as a 0-dim tensor on the inputs' device, made without waiting for the device."""
+    if not isinstance(logit_scale, Tensor):
+        _check_number("logit_scale", logit_scale, minimum=0, exclusive=True)
+        dtype = reference.accumulation_dtype(like.dtype)
+        return torch.full((), float(logit_scale), dtype=dtype, device=like.device)
+    _check_scalar_tensor("logit_scale", logit_scale, like)
+    if _may_read(logit_scale) and logit_scale.item() <= 0:
+        raise ValueError(f"logit_scale: got {logit_scale.item()}, expected a positive multiplier, exp(tau)")
+    return logit_scale
+
+
+def _check_bias(logit_bias: Tensor | float, like: Tensor) -> Tensor:
+    if not isinstance(logit_bias, Tensor):
+        _check_number("logit_bias", logit_bias, minimum=-math.inf)
+        return torch.full((), float(logit_bias), device=like.device)
+    _check_scalar_tensor("logit_bias", logit_bias, like)
+    return logit_bias
+
+
+def _check_scalar_tensor(name: str, value: Tensor, like: Tensor) -> None:
+    _check_floating(name, value)
+    if value.ndim != 0:
+        raise ValueError(f"{name}: got shape {list(value.shape)}, expected a float or a 0-dim tensor")
+    if value.device != like.device:
+        raise ValueError(f"{name}: got device {value.device}, expected that of the embeddings, {like.device}")
+
+
+def _check_weight(sample_weight: Tensor | None, like: Tensor) -> Tensor | None:
+    if sample_weight is None:
+        return None
+    _check_floating("sample_weight", sample_weight)
+    n = like.shape[0]
+    if sample_weight.shape != (n,):
+        raise ValueError(f"sample_weight: got shape {list(sample_weight.shape)}, expected [{n}], one weight a row")
+    if sample_weight.device != like.device:
+        raise ValueError(f"sample_weight: got device {sample_weight.device}, expected {like.device}")
+    if sample_weight.requires_grad:
+        raise ValueError("sample_weight: got a tensor that requires a gradient, expected a constant; detach() it")
+    if not _may_read(sample_weight):
+        return sample_weight.masked_fill(sample_weight < 0, math.nan)
+    if bool((sample_weight < 0).any()):
+        raise ValueError(f"sample_weight: got {sample_weight.min().item()}, expected weights >= 0")
+    return sample_weight
+
+
+def _may_read(value: Tensor) -> bool:
+    """Whether a value check costs neither a device synchronisation nor a graph break."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
