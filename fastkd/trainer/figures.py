@@ -1,0 +1,190 @@
+"""Figures of the demo's report as inline SVG; text, axes and grid take the page's colours, in dark mode too."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+# Colours that stay apart on white and on near-black, and for the common kinds of colour blindness.
+PALETTE = ("#7d8794", "#e08a12", "#2b8fd9", "#c8479c", "#2fa37c", "#9a7be0")
+CLASS_COLOURS = tuple(to_hex(colour) for colour in matplotlib.colormaps["tab10"](range(10)))
+
+# Written by matplotlib as ordinary colours, then replaced by what the page's style sheet defines.
+INK, FAINT, PAPER = "#010203", "#040506", "#070809"
+PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--faint)", PAPER: "var(--paper)"}
+
+STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.alpha": 0.45,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
+WIDTH = 5.4  # inches: at a phone's width ten-point text stays about nine pixels high
+
+Curves = Mapping[str, Sequence[Sequence[float]]]  # method -> one curve a seed, one value an epoch
+
+
+def to_svg(figure: Figure, key: str, description: str) -> str:
+    """`figure` as one <svg> element described for screen readers; `key` keeps its ids apart from the other figures'."""
+    buffer = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.hashsalt": key}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the groups' names are the same in every figure, and unused
+    for colour, replacement in PAGE_COLOURS.items():
+        svg = svg.replace(colour, replacement)
+    label = description.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def colour_of(methods: Sequence[str]) -> dict[str, str]:
+    """One colour a method, the same in every figure; the usual four keep theirs whatever subset is run."""
+    order = ["ce", "kd", "dcd", "dcd+kd"]
+    order += [method for method in methods if method not in order]
+    return {method: PALETTE[order.index(method) % len(PALETTE)] for method in methods}
+
+
+def plain(text: str) -> str:
+    """`text` with matplotlib's mathematics switched off."""
+    return text.replace("$", r"\$")
+
+
+def draw_bands(axis: Any, curves: Curves, names: Mapping[str, str], colours: Mapping[str, str]) -> None:
+    """Mean over seeds as a line, and one standard deviation either side as a band where there is more than one seed."""
+    for method, seeds in curves.items():
+        values = np.asarray(seeds, dtype=float)  # [seeds, epochs]
+        epochs = np.arange(1, values.shape[1] + 1)
+        mean = values.mean(0)
+        marker = "o" if len(epochs) == 1 else None
+        axis.plot(epochs, mean, color=colours[method], linewidth=1.6, marker=marker, label=plain(names[method]))
+        if len(values) > 1:
+            spread = values.std(0, ddof=1)
+            axis.fill_between(epochs, mean - spread, mean + spread, color=colours[method], alpha=0.18, linewidth=0)
+    axis.set_xlabel("epoch")
+
+
+def learning_curves(curves: Curves, names: Mapping[str, str], teacher_accuracy: float) -> str:
+    """Test accuracy (%) over epochs."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+        axis = figure.subplots()
+        draw_bands(axis, curves, names, colour_of(list(curves)))
+        axis.axhline(teacher_accuracy, color=INK, linewidth=1, linestyle=(0, (5, 3)), label="teacher")
+        lowest = min(np.asarray(seeds).mean(0)[-1] for seeds in curves.values())
+        # The first epochs are near chance; shown whole they would flatten everything that differs.
+        axis.set_ylim(max(0.0, lowest - 22), min(101.0, max(teacher_accuracy, lowest) + 1.5))
+        axis.set_ylabel("test accuracy (%)")
+        axis.legend(loc="lower right", ncols=2)
+        ends = ", ".join(f"{names[method]} {np.asarray(seeds)[:, -1].mean():.1f} %" for method, seeds in curves.items())
+        return to_svg(
+            figure, "curves", f"Test accuracy over epochs. Last epoch: {ends}; teacher {teacher_accuracy:.1f} %."
+        )
+
+
+def accuracy_dots(accuracy: Mapping[str, Sequence[float]], names: Mapping[str, str], teacher_accuracy: float) -> str:
+    """Last-epoch test accuracy (%): each seed a dot, the mean a bar with one standard deviation either side."""
+    colours = colour_of(list(accuracy))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.55 * len(accuracy)), layout="constrained")
+        axis = figure.subplots()
+        for row, (method, seeds) in enumerate(accuracy.items()):
+            values = np.asarray(seeds, dtype=float)
+            # Dots are set apart vertically in seed order, so that equal accuracies do not hide each other.
+            offsets = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else np.zeros(1)
+            axis.scatter(values, row + offsets, s=20, color=colours[method], alpha=0.65, linewidths=0)
+            spread = values.std(ddof=1) if len(values) > 1 else None
+            axis.errorbar(
+                values.mean(), row, xerr=spread, color=INK, capsize=4, marker="|", markersize=15, linewidth=1.4
+            )
+        axis.axvline(teacher_accuracy, color=INK, linewidth=1, linestyle=(0, (5, 3)))
+        axis.annotate(
+            "teacher", (teacher_accuracy, -0.62), xytext=(-6, 0), textcoords="offset points", ha="right", va="center"
+        )
+        axis.set_yticks(range(len(accuracy)), [plain(names[method]) for method in accuracy])
+        axis.set_ylim(len(accuracy) - 0.5, -0.85)
+        axis.grid(axis="y", visible=False)
+        axis.tick_params(axis="y", length=0)
+        axis.set_xlabel("test accuracy after the last epoch (%)")
+        means = ", ".join(f"{names[method]} {np.mean(seeds):.2f} %" for method, seeds in accuracy.items())
+        return to_svg(figure, "accuracy", f"Accuracy of every seed. Means: {means}; teacher {teacher_accuracy:.2f} %.")
+
+
+def scale_curves(curves: Curves, names: Mapping[str, str], colours: Mapping[str, str], max_scale: float | None) -> str:
+    """Logit scale exp(tau) over epochs, with tau on the right-hand axis and the cap on the scale as a dashed line."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+        axis = figure.subplots()
+        draw_bands(axis, curves, names, colours)
+        if max_scale is not None:
+            axis.axhline(max_scale, color=INK, linewidth=1, linestyle=(0, (5, 3)), label=f"cap ({max_scale:g})")
+        axis.set_ylabel("logit scale, exp(τ)")
+        axis.set_ylim(bottom=0)
+        top = axis.get_ylim()[1]
+        right = axis.twinx()
+        ticks = np.arange(0.0, np.log(top) + 1e-9, 0.5 if np.log(top) < 3 else 1.0)
+        right.set_ylim(0, top)
+        right.set_yticks(np.exp(ticks), [f"{tick:g}" for tick in ticks])
+        right.set_ylabel("τ", rotation=0, labelpad=8)
+        right.grid(visible=False)
+        axis.legend(loc="lower right")
+        ends = ", ".join(f"{names[method]} {np.asarray(seeds)[:, -1].mean():.2f}" for method, seeds in curves.items())
+        return to_svg(figure, "scale", f"Logit scale over epochs. Last epoch: {ends}.")
+
+
+def heat_map(matrix: np.ndarray, limit: float, key: str, description: str) -> str:
+    """One class-by-class matrix [C, C] with values in 0 ... limit."""
+    classes = len(matrix)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.8, 2.6), layout="constrained")
+        axis = figure.subplots()
+        mesh = axis.pcolormesh(matrix, cmap="viridis", vmin=0, vmax=limit)
+        axis.set_aspect("equal")
+        axis.invert_yaxis()
+        axis.grid(visible=False)
+        axis.spines[:].set_visible(False)
+        axis.set_xticks(np.arange(classes) + 0.5, [str(index) for index in range(classes)])
+        axis.set_yticks(np.arange(classes) + 0.5, [str(index) for index in range(classes)])
+        axis.tick_params(length=0, labelsize=9)
+        bar = figure.colorbar(mesh, ax=axis, fraction=0.046, pad=0.03)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=8)
+        return to_svg(figure, key, description)
+
+
+def scatter_map(points: np.ndarray, labels: np.ndarray, key: str, description: str) -> str:
+    """A two-dimensional embedding [n, 2] coloured by class [n], with every class's number at its median."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.8, 2.8), layout="constrained")
+        axis = figure.subplots()
+        halo = [withStroke(linewidth=2.5, foreground=PAPER)]
+        for label in np.unique(labels):
+            members = points[labels == label]
+            axis.scatter(
+                members[:, 0], members[:, 1], s=5, color=CLASS_COLOURS[label % len(CLASS_COLOURS)], linewidths=0
+            )
+        for label in np.unique(labels):
+            x, y = np.median(points[labels == label], axis=0)
+            axis.text(x, y, str(label), ha="center", va="center", fontsize=11, fontweight="bold", path_effects=halo)
+        axis.set_axis_off()
+        return to_svg(figure, key, description)

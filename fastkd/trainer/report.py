@@ -1,0 +1,317 @@
+"""The demo's results: the statistics, and the console table, results.json and HTML page drawn from them.
+
+The page is one file that needs nothing else: figures are inline SVG, the style sheet and texts are inside it.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from rich.table import Table
+from scipy import stats  # type: ignore[import-untyped]
+
+from fastkd.trainer import figures
+
+BASELINE = "ce"
+NAMES = {"ce": "From scratch", "kd": "KD", "dcd": "DCD", "dcd+kd": "DCD + KD"}
+TITLE = "A student distilled on handwritten digits"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One student: one method, one seed."""
+
+    method: str  # objective as the trainer names it: "ce", "kd", "dcd", "dcd+kd"
+    seed: int
+    seconds: float  # wall clock of the training, evaluation after every epoch included
+    curve: list[float]  # test accuracy after every epoch, in percent
+    scale: list[float]  # logit scale exp(tau) after every epoch; empty where the method has none
+    correlation_gap: list[list[float]]  # [C, C] |teacher's - student's| correlation of the class logits, test set
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy after the last epoch, in percent: no epoch is picked by its accuracy."""
+        return self.curve[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The one teacher of all students."""
+
+    accuracy: float  # on the test set, in percent
+    parameters: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Everything the report shows."""
+
+    teacher: Teacher
+    student_parameters: int
+    runs: list[Run]
+    embeddings: dict[str, np.ndarray]  # "teacher" or a method -> t-SNE of the test-set features [n, 2]
+    labels: np.ndarray  # [n] class of every embedded test image
+    test_images: int
+    max_scale: float | None  # cap on exp(tau)
+    settings: dict[str, str]
+    environment: dict[str, str]
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods in the order they were asked for."""
+        return list(dict.fromkeys(run.method for run in self.runs))
+
+    def of(self, method: str) -> list[Run]:
+        """The runs of `method` by seed."""
+        return sorted((run for run in self.runs if run.method == method), key=lambda run: run.seed)
+
+    def accuracies(self, method: str) -> list[float]:
+        """Last-epoch test accuracy of every seed, in percent."""
+        return [run.accuracy for run in self.of(method)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Paired difference in accuracy of two methods over the seeds both ran, in points."""
+
+    method: str
+    reference: str
+    seeds: int
+    mean: float
+    error: float | None  # standard error of the mean; None with one seed
+    low: float | None  # 95 % interval of Student's t
+    high: float | None
+
+    @property
+    def exceeds_noise(self) -> bool:
+        """Whether the 95 % interval leaves zero out."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def display_name(method: str) -> str:
+    """The method as the page writes it."""
+    return NAMES.get(method, method)
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Sample standard deviation (n - 1); None for a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def with_spread(values: Sequence[float], digits: int = 2) -> str:
+    """`mean ± standard deviation`, or the value alone where there is one only."""
+    deviation = spread(values)
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if deviation is None else f"{mean} ± {deviation:.{digits}f}"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """`value` with its sign, a proper minus, and no negative zero."""
+    text = f"{value:+.{digits}f}"
+    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
+
+
+def paired_difference(results: Results, method: str, reference: str) -> Difference | None:
+    """Accuracy of `method` minus that of `reference`, seed by seed; None without a common seed."""
+    first = {run.seed: run.accuracy for run in results.of(method)}
+    second = {run.seed: run.accuracy for run in results.of(reference)}
+    deltas = np.array([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
+    if not len(deltas):
+        return None
+    mean, error, low, high = float(deltas.mean()), None, None, None
+    if len(deltas) > 1:
+        error = float(deltas.std(ddof=1) / math.sqrt(len(deltas)))
+        margin = float(stats.t.ppf(0.975, len(deltas) - 1)) * error
+        low, high = mean - margin, mean + margin
+    return Difference(method=method, reference=reference, seeds=len(deltas), mean=mean, error=error, low=low, high=high)
+
+
+def differences(results: Results) -> list[Difference]:
+    """Every method against the student from scratch, then the methods with DCD against KD."""
+    methods = results.methods
+    pairs = [(method, BASELINE) for method in methods if method != BASELINE and BASELINE in methods]
+    pairs += [(method, "kd") for method in methods if "dcd" in method and "kd" in methods]
+    return [found for pair in pairs if (found := paired_difference(results, *pair))]
+
+
+def verdict(difference: Difference) -> str:
+    """What the data say about one pair, in one plain sentence."""
+    name, reference = display_name(difference.method), display_name(difference.reference)
+    if reference == NAMES[BASELINE]:
+        reference = "training from scratch"
+    size = f"{abs(difference.mean):.2f} points"
+    if difference.error is None:
+        return (
+            f"{name} against {reference}: {signed(difference.mean)} points on one seed, which says nothing about noise."
+        )
+    interval = (
+        f"95 % interval {signed(difference.low or 0)} to {signed(difference.high or 0)}, {difference.seeds} seeds"
+    )
+    if difference.exceeds_noise:
+        return f"{name} is {size} {'better' if difference.mean > 0 else 'worse'} than {reference} ({interval})."
+    change = f"{signed(difference.mean)} points; {interval}"
+    return f"{name} does not differ from {reference} by more than the noise ({change})."
+
+
+def mean_gap(run: Run) -> float:
+    """Mean absolute difference of the class-logit correlations, off the diagonal (which is zero by definition)."""
+    gap = np.array(run.correlation_gap)
+    return float(gap[~np.eye(len(gap), dtype=bool)].mean())
+
+
+def summary(results: Results) -> list[dict[str, str]]:
+    """Rows of the table, ready to print: the same text on the console and on the page."""
+    teacher = results.teacher
+    row = {"method": "Teacher", "accuracy": f"{teacher.accuracy:.2f}", "difference": "", "gap": ""}
+    rows = [row | {"parameters": f"{teacher.parameters:,}", "seconds": f"{teacher.seconds:.1f}"}]
+    for method in results.methods:
+        runs = results.of(method)
+        delta = paired_difference(results, method, BASELINE) if method != BASELINE else None
+        error = f" ± {delta.error:.2f}" if delta and delta.error is not None else ""
+        rows.append(
+            {
+                "method": display_name(method),
+                "accuracy": with_spread(results.accuracies(method)),
+                "difference": f"{signed(delta.mean)}{error}" if delta else "",
+                "parameters": f"{results.student_parameters:,}",
+                "seconds": f"{np.mean([run.seconds for run in runs]):.1f}",
+                "gap": with_spread([mean_gap(run) for run in runs], 3),
+            }
+        )
+    return rows
+
+
+def console_table(results: Results) -> Table:
+    """The summary for a terminal."""
+    table = Table(title=f"{TITLE} ({seed_count(results)} per method)")
+    table.add_column("Method")
+    for header in ("Test accuracy, %", "To scratch, points", "Parameters", "Seconds a run"):
+        table.add_column(header, justify="right")
+    for row in summary(results):
+        table.add_row(*(row[key] for key in ("method", "accuracy", "difference", "parameters", "seconds")))
+    return table
+
+
+def seed_count(results: Results) -> str:
+    """How many seeds every method ran, in words."""
+    counts = sorted({len(results.of(method)) for method in results.methods})
+    number = "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    return f"{number} seed{'' if number == '1' else 's'}"
+
+
+def as_json(results: Results) -> dict[str, Any]:
+    """Plain data: every run, the statistics and the settings."""
+    return {
+        "teacher": dataclasses.asdict(results.teacher),
+        "student_parameters": results.student_parameters,
+        "summary": [
+            {
+                "method": method,
+                "accuracy_mean": float(np.mean(results.accuracies(method))),
+                "accuracy_std": spread(results.accuracies(method)),
+                "seconds_mean": float(np.mean([run.seconds for run in results.of(method)])),
+                "correlation_gap_mean": float(np.mean([mean_gap(run) for run in results.of(method)])),
+            }
+            for method in results.methods
+        ],
+        "differences": [
+            dataclasses.asdict(item) | {"exceeds_noise": item.exceeds_noise} for item in differences(results)
+        ],
+        "runs": [dataclasses.asdict(run) | {"accuracy": run.accuracy} for run in results.runs],
+        "test_images": results.test_images,
+        "settings": results.settings,
+        "environment": results.environment,
+    }
+
+
+def draw_figures(results: Results) -> dict[str, Any]:
+    """Every figure as SVG text; lists of (name, caption, SVG) for the small multiples."""
+    methods = results.methods
+    names = {method: display_name(method) for method in methods}
+    colours = figures.colour_of(methods)
+    gaps = {method: np.mean([run.correlation_gap for run in results.of(method)], axis=0) for method in methods}
+    limit = max(float(gap.max()) for gap in gaps.values()) or 1.0
+    scales = {method: [run.scale for run in results.of(method)] for method in methods if results.of(method)[0].scale}
+    maps = []
+    for index, (method, gap) in enumerate(gaps.items()):
+        number = with_spread([mean_gap(run) for run in results.of(method)], 3)
+        alt = (
+            f"Absolute difference of the teacher's and the {names[method]} student's class correlations: mean {number}."
+        )
+        maps.append((names[method], f"mean {number}", figures.heat_map(gap, limit, f"gap{index}", alt)))
+    embeddings = []
+    for index, (method, points) in enumerate(results.embeddings.items()):
+        name = names.get(method, "Teacher")
+        alt = f"t-SNE of the {name} network's features of {len(points)} test images, coloured by digit."
+        embeddings.append((name, "", figures.scatter_map(points, results.labels, f"tsne{index}", alt)))
+    return {
+        "curves": figures.learning_curves(
+            {method: [run.curve for run in results.of(method)] for method in methods}, names, results.teacher.accuracy
+        ),
+        "accuracy": figures.accuracy_dots(
+            {method: results.accuracies(method) for method in methods}, names, results.teacher.accuracy
+        ),
+        "scale": figures.scale_curves(scales, names, colours, results.max_scale) if scales else None,
+        "correlation": maps,
+        "embeddings": embeddings,
+    }
+
+
+def render(results: Results) -> str:
+    """The page as HTML text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    # One binomial standard error of an accuracy measured on this many test images.
+    accuracy = float(np.mean([run.accuracy for run in results.runs])) / 100
+    sampling_error = 100 * math.sqrt(accuracy * (1 - accuracy) / results.test_images)
+    return environment.get_template("report.html").render(
+        title=TITLE,
+        results=results,
+        rows=summary(results),
+        seeds=seed_count(results),
+        verdicts=[verdict(difference) for difference in differences(results)],
+        figures=draw_figures(results),
+        sampling_error=f"{sampling_error:.1f}",
+        colours={display_name(method): colour for method, colour in figures.colour_of(results.methods).items()},
+        digits=dict(enumerate(figures.CLASS_COLOURS)),
+    )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the old file or the whole new one, never a part."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        stream.write(text)
+    os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the report from other users
+    os.replace(temporary, path)
+
+
+def write_report(results: Results, folder: Path) -> Path:
+    """Writes results.json and report.html into `folder` (made if absent); returns the page's path.
+
+    Raises ValueError for a run with a value that is not finite: it would make every mean meaningless.
+    """
+    for run in results.runs:
+        if not np.isfinite([*run.curve, *run.scale, *np.ravel(run.correlation_gap)]).all():
+            raise ValueError(f"the run of {run.method}, seed {run.seed}, holds a value that is not finite")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "results.json", json.dumps(as_json(results), indent=1, allow_nan=False))
+    write_atomically(folder / "report.html", render(results))
+    return folder / "report.html"
+
+
+def versions() -> str:
+    """The libraries that decide the numbers."""
+    names = ("fastkd", "torch", "numpy", "scikit-learn", "matplotlib")
+    return ", ".join(f"{name} {metadata.version(name)}" for name in names)
