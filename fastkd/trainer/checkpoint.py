@@ -1,0 +1,219 @@
+"""Checkpoints: written atomically, verified before use, never unpickled beyond plain types and tensors.
+
+A checkpoint is a folder ``step-00000123`` with
+    student.safetensors   the student's state dict
+    loss.safetensors      the objective's state dict: projection heads and tau
+    state.pt              optimiser, scaler, generators, data loader, progress: read with ``weights_only=True`` only
+    manifest.json         step, config, teacher hash, versions, and size and sha256 of the files above and of itself
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+STUDENT, LOSS, STATE, MANIFEST = "student.safetensors", "loss.safetensors", "state.pt", "manifest.json"
+_FILES = (STUDENT, LOSS, STATE)
+_FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, truncated, corrupted, or belongs to something else; the message names the file."""
+
+
+@dataclass
+class Checkpoint:
+    """A verified checkpoint in memory: ``student`` and ``loss`` are state dicts, ``state`` plain types and tensors."""
+
+    path: Path
+    manifest: dict[str, Any]
+    student: dict[str, Tensor]
+    loss: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class CheckpointFolder:
+    """The checkpoints of one run. Leftovers of an interrupted write (``.tmp-*``) are removed when it is opened."""
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = path
+        self.keep = keep
+        self.last_step: int | None = None
+        path.mkdir(parents=True, exist_ok=True)
+        for leftover in path.glob(".tmp-*"):
+            shutil.rmtree(leftover)
+
+    def save(
+        self, step: int, *, student: nn.Module, loss: nn.Module, state: dict[str, Any], manifest: dict[str, Any]
+    ) -> Path:
+        """Write the checkpoint of ``step``, make it durable, and only then remove those beyond ``keep``.
+
+        Raises CheckpointError when there is one of this step already.
+        """
+        final = self.path / f"step-{step:08d}"
+        if final.exists():
+            raise CheckpointError(f"{final}: exists already; it is not overwritten")
+        temporary = self.path / f".tmp-{final.name}-{os.getpid()}"
+        temporary.mkdir()
+        save_file(_plain_tensors(student), temporary / STUDENT)
+        save_file(_plain_tensors(loss), temporary / LOSS)
+        torch.save(state, temporary / STATE)
+        files = {}
+        for name in _FILES:
+            _sync(temporary / name)
+            files[name] = {"bytes": (temporary / name).stat().st_size, "sha256": file_hash(temporary / name)}
+        body = {"format": _FORMAT, "step": step, "files": files, **manifest}
+        body["sha256"] = _manifest_hash(body)
+        (temporary / MANIFEST).write_text(json.dumps(body, indent=1))
+        _sync(temporary / MANIFEST)
+        _sync(temporary)
+        temporary.rename(final)
+        _sync(self.path)
+        self.last_step = step
+        for old in list_checkpoints(self.path)[: -self.keep]:
+            # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a valid name.
+            doomed = old.rename(self.path / f".tmp-old-{old.name}")
+            shutil.rmtree(doomed)
+        return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints in ``folder``, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that ``path`` means: itself, or the newest one of a run folder. CheckpointError if none."""
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint or run folder")
+    if (path / MANIFEST).exists() or path.name.startswith("step-"):
+        return path
+    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    if not found:
+        raise CheckpointError(f"{path}: holds no checkpoint (no {MANIFEST} in it, no checkpoints/step-* below it)")
+    return found[-1]
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint folder ``path``, after every file has been compared with it."""
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_bytes())
+        stated = manifest.pop("sha256")
+        files, version = manifest["files"], manifest["format"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: is truncated or corrupted ({error})") from error
+    if stated != _manifest_hash(manifest):
+        raise CheckpointError(f"{file}: is corrupted, its sha256 differs from the one it states")
+    if version != _FORMAT:
+        raise CheckpointError(f"{file}: has format {version}, expected {_FORMAT}")
+    for name in _FILES:
+        if name not in files:
+            raise CheckpointError(f"{file}: does not list {name}")
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path / name}: is missing")
+        size = (path / name).stat().st_size
+        if size != files[name]["bytes"]:
+            raise CheckpointError(f"{path / name}: is truncated: {size} bytes, expected {files[name]['bytes']}")
+        if file_hash(path / name) != files[name]["sha256"]:
+            raise CheckpointError(f"{path / name}: is corrupted: its sha256 differs from the one in {MANIFEST}")
+    return manifest
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Verify and read the checkpoint folder ``path``. Raises CheckpointError naming the file and what is wrong."""
+    manifest = read_manifest(path)
+    state = _load_tensors(path / STATE)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path / STATE}: holds {type(state).__name__}, expected a dict")
+    return Checkpoint(path, manifest, _load_tensors(path / STUDENT), _load_tensors(path / LOSS), state)
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """A model's state dict from a ``.safetensors`` file, a ``.pt`` / ``.pth`` / ``.bin`` state dict (also under the key
+    ``state_dict`` or ``model``), a fastkd checkpoint or a fastkd run folder (their student).
+
+    Nothing is executed: pickles are read with ``weights_only=True``. Raises CheckpointError naming the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        checkpoint = find_checkpoint(path)
+        read_manifest(checkpoint)
+        path = checkpoint / STUDENT
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such weights file, checkpoint or run folder")
+    state = _load_tensors(path)
+    if isinstance(state, dict):
+        for key in ("state_dict", "model"):
+            if isinstance(state.get(key), dict):
+                state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: holds no state dict (names to tensors)")
+    return state
+
+
+def load_into(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """``module.load_state_dict`` after a check of names and shapes; CheckpointError lists what differs."""
+    own = module.state_dict()
+    problems = [f"missing {name}" for name in own if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in own]
+    problems += [
+        f"{name}: {tuple(state[name].shape)} in the file, {tuple(tensor.shape)} in the model"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointError(f"{source}: does not fit {type(module).__name__}: {'; '.join(problems[:8])}{more}")
+    module.load_state_dict(state)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load_tensors(path: Path) -> Any:
+    """The content of a safetensors file or of a weights_only pickle; every failure becomes a CheckpointError."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: is truncated or corrupted ({error})") from error
+    # torch.load raises half a dozen kinds of exception on a damaged or forbidden file.
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read as tensors and plain types ({reason})") from error
+
+
+def _plain_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """CPU copies: safetensors refuses tensors that share memory (tied weights)."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+
+
+def _manifest_hash(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """fsync of a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,118 @@
+"""The configuration of a run: one dataclass made of its parts' dataclasses, and its JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastkd.trainer.data import DataConfig
+from fastkd.trainer.models import ModelConfig
+from fastkd.trainer.objective import ObjectiveConfig
+from fastkd.trainer.optim import OptimConfig
+from fastkd.trainer.validate import check_choice, check_int, check_type
+
+# What may differ between a run and its resumption: nothing that changes a number it computes.
+FREE_TO_CHANGE = ("run_dir", "resume", "keep", "tensorboard", "progress", "quiet", "device")
+
+
+@dataclass(kw_only=True, frozen=True)
+class TrainConfig:
+    """One training run.
+
+    ``student`` / ``teacher`` may be None when modules are given to ``train`` instead. ``run_dir`` is the run folder
+    (None writes nothing). A checkpoint is written every ``save_every_steps`` steps and every ``save_every_epochs``
+    epochs (0: not), at the start and at the end; the last ``keep`` stay. ``log_every`` is in steps, ``eval_every`` in
+    epochs (the last epoch is always evaluated). ``device`` is ``auto`` (CUDA when present) or a torch device.
+    ``progress`` shows a bar on terminals; ``quiet`` prints nothing.
+    """
+
+    student: ModelConfig | None = None
+    teacher: ModelConfig | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    epochs: int = 30
+    seed: int = 0
+    precision: str = "fp32"
+    device: str = "auto"
+    run_dir: str | None = None
+    resume: bool = False
+    save_every_steps: int = 0
+    save_every_epochs: int = 1
+    keep: int = 2
+    log_every: int = 10
+    eval_every: int = 1
+    tensorboard: bool = True
+    progress: bool = True
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("epochs", self.epochs, 1)
+        check_int("seed", self.seed, 0)
+        check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
+        check_type("device", self.device, str)
+        check_int("save_every_steps", self.save_every_steps, 0)
+        check_int("save_every_epochs", self.save_every_epochs, 0)
+        check_int("keep", self.keep, 1)
+        check_int("log_every", self.log_every, 1)
+        check_int("eval_every", self.eval_every, 1)
+        if self.resume and self.run_dir is None:
+            raise ValueError("run_dir: got None with resume=True, expected the folder of the run to resume")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts, lists and scalars."""
+        return _plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of ``to_dict``; ValueError for unknown keys."""
+        return _build(cls, values, "config")
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
+    """``name: saved -> current`` of every setting that differs and is not in ``FREE_TO_CHANGE``."""
+    found = []
+    for key in sorted({*saved, *current}):
+        if not prefix and key in FREE_TO_CHANGE:
+            continue
+        old, new = saved.get(key), current.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: {old!r} -> {new!r}")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Tuples to lists, as JSON has it; TypeError for what JSON cannot hold."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"config: got {value!r} of type {type(value).__name__}, expected numbers, strings, lists and dicts")
+
+
+def _build(kind: Any, values: Any, name: str) -> Any:
+    """The dataclass ``kind`` out of ``values``, its dataclass fields built in turn."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: got {values!r}, expected the fields of {kind.__name__}")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"{name}: got unknown fields {unknown}, expected some of {sorted(hints)}")
+    arguments = {}
+    for key, value in values.items():
+        hint = hints[key]
+        members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        nested = next((member for member in members if dataclasses.is_dataclass(member)), None)
+        if nested is not None and value is not None:
+            value = _build(nested, value, f"{name}.{key}")
+        elif isinstance(value, list):
+            value = tuple(value)
+        arguments[key] = value
+    return kind(**arguments)

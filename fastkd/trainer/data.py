@@ -1,0 +1,235 @@
+"""Datasets, the labelled subset, and a loader whose order depends on (seed, epoch) alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from fastkd.trainer.imports import import_object
+from fastkd.trainer.validate import check_int, check_type
+
+
+@dataclass(kw_only=True, frozen=True)
+class DataConfig:
+    """Which data, how much of it is labelled, and how it is batched.
+
+    ``name`` is one of ``DATASETS`` (``digits``) or ``package.module:callable``; called with ``options`` it returns
+    (training set, evaluation set), map-style datasets of (image, label). ``labelled`` keeps that many training samples,
+    balanced over the classes and drawn with ``subset_seed``; None keeps all. ``batch_size`` is the global batch.
+    """
+
+    name: str = "digits"
+    options: dict[str, Any] = field(default_factory=dict)
+    labelled: int | None = None
+    subset_seed: int = 0
+    batch_size: int = 64
+    eval_batch_size: int = 512
+    drop_last: bool = True
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        check_type("data.name", self.name, str)
+        check_type("data.options", self.options, dict)
+        if self.labelled is not None:
+            check_int("data.labelled", self.labelled, 1)
+        check_int("data.subset_seed", self.subset_seed, 0)
+        check_int("data.batch_size", self.batch_size, 1)
+        check_int("data.eval_batch_size", self.eval_batch_size, 1)
+        check_int("data.num_workers", self.num_workers, 0)
+
+
+class TensorImages(Dataset[tuple[Tensor, Tensor]]):
+    """Images [N, C, H, W] and labels [N] held in memory; a whole batch is one indexing operation."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if images.shape[0] != labels.shape[0] or labels.ndim != 1:
+            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({images.shape[0]},)")
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        chosen = torch.as_tensor(indices)
+        return self.images[chosen], self.labels[chosen]
+
+
+def load_digits(train_size: int = 1400, seed: int = 0) -> tuple[TensorImages, TensorImages]:
+    """scikit-learn's 1,797 handwritten digits, 1x8x8 with pixels in [-1, 1]: (training set, test set).
+
+    The split is stratified by class and depends on ``seed`` alone.
+    """
+    from sklearn import datasets, model_selection
+
+    check_int("data.options.train_size", train_size, 10)
+    bunch = datasets.load_digits()
+    images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 8 - 1
+    labels = torch.from_numpy(bunch.target).long()
+    parts = model_selection.train_test_split(
+        np.arange(len(labels)), train_size=train_size, random_state=seed, stratify=bunch.target
+    )
+    train, test = (torch.from_numpy(np.sort(part)) for part in parts)
+    return TensorImages(images[train], labels[train]), TensorImages(images[test], labels[test])
+
+
+DATASETS: dict[str, Callable[..., tuple[Any, Any]]] = {"digits": load_digits}
+
+
+def build_datasets(config: DataConfig) -> tuple[Any, Any]:
+    """(training set, evaluation set) that ``config.name`` names, before the labelled subset is taken."""
+    if config.name in DATASETS:
+        return DATASETS[config.name](**config.options)
+    if ":" not in config.name:
+        raise ValueError(
+            f"data.name: got {config.name!r}, expected one of {sorted(DATASETS)} or 'package.module:callable'"
+        )
+    built = import_object(config.name, "data.name")(**config.options)
+    if not isinstance(built, tuple) or len(built) != 2:
+        raise TypeError(
+            f"data.name: {config.name!r} returned {type(built).__name__}, expected (training set, eval set)"
+        )
+    return built
+
+
+def labels_of(dataset: Any) -> Tensor:
+    """The labels [N] of a dataset with ``labels`` or ``targets``, of a TensorDataset, or of a Subset of these."""
+    if isinstance(dataset, Subset):
+        return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices)]
+    for name in ("labels", "targets"):
+        if hasattr(dataset, name):
+            return torch.as_tensor(getattr(dataset, name))
+    if hasattr(dataset, "tensors"):
+        return torch.as_tensor(dataset.tensors[1])
+    raise TypeError(f"data.labelled: {type(dataset).__name__} has neither 'labels' nor 'targets' to choose a subset by")
+
+
+def labelled_subset(dataset: Any, count: int, seed: int) -> Any:
+    """``count`` samples, as equally many of each class as possible, drawn without replacement with ``seed``."""
+    labels = labels_of(dataset)
+    if count > len(labels):
+        raise ValueError(f"data.labelled: got {count}, expected at most the {len(labels)} training samples")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    # Rank of each sample within its class: taking the lowest ranks first fills the classes evenly.
+    shuffled = labels[order]
+    rank = torch.zeros(len(labels), dtype=torch.long)
+    for label in shuffled.unique():
+        members = shuffled == label
+        rank[members] = torch.arange(int(members.sum()))
+    chosen = order[torch.argsort(rank, stable=True)[:count]].sort().values
+    if isinstance(dataset, TensorImages):
+        return TensorImages(dataset.images[chosen], dataset.labels[chosen])
+    return Subset(dataset, chosen.tolist())
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation of the dataset that depends on (seed, epoch) alone: resuming needs no generator state."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        yield from torch.randperm(self.length, generator=generator).tolist()
+
+
+class SeededFetch(Dataset[Any]):
+    """For worker processes: seeds their generators per batch from (seed, epoch, first index).
+
+    Random augmentations then do not depend on which worker runs them, nor on whether the run was resumed.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        mixed = mix_seed(self.seed, int(self.epoch), indices[0])
+        random.seed(mixed)
+        np.random.seed(mixed % 2**32)  # noqa: NPY002 (augmentations of others use the global generator)
+        torch.manual_seed(mixed)
+        return fetch(self.dataset, indices)
+
+
+def fetch(dataset: Any, indices: list[int]) -> Any:
+    """A batch in one call where the dataset offers it, else a list of samples."""
+    if hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(indices)
+    return [dataset[index] for index in indices]
+
+
+def mix_seed(*parts: int) -> int:
+    """One 63-bit seed out of several integers, without the collisions of a sum."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def collate(batch: Any) -> Any:
+    """Leaves a batch that ``__getitems__`` has already stacked; collates a list of samples."""
+    return default_collate(batch) if isinstance(batch, list) else batch
+
+
+def train_loader(
+    dataset: Any, config: DataConfig, *, seed: int, device: torch.device
+) -> tuple[StatefulDataLoader, Callable[[int], None]]:
+    """The training loader, and the function that tells it the epoch before each pass.
+
+    Raises ValueError when the dataset does not fill a single batch.
+    """
+    if len(dataset) < (config.batch_size if config.drop_last else 1):
+        raise ValueError(
+            f"data.batch_size: got {config.batch_size}, expected at most the {len(dataset)} training samples "
+            "(or drop_last=False)"
+        )
+    sampler = EpochSampler(len(dataset), seed)
+    fetcher = SeededFetch(dataset, seed) if config.num_workers else dataset
+    loader = StatefulDataLoader(
+        fetcher,
+        batch_size=config.batch_size,
+        sampler=sampler,
+        drop_last=config.drop_last,
+        num_workers=config.num_workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        # A generator of its own: otherwise every pass draws a number from torch's global one.
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+    def set_epoch(epoch: int) -> None:
+        sampler.epoch = epoch
+        if isinstance(fetcher, SeededFetch):
+            fetcher.epoch.fill_(epoch)
+
+    return loader, set_epoch
+
+
+def eval_loader(dataset: Any, config: DataConfig, device: torch.device) -> DataLoader[Any]:
+    """The evaluation set in order."""
+    return DataLoader(
+        dataset,
+        batch_size=config.eval_batch_size,
+        num_workers=config.num_workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+    )

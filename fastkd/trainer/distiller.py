@@ -1,0 +1,126 @@
+"""Student, frozen teacher and objective in one module: what the loop calls, and what DDP will wrap."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.trainer.checkpoint import load_into, load_weights
+from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.models import FeatureModel, ModelConfig, ModelOutput, build_model, probe
+from fastkd.trainer.objective import Objective, TermFunction, needs_teacher
+
+
+class FrozenModel(nn.Module):
+    """A model that stays in eval mode and without gradient whatever is called on it or on a module that holds it."""
+
+    def __init__(self, model: FeatureModel) -> None:
+        super().__init__()
+        self.model = model
+        self.train(False)
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode."""
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Stays without gradient."""
+        return super().requires_grad_(False)
+
+    # no_grad, not inference_mode: the outputs are saved for the backward of the losses.
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> ModelOutput:
+        """The model's output, without a graph."""
+        # Someone may have called train() on the wrapped model itself.
+        if self.model.model.training:
+            self.model.eval()
+        return self.model(images)
+
+
+class Distiller(nn.Module):
+    """``forward(images, labels)`` -> (total loss, named terms before weights)."""
+
+    def __init__(self, student: FeatureModel, teacher: FeatureModel | None, objective: Objective) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = None if teacher is None else FrozenModel(teacher)
+        self.objective = objective
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """For the student and the objective; the teacher stays without gradient."""
+        super().requires_grad_(requires_grad)
+        if self.teacher is not None:
+            self.teacher.requires_grad_(False)
+        return self
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        teacher = None if self.teacher is None else self.teacher(images)
+        return self.objective(self.student(images), teacher, labels)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over name, dtype, shape and bytes of every tensor of the state dict, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        # Through bytes, for dtypes that numpy lacks (bf16).
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def build_distiller(
+    config: TrainConfig,
+    images: Tensor,
+    *,
+    student: nn.Module | None = None,
+    teacher: nn.Module | None = None,
+    terms: Mapping[str, nn.Module | TermFunction] | None = None,
+) -> Distiller:
+    """The distiller of ``config``, with the given modules in place of those that the config would build.
+
+    ``images`` [B, C, H, W] is a small batch: one forward pass of each model tells its feature dimension and its
+    classes.
+
+    Raises:
+        ValueError: no student; a term needs a teacher and there is none, or the reverse; a teacher without weights;
+            student and teacher with different numbers of classes.
+        CheckpointError: weights that are missing, damaged or do not fit.
+    """
+    student_model = _feature_model("student", config.student, student)
+    if student_model is None:
+        raise ValueError("student: got None, expected config.student or a module")
+    student_dim, classes = probe(student_model, images)
+    wanted = needs_teacher(config.objective, terms)
+    if wanted != (config.teacher is not None or teacher is not None):
+        has = "needs a teacher but there is none" if wanted else "has no term that uses the teacher that is given"
+        raise ValueError(f"teacher: objective.terms={config.objective.terms!r} {has}")
+    if not wanted:
+        return Distiller(student_model, None, Objective(config.objective, student_dim, student_dim, terms))
+    if teacher is None and config.teacher is not None and not (config.teacher.weights or config.teacher.pretrained):
+        raise ValueError("teacher.weights: got None, expected trained weights (or pretrained=True, or a module)")
+    teacher_model = _feature_model("teacher", config.teacher, teacher)
+    assert teacher_model is not None
+    teacher_dim, teacher_classes = probe(teacher_model, images)
+    if classes != teacher_classes:
+        raise ValueError(f"teacher: has {teacher_classes} classes, expected the student's {classes}")
+    return Distiller(student_model, teacher_model, Objective(config.objective, student_dim, teacher_dim, terms))
+
+
+def _feature_model(role: str, config: ModelConfig | None, module: nn.Module | None) -> FeatureModel | None:
+    """The given module, or the configured one with its weights; None when there is neither."""
+    classifier = None if config is None else config.classifier
+    if module is not None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{role}: got {type(module).__name__}, expected an nn.Module")
+        return FeatureModel(module, classifier)
+    if config is None:
+        return None
+    model = build_model(config)
+    if config.weights is not None:
+        load_into(model, load_weights(config.weights), config.weights)
+    return FeatureModel(model, classifier)

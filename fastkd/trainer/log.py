@@ -1,0 +1,199 @@
+"""What a run leaves behind: ``run.json``, ``metrics.jsonl``, TensorBoard curves, a progress bar, printed lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.distiller import Distiller
+from fastkd.trainer.models import FeatureModel, ModelConfig, count_parameters
+from fastkd.trainer.optim import Schedule
+
+METRICS, RUN = "metrics.jsonl", "run.json"
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and the terms."""
+
+
+class Meter:
+    """Sums of the loss and its terms over an epoch, without a device synchronisation per step.
+
+    ``add`` keeps the step's values on the device; ``flush`` moves all of them to the host in one transfer, adds them to
+    ``sums`` in order and raises NonFiniteLossError at the first step whose loss is not finite.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.sums: dict[str, float] = {}
+        self.count = 0
+        self.latest: dict[str, float] = {}
+        self._pending: list[tuple[int, Tensor]] = []
+
+    def add(self, step: int, loss: Tensor, terms: dict[str, Tensor]) -> None:
+        """Take the values of ``step``, counted from 1. On the CPU they are checked at once, elsewhere every 64 steps."""
+        self.names = ["loss", *terms]
+        values = torch.stack([loss.detach().float(), *(value.float() for value in terms.values())])
+        self._pending.append((step, values))
+        if values.device.type == "cpu" or len(self._pending) >= 64:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring the pending values to the host."""
+        if not self._pending:
+            return
+        steps, pending = zip(*self._pending, strict=True)
+        self._pending = []
+        rows = [pending[0].tolist()] if len(pending) == 1 else torch.stack(pending).tolist()
+        for step, row in zip(steps, rows, strict=True):
+            if not math.isfinite(row[0]):
+                shown = ", ".join(f"{name} = {value}" for name, value in zip(self.names, row, strict=True))
+                raise NonFiniteLossError(f"the loss is not finite at step {step}: {shown}")
+            for name, value in zip(self.names, row, strict=True):
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.count += 1
+        self.latest = dict(zip(self.names, rows[-1], strict=True))
+
+    def means(self) -> dict[str, float]:
+        """Mean of each value over the epoch so far."""
+        return {name: total / self.count for name, total in self.sums.items()}
+
+    def reset(self) -> None:
+        """Begin an epoch."""
+        self.sums, self.count = {}, 0
+
+
+class RunLog:
+    """Writes the records of one run. ``folder=None`` writes no file.
+
+    ``metrics.jsonl`` has one object a line: ``{"kind": "step", "step", "epoch", "lr", "loss", ...}`` every
+    ``log_every`` steps and ``{"kind": "epoch", ...}`` after each epoch; all values are before weights except
+    ``loss``.
+    """
+
+    def __init__(
+        self, folder: Path | None, *, size: int, step: int, steps: int, tensorboard: bool, progress: bool, quiet: bool
+    ) -> None:
+        """``size``: the bytes of ``metrics.jsonl`` to keep, those that the checkpoint at ``step`` had seen."""
+        self._file = None
+        self._board: Any = None
+        self._progress: Progress | None = None
+        self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._task = TaskID(0)
+        if folder is not None:
+            self._file = (folder / METRICS).open("ab")
+            self._file.truncate(size)
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if progress and not quiet and self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self._console, refresh_per_second=4, transient=True)
+            self._task = self._progress.add_task("training", total=steps, completed=step)
+            self._progress.start()
+
+    def print(self, line: str) -> None:
+        """A line for the user, above the progress bar."""
+        self._console.print(line, markup=False)
+
+    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One line of ``metrics.jsonl`` and the numbers in it as TensorBoard scalars ``kind/name``."""
+        if self._file is not None:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=f"loss {values.get('loss', math.nan):.4f}")
+
+    def sync(self) -> int:
+        """Make ``metrics.jsonl`` durable; its size in bytes."""
+        if self._file is None:
+            return 0
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Flush and close everything; may be called twice."""
+        if self._progress is not None:
+            self._progress.stop()
+        if self._board is not None:
+            self._board.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, fastkd and of the packages that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for package in ("fastkd", "torch", "torchvision", "timm", "torchdata", "numpy", "safetensors"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "absent"
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def describe(
+    config: TrainConfig,
+    distiller: Distiller,
+    device: torch.device,
+    schedule: Schedule,
+    eval_samples: int,
+    identity: dict[str, Any],
+) -> dict[str, Any]:
+    """What ``run.json`` holds: everything needed to tell what a run was."""
+
+    def model(role: FeatureModel, named: ModelConfig | None) -> dict[str, Any]:
+        name = type(role.model).__name__ if named is None else named.name
+        return {"name": name, "classifier": role.classifier_name, "parameters": count_parameters(role.model)}
+
+    return {
+        "student": model(distiller.student, config.student),
+        "teacher": None if distiller.teacher is None else model(distiller.teacher.model, config.teacher),
+        "teacher_sha256": identity["teacher_sha256"],
+        "train_samples": identity["train_samples"],
+        "eval_samples": eval_samples,
+        "global_batch": config.data.batch_size,
+        "steps": schedule.total,
+        "learning_rate": schedule.rule,
+        "loss_weights": distiller.objective.weights,
+        "seed": config.seed,
+        "precision": config.precision,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "versions": versions(),
+        "config": identity["config"],
+    }
+
+
+def header(info: dict[str, Any]) -> list[str]:
+    """The lines a run prints before its first step."""
+    student, teacher = info["student"], info["teacher"]
+    lines = [f"student {student['name']} ({student['parameters']:,} parameters)"]
+    if teacher is not None:
+        lines.append(
+            f"teacher {teacher['name']} ({teacher['parameters']:,} parameters) sha256 {info['teacher_sha256']}"
+        )
+    weights = " + ".join(f"{weight:g} x {name}" for name, weight in info["loss_weights"].items())
+    return [
+        *lines,
+        f"loss {weights}",
+        f"global batch {info['global_batch']}, {info['train_samples']} training samples, {info['steps']} steps",
+        f"{info['learning_rate']}; {info['precision']} on {info['device']}; seed {info['seed']}",
+        ", ".join(f"{name} {version}" for name, version in info["versions"].items()),
+    ]

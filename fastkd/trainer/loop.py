@@ -1,0 +1,260 @@
+"""``train``: one loop from the config to the last checkpoint; ``evaluate``: top-1 accuracy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastkd.trainer.checkpoint import CheckpointError, CheckpointFolder
+from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.data import build_datasets, collate, eval_loader, fetch, labelled_subset, train_loader
+from fastkd.trainer.distiller import Distiller, build_distiller, weights_hash
+from fastkd.trainer.log import Meter, NonFiniteLossError, RunLog, describe, header
+from fastkd.trainer.models import FeatureModel
+from fastkd.trainer.objective import TermFunction
+from fastkd.trainer.optim import Schedule, build_optimizer, set_learning_rate
+from fastkd.trainer.state import Progress, open_run, pack, restore_rng, seed_everything, unpack, write_run_file
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class TrainResult:
+    """What ``train`` returns.
+
+    ``accuracy``: top-1 on the evaluation set after the last epoch, in [0, 1]. ``history``: one dict per epoch (epoch,
+    step, lr, the epoch's means of loss and terms, ``dcd/tau``, ``dcd/scale``, accuracy, eval_loss). ``seconds``:
+    wall-clock of training, resumed parts included. ``parameters``: of the student. ``path``: the last checkpoint,
+    None without run_dir.
+    """
+
+    accuracy: float
+    history: list[dict[str, float]]
+    seconds: float
+    parameters: int
+    path: Path | None
+    distiller: Distiller
+    resumed_from: int | None
+    already_finished: bool
+
+
+def train(
+    config: TrainConfig,
+    *,
+    student: nn.Module | None = None,
+    teacher: nn.Module | None = None,
+    train_data: Any = None,
+    eval_data: Any = None,
+    terms: Mapping[str, nn.Module | TermFunction] | None = None,
+) -> TrainResult:
+    """Train ``config.student`` by ``config.objective``; objects given as arguments replace what the config would build.
+
+    ``train_data`` / ``eval_data`` are map-style datasets of (image, label), given together. ``terms`` are own
+    objective terms.
+
+    Raises:
+        ValueError, TypeError: a setting that is wrong, or does not fit the others.
+        CheckpointError: run folder in use, or a checkpoint or weights file missing, damaged or not belonging to this
+            run.
+        NonFiniteLossError: the loss became NaN or infinite; the last good checkpoint stays.
+    """
+    device = choose_device(config.device, config.precision)
+    folder, checkpoint = open_run(config)
+
+    seed_everything(config.seed)
+    train_set, eval_set = choose_data(config, train_data, eval_data)
+    loader, set_epoch = train_loader(train_set, config.data, seed=config.seed, device=device)
+    test_loader = eval_loader(eval_set, config.data, device)
+    sample, _ = collate(fetch(train_set, [0, 1 % len(train_set)]))
+    distiller = build_distiller(config, sample, student=student, teacher=teacher, terms=terms).to(device)
+
+    per_epoch = len(loader)
+    total = per_epoch * config.epochs
+    schedule = Schedule(
+        config.optim, steps_per_epoch=per_epoch, epochs=config.epochs, global_batch=config.data.batch_size
+    )
+    optimizer = build_optimizer(distiller, config.optim, device)
+    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    meter = Meter()
+    identity = {
+        "config": config.to_dict(),
+        "train_samples": len(train_set),
+        "teacher_sha256": None if distiller.teacher is None else weights_hash(distiller.teacher.model.model),
+    }
+    info = describe(config, distiller, device, schedule, len(eval_set), identity)
+
+    # The same generator state begins every run of a seed, whatever the construction above drew from it.
+    seed_everything(config.seed)
+    progress = Progress()
+    if checkpoint is not None:
+        for key in ("train_samples", "teacher_sha256"):
+            if checkpoint.manifest[key] != identity[key]:
+                raise CheckpointError(
+                    f"{checkpoint.path}: was written with {key}={checkpoint.manifest[key]}, this run has "
+                    f"{identity[key]}"
+                )
+        progress = unpack(checkpoint, distiller, meter, optimizer, scaler)
+        if progress.loader is not None:
+            loader.load_state_dict(progress.loader)
+    resumed_from = None if checkpoint is None else progress.step
+    result = TrainResult(
+        accuracy=progress.history[-1]["accuracy"] if progress.history else float("nan"),
+        history=progress.history,
+        seconds=progress.seconds,
+        parameters=info["student"]["parameters"],
+        path=None if checkpoint is None else checkpoint.path,
+        distiller=distiller,
+        resumed_from=resumed_from,
+        already_finished=progress.step >= total,
+    )
+    if result.already_finished:
+        distiller.eval()
+        if not config.quiet:
+            print(f"{folder}: the run is already finished ({total} steps, accuracy {result.accuracy:.4f})")
+        return result
+
+    log = RunLog(
+        folder,
+        size=progress.metrics_bytes,
+        step=progress.step,
+        steps=total,
+        tensorboard=config.tensorboard,
+        progress=config.progress,
+        quiet=config.quiet,
+    )
+    saver = None if folder is None else CheckpointFolder(folder / "checkpoints", config.keep)
+    begun = time.perf_counter() - progress.seconds
+
+    def save() -> None:
+        if saver is not None:
+            meter.flush()  # raises if the weights have been touched by a loss that is not finite
+            progress.metrics_bytes = log.sync()
+            progress.seconds = time.perf_counter() - begun
+            result.path = saver.save(
+                progress.step,
+                student=distiller.student.model,
+                loss=distiller.objective,
+                state=pack(progress, meter, optimizer, scaler, device),
+                manifest={**identity, "epoch": progress.epoch, "versions": info["versions"]},
+            )
+
+    try:
+        if folder is not None:
+            write_run_file(folder, info)
+        for line in header(info):
+            log.print(line)
+        if checkpoint is None:
+            save()
+        else:
+            restore_rng(checkpoint.state["rng"], device)
+            log.print(f"resumed from {checkpoint.path} at step {progress.step} of {total}")
+
+        for epoch in range(progress.epoch, config.epochs):
+            if progress.loader is None:
+                meter.reset()
+            progress.loader = None
+            set_epoch(epoch)
+            distiller.train()
+            for images, labels in loader:
+                lr = schedule(progress.step)
+                set_learning_rate(optimizer, lr)
+                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                with torch.autocast(device.type, _DTYPES[config.precision], enabled=config.precision != "fp32"):
+                    loss, parts = distiller(images, labels)
+                meter.add(progress.step + 1, loss, parts)
+                scaler.scale(loss).backward()
+                norm = None
+                if config.optim.clip_norm is not None:
+                    scaler.unscale_(optimizer)
+                    norm = nn.utils.clip_grad_norm_(trainable, config.optim.clip_norm)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                progress.step += 1
+
+                last = progress.step == (epoch + 1) * per_epoch
+                if progress.step % config.log_every == 0:
+                    meter.flush()
+                    values = {"epoch": epoch, "lr": lr, **meter.latest, **scalars(distiller)}
+                    if norm is not None:
+                        values["grad_norm"] = norm.item()
+                    log.record("step", progress.step, values)
+                if config.save_every_steps and progress.step % config.save_every_steps == 0 and not last:
+                    progress.loader = loader.state_dict()
+                    save()
+                    progress.loader = None
+
+            meter.flush()
+            record = {"epoch": epoch, "lr": lr, **meter.means(), **scalars(distiller)}
+            progress.epoch = epoch + 1
+            finished = progress.epoch == config.epochs
+            if finished or progress.epoch % config.eval_every == 0:
+                record.update(evaluate(distiller.student, test_loader, device, config.precision))
+                result.accuracy = record["accuracy"]
+                log.print(
+                    f"epoch {progress.epoch}/{config.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in record.items())
+                )
+            log.record("epoch", progress.step, record)
+            progress.history.append({"step": progress.step, **record})
+            by_epoch = config.save_every_epochs and progress.epoch % config.save_every_epochs == 0
+            by_step = config.save_every_steps and progress.step % config.save_every_steps == 0
+            if finished or by_epoch or by_step:
+                save()
+    except NonFiniteLossError as error:
+        kept = f"the last good checkpoint is {result.path}" if result.path else "no checkpoint was kept (no run_dir)"
+        raise NonFiniteLossError(f"{error}; {kept}") from None
+    finally:
+        log.close()
+    distiller.eval()
+    result.seconds = time.perf_counter() - begun
+    return result
+
+
+@torch.no_grad()
+def evaluate(model: FeatureModel, loader: Any, device: torch.device, precision: str = "fp32") -> dict[str, float]:
+    """``{"accuracy": top-1 in [0, 1], "eval_loss": mean cross-entropy}``; leaves ``model`` in eval mode."""
+    model.eval()
+    correct, loss = torch.zeros((), device=device), torch.zeros((), device=device)
+    count = 0
+    for images, labels in loader:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32"):
+            logits = model(images).logits.float()
+        correct += (logits.argmax(1) == labels).sum()
+        loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
+        count += len(labels)
+    if count == 0:
+        raise ValueError("eval_data: got an empty dataset, expected at least one sample")
+    return {"accuracy": correct.item() / count, "eval_loss": loss.item() / count}
+
+
+def choose_device(name: str, precision: str = "fp32") -> torch.device:
+    """``auto``: CUDA when present, else CPU. ValueError when the device is absent or lacks the precision."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: got {name!r}, but torch sees no CUDA device")
+    if device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise ValueError("precision: got 'bf16', which this CUDA device does not support; use 'fp16' or 'fp32'")
+    return device
+
+
+def choose_data(config: TrainConfig, train_data: Any, eval_data: Any) -> tuple[Any, Any]:
+    """The given datasets or the configured ones, cut to the labelled subset."""
+    if (train_data is None) != (eval_data is None):
+        raise ValueError("train_data, eval_data: got one of them, expected both or none")
+    train_set, eval_set = build_datasets(config.data) if train_data is None else (train_data, eval_data)
+    if config.data.labelled is not None:
+        train_set = labelled_subset(train_set, config.data.labelled, config.data.subset_seed)
+    return train_set, eval_set
+
+
+def scalars(distiller: Distiller) -> dict[str, float]:
+    """The objective's further values (tau and scale) on the host."""
+    return {name: value.item() for name, value in distiller.objective.scalars().items()}

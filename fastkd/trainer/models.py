@@ -1,0 +1,196 @@
+"""Models: built from a name, their classifier layer found, its input captured as the penultimate features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.trainer.imports import import_object
+from fastkd.trainer.validate import check_int, check_type
+
+_HEAD_NAMES = ("fc", "classifier", "head", "heads")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(kw_only=True, frozen=True)
+class ModelConfig:
+    """How to build a model.
+
+    ``name`` is ``timm:NAME``, ``torchvision:NAME``, ``package.module:callable``, or a bare name that is looked up in
+    timm first and then in torchvision. ``classifier`` names the classifier layer (``head.fc``); None finds it.
+    ``weights`` is a ``.safetensors`` file, a ``.pt`` / ``.pth`` state dict, a fastkd checkpoint or a fastkd run
+    folder. ``pretrained`` asks timm / torchvision for their published weights (a download). ``options`` are further
+    keyword arguments of the builder.
+    """
+
+    name: str
+    num_classes: int | None = None
+    classifier: str | None = None
+    weights: str | None = None
+    pretrained: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_type("model.name", self.name, str)
+        if not self.name:
+            raise ValueError("model.name: got '', expected a model's name")
+        if self.num_classes is not None:
+            check_int("model.num_classes", self.num_classes, 1)
+        check_type("model.options", self.options, dict)
+        if self.pretrained and self.weights is not None:
+            raise ValueError(f"model.pretrained: got True together with weights={self.weights!r}, expected one of them")
+
+
+@dataclass
+class ModelOutput:
+    """What a model gives: ``logits`` [B, C] and ``features`` [B, D], the (pooled) input of its classifier layer."""
+
+    logits: Tensor
+    features: Tensor
+
+
+def build_model(config: ModelConfig) -> nn.Module:
+    """The module that ``config.name`` names, without ``config.weights`` (see ``checkpoint.load_weights``).
+
+    Raises:
+        ValueError: unknown name; ``pretrained`` for a ``package.module:callable``; reserved options.
+        TypeError: the callable did not return an ``nn.Module``.
+    """
+    options = dict(config.options)
+    if config.num_classes is not None:
+        options["num_classes"] = config.num_classes
+    source, _, name = config.name.rpartition(":")
+    if source in ("timm", ""):
+        import timm
+
+        if timm.is_model(name):
+            if "checkpoint_path" in options:
+                raise ValueError("model.options: got 'checkpoint_path', expected the file in model.weights")
+            return timm.create_model(name, pretrained=config.pretrained, **options)
+        if source == "timm":
+            raise ValueError(f"model.name: got {config.name!r}, expected a model that timm.list_models() knows")
+    if source in ("torchvision", ""):
+        import torchvision
+
+        if name in torchvision.models.list_models():
+            return torchvision.models.get_model(name, weights="DEFAULT" if config.pretrained else None, **options)
+        raise ValueError(
+            f"model.name: got {config.name!r}, expected 'package.module:callable' or a model that "
+            f"{'torchvision' if source else 'timm or torchvision'} knows"
+        )
+    if config.pretrained:
+        raise ValueError(f"model.pretrained: got True with name={config.name!r}, expected a timm or torchvision model")
+    model = import_object(config.name, "model.name")(**options)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model.name: {config.name!r} returned {type(model).__name__}, expected an nn.Module")
+    return model
+
+
+def find_classifier(model: nn.Module, name: str | None = None) -> str:
+    """The name of the classifier layer of ``model``.
+
+    A given ``name`` is checked. Otherwise timm models are asked (``get_classifier``); for every other model it is the
+    last linear or convolution layer of the first child called fc, classifier, head or heads, as in all of
+    torchvision.
+
+    Raises ValueError when there is no such layer, or more than one (distilled timm models have two heads).
+    """
+    modules = dict(model.named_modules())
+    if name is not None:
+        if name not in modules or not name:
+            near = [key for key, module in modules.items() if isinstance(module, nn.Linear)][-5:]
+            raise ValueError(f"classifier: got {name!r}, expected a layer of {type(model).__name__}, such as {near}")
+        return name
+    hint = f"name it: classifier='...' (last layers of {type(model).__name__}: {list(modules)[-4:]})"
+    if callable(getattr(model, "get_classifier", None)):
+        head = model.get_classifier()  # type: ignore[operator]
+        if isinstance(head, nn.Module) and not isinstance(head, nn.Identity):
+            for key, module in modules.items():
+                if module is head:
+                    return key
+        raise ValueError(f"classifier: {type(model).__name__} has no single classifier layer; {hint}")
+    for prefix in _HEAD_NAMES:
+        inside = [
+            key
+            for key, module in modules.items()
+            if (key == prefix or key.startswith(prefix + ".")) and isinstance(module, (nn.Linear, *_CONVOLUTIONS))
+        ]
+        if inside:
+            return inside[-1]
+    raise ValueError(f"classifier: found no layer called {' / '.join(_HEAD_NAMES)}; {hint}")
+
+
+def pool_features(features: Tensor, layer: nn.Module) -> Tensor:
+    """[B, D]: the input of ``layer`` averaged over everything but batch and channels.
+
+    Channels are dimension 1 before a convolution (and before an unknown layer given a map), the last one otherwise.
+    """
+    if features.ndim == 2:
+        return features
+    channels_first = isinstance(layer, _CONVOLUTIONS) or (not isinstance(layer, nn.Linear) and features.ndim == 4)
+    return features.flatten(2).mean(2) if channels_first else features.flatten(1, -2).mean(1)
+
+
+class FeatureModel(nn.Module):
+    """A model that also returns its penultimate features; the wrapped ``model`` itself is left as it is.
+
+    The model's output may be the logits or an object with ``logits`` (Inception in training, Hugging Face models).
+    """
+
+    def __init__(self, model: nn.Module, classifier: str | None = None) -> None:
+        super().__init__()
+        self.classifier_name = find_classifier(model, classifier)
+        self.model = model
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        """``ModelOutput(logits [B, C], features [B, D])``; RuntimeError unless the classifier layer is called once."""
+        captured: list[Tensor] = []
+        layer = self.model.get_submodule(self.classifier_name)
+        # Hooked per call: the user's module carries nothing of ours before or after.
+        handle = layer.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+        try:
+            output = self.model(images)
+        finally:
+            handle.remove()
+        if len(captured) != 1:
+            raise RuntimeError(
+                f"classifier: layer {self.classifier_name!r} of {type(self.model).__name__} was called {len(captured)} "
+                "times with positional input in one forward pass, expected once; name the classifier layer"
+            )
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
+            raise TypeError(f"{type(self.model).__name__} returned {got}, expected logits [B, C]")
+        return ModelOutput(logits, pool_features(captured[0], layer))
+
+
+@torch.no_grad()
+def probe(model: FeatureModel, images: Tensor) -> tuple[int, int]:
+    """(feature dimension, number of classes) of ``model``, from one forward pass in eval mode; changes no state.
+
+    Raises ValueError when the classifier layer found is not as wide as the logits.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        output = model(images)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    classes = output.logits.shape[1]
+    layer = model.model.get_submodule(model.classifier_name)
+    width = getattr(layer, "out_features", getattr(layer, "out_channels", classes))
+    if width != classes:
+        raise ValueError(
+            f"classifier: layer {model.classifier_name!r} of {type(model.model).__name__} gives {width} values but the "
+            f"model's logits have {classes}; name the layer whose output they are"
+        )
+    return output.features.shape[1], classes
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters (not buffers)."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,255 @@
+"""The objective: a weighted sum of named terms, ``total = CE + lambda KD + beta DCD``.
+
+A term is a module (or any callable) ``term(student: ModelOutput, teacher: ModelOutput | None, labels) -> dict[str,
+Tensor]`` of named scalars before weights. ``TERMS`` maps a term's name to what builds it; a new method adds one
+entry.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd.losses import DCDLoss, KDLoss
+from fastkd.trainer.models import ModelOutput
+from fastkd.trainer.validate import check_choice, check_int, check_number, check_type
+
+TermFunction = Callable[[ModelOutput, ModelOutput | None, Tensor], Mapping[str, Tensor]]
+
+
+@dataclass(kw_only=True, frozen=True)
+class CEConfig:
+    """Cross-entropy with the labels."""
+
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("ce.label_smoothing", self.label_smoothing, 0.0, 1.0)
+
+
+@dataclass(kw_only=True, frozen=True)
+class KDConfig:
+    """``fastkd.losses.KDLoss``: Hinton's loss at this temperature."""
+
+    temperature: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_number("kd.temperature", self.temperature, 0.0, exclusive=True)
+
+
+@dataclass(kw_only=True, frozen=True)
+class DCDConfig:
+    """``fastkd.losses.DCDLoss``: see there."""
+
+    embed_dim: int = 128
+    alpha: float = 0.5
+    consistency: str = "student||teacher"
+    max_scale: float | None = 10.0
+    min_scale: float | None = None
+    learnable: bool = True
+    temperature: float = 0.07
+
+    def __post_init__(self) -> None:
+        check_int("dcd.embed_dim", self.embed_dim, 1)
+        check_number("dcd.alpha", self.alpha, 0.0)
+        check_choice("dcd.consistency", self.consistency, ("student||teacher", "teacher||student"))
+        for name, bound in (("dcd.max_scale", self.max_scale), ("dcd.min_scale", self.min_scale)):
+            if bound is not None:
+                check_number(name, bound, 0.0, exclusive=True)
+        check_number("dcd.temperature", self.temperature, 0.0, exclusive=True)
+
+
+@dataclass(kw_only=True, frozen=True)
+class ObjectiveConfig:
+    """Which terms, and their weights and options.
+
+    ``terms`` is a sum such as ``"dcd+kd"`` or ``"0.5*kd + 2*dcd"``. Cross-entropy belongs to every objective: it is
+    added with weight 1 unless written, and ``"0*ce + kd"`` leaves it out. ``"ce"`` alone trains from scratch.
+    """
+
+    terms: str = "ce+kd+dcd"
+    ce: CEConfig = field(default_factory=CEConfig)
+    kd: KDConfig = field(default_factory=KDConfig)
+    dcd: DCDConfig = field(default_factory=DCDConfig)
+
+    def __post_init__(self) -> None:
+        parse_terms(self.terms)
+
+
+def parse_terms(text: str) -> dict[str, float]:
+    """``{name: weight}`` of ``"dcd + 0.5*kd"``, cross-entropy added; terms of weight zero are left out.
+
+    Raises ValueError for anything else, repeated names and negative weights; TypeError for a non-string.
+    """
+    check_type("objective.terms", text, str)
+    weights = {}
+    # A '+' after an 'e' and before a digit belongs to a number such as 1e+2.
+    for part in re.split(r"(?<![0-9]e)\+", text):
+        match = re.fullmatch(r"\s*(?:([0-9.]+(?:e[+-]?[0-9]+)?)\s*\*\s*)?([A-Za-z_]\w*)\s*", part)
+        if match is None:
+            raise ValueError(f"objective.terms: got {part!r} in {text!r}, expected a sum such as 'ce + 0.5*kd + dcd'")
+        weight, name = match.groups()
+        if name in weights:
+            raise ValueError(f"objective.terms: {name!r} appears twice in {text!r}, expected each term once")
+        try:
+            weights[name] = 1.0 if weight is None else float(weight)
+        except ValueError:
+            raise ValueError(f"objective.terms: got the weight {weight!r} in {text!r}, expected a number") from None
+    if "ce" not in weights:
+        weights = {"ce": 1.0, **weights}
+    weights = {name: weight for name, weight in weights.items() if weight != 0.0}
+    if not weights:
+        raise ValueError(f"objective.terms: got {text!r}, expected at least one term with a positive weight")
+    return weights
+
+
+class CETerm(nn.Module):
+    """Cross-entropy of the student's logits with the labels, the mean over the batch."""
+
+    needs_teacher = False
+
+    def __init__(self, config: CEConfig) -> None:
+        super().__init__()
+        self.label_smoothing = config.label_smoothing
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
+        return {"ce": F.cross_entropy(student.logits.float(), labels, label_smoothing=self.label_smoothing)}
+
+
+class KDTerm(nn.Module):
+    """``KDLoss`` on the logits."""
+
+    needs_teacher = True
+
+    def __init__(self, config: KDConfig) -> None:
+        super().__init__()
+        self.loss = KDLoss(config.temperature)
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
+        assert teacher is not None
+        return self.loss(student.logits, teacher.logits)
+
+
+class DCDTerm(nn.Module):
+    """``DCDLoss`` on the penultimate features; owns both projection heads and tau."""
+
+    needs_teacher = True
+
+    def __init__(self, config: DCDConfig, student_dim: int, teacher_dim: int) -> None:
+        super().__init__()
+        self.loss = DCDLoss(
+            student_dim,
+            teacher_dim,
+            config.embed_dim,
+            alpha=config.alpha,
+            consistency=config.consistency,
+            max_scale=config.max_scale,
+            min_scale=config.min_scale,
+            learnable=config.learnable,
+            temperature=config.temperature,
+        )
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
+        assert teacher is not None
+        return self.loss(student.features, teacher.features)
+
+    def scalars(self) -> dict[str, Tensor]:
+        """What is logged beside the loss: tau and the logit scale."""
+        return {"tau": self.loss.tau.detach(), "scale": torch.as_tensor(self.loss.logit_scale()).detach()}
+
+
+class CallableTerm(nn.Module):
+    """A user's plain function as a term."""
+
+    def __init__(self, function: TermFunction) -> None:
+        super().__init__()
+        self.function = function
+        self.needs_teacher = getattr(function, "needs_teacher", True)
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> Mapping[str, Tensor]:
+        return self.function(student, teacher, labels)
+
+
+# name -> (config, student feature dimension, teacher feature dimension) -> term
+TERMS: dict[str, Callable[[ObjectiveConfig, int, int], nn.Module]] = {
+    "ce": lambda config, student_dim, teacher_dim: CETerm(config.ce),
+    "kd": lambda config, student_dim, teacher_dim: KDTerm(config.kd),
+    "dcd": lambda config, student_dim, teacher_dim: DCDTerm(config.dcd, student_dim, teacher_dim),
+}
+_NEEDS_NO_TEACHER = {"ce"}
+
+
+def needs_teacher(config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
+    """Whether any term uses the teacher. A user's term does unless its attribute ``needs_teacher`` is False."""
+    given = terms or {}
+    return any(
+        getattr(given[name], "needs_teacher", True) if name in given else name not in _NEEDS_NO_TEACHER
+        for name in parse_terms(config.terms)
+    )
+
+
+class Objective(nn.Module):
+    """``sum_k weight_k * sum(term_k.values())``.
+
+    Args:
+        config: which terms, their weights and options.
+        student_dim, teacher_dim: widths of the penultimate features.
+        terms: the user's own terms by name: modules (their parameters are trained) or plain functions. They may be
+            named,
+            with a weight, in ``config.terms``; one that is not named there is an error.
+
+    Raises ValueError for a name that neither ``TERMS`` nor ``terms`` has.
+    """
+
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        student_dim: int,
+        teacher_dim: int,
+        terms: Mapping[str, nn.Module | TermFunction] | None = None,
+    ) -> None:
+        super().__init__()
+        self.weights = parse_terms(config.terms)
+        given = dict(terms or {})
+        unused = sorted(set(given) - set(self.weights))
+        if unused:
+            raise ValueError(f"terms: got {unused}, which objective.terms={config.terms!r} does not name")
+        built: dict[str, nn.Module] = {}
+        for name in self.weights:
+            if name in given:
+                term = given[name]
+                built[name] = term if isinstance(term, nn.Module) else CallableTerm(term)
+            elif name in TERMS:
+                built[name] = TERMS[name](config, student_dim, teacher_dim)
+            else:
+                known = sorted({*TERMS, *given})
+                raise ValueError(f"objective.terms: got {name!r} in {config.terms!r}, expected terms among {known}")
+        self.terms = nn.ModuleDict(built)
+
+    def forward(
+        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum, and every named term before weights, detached (``ce``, ``kd``, ``dcd/contrast``, ...)."""
+        total: Tensor | None = None
+        named = {}
+        for name, term in self.terms.items():
+            for part, value in term(student, teacher, labels).items():
+                named[name if part == name else f"{name}/{part}"] = value.detach()
+                weighted = self.weights[name] * value
+                total = weighted if total is None else total + weighted
+        assert total is not None
+        return total, named
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Further values to log (``dcd/tau``, ``dcd/scale``), of the terms that have a method ``scalars``."""
+        return {
+            f"{name}/{key}": value
+            for name, term in self.terms.items()
+            if hasattr(term, "scalars")
+            for key, value in term.scalars().items()  # type: ignore[operator]
+        }

@@ -1,0 +1,133 @@
+"""Optimiser and learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastkd.trainer.validate import check_choice, check_int, check_number
+
+
+@dataclass(kw_only=True, frozen=True)
+class OptimConfig:
+    """SGD (with ``momentum``, ``nesterov``) or AdamW (with ``betas``), and the learning rate over time.
+
+    ``lr`` is the peak. With ``reference_batch`` it is multiplied by global batch / reference_batch (the linear rule).
+    The first ``warmup_epochs`` rise linearly to the peak; then ``schedule`` is a cosine to ``min_lr``, steps (times
+    ``gamma`` at each of ``milestones``, in epochs) or constant. ``weight_decay`` reaches weights of two or more
+    dimensions only, never biases, norms or tau. ``clip_norm`` clips the global gradient norm.
+    """
+
+    name: str = "sgd"
+    lr: float = 0.05
+    reference_batch: int | None = None
+    momentum: float = 0.9
+    nesterov: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    warmup_epochs: float = 0.0
+    min_lr: float = 0.0
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("optim.name", self.name, ("sgd", "adamw"))
+        check_number("optim.lr", self.lr, 0.0, exclusive=True)
+        if self.reference_batch is not None:
+            check_int("optim.reference_batch", self.reference_batch, 1)
+        check_number("optim.momentum", self.momentum, 0.0, 1.0)
+        for beta in self.betas:
+            check_number("optim.betas", beta, 0.0, 1.0)
+        check_number("optim.weight_decay", self.weight_decay, 0.0)
+        check_choice("optim.schedule", self.schedule, ("cosine", "step", "constant"))
+        check_number("optim.warmup_epochs", self.warmup_epochs, 0.0)
+        check_number("optim.min_lr", self.min_lr, 0.0)
+        for milestone in self.milestones:
+            check_number("optim.milestones", milestone, 0.0)
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError(
+                f"optim.milestones: got {self.milestones} with schedule={self.schedule!r}, expected epochs with "
+                "schedule='step' and none otherwise"
+            )
+        check_number("optim.gamma", self.gamma, 0.0, 1.0, exclusive=True)
+        if self.clip_norm is not None:
+            check_number("optim.clip_norm", self.clip_norm, 0.0, exclusive=True)
+
+
+class Schedule:
+    """The learning rate as a pure function of the step, so that nothing of it needs saving.
+
+    With peak ``lr``, warm-up of ``w`` steps and ``total`` steps, at step k = 0, 1, ...:
+    ``lr (k + 1) / w`` for k < w; then ``min_lr + (lr - min_lr) (1 + cos(pi (k - w) / (total - w))) / 2`` (cosine),
+    ``lr gamma^(number of milestones reached)`` (step) or ``lr`` (constant).
+    """
+
+    def __init__(self, config: OptimConfig, *, steps_per_epoch: int, epochs: int, global_batch: int) -> None:
+        self.config = config
+        self.total = steps_per_epoch * epochs
+        self.warmup = round(config.warmup_epochs * steps_per_epoch)
+        if self.warmup >= self.total > 0:
+            raise ValueError(f"optim.warmup_epochs: got {config.warmup_epochs}, expected less than epochs={epochs}")
+        self.milestones = [milestone * steps_per_epoch for milestone in config.milestones]
+        self.peak = config.lr
+        self.rule = f"lr {config.lr:g}"
+        if config.reference_batch is not None:
+            self.peak = config.lr * global_batch / config.reference_batch
+            self.rule = f"lr {self.peak:g} = {config.lr:g} x {global_batch} / {config.reference_batch}"
+        if config.min_lr > self.peak:
+            raise ValueError(f"optim.min_lr: got {config.min_lr}, expected at most the peak learning rate {self.peak}")
+        self.rule += f", {config.schedule}" + (f", warm-up {self.warmup} steps" if self.warmup else "")
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of step ``step``, counted from 0."""
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        if self.config.schedule == "cosine":
+            done = (step - self.warmup) / (self.total - self.warmup)
+            return self.config.min_lr + (self.peak - self.config.min_lr) * (1 + math.cos(math.pi * done)) / 2
+        reached = sum(step >= milestone for milestone in self.milestones)
+        return self.peak * self.config.gamma**reached
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Two groups of all trainable parameters: with weight decay (two or more dimensions), and without.
+
+    Biases, norm weights and tau have fewer than two dimensions; so do positional scalars and gains.
+    """
+    decayed: list[tuple[str, nn.Parameter]] = []
+    rest: list[tuple[str, nn.Parameter]] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.ndim >= 2 else rest).append((name, parameter))
+    return [
+        {
+            "params": [parameter for _, parameter in members],
+            "names": [name for name, _ in members],
+            "weight_decay": decay,
+        }
+        for members, decay in ((decayed, weight_decay), (rest, 0.0))
+        if members
+    ]
+
+
+def build_optimizer(module: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+    """The optimiser over every trainable parameter of ``module``: student, projection heads and tau."""
+    groups = parameter_groups(module, config.weight_decay)
+    if not groups:
+        raise ValueError("student: has no trainable parameter")
+    # One fused kernel instead of a Python loop over parameters; fp32 and fp64 parameters on CPU and CUDA have it.
+    fused = device.type in ("cpu", "cuda")
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group the learning rate ``lr``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,142 @@
+"""A run's folder and its training state: what a checkpoint holds, and how it is put back."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastkd.trainer.checkpoint import Checkpoint, CheckpointError, list_checkpoints, load_into, read_checkpoint
+from fastkd.trainer.config import TrainConfig, differences
+from fastkd.trainer.distiller import Distiller
+from fastkd.trainer.log import METRICS, RUN, Meter
+
+
+@dataclass
+class Progress:
+    """Where a run is: ``step`` optimiser steps done, ``epoch`` the one to go on with, ``history`` a record each."""
+
+    step: int = 0
+    epoch: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+    metrics_bytes: int = 0
+    loader: dict[str, Any] | None = None
+
+
+def open_run(config: TrainConfig) -> tuple[Path | None, Checkpoint | None]:
+    """The run folder (None: nothing is written) and the checkpoint to go on from (None: start).
+
+    Raises CheckpointError when a new run would fall on an old one, or when there is nothing (or something else) to
+    resume.
+    """
+    if config.run_dir is None:
+        return None, None
+    folder = Path(config.run_dir)
+    found = list_checkpoints(folder / "checkpoints")
+    metrics = folder / METRICS
+    if not config.resume:
+        if found or metrics.exists() or (folder / RUN).exists():
+            raise CheckpointError(f"{folder}: already holds a run; resume it (resume=True) or choose another run_dir")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder, None
+    if found:
+        checkpoint = read_checkpoint(found[-1])
+        changed = differences(checkpoint.manifest["config"], config.to_dict())
+        if changed:
+            raise CheckpointError(f"{checkpoint.path}: belongs to another config ({'; '.join(changed)})")
+        return folder, checkpoint
+    if not (folder / RUN).exists():
+        raise CheckpointError(f"{folder}: holds no run to resume")
+    if metrics.exists() and metrics.stat().st_size:
+        raise CheckpointError(f"{folder}: has {METRICS} but no checkpoint; resuming would start over and lose it")
+    return folder, None
+
+
+def write_run_file(folder: Path, info: dict[str, Any]) -> None:
+    """Write ``run.json`` in one piece."""
+    temporary = folder / (RUN + ".tmp")
+    temporary.write_text(json.dumps(info, indent=1) + "\n")
+    os.replace(temporary, folder / RUN)
+
+
+def pack(
+    progress: Progress,
+    meter: Meter,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The training state in plain types and tensors, which ``torch.load(weights_only=True)`` accepts."""
+    version, words, cached = random.getstate()
+    generator: Any = np.random.get_state()  # noqa: NPY002 (the global generator is what is saved)
+    return {
+        "step": progress.step,
+        "epoch": progress.epoch,
+        "seconds": progress.seconds,
+        "history": progress.history,
+        "metrics_bytes": progress.metrics_bytes,
+        "loader": progress.loader,
+        "meter": {"sums": dict(meter.sums), "count": meter.count},
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "rng": {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "python": [version, list(words), cached],
+            "numpy": [
+                str(generator[0]),
+                torch.from_numpy(generator[1].astype(np.int64)),
+                int(generator[2]),
+                int(generator[3]),
+                float(generator[4]),
+            ],
+        },
+    }
+
+
+def unpack(
+    checkpoint: Checkpoint,
+    distiller: Distiller,
+    meter: Meter,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> Progress:
+    """Put a checkpoint back, all but the generators (``restore_rng``). CheckpointError when it does not fit."""
+    state = checkpoint.state
+    load_into(distiller.student.model, checkpoint.student, checkpoint.path / "student.safetensors")
+    load_into(distiller.objective, checkpoint.loss, checkpoint.path / "loss.safetensors")
+    saved = [group["names"] for group in state["optimizer"]["param_groups"]]
+    current = [group["names"] for group in optimizer.param_groups]
+    if saved != current:
+        raise CheckpointError(f"{checkpoint.path}: its optimiser holds other parameters: {saved}, expected {current}")
+    optimizer.load_state_dict(state["optimizer"])
+    if scaler.is_enabled():
+        scaler.load_state_dict(state["scaler"])
+    meter.sums, meter.count = dict(state["meter"]["sums"]), state["meter"]["count"]
+    fields = ("step", "epoch", "seconds", "history", "metrics_bytes", "loader")
+    return Progress(**{name: state[name] for name in fields})
+
+
+def restore_rng(rng: dict[str, Any], device: torch.device) -> None:
+    """Set the generators of torch, CUDA, Python and numpy."""
+    torch.set_rng_state(rng["torch"])
+    if device.type == "cuda" and rng["cuda"] is not None:
+        torch.cuda.set_rng_state(rng["cuda"], device)
+    version, words, gauss = rng["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, index, has_gauss, cached = rng["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), index, has_gauss, cached))  # noqa: NPY002
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of torch (CUDA too), Python and numpy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
