@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from fastkd.trainer.config import TrainConfig
     from fastkd.trainer.data import DataConfig, TensorImages, labelled_subset, load_digits
     from fastkd.trainer.distiller import Distiller, weights_hash
+    from fastkd.trainer.evaluation import EvalResult, evaluate, evaluate_checkpoint
     from fastkd.trainer.log import NonFiniteLossError
-    from fastkd.trainer.loop import TrainResult, evaluate, train
+    from fastkd.trainer.loop import TrainResult, train
     from fastkd.trainer.models import FeatureModel, ModelConfig, ModelOutput, build_model, find_classifier
     from fastkd.trainer.objective import TERMS, CEConfig, DCDConfig, KDConfig, Objective, ObjectiveConfig
     from fastkd.trainer.optim import OptimConfig
@@ -25,8 +26,9 @@ _HOME = {
     "config": ("TrainConfig",),
     "data": ("DataConfig", "TensorImages", "labelled_subset", "load_digits"),
     "distiller": ("Distiller", "weights_hash"),
+    "evaluation": ("EvalResult", "evaluate", "evaluate_checkpoint"),
     "log": ("NonFiniteLossError",),
-    "loop": ("TrainResult", "evaluate", "train"),
+    "loop": ("TrainResult", "train"),
     "models": ("FeatureModel", "ModelConfig", "ModelOutput", "build_model", "find_classifier"),
     "objective": ("TERMS", "CEConfig", "DCDConfig", "KDConfig", "Objective", "ObjectiveConfig"),
     "optim": ("OptimConfig",),
@@ -42,6 +44,7 @@ __all__ = [
     "DCDConfig",
     "DataConfig",
     "Distiller",
+    "EvalResult",
     "FeatureModel",
     "KDConfig",
     "ModelConfig",
@@ -55,6 +58,7 @@ __all__ = [
     "TrainResult",
     "build_model",
     "evaluate",
+    "evaluate_checkpoint",
     "find_checkpoint",
     "find_classifier",
     "labelled_subset",

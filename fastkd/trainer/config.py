@@ -6,7 +6,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fastkd.trainer.data import DataConfig
 from fastkd.trainer.models import ModelConfig
@@ -36,7 +36,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     epochs: int = 30
     seed: int = 0
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
     run_dir: str | None = None
     resume: bool = False

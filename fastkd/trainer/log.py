@@ -42,7 +42,7 @@ class Meter:
         self._pending: list[tuple[int, Tensor]] = []
 
     def add(self, step: int, loss: Tensor, terms: dict[str, Tensor]) -> None:
-        """Take the values of ``step``, counted from 1. On the CPU they are checked at once, elsewhere every 64 steps."""
+        """Take the values of ``step``, counted from 1. Checked at once on the CPU, elsewhere every 64 steps."""
         self.names = ["loss", *terms]
         values = torch.stack([loss.detach().float(), *(value.float() for value in terms.values())])
         self._pending.append((step, values))

@@ -1,4 +1,4 @@
-"""``train``: one loop from the config to the last checkpoint; ``evaluate``: top-1 accuracy."""
+"""``train``: one loop from the config to the last checkpoint."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from fastkd.trainer.checkpoint import CheckpointError, CheckpointFolder
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data import build_datasets, collate, eval_loader, fetch, labelled_subset, train_loader
 from fastkd.trainer.distiller import Distiller, build_distiller, weights_hash
+from fastkd.trainer.evaluation import DTYPES, choose_device, evaluate
 from fastkd.trainer.log import Meter, NonFiniteLossError, RunLog, describe, header
-from fastkd.trainer.models import FeatureModel
 from fastkd.trainer.objective import TermFunction
 from fastkd.trainer.optim import Schedule, build_optimizer, set_learning_rate
 from fastkd.trainer.state import Progress, open_run, pack, restore_rng, seed_everything, unpack, write_run_file
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -166,7 +164,7 @@ def train(
                 lr = schedule(progress.step)
                 set_learning_rate(optimizer, lr)
                 images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                with torch.autocast(device.type, _DTYPES[config.precision], enabled=config.precision != "fp32"):
+                with torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "fp32"):
                     loss, parts = distiller(images, labels)
                 meter.add(progress.step + 1, loss, parts)
                 scaler.scale(loss).backward()
@@ -215,34 +213,6 @@ def train(
     distiller.eval()
     result.seconds = time.perf_counter() - begun
     return result
-
-
-@torch.no_grad()
-def evaluate(model: FeatureModel, loader: Any, device: torch.device, precision: str = "fp32") -> dict[str, float]:
-    """``{"accuracy": top-1 in [0, 1], "eval_loss": mean cross-entropy}``; leaves ``model`` in eval mode."""
-    model.eval()
-    correct, loss = torch.zeros((), device=device), torch.zeros((), device=device)
-    count = 0
-    for images, labels in loader:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32"):
-            logits = model(images).logits.float()
-        correct += (logits.argmax(1) == labels).sum()
-        loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
-        count += len(labels)
-    if count == 0:
-        raise ValueError("eval_data: got an empty dataset, expected at least one sample")
-    return {"accuracy": correct.item() / count, "eval_loss": loss.item() / count}
-
-
-def choose_device(name: str, precision: str = "fp32") -> torch.device:
-    """``auto``: CUDA when present, else CPU. ValueError when the device is absent or lacks the precision."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: got {name!r}, but torch sees no CUDA device")
-    if device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
-        raise ValueError("precision: got 'bf16', which this CUDA device does not support; use 'fp16' or 'fp32'")
-    return device
 
 
 def choose_data(config: TrainConfig, train_data: Any, eval_data: Any) -> tuple[Any, Any]:

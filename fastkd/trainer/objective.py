@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class DCDConfig:
 
     embed_dim: int = 128
     alpha: float = 0.5
-    consistency: str = "student||teacher"
+    consistency: Literal["student||teacher", "teacher||student"] = "student||teacher"
     max_scale: float | None = 10.0
     min_scale: float | None = None
     learnable: bool = True

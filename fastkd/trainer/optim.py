@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -21,14 +22,14 @@ class OptimConfig:
     dimensions only, never biases, norms or tau. ``clip_norm`` clips the global gradient norm.
     """
 
-    name: str = "sgd"
+    name: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.05
     reference_batch: int | None = None
     momentum: float = 0.9
     nesterov: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 5e-4
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
     warmup_epochs: float = 0.0
     min_lr: float = 0.0
     milestones: tuple[float, ...] = ()

@@ -12,7 +12,7 @@ from fastkd.trainer.optim import OptimConfig
 
 
 def digits_teacher() -> TrainConfig:
-    """A convolutional teacher (4 blocks, 75 k parameters) on all 1,400 training digits."""
+    """A convolutional teacher (24 k parameters) on all 1,400 training digits."""
     return TrainConfig(
         student=ModelConfig(name="fastkd.trainer.nets:SmallConvNet", options={"width": 16, "depth": 3}),
         data=DataConfig(name="digits", batch_size=128),
@@ -24,7 +24,7 @@ def digits_teacher() -> TrainConfig:
 
 
 def digits_scratch() -> TrainConfig:
-    """A small student on 200 labelled digits, without a teacher."""
+    """A small student (0.4 k parameters) on 200 labelled digits, without a teacher."""
     return TrainConfig(
         student=ModelConfig(name="fastkd.trainer.nets:SmallConvNet", options={"width": 4, "depth": 2}),
         data=DataConfig(name="digits", labelled=200, batch_size=50),

@@ -1,0 +1,105 @@
+"""The command line: ``fastkd demo``, ``fastkd train RECIPE --...``, ``fastkd eval CHECKPOINT``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+USAGE = """\
+usage: fastkd COMMAND ...
+
+  demo               train a teacher and students on scikit-learn's digits, write a report
+  train RECIPE ...   run a recipe; every setting is a flag
+  eval CHECKPOINT    accuracy of a checkpoint or of the newest one of a run folder
+
+fastkd COMMAND --help describes each.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the process's). Returns the exit status; 2 for a wrong command."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if command not in _COMMANDS:
+        print(f"fastkd: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    try:
+        from fastkd.trainer import require_extras
+
+        require_extras()
+        return _COMMANDS[command](rest)
+    except (ImportError, ValueError, TypeError, RuntimeError) as error:
+        # What a user can put right is told in one line; anything else keeps its traceback.
+        if not _for_users(error):
+            raise
+        print(f"fastkd {command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _for_users(error: Exception) -> bool:
+    if isinstance(error, ImportError):
+        return "pip install" in str(error)
+    if isinstance(error, RuntimeError):
+        from fastkd.trainer import CheckpointError, NonFiniteLossError
+
+        return isinstance(error, CheckpointError | NonFiniteLossError)
+    return ", expected " in str(error) or str(error).startswith(("teacher", "device", "precision", "data."))
+
+
+def _demo(arguments: list[str]) -> int:
+    import tyro
+
+    from fastkd.trainer.demo import demo
+
+    tyro.cli(demo, prog="fastkd demo", args=arguments)
+    return 0
+
+
+def _train(arguments: list[str]) -> int:
+    import tyro
+
+    from fastkd.trainer.loop import train
+    from fastkd.trainer.recipes import RECIPES
+
+    recipes = tyro.extras.subcommand_type_from_defaults(
+        {name: recipe() for name, recipe in RECIPES.items()},
+        descriptions={name: recipe.__doc__ or "" for name, recipe in RECIPES.items()},
+    )
+    # AvoidSubcommands: an optional teacher is --teacher.name ..., not a further subcommand.
+    config = tyro.cli(recipes, prog="fastkd train", args=arguments, config=(tyro.conf.AvoidSubcommands,))
+    result = train(config)
+    if not config.quiet and not result.already_finished:
+        print(f"accuracy {result.accuracy:.4f} in {result.seconds:.1f} s; checkpoint {result.path}")
+    return 0
+
+
+def _eval(arguments: list[str]) -> int:
+    import tyro
+
+    from fastkd.trainer.evaluation import evaluate_checkpoint
+
+    def command(checkpoint: tyro.conf.Positional[str], device: str = "auto", trust_code: bool = False) -> int:
+        """Accuracy of a checkpoint, its model and data rebuilt from its own config.
+
+        Args:
+            checkpoint: a checkpoint folder, or a run folder for its newest one.
+            device: auto, cpu, cuda, ...
+            trust_code: allow the config in the checkpoint to import and call package.module:callable.
+        """
+        result = evaluate_checkpoint(checkpoint, device=device, trust_code=trust_code)
+        print(
+            f"{result.path}: step {result.step}, accuracy {result.accuracy:.4f}, loss {result.loss:.4f} "
+            f"on {result.samples} samples ({result.parameters:,} parameters)"
+        )
+        return 0
+
+    return tyro.cli(command, prog="fastkd eval", args=arguments)
+
+
+_COMMANDS = {"demo": _demo, "train": _train, "eval": _eval}
+
+if __name__ == "__main__":
+    sys.exit(main())
