@@ -9,9 +9,11 @@ A checkpoint is a folder ``step-00000123`` with
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +45,23 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run. Leftovers of an interrupted write (``.tmp-*``) are removed when it is opened."""
+    """The checkpoints of one run, for one process at a time.
+
+    Leftovers of an interrupted write (``.tmp-*``) are removed when it is opened. Raises CheckpointError when another
+    process has it open.
+    """
 
     def __init__(self, path: Path, keep: int) -> None:
         self.path = path
         self.keep = keep
-        self.last_step: int | None = None
         path.mkdir(parents=True, exist_ok=True)
+        # lockf and not flock: data loader workers that outlive a killed run must not inherit the lock.
+        self._lock = (path / ".lock").open("a")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self._lock.close()
+            raise CheckpointError(f"{path}: another process is training in this run folder") from None
         for leftover in path.glob(".tmp-*"):
             shutil.rmtree(leftover)
 
@@ -79,17 +91,21 @@ class CheckpointFolder:
         _sync(temporary)
         temporary.rename(final)
         _sync(self.path)
-        self.last_step = step
         for old in list_checkpoints(self.path)[: -self.keep]:
             # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a valid name.
             doomed = old.rename(self.path / f".tmp-old-{old.name}")
             shutil.rmtree(doomed)
         return final
 
+    def close(self) -> None:
+        """Let other processes use the folder."""
+        self._lock.close()
+
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints in ``folder``, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -1,7 +1,5 @@
 """The command line: ``fastkd demo``, ``fastkd train RECIPE --...``, ``fastkd eval CHECKPOINT``."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 
@@ -26,27 +24,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in _COMMANDS:
         print(f"fastkd: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
-    try:
-        from fastkd.trainer import require_extras
+    from fastkd import trainer
 
-        require_extras()
+    try:
+        trainer.require_extras()
+    except ImportError as error:
+        print(f"fastkd: {error}", file=sys.stderr)
+        return 1
+    try:
         return _COMMANDS[command](rest)
-    except (ImportError, ValueError, TypeError, RuntimeError) as error:
-        # What a user can put right is told in one line; anything else keeps its traceback.
-        if not _for_users(error):
-            raise
+    # What a user can put right is told in one line; any other exception keeps its traceback.
+    except (ValueError, trainer.CheckpointError, trainer.NonFiniteLossError) as error:
         print(f"fastkd {command}: {error}", file=sys.stderr)
         return 1
-
-
-def _for_users(error: Exception) -> bool:
-    if isinstance(error, ImportError):
-        return "pip install" in str(error)
-    if isinstance(error, RuntimeError):
-        from fastkd.trainer import CheckpointError, NonFiniteLossError
-
-        return isinstance(error, CheckpointError | NonFiniteLossError)
-    return ", expected " in str(error) or str(error).startswith(("teacher", "device", "precision", "data."))
 
 
 def _demo(arguments: list[str]) -> int:

@@ -74,6 +74,14 @@ class Meter:
         self.sums, self.count = {}, 0
 
 
+def check_finite(distiller: Distiller, step: int) -> None:
+    """NonFiniteLossError when a weight is not finite: a finite loss can have a gradient that is not."""
+    for module in (distiller.student.model, distiller.objective):
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise NonFiniteLossError(f"the weights are not finite after step {step}: {name}")
+
+
 class RunLog:
     """Writes the records of one run. ``folder=None`` writes no file.
 

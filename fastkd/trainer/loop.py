@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data import build_datasets, collate, eval_loader, fetch, labelled_subset, train_loader
 from fastkd.trainer.distiller import Distiller, build_distiller, weights_hash
 from fastkd.trainer.evaluation import DTYPES, choose_device, evaluate
-from fastkd.trainer.log import Meter, NonFiniteLossError, RunLog, describe, header
+from fastkd.trainer.log import Meter, NonFiniteLossError, RunLog, check_finite, describe, header
 from fastkd.trainer.objective import TermFunction
 from fastkd.trainer.optim import Schedule, build_optimizer, set_learning_rate
 from fastkd.trainer.state import Progress, open_run, pack, restore_rng, seed_everything, unpack, write_run_file
@@ -103,7 +104,7 @@ def train(
             loader.load_state_dict(progress.loader)
     resumed_from = None if checkpoint is None else progress.step
     result = TrainResult(
-        accuracy=progress.history[-1]["accuracy"] if progress.history else float("nan"),
+        accuracy=progress.history[-1].get("accuracy", math.nan) if progress.history else math.nan,
         history=progress.history,
         seconds=progress.seconds,
         parameters=info["student"]["parameters"],
@@ -118,6 +119,10 @@ def train(
             print(f"{folder}: the run is already finished ({total} steps, accuracy {result.accuracy:.4f})")
         return result
 
+    saver = None
+    if folder is not None:
+        saver = CheckpointFolder(folder / "checkpoints", config.keep)  # locks the folder before anything in it changes
+        write_run_file(folder, info)
     log = RunLog(
         folder,
         size=progress.metrics_bytes,
@@ -127,12 +132,12 @@ def train(
         progress=config.progress,
         quiet=config.quiet,
     )
-    saver = None if folder is None else CheckpointFolder(folder / "checkpoints", config.keep)
     begun = time.perf_counter() - progress.seconds
 
     def save() -> None:
         if saver is not None:
-            meter.flush()  # raises if the weights have been touched by a loss that is not finite
+            meter.flush()
+            check_finite(distiller, progress.step)
             progress.metrics_bytes = log.sync()
             progress.seconds = time.perf_counter() - begun
             result.path = saver.save(
@@ -144,8 +149,6 @@ def train(
             )
 
     try:
-        if folder is not None:
-            write_run_file(folder, info)
         for line in header(info):
             log.print(line)
         if checkpoint is None:
@@ -210,6 +213,8 @@ def train(
         raise NonFiniteLossError(f"{error}; {kept}") from None
     finally:
         log.close()
+        if saver is not None:
+            saver.close()
     distiller.eval()
     result.seconds = time.perf_counter() - begun
     return result

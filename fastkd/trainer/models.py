@@ -150,7 +150,7 @@ class FeatureModel(nn.Module):
         captured: list[Tensor] = []
         layer = self.model.get_submodule(self.classifier_name)
         # Hooked per call: the user's module carries nothing of ours before or after.
-        handle = layer.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+        handle = layer.register_forward_pre_hook(lambda _, args: captured.extend(args[:1]))
         try:
             output = self.model(images)
         finally:
@@ -173,10 +173,11 @@ def probe(model: FeatureModel, images: Tensor) -> tuple[int, int]:
 
     Raises ValueError when the classifier layer found is not as wide as the logits.
     """
+    first = next(model.parameters(), images)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        output = model(images)
+        output = model(images.to(first.device))
     finally:
         for module, mode in modes:
             module.training = mode
