@@ -5,26 +5,27 @@ import torch.distributed as dist
 Group = dist.ProcessGroup | str | None
 
 
-def require_local(group: Group) -> None:
-    """Raise unless the global batch is this rank's batch.
-
-    ``group=None`` means the default process group when torch.distributed is initialised; ``group="local"`` this rank
-    alone. Negatives from other ranks are not implemented, and a silent local loss would be a wrong one.
-
-    Raises ValueError for an unknown string, TypeError for another type, NotImplementedError for a group of several
-    ranks.
-    """
+def check_group(group: Group) -> None:
+    """Raise ValueError for an unknown string, TypeError for anything that names no group."""
     if isinstance(group, str):
         if group != "local":
             raise ValueError(f"group: got {group!r}, expected None, 'local' or a torch.distributed.ProcessGroup")
-        return
-    if group is None:
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-    elif not isinstance(group, dist.ProcessGroup):
+    elif group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group: got {type(group).__name__}, expected None, 'local' or a ProcessGroup")
-    if dist.get_world_size(group) > 1:
+
+
+def require_local(group: Group) -> None:
+    """Raise NotImplementedError unless the global batch is this rank's batch.
+
+    ``group=None`` means the default process group when torch.distributed is initialised; ``group="local"`` this rank
+    alone. Negatives from other ranks are not implemented, and a silent local loss would be a wrong one.
+    """
+    check_group(group)
+    if isinstance(group, str) or (group is None and not (dist.is_available() and dist.is_initialized())):
+        return
+    world_size = dist.get_world_size(group)
+    if world_size > 1:
         raise NotImplementedError(
-            f"group: negatives across {dist.get_world_size(group)} ranks are not implemented; "
-            "pass group='local' to contrast within each rank's own rows"
+            f"group: negatives across {world_size} ranks are not implemented; pass group='local' to contrast within "
+            "each rank's own rows"
         )

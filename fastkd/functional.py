@@ -15,6 +15,7 @@ from fastkd.distributed import Group, require_local
 from fastkd.ops.contrast import contrast
 from fastkd.ops.dual_softmax import dual_softmax
 from fastkd.ops.soft_target import soft_target
+from fastkd.validate import check_bias, check_choice, check_number, check_pair, check_scale, check_weight
 
 CONSISTENCIES = ("student||teacher", "teacher||student")
 
@@ -90,11 +91,11 @@ def dcd_terms(
     max_scale: an upper bound of logit_scale that the caller guarantees. Up to 40 it lets a backend that must not read
     logit_scale from the device drop the running maxima; it does not clamp.
     """
-    _check_pair("student", student, "teacher", teacher, "[n, D]")
-    scale = _check_scale(logit_scale, student)
-    _check_number("alpha", alpha, minimum=0)
-    _check_choice("consistency", consistency, CONSISTENCIES)
-    weight = _check_weight(sample_weight, student)
+    check_pair("student", student, "teacher", teacher, "[n, D]")
+    scale = check_scale(logit_scale, student)
+    check_number("alpha", alpha, minimum=0)
+    check_choice("consistency", consistency, CONSISTENCIES)
+    weight = check_weight(sample_weight, student)
     require_local(group)
     backend = backends.resolve(backend)
     n = student.shape[0]
@@ -107,7 +108,7 @@ def dcd_terms(
         contrast_sum, consistency_sum, _ = dual_softmax(student, teacher, scale, weight, consistency, bound, backend)
     contrast_mean = contrast_sum / n
     if logit_bias is not None:
-        contrast_mean = contrast_mean + 0.0 * _check_bias(logit_bias, student).to(contrast_mean.dtype)
+        contrast_mean = contrast_mean + 0.0 * check_bias(logit_bias, student).to(contrast_mean.dtype)
     return contrast_mean, alpha * consistency_sum / n
 
 
@@ -142,11 +143,11 @@ def info_nce_loss(
     Raises:
         TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
     """
-    _check_pair("query", query, "key", key, "[n, D]")
-    scale = _check_scale(logit_scale, query)
+    check_pair("query", query, "key", key, "[n, D]")
+    scale = check_scale(logit_scale, query)
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize: got {type(normalize).__name__}, expected a bool")
-    weight = _check_weight(sample_weight, query)
+    weight = check_weight(sample_weight, query)
     require_local(group)
     backend = backends.resolve(backend)
     if backend == "reference":
@@ -185,9 +186,9 @@ def kd_loss(
     Raises:
         TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
     """
-    _check_pair("student_logits", student_logits, "teacher_logits", teacher_logits, "[B, C]")
-    _check_number("temperature", temperature, minimum=0, exclusive=True)
-    weight = _check_weight(sample_weight, student_logits)
+    check_pair("student_logits", student_logits, "teacher_logits", teacher_logits, "[B, C]")
+    check_number("temperature", temperature, minimum=0, exclusive=True)
+    weight = check_weight(sample_weight, student_logits)
     backend = backends.resolve(backend)
     teacher_logits = teacher_logits.detach()
     if backend == "reference":
@@ -205,89 +206,3 @@ def _weighted_sum(rows: Tensor, weight: Tensor | None) -> Tensor:
 def scale_bound(logit_scale: Tensor | float, max_scale: float) -> float:
     """What is known about the scale without reading it from its device."""
     return max_scale if isinstance(logit_scale, Tensor) else min(float(logit_scale), max_scale)
-
-
-def _check_pair(name: str, first: Tensor, other_name: str, second: Tensor, shape: str) -> None:
-    for argument, value in ((name, first), (other_name, second)):
-        _check_floating(argument, value)
-        if value.ndim != 2:
-            raise ValueError(f"{argument}: got shape {list(value.shape)}, expected {shape}")
-    if first.shape != second.shape:
-        raise ValueError(f"{other_name}: got shape {list(second.shape)}, expected that of {name}, {list(first.shape)}")
-    if first.shape[0] == 0 or first.shape[1] == 0:
-        raise ValueError(f"{name}: got shape {list(first.shape)}, expected at least one row and one column")
-    if first.dtype != second.dtype:
-        raise TypeError(f"{other_name}: got {second.dtype}, expected the dtype of {name}, {first.dtype}")
-    if first.device != second.device:
-        raise ValueError(f"{other_name}: got device {second.device}, expected that of {name}, {first.device}")
-
-
-def _check_floating(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
-    if value.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"{name}: got {value.dtype}, expected float64, float32, bfloat16 or float16")
-
-
-def _check_number(name: str, value: float, *, minimum: float, exclusive: bool = False) -> None:
-    expected = f"a finite number {'>' if exclusive else '>='} {minimum}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
-    if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
-        raise ValueError(f"{name}: got {value}, expected {expected}")
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}, expected one of {allowed}")
-
-
-def _check_scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
-    """The scale as a 0-dim tensor on the inputs' device, made without waiting for the device."""
-    if not isinstance(logit_scale, Tensor):
-        _check_number("logit_scale", logit_scale, minimum=0, exclusive=True)
-        dtype = reference.accumulation_dtype(like.dtype)
-        return torch.full((), float(logit_scale), dtype=dtype, device=like.device)
-    _check_scalar_tensor("logit_scale", logit_scale, like)
-    if _may_read(logit_scale) and logit_scale.item() <= 0:
-        raise ValueError(f"logit_scale: got {logit_scale.item()}, expected a positive multiplier, exp(tau)")
-    return logit_scale
-
-
-def _check_bias(logit_bias: Tensor | float, like: Tensor) -> Tensor:
-    if not isinstance(logit_bias, Tensor):
-        _check_number("logit_bias", logit_bias, minimum=-math.inf)
-        return torch.full((), float(logit_bias), device=like.device)
-    _check_scalar_tensor("logit_bias", logit_bias, like)
-    return logit_bias
-
-
-def _check_scalar_tensor(name: str, value: Tensor, like: Tensor) -> None:
-    _check_floating(name, value)
-    if value.ndim != 0:
-        raise ValueError(f"{name}: got shape {list(value.shape)}, expected a float or a 0-dim tensor")
-    if value.device != like.device:
-        raise ValueError(f"{name}: got device {value.device}, expected that of the embeddings, {like.device}")
-
-
-def _check_weight(sample_weight: Tensor | None, like: Tensor) -> Tensor | None:
-    if sample_weight is None:
-        return None
-    _check_floating("sample_weight", sample_weight)
-    n = like.shape[0]
-    if sample_weight.shape != (n,):
-        raise ValueError(f"sample_weight: got shape {list(sample_weight.shape)}, expected [{n}], one weight a row")
-    if sample_weight.device != like.device:
-        raise ValueError(f"sample_weight: got device {sample_weight.device}, expected {like.device}")
-    if sample_weight.requires_grad:
-        raise ValueError("sample_weight: got a tensor that requires a gradient, expected a constant; detach() it")
-    if not _may_read(sample_weight):
-        return sample_weight.masked_fill(sample_weight < 0, math.nan)
-    if bool((sample_weight < 0).any()):
-        raise ValueError(f"sample_weight: got {sample_weight.min().item()}, expected weights >= 0")
-    return sample_weight
-
-
-def _may_read(value: Tensor) -> bool:
-    """Whether a value check costs neither a device synchronisation nor a graph break."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -116,19 +116,19 @@ def dual_softmax_forward(
     a, b = (student, teacher) if forward_kl else (teacher, student)
     a, b = unit_rows(a.to(dtype))[0], unit_rows(b.to(dtype))[0]
     if _shares_exponentials(a, scale, scale_bound):
-        stats = _dual_statistics_shared(a, b, scale)
+        stats, positive = _dual_statistics_shared(a, b, scale)
     else:
-        stats = _dual_statistics_online(a, b, scale)
+        stats, positive = _dual_statistics_online(a, b, scale)
     la, lc, E = stats
-    contrast = (la if forward_kl else lc) - scale * (a * b).sum(dim=1)
+    contrast = (la if forward_kl else lc) - positive
     return _weighted_sum(contrast, weight), _weighted_sum(E - la + lc, weight), stats
 
 
-def _dual_statistics_shared(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """(la, lc, E) with one exponential a similarity, shared by p, q and their transposes."""
+def _dual_statistics_shared(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(la, lc, E) and A_ii, with one exponential a similarity, shared by p, q and their transposes."""
     n, size = len(a), tile_rows(a.device)
     scaled_a, scaled_b, ones = a * scale, b * scale, a.new_ones(n)
-    stats = a.new_zeros(3, n)
+    stats, positive = a.new_zeros(3, n), a.new_zeros(n)
     la, lc, E = stats  # sums of exponentials until the end
     tiles, blocks = _Tiles(a, 4, size), _blocks(n, size)
     for first, rows in enumerate(blocks):
@@ -139,6 +139,7 @@ def _dual_statistics_shared(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
             la[rows].addmv_(U, ones_cols)
             lc[cols].addmv_(U.T, ones_rows)
             if rows is cols:
+                positive[rows] = X.diagonal()
                 U.mul_(torch.sub(X, X.T, out=Y))
                 E[rows].addmv_(U, ones_cols)
                 continue
@@ -151,13 +152,13 @@ def _dual_statistics_shared(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     E /= la
     la.log_()
     lc.log_()
-    return stats
+    return stats, positive
 
 
-def _dual_statistics_online(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """(la, lc, E) for any scale: every softmax keeps its own running maximum."""
+def _dual_statistics_online(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(la, lc, E) and A_ii for any scale: every softmax keeps its own running maximum."""
     scaled_a, scaled_b = a * scale, b * scale
-    p, q = _OnlineSums(a), _OnlineSums(a)
+    p, q, positive = _OnlineSums(a), _OnlineSums(a), a.new_zeros(len(a))
     blocks = _blocks(len(a), tile_rows(a.device))
     for first, rows in enumerate(blocks):
         for cols in blocks[first:]:
@@ -166,10 +167,12 @@ def _dual_statistics_online(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
             d = X - Y
             p.add(rows, X, d)
             q.add(rows, Y)
-            if rows is not cols:
+            if rows is cols:
+                positive[rows] = X.diagonal()
+            else:
                 p.add(cols, Y.T, -d.T)
                 q.add(cols, X.T)
-    return torch.stack([p.logsumexp(), q.logsumexp(), p.mean()])
+    return torch.stack([p.logsumexp(), q.logsumexp(), p.mean()]), positive
 
 
 def dual_softmax_backward(
@@ -295,14 +298,17 @@ def contrast_forward(
     """Weighted sum of InfoNCE over the rows, and each row's log-sum-exp [n]."""
     (q, _), (k, _) = _rows(query, normalize), _rows(key, normalize)
     scale = logit_scale.to(q.dtype)
-    sums = _OnlineSums(q)
-    columns = _blocks(len(k), tile_rows(k.device))
-    for rows in _blocks(len(q), tile_rows(q.device)):
+    sums, positive = _OnlineSums(q), q.new_zeros(len(q))
+    blocks = _blocks(len(q), tile_rows(q.device))
+    for rows in blocks:
         scaled = q[rows] * scale
-        for cols in columns:
-            sums.add(rows, scaled @ k[cols].T)
+        for cols in blocks:
+            logits = scaled @ k[cols].T
+            sums.add(rows, logits)
+            if rows is cols:
+                positive[rows] = logits.diagonal()
     lse = sums.logsumexp()
-    return _weighted_sum(lse - scale * (q * k).sum(dim=1), weight), lse
+    return _weighted_sum(lse - positive, weight), lse
 
 
 def contrast_backward(
@@ -323,10 +329,10 @@ def contrast_backward(
     need_query = need_query or not need_key  # the gradient of logit_scale needs one side
     grad_q = torch.zeros_like(q) if need_query else None
     grad_k = torch.zeros_like(k) if need_key else None
-    columns = _blocks(len(k), tile_rows(k.device))
-    for rows in _blocks(len(q), tile_rows(q.device)):
+    blocks = _blocks(len(q), tile_rows(q.device))
+    for rows in blocks:
         scaled = q[rows] * scale
-        for cols in columns:
+        for cols in blocks:
             G = torch.mm(scaled, k[cols].T).sub_(lse[rows, None]).exp_().mul_(w[rows, None])
             if grad_q is not None:
                 grad_q[rows].addmm_(G, k[cols])

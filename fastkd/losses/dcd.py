@@ -5,8 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastkd.distributed import Group
+from fastkd import backends
+from fastkd.distributed import Group, check_group
 from fastkd.functional import CONSISTENCIES, dcd_terms
+from fastkd.validate import check_choice, check_number
 
 
 class DCDLoss(nn.Module):
@@ -56,15 +58,16 @@ class DCDLoss(nn.Module):
                 raise TypeError(f"{name}: got {type(value).__name__}, expected an int >= 1")
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected an int >= 1")
-        if consistency not in CONSISTENCIES:
-            raise ValueError(f"consistency: got {consistency!r}, expected one of {CONSISTENCIES}")
+        check_number("alpha", alpha, minimum=0)
+        check_choice("consistency", consistency, CONSISTENCIES)
         for name, bound in (("max_scale", max_scale), ("min_scale", min_scale)):
-            if bound is not None and not (bound > 0 and math.isfinite(bound)):
-                raise ValueError(f"{name}: got {bound}, expected None or a finite number > 0")
+            if bound is not None:
+                check_number(name, bound, minimum=0, exclusive=True)
         if max_scale is not None and min_scale is not None and min_scale > max_scale:
             raise ValueError(f"min_scale: got {min_scale}, expected at most max_scale, {max_scale}")
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature: got {temperature}, expected a finite number > 0")
+        check_number("temperature", temperature, minimum=0, exclusive=True)
+        check_group(group)
+        backends.resolve(backend)
         self.student_head = nn.Linear(student_dim, embed_dim)
         self.teacher_head = nn.Linear(teacher_dim, embed_dim)
         self.alpha = alpha

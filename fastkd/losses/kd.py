@@ -2,7 +2,9 @@
 
 from torch import Tensor, nn
 
+from fastkd import backends
 from fastkd.functional import kd_loss
+from fastkd.validate import check_number
 
 
 class KDLoss(nn.Module):
@@ -15,6 +17,8 @@ class KDLoss(nn.Module):
 
     def __init__(self, temperature: float = 4.0, *, backend: str | None = None) -> None:
         super().__init__()
+        check_number("temperature", temperature, minimum=0, exclusive=True)
+        backends.resolve(backend)
         self.temperature = temperature
         self.backend = backend
 

@@ -1,0 +1,94 @@
+"""Checks of the public functions' arguments. Every message names the argument, what came and what was expected."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastkd.backends.reference import accumulation_dtype
+
+
+def check_pair(name: str, first: Tensor, other_name: str, second: Tensor, shape: str) -> None:
+    for argument, value in ((name, first), (other_name, second)):
+        _check_floating(argument, value)
+        if value.ndim != 2:
+            raise ValueError(f"{argument}: got shape {list(value.shape)}, expected {shape}")
+    if first.shape != second.shape:
+        raise ValueError(f"{other_name}: got shape {list(second.shape)}, expected that of {name}, {list(first.shape)}")
+    if first.shape[0] == 0 or first.shape[1] == 0:
+        raise ValueError(f"{name}: got shape {list(first.shape)}, expected at least one row and one column")
+    if first.dtype != second.dtype:
+        raise TypeError(f"{other_name}: got {second.dtype}, expected the dtype of {name}, {first.dtype}")
+    if first.device != second.device:
+        raise ValueError(f"{other_name}: got device {second.device}, expected that of {name}, {first.device}")
+
+
+def _check_floating(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if value.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"{name}: got {value.dtype}, expected float64, float32, bfloat16 or float16")
+
+
+def check_number(name: str, value: float, *, minimum: float, exclusive: bool = False) -> None:
+    expected = f"a finite number {'>' if exclusive else '>='} {minimum}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+    if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+        raise ValueError(f"{name}: got {value}, expected {expected}")
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {allowed}")
+
+
+def check_scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
+    """The scale as a 0-dim tensor on the inputs' device, made without waiting for the device."""
+    if not isinstance(logit_scale, Tensor):
+        check_number("logit_scale", logit_scale, minimum=0, exclusive=True)
+        dtype = accumulation_dtype(like.dtype)
+        return torch.full((), float(logit_scale), dtype=dtype, device=like.device)
+    _check_scalar_tensor("logit_scale", logit_scale, like)
+    if _may_read(logit_scale) and logit_scale.item() <= 0:
+        raise ValueError(f"logit_scale: got {logit_scale.item()}, expected a positive multiplier, exp(tau)")
+    return logit_scale
+
+
+def check_bias(logit_bias: Tensor | float, like: Tensor) -> Tensor:
+    if not isinstance(logit_bias, Tensor):
+        check_number("logit_bias", logit_bias, minimum=-math.inf)
+        return torch.full((), float(logit_bias), device=like.device)
+    _check_scalar_tensor("logit_bias", logit_bias, like)
+    return logit_bias
+
+
+def _check_scalar_tensor(name: str, value: Tensor, like: Tensor) -> None:
+    _check_floating(name, value)
+    if value.ndim != 0:
+        raise ValueError(f"{name}: got shape {list(value.shape)}, expected a float or a 0-dim tensor")
+    if value.device != like.device:
+        raise ValueError(f"{name}: got device {value.device}, expected that of the embeddings, {like.device}")
+
+
+def check_weight(sample_weight: Tensor | None, like: Tensor) -> Tensor | None:
+    if sample_weight is None:
+        return None
+    _check_floating("sample_weight", sample_weight)
+    n = like.shape[0]
+    if sample_weight.shape != (n,):
+        raise ValueError(f"sample_weight: got shape {list(sample_weight.shape)}, expected [{n}], one weight a row")
+    if sample_weight.device != like.device:
+        raise ValueError(f"sample_weight: got device {sample_weight.device}, expected {like.device}")
+    if sample_weight.requires_grad:
+        raise ValueError("sample_weight: got a tensor that requires a gradient, expected a constant; detach() it")
+    if not _may_read(sample_weight):
+        return sample_weight.masked_fill(sample_weight < 0, math.nan)
+    if bool((sample_weight < 0).any()):
+        raise ValueError(f"sample_weight: got {sample_weight.min().item()}, expected weights >= 0")
+    return sample_weight
+
+
+def _may_read(value: Tensor) -> bool:
+    """Whether a value check costs neither a device synchronisation nor a graph break."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()

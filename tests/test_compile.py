@@ -1,0 +1,118 @@
+"""torch.compile without graph breaks, torch.library.opcheck, autocast, importing."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastkd import DCDLoss, dcd_loss, info_nce_loss, kd_loss
+from fastkd.ops.contrast import contrast, contrast_backward
+from fastkd.ops.dual_softmax import dual_softmax, dual_softmax_backward
+from fastkd.ops.soft_target import soft_target, soft_target_backward
+from tests.checks import assert_close, embeddings, relative_error, value_and_grads
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "dcd": lambda a, b, c, w, backend: dcd_loss(a, b, c, 0.5, sample_weight=w, backend=backend),
+    "dcd_float_scale": lambda a, b, c, w, backend: dcd_loss(a, b, 5.0, sample_weight=w, backend=backend) + 0 * c,
+    "info_nce": lambda a, b, c, w, backend: info_nce_loss(a, b, c, sample_weight=w, backend=backend),
+    "kd": lambda a, b, c, w, backend: kd_loss(a, b, 4.0, sample_weight=w, backend=backend) + 0 * c,
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiles_as_one_graph(name: str, backend: str) -> None:
+    torch.compiler.reset()
+    student, teacher = embeddings(20, 6, dtype=torch.float32)
+    weight = torch.rand(20)
+    inputs = student, teacher, torch.tensor(5.0)
+    compiled = torch.compile(LOSSES[name], fullgraph=True, backend="aot_eager")
+    expected = value_and_grads(lambda *x: LOSSES[name](*x, weight, backend), *inputs)
+    for a, e in zip(value_and_grads(lambda *x: compiled(*x, weight, backend), *inputs), expected, strict=True):
+        assert_close(a, e, torch.float32)
+
+
+def test_module_compiles_with_inductor_and_still_clamps() -> None:
+    torch.compiler.reset()
+    module = DCDLoss(6, 5, 8)
+    features = torch.randn(20, 6), torch.randn(20, 5)
+    with torch.no_grad():
+        module.tau.fill_(4.0)
+    compiled = torch.compile(module, fullgraph=True)
+    loss = sum(compiled(*features).values())
+    loss.backward()
+    assert module.tau.item() == pytest.approx(2.302585, rel=1e-5)
+    grad = module.tau.grad.clone()
+    module.tau.grad = None
+    eager = sum(module(*features).values())
+    eager.backward()
+    assert_close(loss, eager, torch.float32)
+    assert_close(grad, module.tau.grad, torch.float32)
+
+
+def samples(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    student, teacher = (x.requires_grad_() for x in embeddings(n, d, dtype=dtype))
+    return student, teacher, torch.tensor(5.0, dtype=dtype, requires_grad=True), torch.rand(n, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_opcheck(dtype: torch.dtype, weighted: bool) -> None:
+    a, b, c, weight = samples(7, 5, dtype)
+    w = weight if weighted else None
+    torch.library.opcheck(dual_softmax, (a, b, c, w, "student||teacher", 10.0, "blocked"))
+    torch.library.opcheck(contrast, (a, b, c, w, True, "blocked"))
+    torch.library.opcheck(soft_target, (a, b.detach(), w, 4.0, "blocked"))
+    a, b, c = a.detach(), b.detach(), c.detach()
+    *_, stats = dual_softmax(a, b, c, w, "student||teacher", 10.0, "blocked")
+    _, lse = contrast(a, b, c, w, True, "blocked")
+    one = torch.ones((), dtype=lse.dtype)
+    for need in (True, False):
+        torch.library.opcheck(
+            dual_softmax_backward,
+            (a, b, c, w, stats, one, one, "student||teacher", 10.0, need, True, "blocked"),
+        )
+        torch.library.opcheck(contrast_backward, (a, b, c, w, lse, one, True, need, True, "blocked"))
+    torch.library.opcheck(soft_target_backward, (a, b, w, one, 4.0, "blocked"))
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_with_grad_scaler_accumulates_in_float32(dtype: torch.dtype, backend: str) -> None:
+    torch.manual_seed(0)
+    module = DCDLoss(24, 40, 16, backend=backend)
+    features = torch.randn(300, 24), torch.randn(300, 40)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with torch.autocast("cpu", dtype=dtype):
+        heads = module.student_head(features[0]), module.teacher_head(features[1])
+        loss = sum(module(*features).values())
+    assert heads[0].dtype == dtype
+    assert loss.dtype == torch.float32
+    scaler.scale(loss).backward()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    scaler.unscale_(optimizer)
+    # The definition in float64 on the same rounded projections: nothing after them may be done in half precision.
+    exact = dcd_loss(*(x.double() for x in heads), module.tau.double().exp(), backend="reference")
+    assert relative_error(loss, exact) < 1e-5
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in module.parameters())
+    before = module.tau.item()
+    scaler.step(optimizer)
+    assert module.tau.item() != before
+
+
+def test_import_is_quick_compiles_nothing_and_leaves_cuda_alone() -> None:
+    check = (
+        "import sys, fastkd, torch; assert not torch.cuda.is_initialized(); "
+        "heavy = ('triton', 'torch._inductor', 'timm', 'fastkd.trainer'); "
+        "assert not any(name.startswith(heavy) for name in sys.modules)"
+    )
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
+    cold = time.perf_counter() - start
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
+    assert min(cold, time.perf_counter() - start) < 3.0

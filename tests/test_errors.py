@@ -1,0 +1,166 @@
+"""Every bad argument raises, and the message names the argument, what came and what was expected."""
+
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastkd import DCDLoss, dcd_loss, info_nce_loss, kd_loss
+
+S, T = torch.randn(4, 3), torch.randn(4, 3)
+W = torch.ones(4)
+
+PAIRED: dict[str, tuple[Callable[..., Tensor], str, str]] = {
+    "dcd": (lambda a, b, **options: dcd_loss(a, b, 2.0, **options), "student", "teacher"),
+    "info_nce": (lambda a, b, **options: info_nce_loss(a, b, 2.0, **options), "query", "key"),
+    "kd": (lambda a, b, **options: kd_loss(a, b, **options), "student_logits", "teacher_logits"),
+}
+
+
+@pytest.mark.parametrize("name", PAIRED)
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_bad_tensors(name: str, backend: str) -> None:
+    loss, first, second = PAIRED[name]
+    cases = [
+        (TypeError, f"{first}: got list", [1.0], T),
+        (TypeError, f"{second}: got NoneType", S, None),
+        (TypeError, f"{first}: got torch.int64", S.long(), T.long()),
+        (TypeError, f"{first}: got torch.complex64", S.to(torch.complex64), T.to(torch.complex64)),
+        (TypeError, f"{second}: got torch.float64", S, T.double()),
+        (ValueError, f"{first}: got shape \\[3\\]", S[0], T[0]),
+        (ValueError, f"{second}: got shape \\[2, 2, 3\\]", S, T.view(2, 2, 3)),
+        (ValueError, f"{second}: got shape \\[4, 2\\], expected that of {first}, \\[4, 3\\]", S, T[:, :2]),
+        (ValueError, f"{second}: got shape \\[3, 3\\]", S, T[:3]),
+        (ValueError, f"{first}: got shape \\[0, 3\\], expected at least one row", S[:0], T[:0]),
+        (ValueError, f"{first}: got shape \\[4, 0\\]", S[:, :0], T[:, :0]),
+        (ValueError, f"{second}: got device meta", S, T.to("meta")),
+    ]
+    for error, message, a, b in cases:
+        with pytest.raises(error, match=message):
+            loss(a, b, backend=backend)
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_bad_sample_weights(name: str) -> None:
+    loss = PAIRED[name][0]
+    cases = [
+        (TypeError, "sample_weight: got list", [1.0] * 4),
+        (TypeError, "sample_weight: got torch.int64", W.long()),
+        (ValueError, "sample_weight: got shape \\[3\\], expected \\[4\\]", W[:3]),
+        (ValueError, "sample_weight: got shape \\[4, 1\\]", W[:, None]),
+        (ValueError, "sample_weight: got -1.0, expected weights >= 0", torch.tensor([1.0, 2.0, -1.0, 0.0])),
+        (ValueError, "sample_weight: got a tensor that requires a gradient", W.clone().requires_grad_()),
+        (ValueError, "sample_weight: got device meta", W.to("meta")),
+    ]
+    for error, message, weight in cases:
+        with pytest.raises(error, match=message):
+            loss(S, T, sample_weight=weight)
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_unknown_backend(name: str) -> None:
+    with pytest.raises(ValueError, match="backend: got 'fast', expected None or one of"):
+        PAIRED[name][0](S, T, backend="fast")
+
+
+@pytest.mark.parametrize("name", ["dcd", "info_nce"])
+def test_bad_groups(name: str) -> None:
+    loss = PAIRED[name][0]
+    with pytest.raises(ValueError, match="group: got 'global'"):
+        loss(S, T, group="global")
+    with pytest.raises(TypeError, match="group: got int"):
+        loss(S, T, group=3)
+    assert loss(S, T, group="local").item() == loss(S, T).item()
+
+
+SEVERAL_RANKS = """
+import torch, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from fastkd import dcd_loss
+dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+rows = torch.randn(4, 3)
+dcd_loss(rows, rows, 2.0, group="local")
+try:
+    dcd_loss(rows, rows, 2.0)
+except NotImplementedError as error:
+    print(error)
+"""
+
+
+def test_several_ranks_raise_instead_of_contrasting_locally() -> None:
+    result = subprocess.run([sys.executable, "-c", SEVERAL_RANKS], capture_output=True, text=True, timeout=60)
+    assert "group: negatives across 2 ranks are not implemented; pass group='local'" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "scale"),
+    [
+        (TypeError, "logit_scale: got str", "2"),
+        (TypeError, "logit_scale: got bool", True),
+        (TypeError, "logit_scale: got torch.int64", torch.tensor(2)),
+        (ValueError, "logit_scale: got 0.0", 0.0),
+        (ValueError, "logit_scale: got -1", -1),
+        (ValueError, "logit_scale: got inf", math.inf),
+        (ValueError, "logit_scale: got -2.0, expected a positive", torch.tensor(-2.0)),
+        (ValueError, "logit_scale: got shape \\[1\\], expected a float or a 0-dim tensor", torch.ones(1)),
+        (ValueError, "logit_scale: got device meta", torch.tensor(2.0, device="meta")),
+    ],
+)
+def test_bad_logit_scales(error: type[Exception], message: str, scale: object) -> None:
+    with pytest.raises(error, match=message):
+        dcd_loss(S, T, scale)
+    with pytest.raises(error, match=message):
+        info_nce_loss(S, T, scale)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (TypeError, "alpha: got str", {"alpha": "1"}),
+        (ValueError, "alpha: got -0.5, expected a finite number >= 0", {"alpha": -0.5}),
+        (ValueError, "alpha: got nan", {"alpha": math.nan}),
+        (ValueError, "consistency: got 'both', expected one of", {"consistency": "both"}),
+        (TypeError, "logit_bias: got str", {"logit_bias": "0"}),
+        (ValueError, "logit_bias: got inf", {"logit_bias": math.inf}),
+        (ValueError, "logit_bias: got shape \\[2\\]", {"logit_bias": torch.zeros(2)}),
+    ],
+)
+def test_bad_dcd_options(error: type[Exception], message: str, options: dict[str, object]) -> None:
+    with pytest.raises(error, match=message):
+        dcd_loss(S, T, 2.0, **options)
+
+
+def test_bad_info_nce_and_kd_options() -> None:
+    with pytest.raises(TypeError, match="normalize: got int, expected a bool"):
+        info_nce_loss(S, T, 2.0, normalize=1)
+    for value in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=re.escape(f"temperature: got {value}")):
+            kd_loss(S, T, value)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (TypeError, "student_dim: got float", {"student_dim": 3.0}),
+        (ValueError, "teacher_dim: got 0", {"teacher_dim": 0}),
+        (ValueError, "embed_dim: got -1", {"embed_dim": -1}),
+        (ValueError, "alpha: got -1", {"alpha": -1.0}),
+        (ValueError, "consistency: got 'p'", {"consistency": "p"}),
+        (ValueError, "max_scale: got 0", {"max_scale": 0.0}),
+        (ValueError, "min_scale: got nan", {"min_scale": math.nan}),
+        (ValueError, "min_scale: got 20.0, expected at most max_scale", {"min_scale": 20.0}),
+        (ValueError, "temperature: got 0", {"temperature": 0.0, "learnable": False}),
+        (ValueError, "backend: got 'gpu'", {"backend": "gpu"}),
+        (ValueError, "group: got 'all'", {"group": "all"}),
+    ],
+)
+def test_bad_module_options_raise_when_the_module_is_made(
+    error: type[Exception], message: str, options: dict[str, object]
+) -> None:
+    with pytest.raises(error, match=message):
+        DCDLoss(**{"student_dim": 3, "teacher_dim": 3, **options})
