@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _demo(arguments: list[str]) -> int:
     import tyro
 
-    from fastkd.trainer.demo import demo
+    from fastkd.trainer.demo import DemoConfig, run_demo
 
-    tyro.cli(demo, prog="fastkd demo", args=arguments)
+    run_demo(tyro.cli(DemoConfig, prog="fastkd demo", args=arguments))
     return 0
 
 

@@ -10,7 +10,6 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +141,11 @@ def differences(results: Results) -> list[Difference]:
     pairs = [(method, BASELINE) for method in methods if method != BASELINE and BASELINE in methods]
     pairs += [(method, "kd") for method in methods if "dcd" in method and "kd" in methods]
     return [found for pair in pairs if (found := paired_difference(results, *pair))]
+
+
+def verdicts(results: Results) -> list[str]:
+    """One sentence for every pair of `differences`."""
+    return [verdict(difference) for difference in differences(results)]
 
 
 def verdict(difference: Difference) -> str:
@@ -280,7 +284,7 @@ def render(results: Results) -> str:
         results=results,
         rows=summary(results),
         seeds=seed_count(results),
-        verdicts=[verdict(difference) for difference in differences(results)],
+        verdicts=verdicts(results),
         figures=draw_figures(results),
         sampling_error=f"{sampling_error:.1f}",
         colours={display_name(method): colour for method, colour in figures.colour_of(results.methods).items()},
@@ -309,9 +313,3 @@ def write_report(results: Results, folder: Path) -> Path:
     write_atomically(folder / "results.json", json.dumps(as_json(results), indent=1, allow_nan=False))
     write_atomically(folder / "report.html", render(results))
     return folder / "report.html"
-
-
-def versions() -> str:
-    """The libraries that decide the numbers."""
-    names = ("fastkd", "torch", "numpy", "scikit-learn", "matplotlib")
-    return ", ".join(f"{name} {metadata.version(name)}" for name in names)
