@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data import DataConfig, build_datasets
@@ -168,8 +169,9 @@ def embed(features: np.ndarray) -> np.ndarray:
     """t-SNE [n, 2] of features [n, D], always from the same start."""
     from sklearn.manifold import TSNE
 
-    perplexity = min(30.0, (len(features) - 1) / 3)
-    return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features)
+    # With more threads than free cores OpenMP waits by spinning: twenty times slower beside another process.
+    with threadpool_limits(1):
+        return TSNE(max_iter=500, init="pca", random_state=0).fit_transform(features)
 
 
 def run_demo(config: DemoConfig) -> Path:

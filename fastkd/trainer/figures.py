@@ -70,17 +70,30 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def draw_bands(axis: Any, curves: Curves, names: Mapping[str, str], colours: Mapping[str, str]) -> None:
-    """Mean over seeds as a line, and one standard deviation either side as a band where there is more than one seed."""
-    for method, seeds in curves.items():
+def draw_bands(
+    axis: Any,
+    curves: Curves,
+    names: Mapping[str, str],
+    colours: Mapping[str, str],
+    low: float | None = None,
+    high: float | None = None,
+) -> None:
+    """Mean over seeds as a line, and one standard deviation either side as a band where there is more than one seed.
+
+    The band ends at `low` and `high`, values that the quantity cannot pass.
+    """
+    for index, (method, seeds) in enumerate(curves.items()):
         values = np.asarray(seeds, dtype=float)  # [seeds, epochs]
         epochs = np.arange(1, values.shape[1] + 1)
         mean = values.mean(0)
         marker = "o" if len(epochs) == 1 else None
-        axis.plot(epochs, mean, color=colours[method], linewidth=1.6, marker=marker, label=plain(names[method]))
+        # The first lines are the broadest, so that lines on top of each other can still be told apart.
+        width = 1.4 + 0.4 * (len(curves) - 1 - index)
+        axis.plot(epochs, mean, color=colours[method], linewidth=width, marker=marker, label=plain(names[method]))
         if len(values) > 1:
             spread = values.std(0, ddof=1)
-            axis.fill_between(epochs, mean - spread, mean + spread, color=colours[method], alpha=0.18, linewidth=0)
+            below, above = np.clip(mean - spread, low, high), np.clip(mean + spread, low, high)
+            axis.fill_between(epochs, below, above, color=colours[method], alpha=0.18, linewidth=0)
     axis.set_xlabel("epoch")
 
 
@@ -89,7 +102,7 @@ def learning_curves(curves: Curves, names: Mapping[str, str], teacher_accuracy: 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
         axis = figure.subplots()
-        draw_bands(axis, curves, names, colour_of(list(curves)))
+        draw_bands(axis, curves, names, colour_of(list(curves)), low=0.0, high=100.0)
         axis.axhline(teacher_accuracy, color=INK, linewidth=1, linestyle=(0, (5, 3)), label="teacher")
         lowest = min(np.asarray(seeds).mean(0)[-1] for seeds in curves.values())
         # The first epochs are near chance; shown whole they would flatten everything that differs.
@@ -135,21 +148,34 @@ def scale_curves(curves: Curves, names: Mapping[str, str], colours: Mapping[str,
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
         axis = figure.subplots()
-        draw_bands(axis, curves, names, colours)
+        draw_bands(axis, curves, names, colours, low=1e-3, high=max_scale)
+        values = np.concatenate([np.ravel(seeds) for seeds in curves.values()])
         if max_scale is not None:
             axis.axhline(max_scale, color=INK, linewidth=1, linestyle=(0, (5, 3)), label=f"cap ({max_scale:g})")
+            values = np.append(values, max_scale)
+        # Logarithmic epochs, because the scale often reaches its cap within the first tenth of them.
+        epochs = max(len(seed) for seeds in curves.values() for seed in seeds)
+        axis.set_xscale("log")
+        axis.set_xlim(0.9, max(epochs, 2) * 1.08)
+        axis.set_xticks(*labelled_ticks(1, max(epochs, 2), (1, 2, 5)))
+        axis.set_yscale("log")
+        axis.set_ylim(values.min() / 1.25, values.max() * 1.25)
+        axis.set_yticks(*labelled_ticks(*axis.get_ylim(), (1, 2, 3, 4, 6, 8)))
+        axis.minorticks_off()
         axis.set_ylabel("logit scale, exp(τ)")
-        axis.set_ylim(bottom=0)
-        top = axis.get_ylim()[1]
-        right = axis.twinx()
-        ticks = np.arange(0.0, np.log(top) + 1e-9, 0.5 if np.log(top) < 3 else 1.0)
-        right.set_ylim(0, top)
-        right.set_yticks(np.exp(ticks), [f"{tick:g}" for tick in ticks])
+        right = axis.secondary_yaxis("right", functions=(np.log, np.exp))
+        right.set_yscale("linear")
         right.set_ylabel("τ", rotation=0, labelpad=8)
-        right.grid(visible=False)
         axis.legend(loc="lower right")
         ends = ", ".join(f"{names[method]} {np.asarray(seeds)[:, -1].mean():.2f}" for method, seeds in curves.items())
         return to_svg(figure, "scale", f"Logit scale over epochs. Last epoch: {ends}.")
+
+
+def labelled_ticks(low: float, high: float, digits: Sequence[int]) -> tuple[list[float], list[str]]:
+    """Positions of a logarithmic axis within `low` ... `high` that begin with one of `digits`, and their labels."""
+    ticks = [digit * 10.0**power for power in range(-3, 7) for digit in digits]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    return ticks, [f"{tick:g}" for tick in ticks]
 
 
 def heat_map(matrix: np.ndarray, limit: float, key: str, description: str) -> str:
