@@ -78,9 +78,9 @@ def train(
     schedule = Schedule(
         config.optim, steps_per_epoch=per_epoch, epochs=config.epochs, global_batch=config.data.batch_size
     )
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     optimizer = build_optimizer(distiller, config.optim, device)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     meter = Meter()
     identity = {
         "config": config.to_dict(),

@@ -123,9 +123,16 @@ def build_optimizer(module: nn.Module, config: OptimConfig, device: torch.device
         raise ValueError("student: has no trainable parameter")
     # One fused kernel instead of a Python loop over parameters; fp32 and fp64 parameters on CPU and CUDA have it.
     fused = device.type in ("cpu", "cuda")
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+    sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    if config.momentum:
+        # torch 2.11's fused SGD leaves new momentum uninitialised if the scaler skips the first step, and fails if a
+        # parameter gets its first gradient later. Momentum that starts at zero is the same update.
+        for group in sgd.param_groups:
+            for parameter in group["params"]:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

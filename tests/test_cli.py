@@ -1,0 +1,97 @@
+"""The command line, called as the console script calls it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastkd.trainer import RECIPES
+from fastkd.trainer.cli import main
+
+FAST = ["--epochs", "1", "--optim.warmup-epochs", "0", "--device", "cpu", "--no-tensorboard"]
+
+
+def test_train_distil_and_evaluate(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "digits-teacher", *FAST]) == 0
+    out = capsys.readouterr().out
+    assert "global batch 128" in out
+    assert "checkpoint runs/digits_teacher/checkpoints/step-00000010" in out
+    flags = ["--objective.terms", "0.5*kd + dcd", "--student.options.width", "6", "--optim.lr", "0.05", "--seed", "3"]
+    assert main(["train", "digits", *FAST, *flags]) == 0
+    out = capsys.readouterr().out
+    assert "loss 1 x ce + 0.5 x kd + 1 x dcd" in out
+    assert "lr 0.05, cosine" in out
+    assert "seed 3" in out
+    assert main(["eval", "runs/digits"]) == 0
+    assert "step 4, accuracy 0." in capsys.readouterr().out
+    assert main(["train", "digits", *FAST, *flags, "--resume"]) == 0
+    assert "already finished" in capsys.readouterr().out
+
+
+def test_what_a_user_can_put_right_is_one_line_and_status_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for argv, message in (
+        (["eval", "nowhere"], "fastkd eval: nowhere: no such checkpoint or run folder"),
+        (["train", "digits", *FAST], "fastkd train: runs/digits_teacher: no such weights file"),
+        (["train", "digits-scratch", *FAST, "--resume"], "fastkd train: runs/digits_scratch: holds no run to resume"),
+        (["train", "digits-scratch", *FAST, "--student.name", "nope"], "fastkd train: model.name: got 'nope'"),
+    ):
+        assert main(argv) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(message)
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argv", [["train", "digits", "--precision", "fp8"], ["train", "digits", "--epochs", "0"], ["eval"]]
+)
+def test_wrong_flags_exit_with_status_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+
+
+def test_help(capsys):
+    assert main([]) == main(["--help"]) == 0
+    assert "train RECIPE" in capsys.readouterr().out
+    assert main(["nonsense"]) == 2
+    assert "unknown command 'nonsense'" in capsys.readouterr().err
+    for argv in (["train", "--help"], ["eval", "--help"], ["demo", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            main(argv)
+        assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_valid_config(name):
+    assert RECIPES[name]().student is not None
+    assert RECIPES[name].__doc__
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1]
+    )
+
+
+def test_importing_fastkd_does_not_import_the_trainer():
+    code = "import fastkd, sys; print([m for m in ('fastkd.trainer', 'timm', 'torchdata', 'tyro') if m in sys.modules])"
+    assert run_python(code).stdout.strip() == "[]"
+
+
+def test_missing_extras_say_what_to_install():
+    code = (
+        "import importlib.util as u, sys; find = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n in ('timm', 'tyro') else find(n, *a)\n"
+        "from fastkd.trainer.cli import main; print(main(['train', 'digits']))\n"
+        "from fastkd.trainer import train"
+    )
+    done = run_python(code)
+    assert done.stdout.strip() == "1"
+    message = "fastkd.trainer: missing timm, tyro; run: pip install 'fastkd[train]'"
+    assert done.stderr.startswith(f"fastkd: {message}")
+    assert done.stderr.strip().endswith(f"ImportError: {message}")
