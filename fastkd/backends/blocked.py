@@ -9,37 +9,15 @@ their log-sum-exps; ``E_i = sum_j p_ij (X_ij - Y_ij)``. The tile of Y is the tra
 tiles serves the rows I and the rows J in both softmaxes: 2 N^2 D operations forward and 6 N^2 D backward.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from fastkd.backends.reference import accumulation_dtype, soft_target, unit_rows
+from fastkd.backends.tiles import Workspace, blocks, for_each_tile, pair_rounds, square_rounds
 
 # exp(+-40) summed over any number of rows stays inside float32, so no maximum has to be subtracted.
 MAX_SHARED_SCALE = 40.0
 SOFT_TARGET_ELEMENTS = 1 << 18  # a block of logits: 1 MiB in float32
-
-
-def tile_rows(device: torch.device) -> int:
-    """Rows and columns of a tile: a few tiles fit a CPU's L2 cache; a GPU needs larger ones to fill it."""
-    return 512 if device.type == "cpu" else 4096
-
-
-def _blocks(n: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
-
-
-class _Tiles:
-    """Tiles cut from buffers that are allocated once; every call returns contiguous [rows, columns] views."""
-
-    def __init__(self, like: Tensor, count: int, size: int) -> None:
-        size = min(size, len(like))
-        self._flat = like.new_empty(count, size * size)
-
-    def __call__(self, rows: slice, columns: slice) -> Iterator[Tensor]:
-        m, k = rows.stop - rows.start, columns.stop - columns.start
-        return (flat[: m * k].view(m, k) for flat in self._flat)
 
 
 class _OnlineSums:
@@ -126,29 +104,30 @@ def dual_softmax_forward(
 
 def _dual_statistics_shared(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """(la, lc, E) and A_ii, with one exponential a similarity, shared by p, q and their transposes."""
-    n, size = len(a), tile_rows(a.device)
+    n = len(a)
     scaled_a, scaled_b, ones = a * scale, b * scale, a.new_ones(n)
     stats, positive = a.new_zeros(3, n), a.new_zeros(n)
     la, lc, E = stats  # sums of exponentials until the end
-    tiles, blocks = _Tiles(a, 4, size), _blocks(n, size)
-    for first, rows in enumerate(blocks):
-        for cols in blocks[first:]:
-            X, Y, U, V = tiles(rows, cols)
-            ones_rows, ones_cols = ones[rows], ones[cols]
-            torch.exp(torch.mm(scaled_a[rows], b[cols].T, out=X), out=U)
-            la[rows].addmv_(U, ones_cols)
-            lc[cols].addmv_(U.T, ones_rows)
-            if rows is cols:
-                positive[rows] = X.diagonal()
-                U.mul_(torch.sub(X, X.T, out=Y))
-                E[rows].addmv_(U, ones_cols)
-                continue
-            torch.exp(torch.mm(scaled_b[rows], a[cols].T, out=Y), out=V)
-            lc[rows].addmv_(V, ones_cols)
-            la[cols].addmv_(V.T, ones_rows)
-            X.sub_(Y)
-            E[rows].addmv_(U.mul_(X), ones_cols)
-            E[cols].addmv_(V.mul_(X).T, ones_rows, alpha=-1)
+
+    def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
+        X, Y, U, V = workspace(rows, cols)
+        ones_rows, ones_cols = ones[rows], ones[cols]
+        torch.exp(torch.mm(scaled_a[rows], b[cols].T, out=X), out=U)
+        la[rows].addmv_(U, ones_cols)
+        lc[cols].addmv_(U.T, ones_rows)
+        if rows == cols:
+            positive[rows] = X.diagonal()
+            U.mul_(torch.sub(X, X.T, out=Y))
+            E[rows].addmv_(U, ones_cols)
+            return
+        torch.exp(torch.mm(scaled_b[rows], a[cols].T, out=Y), out=V)
+        lc[rows].addmv_(V, ones_cols)
+        la[cols].addmv_(V.T, ones_rows)
+        X.sub_(Y)
+        E[rows].addmv_(U.mul_(X), ones_cols)
+        E[cols].addmv_(V.mul_(X).T, ones_rows, alpha=-1)
+
+    for_each_tile(pair_rounds(blocks(n, a.device)), add_tile, a, buffers=4)
     E /= la
     la.log_()
     lc.log_()
@@ -159,19 +138,23 @@ def _dual_statistics_online(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor
     """(la, lc, E) and A_ii for any scale: every softmax keeps its own running maximum."""
     scaled_a, scaled_b = a * scale, b * scale
     p, q, positive = _OnlineSums(a), _OnlineSums(a), a.new_zeros(len(a))
-    blocks = _blocks(len(a), tile_rows(a.device))
-    for first, rows in enumerate(blocks):
-        for cols in blocks[first:]:
-            X = scaled_a[rows] @ b[cols].T
-            Y = X.T if rows is cols else scaled_b[rows] @ a[cols].T
-            d = X - Y
-            p.add(rows, X, d)
-            q.add(rows, Y)
-            if rows is cols:
-                positive[rows] = X.diagonal()
-            else:
-                p.add(cols, Y.T, -d.T)
-                q.add(cols, X.T)
+
+    def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
+        X, Y, d = workspace(rows, cols)
+        torch.mm(scaled_a[rows], b[cols].T, out=X)
+        if rows == cols:
+            positive[rows] = X.diagonal()
+            Y.copy_(X.T)
+        else:
+            torch.mm(scaled_b[rows], a[cols].T, out=Y)
+        torch.sub(X, Y, out=d)
+        p.add(rows, X, d)
+        q.add(rows, Y)
+        if rows != cols:
+            p.add(cols, Y.T, d.neg_().T)
+            q.add(cols, X.T)
+
+    for_each_tile(pair_rounds(blocks(len(a), a.device)), add_tile, a, buffers=3)
     return torch.stack([p.logsumexp(), q.logsumexp(), p.mean()]), positive
 
 
@@ -251,38 +234,38 @@ def _dual_gradients(
     a: Tensor, b: Tensor, scale: Tensor, coefficients: _DualCoefficients, need_a: bool, need_b: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """``sum_j G_ij b_j`` and ``sum_i G_ij a_i`` over all tiles, without the diagonal's ``- w_i``."""
-    n, size = len(a), tile_rows(a.device)
     scaled_a, scaled_b = a * scale, b * scale
     grad_a = torch.zeros_like(a) if need_a else None
     grad_b = torch.zeros_like(b) if need_b else None
-    tiles, blocks = _Tiles(a, 6, size), _blocks(n, size)
-    for first, rows in enumerate(blocks):
-        for cols in blocks[first:]:
-            X, Y, U, V, G, scratch = tiles(rows, cols)
-            torch.mm(scaled_a[rows], b[cols].T, out=X)
-            if rows is cols:
-                Y.copy_(X.T)
-            else:
-                torch.mm(scaled_b[rows], a[cols].T, out=Y)
-            if coefficients.shared:
-                p = q_t = torch.exp(X, out=U)
-                q = p_t = torch.exp(Y, out=V)
-            else:
-                p, q, p_t, q_t = coefficients.exponentials(X, Y, rows, cols)
-            d = X.sub_(Y)
-            coefficients.gradient(p, p_t, q_t, d, rows, cols, G, scratch)
-            if grad_a is not None:
-                grad_a[rows].addmm_(G, b[cols])
-            if grad_b is not None:
-                grad_b[cols].addmm_(G.T, a[rows])
-            if rows is cols:
-                continue
-            # The mirrored tile (J, I): rows and columns, p and its transpose change places.
-            coefficients.gradient(p_t.T, p.T, q.T, d.neg_().T, cols, rows, G.T, scratch.T)
-            if grad_a is not None:
-                grad_a[cols].addmm_(G.T, b[rows])
-            if grad_b is not None:
-                grad_b[rows].addmm_(G, a[cols])
+
+    def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
+        X, Y, U, V, G, scratch = workspace(rows, cols)
+        torch.mm(scaled_a[rows], b[cols].T, out=X)
+        if rows == cols:
+            Y.copy_(X.T)
+        else:
+            torch.mm(scaled_b[rows], a[cols].T, out=Y)
+        if coefficients.shared:
+            p = q_t = torch.exp(X, out=U)
+            q = p_t = torch.exp(Y, out=V)
+        else:
+            p, q, p_t, q_t = coefficients.exponentials(X, Y, rows, cols)
+        d = X.sub_(Y)
+        coefficients.gradient(p, p_t, q_t, d, rows, cols, G, scratch)
+        if grad_a is not None:
+            grad_a[rows].addmm_(G, b[cols])
+        if grad_b is not None:
+            grad_b[cols].addmm_(G.T, a[rows])
+        if rows == cols:
+            return
+        # The mirrored tile: rows and columns, p and its transpose change places.
+        coefficients.gradient(p_t.T, p.T, q.T, d.neg_().T, cols, rows, G.T, scratch.T)
+        if grad_a is not None:
+            grad_a[cols].addmm_(G.T, b[rows])
+        if grad_b is not None:
+            grad_b[rows].addmm_(G, a[cols])
+
+    for_each_tile(pair_rounds(blocks(len(a), a.device)), add_tile, a, buffers=6)
     return grad_a, grad_b
 
 
@@ -299,14 +282,16 @@ def contrast_forward(
     (q, _), (k, _) = _rows(query, normalize), _rows(key, normalize)
     scale = logit_scale.to(q.dtype)
     sums, positive = _OnlineSums(q), q.new_zeros(len(q))
-    blocks = _blocks(len(q), tile_rows(q.device))
-    for rows in blocks:
-        scaled = q[rows] * scale
-        for cols in blocks:
-            logits = scaled @ k[cols].T
-            sums.add(rows, logits)
-            if rows is cols:
-                positive[rows] = logits.diagonal()
+    scaled = q * scale
+
+    def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
+        (logits,) = workspace(rows, cols)
+        torch.mm(scaled[rows], k[cols].T, out=logits)
+        sums.add(rows, logits)
+        if rows == cols:
+            positive[rows] = logits.diagonal()
+
+    for_each_tile(square_rounds(blocks(len(q), q.device)), add_tile, q, buffers=1)
     lse = sums.logsumexp()
     return _weighted_sum(lse - positive, weight), lse
 
@@ -329,15 +314,17 @@ def contrast_backward(
     need_query = need_query or not need_key  # the gradient of logit_scale needs one side
     grad_q = torch.zeros_like(q) if need_query else None
     grad_k = torch.zeros_like(k) if need_key else None
-    blocks = _blocks(len(q), tile_rows(q.device))
-    for rows in blocks:
-        scaled = q[rows] * scale
-        for cols in blocks:
-            G = torch.mm(scaled, k[cols].T).sub_(lse[rows, None]).exp_().mul_(w[rows, None])
-            if grad_q is not None:
-                grad_q[rows].addmm_(G, k[cols])
-            if grad_k is not None:
-                grad_k[cols].addmm_(G.T, q[rows])
+    scaled = q * scale
+
+    def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
+        (G,) = workspace(rows, cols)
+        torch.mm(scaled[rows], k[cols].T, out=G).sub_(lse[rows, None]).exp_().mul_(w[rows, None])
+        if grad_q is not None:
+            grad_q[rows].addmm_(G, k[cols])
+        if grad_k is not None:
+            grad_k[cols].addmm_(G.T, q[rows])
+
+    for_each_tile(square_rounds(blocks(len(q), q.device)), add_tile, q, buffers=1)
     w = w[:, None]
     grad_query, scale_q = _finish(query, grad_q, q, w * k, inverse_q, scale)
     grad_key, scale_k = _finish(key, grad_k, k, w * q, inverse_k, scale)
@@ -347,7 +334,8 @@ def contrast_backward(
 
 
 def _soft_target_blocks(logits: Tensor) -> list[slice]:
-    return _blocks(len(logits), max(1, SOFT_TARGET_ELEMENTS // logits.shape[1]))
+    size = max(1, SOFT_TARGET_ELEMENTS // logits.shape[1])
+    return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
 def soft_target_forward(
