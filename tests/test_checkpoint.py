@@ -82,6 +82,13 @@ def test_damage_to_any_file_is_an_error_that_names_it(checkpoint, name, damage):
         evaluate_checkpoint(checkpoint, trust_code=True)
 
 
+def test_a_manifest_that_was_edited_is_an_error(checkpoint):
+    file = checkpoint / "manifest.json"
+    file.write_text(file.read_text().replace('"step": 13', '"step": 12'))
+    with pytest.raises(CheckpointError, match=r"manifest\.json: is corrupted, its sha256 differs"):
+        read_checkpoint(checkpoint)
+
+
 def test_resume_from_a_damaged_checkpoint_raises_and_keeps_the_run(finished, tmp_path):
     config, _ = finished
     shutil.copytree(config.run_dir, tmp_path / "run")

@@ -14,20 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from fastkd.trainer import CheckpointError, DataConfig, OptimConfig, TrainConfig, train
 from fastkd.trainer.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
-from tests.trainer_runs import DropoutNet, lines, same, tiny_config
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bits must not depend on what else the machine does; tiny networks are faster so, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from tests.trainer_runs import DropoutNet, lines, one_thread, same, tiny_config  # noqa: F401
 
 
 class Stop(Exception):
@@ -123,32 +115,33 @@ def test_killed_at_random_moments_and_resumed_equals_the_uninterrupted_run(tmp_p
     train(whole)
     config = dataclasses.replace(whole, run_dir=str(tmp_path / "cut"))
     file = tmp_path / "config.json"
+    folder = Path(config.run_dir) / "checkpoints"
     generator = random.Random(5)
-    kills = 0
+    kills, target = 0, 0
     while True:
         file.write_text(json.dumps(dataclasses.replace(config, resume=kills > 0).to_dict()))
+        target += generator.randint(4, 11)
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.trainer_runs", str(file), "0.01"],
             cwd=Path(__file__).parents[1],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
         )
-        before = (Path(config.run_dir) / "metrics.jsonl").stat().st_mtime_ns if kills else 0
         while process.poll() is None and kills < 4:
-            metrics = Path(config.run_dir) / "metrics.jsonl"
-            if list_checkpoints(metrics.parent / "checkpoints") and metrics.stat().st_mtime_ns != before:
-                time.sleep(generator.uniform(0.0, 0.5))
+            found = list_checkpoints(folder) if folder.exists() else []
+            if found and int(found[-1].name.removeprefix("step-")) >= target:
+                time.sleep(generator.uniform(0.0, 0.02))
                 process.send_signal(signal.SIGKILL)
                 break
-            time.sleep(0.005)
+            time.sleep(0.002)
         _, errors = process.communicate(timeout=60)
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, errors.decode()
         kills += 1
-    assert kills >= 3
+    assert kills == 4
     assert_same_run(whole, config)
-    assert not list((Path(config.run_dir) / "checkpoints").glob(".tmp-*"))
+    assert not list(folder.glob(".tmp-*"))
 
 
 def test_a_crash_at_every_point_of_a_save_leaves_a_run_that_resumes(tmp_path, monkeypatch):
@@ -239,6 +232,28 @@ def test_resume_with_another_teacher_or_student_raises(tmp_path):
     other.extra = nn.Linear(2, 2)
     with pytest.raises(CheckpointError, match=r"missing extra\.weight; missing extra\.bias"):
         train(config, student=other, teacher=teacher)
+
+
+def test_resume_needs_neither_the_first_weights_nor_the_old_place_of_the_teacher(tmp_path):
+    config = tiny_config(tmp_path, save_every_steps=5, epochs=1)
+    save_file(DropoutNet().state_dict(), tmp_path / "first.safetensors")
+    student = dataclasses.replace(config.student, weights=str(tmp_path / "first.safetensors"))
+    config = dataclasses.replace(config, student=student)
+    train(config)
+    shutil.rmtree(find_checkpoint(config.run_dir))
+    (tmp_path / "first.safetensors").unlink()
+    moved = (tmp_path / "teacher.safetensors").rename(tmp_path / "moved.safetensors")
+    teacher = dataclasses.replace(config.teacher, weights=str(moved))
+    assert train(dataclasses.replace(config, resume=True, teacher=teacher)).resumed_from == 10
+
+
+def test_resume_does_not_paper_over_metrics_that_were_lost(tmp_path):
+    config = tiny_config(tmp_path, save_every_steps=5, epochs=1)
+    train(config)
+    shutil.rmtree(find_checkpoint(config.run_dir))
+    (Path(config.run_dir) / "metrics.jsonl").write_text("")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: has 0 bytes, expected at least the \d+ that step-0+10"):
+        train(dataclasses.replace(config, resume=True))
 
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path):

@@ -4,14 +4,27 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastkd.trainer import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TensorImages, TrainConfig, train
+from fastkd.trainer import (
+    DataConfig,
+    Distiller,
+    FeatureModel,
+    ModelConfig,
+    Objective,
+    ObjectiveConfig,
+    OptimConfig,
+    TensorImages,
+    TrainConfig,
+    train,
+)
 
 
 class DropoutNet(nn.Module):
@@ -73,6 +86,26 @@ def tiny_config(folder: Path, **changes: Any) -> TrainConfig:
         quiet=True,
     )
     return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bits must not depend on what else the machine does; tiny networks are faster so, too. Autouse where imported."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def distiller(terms: str = "dcd+kd") -> Distiller:
+    torch.manual_seed(0)
+    objective = Objective(ObjectiveConfig(terms=terms), 12, 24)
+    return Distiller(FeatureModel(DropoutNet()), FeatureModel(DropoutNet(width=24)), objective)
+
+
+def batch(samples: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(samples, 1, 4, 4, generator=generator), torch.arange(samples) % 4
 
 
 def lines(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -14,8 +14,9 @@ from fastkd.trainer.objective import ObjectiveConfig
 from fastkd.trainer.optim import OptimConfig
 from fastkd.trainer.validate import check_choice, check_int, check_type
 
-# What may differ between a run and its resumption: nothing that changes a number it computes.
-FREE_TO_CHANGE = ("run_dir", "resume", "keep", "tensorboard", "progress", "quiet", "device")
+# What may differ between a run and its resumption: nothing that changes what it computes. The teacher's file may have
+# moved, because the hash of its weights is compared.
+FREE_TO_CHANGE = ("run_dir", "resume", "keep", "tensorboard", "progress", "quiet", "device", "teacher.weights")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -76,7 +77,7 @@ def differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = ""
     """``name: saved -> current`` of every setting that differs and is not in ``FREE_TO_CHANGE``."""
     found = []
     for key in sorted({*saved, *current}):
-        if not prefix and key in FREE_TO_CHANGE:
+        if prefix + key in FREE_TO_CHANGE:
             continue
         old, new = saved.get(key), current.get(key)
         if isinstance(old, dict) and isinstance(new, dict):

@@ -116,10 +116,12 @@ class RunLog:
         """A line for the user, above the progress bar."""
         self._console.print(line, markup=False)
 
-    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    def record(self, kind: str, step: int, values: dict[str, float]) -> None:
         """One line of ``metrics.jsonl`` and the numbers in it as TensorBoard scalars ``kind/name``."""
         if self._file is not None:
-            self._file.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
+            # JSON has no NaN or infinity (the gradient norm of a step that the loss scaling skips).
+            plain = {name: None if not math.isfinite(value) else value for name, value in values.items()}
+            self._file.write(json.dumps({"kind": kind, "step": step, **plain}).encode() + b"\n")
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)

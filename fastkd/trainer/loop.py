@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def train(
     loader, set_epoch = train_loader(train_set, config.data, seed=config.seed, device=device)
     test_loader = eval_loader(eval_set, config.data, device)
     sample, _ = collate(fetch(train_set, [0, 1 % len(train_set)]))
-    distiller = build_distiller(config, sample, student=student, teacher=teacher, terms=terms).to(device)
+    initial = config if checkpoint is None else without_initial_weights(config)
+    distiller = build_distiller(initial, sample, student=student, teacher=teacher, terms=terms).to(device)
 
     per_epoch = len(loader)
     total = per_epoch * config.epochs
@@ -170,6 +171,7 @@ def train(
                 with torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "fp32"):
                     loss, parts = distiller(images, labels)
                 meter.add(progress.step + 1, loss, parts)
+                optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 norm = None
                 if config.optim.clip_norm is not None:
@@ -177,7 +179,6 @@ def train(
                     norm = nn.utils.clip_grad_norm_(trainable, config.optim.clip_norm)
                 scaler.step(optimizer)
                 scaler.update()
-                optimizer.zero_grad(set_to_none=True)
                 progress.step += 1
 
                 last = progress.step == (epoch + 1) * per_epoch
@@ -199,9 +200,8 @@ def train(
             if finished or progress.epoch % config.eval_every == 0:
                 record.update(evaluate(distiller.student, test_loader, device, config.precision))
                 result.accuracy = record["accuracy"]
-                log.print(
-                    f"epoch {progress.epoch}/{config.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in record.items())
-                )
+                shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "epoch")
+                log.print(f"epoch {progress.epoch}/{config.epochs}  {shown}")
             log.record("epoch", progress.step, record)
             progress.history.append({"step": progress.step, **record})
             by_epoch = config.save_every_epochs and progress.epoch % config.save_every_epochs == 0
@@ -228,6 +228,13 @@ def choose_data(config: TrainConfig, train_data: Any, eval_data: Any) -> tuple[A
     if config.data.labelled is not None:
         train_set = labelled_subset(train_set, config.data.labelled, config.data.subset_seed)
     return train_set, eval_set
+
+
+def without_initial_weights(config: TrainConfig) -> TrainConfig:
+    """For a resumed run: the student's weights come from the checkpoint, its first ones may be gone by now."""
+    if config.student is None:
+        return config
+    return replace(config, student=replace(config.student, weights=None, pretrained=False))
 
 
 def scalars(distiller: Distiller) -> dict[str, float]:

@@ -51,6 +51,12 @@ def open_run(config: TrainConfig) -> tuple[Path | None, Checkpoint | None]:
         changed = differences(checkpoint.manifest["config"], config.to_dict())
         if changed:
             raise CheckpointError(f"{checkpoint.path}: belongs to another config ({'; '.join(changed)})")
+        size = metrics.stat().st_size if metrics.exists() else 0
+        if size < checkpoint.state["metrics_bytes"]:
+            raise CheckpointError(
+                f"{metrics}: has {size} bytes, expected at least the {checkpoint.state['metrics_bytes']} "
+                f"that {checkpoint.path.name} had seen"
+            )
         return folder, checkpoint
     if not (folder / RUN).exists():
         raise CheckpointError(f"{folder}: holds no run to resume")
