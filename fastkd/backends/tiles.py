@@ -1,9 +1,9 @@
 """Tiles of an N x N matrix in rounds: within a round no two tiles share a row-block or a column-block.
 
 Workers can therefore add to per-row results without locks, and every result is summed in the same order however many
-workers there are. On a CPU each worker computes its tiles on one thread. Splitting every small operation over all
-threads instead is as fast on an idle machine, but waits at thousands of barriers: with one other busy process on two
-cores that was measured ten times slower.
+workers there are. On a CPU the threads are shared out to the workers. Splitting every small operation over all threads
+instead is as fast on an idle machine, but waits at thousands of barriers: beside other busy processes on two cores that
+was measured five to ten times slower.
 """
 
 import threading
@@ -15,7 +15,8 @@ from torch import Tensor
 
 MAX_ROWS = 512  # of a CPU tile: a few float32 tiles fit the L2 and L3 caches
 MAX_ROWS_ACCELERATOR = 4096  # a GPU needs larger tiles to fill it
-MIN_PARALLEL_ROWS = 1024  # below this, starting workers costs more than it saves
+MIN_PARALLEL_ROWS = 4096  # below this, workers wait for Python's lock more than they gain
+MAX_WORKERS = 4  # Python's lock again: beyond this, further threads help inside the operations
 
 Round = list[tuple[slice, slice]]
 _thread_count_lock = threading.Lock()
@@ -34,7 +35,7 @@ class Workspace:
 
 def worker_count(n: int, device: torch.device) -> int:
     """Threads that compute tiles of an n x n matrix side by side; 1 means in the calling thread."""
-    return torch.get_num_threads() if device.type == "cpu" and n >= MIN_PARALLEL_ROWS else 1
+    return min(torch.get_num_threads(), MAX_WORKERS) if device.type == "cpu" and n >= MIN_PARALLEL_ROWS else 1
 
 
 def blocks(n: int, device: torch.device) -> list[slice]:
@@ -82,7 +83,7 @@ def for_each_tile(
     inference = torch.is_inference_mode_enabled()
 
     def start() -> None:
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, threads // workers))
         ready.wait()
 
     def compute(tile: tuple[slice, slice]) -> None:
