@@ -97,7 +97,7 @@ def dcd_terms(
     check_choice("consistency", consistency, CONSISTENCIES)
     weight = check_weight(sample_weight, student)
     require_local(group)
-    backend = backends.resolve(backend)
+    backend = backends.resolve(backend, "dual_softmax", student)
     n = student.shape[0]
     if backend == "reference":
         with torch.autocast(student.device.type, enabled=False):
@@ -149,7 +149,7 @@ def info_nce_loss(
         raise TypeError(f"normalize: got {type(normalize).__name__}, expected a bool")
     weight = check_weight(sample_weight, query)
     require_local(group)
-    backend = backends.resolve(backend)
+    backend = backends.resolve(backend, "contrast", query)
     if backend == "reference":
         with torch.autocast(query.device.type, enabled=False):
             total = _weighted_sum(reference.contrast(query, key, scale, normalize), weight)
@@ -189,7 +189,7 @@ def kd_loss(
     check_pair("student_logits", student_logits, "teacher_logits", teacher_logits, "[B, C]")
     check_number("temperature", temperature, minimum=0, exclusive=True)
     weight = check_weight(sample_weight, student_logits)
-    backend = backends.resolve(backend)
+    backend = backends.resolve(backend, "soft_target", student_logits)
     teacher_logits = teacher_logits.detach()
     if backend == "reference":
         with torch.autocast(student_logits.device.type, enabled=False):

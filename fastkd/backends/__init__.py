@@ -1,17 +1,79 @@
-"""Implementations of the operations: the definition (``reference``) and the streaming ``blocked``."""
+"""Implementations of the operations: the definition (``reference``), the streaming ``blocked``, and ``triton``."""
 
+import importlib
+import importlib.util
+import os
 from types import ModuleType
+
+import torch
+from torch import Tensor
 
 from fastkd.backends import blocked
 
-STREAMING: dict[str, ModuleType] = {"blocked": blocked}
-BACKENDS = ("reference", *STREAMING)
+BACKENDS = ("reference", "blocked", "triton")
+# The operations that have a kernel; the others stream through ``blocked`` on every device.
+TRITON_OPERATIONS = frozenset({"dual_softmax"})
+MAX_WIDTH = 1 << 15  # of a row that one program normalises
 
 
-def resolve(backend: str | None) -> str:
-    """The backend to use; ``None`` picks the fastest one that runs on the inputs' device."""
-    if backend is None:
-        return "blocked"
-    if backend not in BACKENDS:
+class _Streaming(dict[str, ModuleType]):
+    """The streaming backends by name. Triton's is imported on first use: it must not load with the package."""
+
+    def __missing__(self, name: str) -> ModuleType:
+        self[name] = importlib.import_module(f"fastkd.backends.{name}")
+        return self[name]
+
+
+STREAMING = _Streaming(blocked=blocked)
+
+
+def check_name(backend: str | None) -> None:
+    if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected None or one of {BACKENDS}")
+
+
+def resolve(backend: str | None, operation: str, like: Tensor) -> str:
+    """The backend to use for inputs like ``like``; ``None`` picks the fastest one that runs on them."""
+    check_name(backend)
+    if backend is None:
+        return "triton" if like.is_cuda and _why_not_triton(operation, like) is None else "blocked"
+    if backend == "triton":
+        reason = _why_not_triton(operation, like)
+        if reason is not None:
+            raise ValueError(f"backend: 'triton' {reason}; use None or 'blocked'")
     return backend
+
+
+def _why_not_triton(operation: str, like: Tensor) -> str | None:
+    if operation not in TRITON_OPERATIONS:
+        return f"has no kernel for {operation}"
+    if like.dtype == torch.float64:
+        return "computes float32, bfloat16 and float16, got float64"
+    if like.dtype == torch.bfloat16 and like.device.type == "cpu":
+        return "runs in the interpreter on CPU tensors, which multiplies bfloat16 wrongly"
+    if like.ndim == 2 and like.shape[1] > MAX_WIDTH:
+        return f"takes rows of at most {MAX_WIDTH} elements, got {like.shape[1]}"
+    return _why_not_triton_on(like.device.type, like.device.index)
+
+
+def _why_not_triton_on(device_type: str, index: int | None) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda":
+        return None if interpreted else f"needs CUDA tensors, got {device_type}"
+    if not torch.version.hip and torch.cuda.get_device_capability(index) < (8, 0):
+        return f"needs compute capability 8.0, got {torch.cuda.get_device_capability(index)}"
+    return _import_error()
+
+
+# What torch.compiler.assume_constant_result does; the function itself imports the compiler, and Triton with it.
+_why_not_triton_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _import_error() -> str | None:
+    try:
+        STREAMING["triton"]
+    except ImportError as error:
+        return f"cannot be imported ({error})"
+    return None

@@ -67,7 +67,7 @@ class DCDLoss(nn.Module):
             raise ValueError(f"min_scale: got {min_scale}, expected at most max_scale, {max_scale}")
         check_number("temperature", temperature, minimum=0, exclusive=True)
         check_group(group)
-        backends.resolve(backend)
+        backends.check_name(backend)
         self.student_head = nn.Linear(student_dim, embed_dim)
         self.teacher_head = nn.Linear(teacher_dim, embed_dim)
         self.alpha = alpha

@@ -18,7 +18,7 @@ class KDLoss(nn.Module):
     def __init__(self, temperature: float = 4.0, *, backend: str | None = None) -> None:
         super().__init__()
         check_number("temperature", temperature, minimum=0, exclusive=True)
-        backends.resolve(backend)
+        backends.check_name(backend)
         self.temperature = temperature
         self.backend = backend
 

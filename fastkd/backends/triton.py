@@ -1,0 +1,88 @@
+"""The Triton kernels behind the operations, for CUDA tensors, or for any in Triton's interpreter (TRITON_INTERPRET=1).
+
+The kernels take rows and columns apart, with an offset; here both are the same batch.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from fastkd.backends.blocked import MAX_SHARED_SCALE
+from fastkd.kernels import dual_softmax, dual_softmax_wide
+from fastkd.kernels.dual_softmax_rows import coefficients, gradients, statistics
+from fastkd.kernels.launch import largest_block_d
+from fastkd.kernels.normalize import padded_width, unit_rows
+
+
+def _is_wide(rows: Tensor) -> bool:
+    """Whether the cosines come from torch.mm: rows too wide for a tile, or fp32 products that must not be tf32."""
+    if padded_width(rows.shape[1]) > largest_block_d(rows.dtype):
+        return True
+    return rows.is_cuda and rows.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+
+
+def _unit_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    D = a.shape[1]
+    return unit_rows(a, b, width=triton.cdiv(D, 8) * 8 if _is_wide(a) else padded_width(D))
+
+
+def dual_softmax_forward(
+    student: Tensor, teacher: Tensor, logit_scale: Tensor, weight: Tensor | None, consistency: str, scale_bound: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`fastkd.backends.blocked.dual_softmax_forward`."""
+    swapped = consistency == "teacher||student"
+    weight = None if weight is None else weight.contiguous()
+    bounded = scale_bound <= MAX_SHARED_SCALE
+    kernels = dual_softmax_wide if _is_wide(student) else dual_softmax
+    with torch.cuda.device_of(student):
+        units, _ = _unit_rows(teacher, student) if swapped else _unit_rows(student, teacher)
+        state = kernels.running_statistics(units, units, logit_scale, offset=0, bounded=bounded)
+        loss, stats = statistics(state, logit_scale, weight, swapped=swapped)
+        return loss[0].sum(), loss[1].sum(), stats
+
+
+def dual_softmax_backward(
+    student: Tensor,
+    teacher: Tensor,
+    logit_scale: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    grad_contrast: Tensor,
+    grad_consist: Tensor,
+    consistency: str,
+    scale_bound: float,
+    need_student: bool,
+    need_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`fastkd.backends.blocked.dual_softmax_backward`."""
+    swapped = consistency == "teacher||student"
+    need_a, need_b = (need_teacher, need_student) if swapped else (need_student, need_teacher)
+    # The gradient of logit_scale falls out of either side's, so one side is always computed.
+    compute_a = need_a or not need_b
+    weight = None if weight is None else weight.contiguous()
+    bounded = scale_bound <= MAX_SHARED_SCALE
+    kernels = dual_softmax_wide if _is_wide(student) else dual_softmax
+    with torch.cuda.device_of(student):
+        units, inverse_norm = _unit_rows(teacher, student) if swapped else _unit_rows(student, teacher)
+        coef, unscale = coefficients(
+            stats, weight, grad_contrast, grad_consist, logit_scale, swapped=swapped, bounded=bounded
+        )
+        partial = kernels.gradient_sums(
+            units, units, coef, coef, logit_scale, offset=0, bounded=bounded, need_a=compute_a, need_b=need_b
+        )
+        grad_a, grad_b, dots = gradients(
+            partial,
+            units,
+            inverse_norm,
+            logit_scale,
+            unscale,
+            D=student.shape[1],
+            dtype=student.dtype,
+            need_a=compute_a,
+            need_b=need_b,
+        )
+        grad_scale = dots.sum().to(logit_scale.dtype)
+    if not need_a:
+        grad_a = student.new_empty(0)
+    grad_student, grad_teacher = (grad_b, grad_a) if swapped else (grad_a, grad_b)
+    return grad_student, grad_teacher, grad_scale

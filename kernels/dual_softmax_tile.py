@@ -1,0 +1,120 @@
+"""Arithmetic of ``dual_softmax`` on one tile, shared by the streaming kernels and by those on matrix products.
+
+The names are those of the legend in dual_softmax.py. ``state`` is STATE of a row-block, ``row_factors`` its COEF.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def accumulate(X, Y, scale, state, offs_n, n_cols, positive, BOUNDED: tl.constexpr, IS_EDGE: tl.constexpr):
+    """The running state of a row-block after one more tile of cosines X, Y [BLOCK_M, BLOCK_N].
+
+    IS_EDGE: the tile may hold columns that do not exist, and positives of these rows.
+    """
+    mp, sp, mq, sq, se, xp = state
+    d = X - Y
+    X *= scale * LOG2E
+    Y *= scale * LOG2E
+    if IS_EDGE:
+        # The positive comes from the tile, not from its own dot product: a loss near 0 then cancels exactly.
+        xp += tl.sum(tl.where(offs_n[None, :] == positive[:, None], X, 0.0), 1)
+        inside = (offs_n < n_cols)[None, :]
+        X = tl.where(inside, X, -float("inf"))
+        Y = tl.where(inside, Y, -float("inf"))
+    if not BOUNDED:
+        new_p, new_q = tl.maximum(mp, tl.max(X, 1)), tl.maximum(mq, tl.max(Y, 1))
+        decay_p = tl.exp2(mp - new_p)
+        sp *= decay_p
+        se *= decay_p
+        sq *= tl.exp2(mq - new_q)
+        mp, mq = new_p, new_q
+        X -= mp[:, None]
+        Y -= mq[:, None]
+    U = tl.exp2(X)
+    sp += tl.sum(U, 1)
+    sq += tl.sum(tl.exp2(Y), 1)
+    se += tl.sum(U * d, 1)
+    return mp, sp, mq, sq, se, xp
+
+
+@triton.jit
+def load_state(STATE, n, in_rows, BLOCK_M: tl.constexpr, BOUNDED: tl.constexpr, HAS_CARRY: tl.constexpr):
+    stride_k = n.to(tl.int64)
+    if HAS_CARRY:
+        mp = tl.load(STATE, mask=in_rows, other=0.0)
+        sp = tl.load(STATE + stride_k, mask=in_rows, other=0.0)
+        mq = tl.load(STATE + 2 * stride_k, mask=in_rows, other=0.0)
+        sq = tl.load(STATE + 3 * stride_k, mask=in_rows, other=0.0)
+        se = tl.load(STATE + 4 * stride_k, mask=in_rows, other=0.0)
+        xp = tl.load(STATE + 5 * stride_k, mask=in_rows, other=0.0)
+    else:
+        mp = tl.full([BLOCK_M], 0.0 if BOUNDED else -float("inf"), tl.float32)
+        mq = tl.full([BLOCK_M], 0.0 if BOUNDED else -float("inf"), tl.float32)
+        sp = tl.zeros([BLOCK_M], tl.float32)
+        sq = tl.zeros([BLOCK_M], tl.float32)
+        se = tl.zeros([BLOCK_M], tl.float32)
+        xp = tl.zeros([BLOCK_M], tl.float32)
+    return mp, sp, mq, sq, se, xp
+
+
+@triton.jit
+def store_state(STATE, n, in_rows, state):
+    mp, sp, mq, sq, se, xp = state
+    stride_k = n.to(tl.int64)
+    tl.store(STATE, mp, mask=in_rows)
+    tl.store(STATE + stride_k, sp, mask=in_rows)
+    tl.store(STATE + 2 * stride_k, mq, mask=in_rows)
+    tl.store(STATE + 3 * stride_k, sq, mask=in_rows)
+    tl.store(STATE + 4 * stride_k, se, mask=in_rows)
+    tl.store(STATE + 5 * stride_k, xp, mask=in_rows)
+
+
+@triton.jit
+def load_row_factors(COEF, stride_cn, in_rows, BOUNDED: tl.constexpr):
+    k = tl.load(COEF, mask=in_rows, other=0.0)[:, None]
+    r = tl.load(COEF + stride_cn, mask=in_rows, other=0.0)[:, None]
+    x = tl.load(COEF + 2 * stride_cn, mask=in_rows, other=0.0)[:, None]
+    w = tl.load(COEF + 3 * stride_cn, mask=in_rows, other=0.0)[:, None]
+    la, lc = k, k
+    if not BOUNDED:
+        la = tl.load(COEF + 4 * stride_cn, mask=in_rows, other=0.0)[:, None]
+        lc = tl.load(COEF + 5 * stride_cn, mask=in_rows, other=0.0)[:, None]
+    return k, r, x, w, la, lc
+
+
+@triton.jit
+def gradient(
+    X, Y, COEF, stride_cn, offs_n, n_cols, positive, row_factors, scale,
+    BOUNDED: tl.constexpr, HAS_POSITIVE: tl.constexpr,
+):  # fmt: skip
+    """``G_ij`` and ``H_ij = G_ji`` of a tile of cosines X, Y [BLOCK_M, BLOCK_N]."""
+    ki, ri, xi, wi, lai, lci = row_factors
+    X *= scale * LOG2E
+    Y *= scale * LOG2E
+    d = (X - Y) * LN2
+    inside = offs_n < n_cols
+    COEF += offs_n
+    kj = tl.load(COEF, mask=inside, other=0.0)[None, :]
+    rj = tl.load(COEF + stride_cn, mask=inside, other=0.0)[None, :]
+    xj = tl.load(COEF + 2 * stride_cn, mask=inside, other=0.0)[None, :]
+    if BOUNDED:
+        P, Q = tl.exp2(X), tl.exp2(Y)
+        G = P * (ki * d + (ri + xj)) - Q * kj
+        H = Q * ((rj + xi) - kj * d) - P * ki
+    else:
+        laj = tl.load(COEF + 4 * stride_cn, mask=inside, other=0.0)[None, :]
+        lcj = tl.load(COEF + 5 * stride_cn, mask=inside, other=0.0)[None, :]
+        P, Q = tl.exp2(X - lai), tl.exp2(Y - laj)  # p_ij, p_ji
+        G = P * (ki * d + ri) - Q * kj + tl.exp2(X - lcj) * xj
+        H = Q * (rj - kj * d) - P * ki + tl.exp2(Y - lci) * xi
+    if HAS_POSITIVE:
+        # Before the result is rounded: where p_ii is near 1, p_ii - 1 keeps its relative precision.
+        is_positive = offs_n[None, :] == positive[:, None]
+        G = tl.where(is_positive, G - wi, G)
+        H = tl.where(is_positive, H - wi, H)
+    return G, H

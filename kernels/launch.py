@@ -1,0 +1,106 @@
+"""The launch table: which tile sizes, warps and stages a kernel gets, by hardware. No search happens at run time.
+
+Where it was filled: every entry was chosen from ahead-of-time compilation (``python -m bench.aot``: no spill, shared
+memory within the limit, warpgroup matrix instructions on sm_90). None has been measured yet.
+
+An entry is a pure function of (kernel, element size, padded D, BOUNDED, hardware). ``sm_80`` entries stay below 99 KiB
+of shared memory, so that they also fit consumer cards of compute capability 8.6, 8.9 and 12.x, which use them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+HARDWARE = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """ctas_per_sm: how many programs the compiled code lets a multiprocessor hold. apart: one launch a side."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    ctas_per_sm: int = 1
+    apart: bool = False
+
+
+# (kernel, bytes an element, padded D): (BOUNDED, not BOUNDED), or one entry for both.
+_Row = tuple[LaunchConfig, LaunchConfig]
+_FORWARD, _BACKWARD = "dual_softmax_forward", "dual_softmax_backward"
+
+
+def _both(config: LaunchConfig) -> _Row:
+    return config, config
+
+
+_SM90: dict[tuple[str, int, int], _Row] = {
+    (_FORWARD, 2, 64): _both(LaunchConfig(64, 64, 4, 2, ctas_per_sm=3)),
+    (_FORWARD, 2, 128): _both(LaunchConfig(64, 64, 4, 2, ctas_per_sm=2)),
+    (_FORWARD, 2, 256): _both(LaunchConfig(64, 64, 4, 2)),
+    (_FORWARD, 4, 64): _both(LaunchConfig(64, 64, 4, 2, ctas_per_sm=2)),
+    (_FORWARD, 4, 128): _both(LaunchConfig(64, 64, 4, 2)),
+    (_BACKWARD, 2, 64): _both(LaunchConfig(64, 64, 4, 2, ctas_per_sm=2)),
+    (_BACKWARD, 2, 128): (
+        LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+        LaunchConfig(64, 64, 4, 2, ctas_per_sm=2, apart=True),
+    ),
+    (_BACKWARD, 2, 256): (LaunchConfig(64, 64, 8, 2, apart=True), LaunchConfig(64, 32, 8, 2, apart=True)),
+    (_BACKWARD, 4, 64): _both(LaunchConfig(64, 32, 4, 2, ctas_per_sm=2)),
+    (_BACKWARD, 4, 128): (LaunchConfig(64, 32, 8, 2), LaunchConfig(64, 32, 8, 2, apart=True)),
+}
+_TABLE: dict[str, dict[tuple[str, int, int], _Row]] = {"sm_80": _SM90, "sm_90": _SM90, "sm_100": _SM90, "gfx942": _SM90}
+_INTERPRETER = LaunchConfig(16, 16, 4, 1)
+
+
+def launch_config(kernel: str, *, dtype: torch.dtype, block_d: int, bounded: bool, hardware: str) -> LaunchConfig:
+    """The entry of ``kernel`` ("dual_softmax_forward", "dual_softmax_backward"); KeyError where there is none."""
+    if hardware == "interpreter":
+        return _INTERPRETER
+    row = _TABLE[hardware][kernel, dtype.itemsize, max(block_d, 64)]
+    return row[0] if bounded else row[1]
+
+
+def entries(hardware: str) -> Iterator[tuple[str, int, int, bool, LaunchConfig]]:
+    """(kernel, bytes an element, padded D, BOUNDED, config) of every entry."""
+    for (kernel, itemsize, block_d), row in _TABLE[hardware].items():
+        for bounded, config in zip((True, False), row, strict=True):
+            yield kernel, itemsize, block_d, bounded, config
+
+
+def largest_block_d(dtype: torch.dtype) -> int:
+    """The widest padded rows that the streaming kernels hold on chip; wider ones go through matrix products."""
+    return 256 if dtype.itemsize == 2 else 128
+
+
+def hardware_of(device: torch.device) -> str:
+    """The table's name for a device; the CPU runs kernels in Triton's interpreter."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def multiprocessors(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def column_splits(row_blocks: int, column_tiles: int, slots: int) -> int:
+    """Over how many programs the columns of a row-block are split so that ``slots`` resident programs stay busy.
+
+    One where the rows alone make two full rounds. Otherwise the smallest number that keeps nine in ten slots busy, at
+    most four rounds: the buffer of partial sums stays small.
+    """
+    if row_blocks >= 2 * slots:
+        return 1
+    most = max(1, min(column_tiles, 4 * slots // row_blocks))
+
+    def busy(splits: int) -> float:
+        programs = row_blocks * splits
+        return programs / (-(-programs // slots) * slots)
+
+    return next((splits for splits in range(1, most + 1) if busy(splits) >= 0.9), max(range(1, most + 1), key=busy))
