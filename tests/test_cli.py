@@ -12,6 +12,12 @@ from fastkd.trainer.cli import main
 FAST = ["--epochs", "1", "--optim.warmup-epochs", "0", "--device", "cpu", "--no-tensorboard"]
 
 
+@pytest.fixture(autouse=True)
+def own_path(monkeypatch):
+    """``fastkd train`` puts the current folder on the import path."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 def test_train_distil_and_evaluate(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "digits-teacher", *FAST]) == 0
@@ -30,12 +36,29 @@ def test_train_distil_and_evaluate(tmp_path, monkeypatch, capsys):
     assert "already finished" in capsys.readouterr().out
 
 
+def test_an_own_recipe_in_the_current_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(
+        "import dataclasses\nfrom fastkd.trainer.recipes import digits_scratch\n"
+        "def small():\n    return dataclasses.replace(digits_scratch(), epochs=2, run_dir='runs/small')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "mine:small", "--no-tensorboard", "--device", "cpu", "--seed", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "epoch 2/2" in out
+    assert "seed 4" in out
+    assert main(["train", "mine:large"]) == 1
+    assert "recipe: cannot import 'mine:large'" in capsys.readouterr().err
+
+
 def test_what_a_user_can_put_right_is_one_line_and_status_1(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
     for argv, message in (
         (["eval", "nowhere"], "fastkd eval: nowhere: no such checkpoint or run folder"),
         (["train", "digits", *FAST], "fastkd train: runs/digits_teacher: no such weights file"),
         (["train", "digits-scratch", *FAST, "--resume"], "fastkd train: runs/digits_scratch: holds no run to resume"),
+        (["train", "digits-scratch", *FAST, "--run-dir", "file"], "fastkd train: run_dir: got 'file', which is a file"),
+        (["train", "digits-scratch", *FAST, "--run-dir", "file/run"], "fastkd train: [Errno 20]"),
         (["train", "digits-scratch", *FAST, "--student.name", "nope"], "fastkd train: model.name: got 'nope'"),
     ):
         assert main(argv) == 1

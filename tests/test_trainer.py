@@ -89,6 +89,12 @@ def test_own_terms_are_modules_or_functions_with_a_name_and_a_weight(tmp_path, m
         Objective(config.objective, 12, 24)
     with pytest.raises(ValueError, match=r"terms: got \['other'\], which objective\.terms='dcd' does not name"):
         Objective(ObjectiveConfig(terms="dcd"), 12, 24, {"other": margin})
+    for bad, got in (([0.0], "list"), (torch.ones(4), r"shape \(4,\)")):
+        with pytest.raises(TypeError, match=rf"terms: 'margin' returned {got} for 'm', expected a 0-dim tensor"):
+            train(
+                dataclasses.replace(config, run_dir=None),
+                terms={"hint": hint, "margin": lambda s, t, y, bad=bad: {"m": bad}},
+            )
     monkeypatch.setitem(TERMS, "hint", lambda config, student_dim, teacher_dim: Hint())
     assert "hint" in Objective(ObjectiveConfig(terms="hint"), 12, 24).terms
 

@@ -1,5 +1,6 @@
 """The command line: ``fastkd demo``, ``fastkd train RECIPE --...``, ``fastkd eval CHECKPOINT``."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -7,7 +8,7 @@ USAGE = """\
 usage: fastkd COMMAND ...
 
   demo               train a teacher and students on scikit-learn's digits, write a report
-  train RECIPE ...   run a recipe; every setting is a flag
+  train RECIPE ...   run a recipe, its own or package.module:function; every setting is a flag
   eval CHECKPOINT    accuracy of a checkpoint or of the newest one of a run folder
 
 fastkd COMMAND --help describes each.
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _COMMANDS[command](rest)
     # What a user can put right is told in one line; any other exception keeps its traceback.
-    except (ValueError, trainer.CheckpointError, trainer.NonFiniteLossError) as error:
+    except (ValueError, OSError, trainer.CheckpointError, trainer.NonFiniteLossError) as error:
         print(f"fastkd {command}: {error}", file=sys.stderr)
         return 1
 
@@ -51,15 +52,21 @@ def _demo(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     import tyro
 
+    from fastkd.trainer.imports import import_object
     from fastkd.trainer.loop import train
     from fastkd.trainer.recipes import RECIPES
 
-    recipes = tyro.extras.subcommand_type_from_defaults(
-        {name: recipe() for name, recipe in RECIPES.items()},
-        descriptions={name: recipe.__doc__ or "" for name, recipe in RECIPES.items()},
+    known = dict(RECIPES)
+    # The user's own recipes, models and datasets usually lie in the current folder, which a console script lacks.
+    sys.path.insert(0, os.getcwd())
+    if arguments and ":" in arguments[0]:
+        known = {arguments[0]: import_object(arguments[0], "recipe")}
+    configs = tyro.extras.subcommand_type_from_defaults(
+        {name: recipe() for name, recipe in known.items()},
+        descriptions={name: recipe.__doc__ or "" for name, recipe in known.items()},
     )
     # AvoidSubcommands: an optional teacher is --teacher.name ..., not a further subcommand.
-    config = tyro.cli(recipes, prog="fastkd train", args=arguments, config=(tyro.conf.AvoidSubcommands,))
+    config = tyro.cli(configs, prog="fastkd train", args=arguments, config=(tyro.conf.AvoidSubcommands,))
     result = train(config)
     if not config.quiet and not result.already_finished:
         print(f"accuracy {result.accuracy:.4f} in {result.seconds:.1f} s; checkpoint {result.path}")

@@ -47,7 +47,7 @@ def choose_device(name: str, precision: str = "fp32") -> torch.device:
 def evaluate(model: FeatureModel, loader: Any, device: torch.device, precision: str = "fp32") -> dict[str, float]:
     """``{"accuracy": top-1 in [0, 1], "eval_loss": mean cross-entropy in nats}``; leaves ``model`` in eval mode."""
     model.eval()
-    correct, loss = torch.zeros((), device=device), torch.zeros((), device=device)
+    correct, loss = torch.zeros((), dtype=torch.long, device=device), torch.zeros((), device=device)
     count = 0
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)

@@ -29,8 +29,9 @@ class TrainResult:
 
     ``accuracy``: top-1 on the evaluation set after the last epoch, in [0, 1]. ``history``: one dict per epoch (epoch,
     step, lr, the epoch's means of loss and terms, ``dcd/tau``, ``dcd/scale``, accuracy, eval_loss). ``seconds``:
-    wall-clock of training, resumed parts included. ``parameters``: of the student. ``path``: the last checkpoint,
-    None without run_dir.
+    wall-clock of training, resumed parts included. ``parameters``: of the student. ``path``: the last checkpoint, None
+    without run_dir. ``distiller``: student, teacher and objective, in eval mode. ``resumed_from``: the step, None for a
+    new run. ``already_finished``: there was nothing left to do.
     """
 
     accuracy: float

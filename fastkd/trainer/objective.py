@@ -240,6 +240,9 @@ class Objective(nn.Module):
         named = {}
         for name, term in self.terms.items():
             for part, value in term(student, teacher, labels).items():
+                if not isinstance(value, Tensor) or value.ndim != 0:
+                    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                    raise TypeError(f"terms: {name!r} returned {got} for {part!r}, expected a 0-dim tensor")
                 named[name if part == name else f"{name}/{part}"] = value.detach()
                 weighted = self.weights[name] * value
                 total = weighted if total is None else total + weighted

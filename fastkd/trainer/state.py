@@ -44,10 +44,17 @@ def open_run(config: TrainConfig) -> tuple[Path | None, Checkpoint | None]:
     if not config.resume:
         if found or metrics.exists() or (folder / RUN).exists():
             raise CheckpointError(f"{folder}: already holds a run; resume it (resume=True) or choose another run_dir")
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"run_dir: got {config.run_dir!r}, which is a file, expected a folder")
         folder.mkdir(parents=True, exist_ok=True)
         return folder, None
     if found:
-        checkpoint = read_checkpoint(found[-1])
+        try:
+            checkpoint = read_checkpoint(found[-1])
+        except CheckpointError as error:
+            if len(found) == 1:
+                raise
+            raise CheckpointError(f"{error}; remove {found[-1]} to resume from {found[-2].name}") from error
         changed = differences(checkpoint.manifest["config"], config.to_dict())
         if changed:
             raise CheckpointError(f"{checkpoint.path}: belongs to another config ({'; '.join(changed)})")
