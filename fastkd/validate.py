@@ -30,11 +30,15 @@ def _check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: got {value.dtype}, expected float64, float32, bfloat16 or float16")
 
 
-def check_number(name: str, value: float, *, minimum: float, exclusive: bool = False) -> None:
+def check_number(
+    name: str, value: float, *, minimum: float, maximum: float = math.inf, exclusive: bool = False
+) -> None:
     expected = f"a finite number {'>' if exclusive else '>='} {minimum}"
+    if maximum < math.inf:
+        expected += f" and <= {maximum}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
-    if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+    if not math.isfinite(value) or not minimum <= value <= maximum or (exclusive and value == minimum):
         raise ValueError(f"{name}: got {value}, expected {expected}")
 
 
@@ -87,6 +91,22 @@ def check_weight(sample_weight: Tensor | None, like: Tensor) -> Tensor | None:
     if bool((sample_weight < 0).any()):
         raise ValueError(f"sample_weight: got {sample_weight.min().item()}, expected weights >= 0")
     return sample_weight
+
+
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: got {type(labels).__name__}, expected a torch.Tensor")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels: got {labels.dtype}, expected int64 class indices")
+    n, classes = logits.shape
+    if labels.shape != (n,):
+        raise ValueError(f"labels: got shape {list(labels.shape)}, expected [{n}], one label a row")
+    if labels.device != logits.device:
+        raise ValueError(f"labels: got device {labels.device}, expected {logits.device}")
+    if _may_read(labels):
+        for label in labels.aminmax():
+            if not 0 <= label.item() < classes:
+                raise ValueError(f"labels: got {label.item()}, expected class indices in [0, {classes})")
 
 
 def _may_read(value: Tensor) -> bool:

@@ -12,12 +12,13 @@ tiles serves the rows I and the rows J in both softmaxes: 2 N^2 D operations for
 import torch
 from torch import Tensor
 
-from fastkd.backends.reference import accumulation_dtype, soft_target, unit_rows
+from fastkd.backends.blocked_soft_target import soft_target_backward as soft_target_backward
+from fastkd.backends.blocked_soft_target import soft_target_forward as soft_target_forward
+from fastkd.backends.reference import accumulation_dtype, unit_rows
 from fastkd.backends.tiles import Workspace, blocks, for_each_tile, pair_rounds, square_rounds
 
 # exp(+-40) summed over any number of rows stays inside float32, so no maximum has to be subtracted.
 MAX_SHARED_SCALE = 40.0
-SOFT_TARGET_ELEMENTS = 1 << 18  # a block of logits: 1 MiB in float32
 
 
 class _OnlineSums:
@@ -331,33 +332,3 @@ def contrast_backward(
     grad_scale = scale_k if scale_q is None else scale_q
     assert grad_scale is not None
     return grad_query, grad_key, grad_scale.to(logit_scale.dtype)
-
-
-def _soft_target_blocks(logits: Tensor) -> list[slice]:
-    size = max(1, SOFT_TARGET_ELEMENTS // logits.shape[1])
-    return [slice(start, start + size) for start in range(0, len(logits), size)]
-
-
-def soft_target_forward(
-    student_logits: Tensor, teacher_logits: Tensor, weight: Tensor | None, temperature: float
-) -> Tensor:
-    """Weighted sum over the rows of ``temperature^2 KL(teacher || student)``."""
-    dtype = accumulation_dtype(student_logits.dtype)
-    loss = student_logits.new_empty(len(student_logits), dtype=dtype)
-    for rows in _soft_target_blocks(student_logits):
-        loss[rows] = soft_target(student_logits[rows], teacher_logits[rows], temperature)
-    return _weighted_sum(loss, weight)
-
-
-def soft_target_backward(
-    student_logits: Tensor, teacher_logits: Tensor, weight: Tensor | None, grad_loss: Tensor, temperature: float
-) -> Tensor:
-    """Gradient of the student's logits: ``w_i temperature (p_student - p_teacher)``, softmax at that temperature."""
-    dtype = accumulation_dtype(student_logits.dtype)
-    grad = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
-    w = _row_weights(weight, grad_loss, student_logits.new_empty(len(student_logits), dtype=dtype)) * temperature
-    for rows in _soft_target_blocks(student_logits):
-        p_student = (student_logits[rows].to(dtype) / temperature).softmax(dim=1)
-        p_teacher = (teacher_logits[rows].to(dtype) / temperature).softmax(dim=1)
-        grad[rows] = p_student.sub_(p_teacher).mul_(w[rows, None]).to(grad.dtype)
-    return grad

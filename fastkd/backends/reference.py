@@ -67,3 +67,17 @@ def soft_target(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
     log_s = F.log_softmax(student_logits.to(dtype) / temperature, dim=1)
     log_t = F.log_softmax(teacher_logits.to(dtype) / temperature, dim=1)
     return temperature**2 * (log_t.exp() * (log_t - log_s)).sum(dim=1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """``-log softmax(logits_i)`` per row, [B], against ``(1 - label_smoothing) [c = label] + label_smoothing / C``.
+
+    A label outside [0, C) gives NaN.
+    """
+    classes = logits.shape[1]
+    log_p = F.log_softmax(logits.to(accumulation_dtype(logits.dtype)), dim=1)
+    loss = -log_p.gather(1, labels.clamp(0, classes - 1)[:, None])[:, 0]
+    if label_smoothing > 0:
+        loss = (1 - label_smoothing) * loss - label_smoothing * log_p.mean(dim=1)
+    is_label = (labels >= 0) & (labels < classes)
+    return loss * torch.ones_like(loss).masked_fill(~is_label, torch.nan)

@@ -1,4 +1,4 @@
-"""``fastkd::soft_target``: Hinton's KD on logits; the teacher's logits get no gradient."""
+"""``fastkd::soft_target``: cross-entropy and Hinton's KD on the same logits; the teacher's get no gradient."""
 
 from typing import Any
 
@@ -8,60 +8,101 @@ from torch import Tensor
 from fastkd.backends import STREAMING
 from fastkd.backends.reference import accumulation_dtype
 
+STATISTICS = 5
+
 
 @torch.library.custom_op("fastkd::soft_target", mutates_args=())
 def soft_target(
-    student_logits: Tensor, teacher_logits: Tensor, weight: Tensor | None, temperature: float, backend: str
-) -> Tensor:
-    """``temperature^2 sum_i w_i KL(softmax(teacher_i / temperature) || softmax(student_i / temperature))``.
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    label_smoothing: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``sum_i w_i CE_i``, ``sum_i w_i KD_i`` and five numbers a row for the backward, [5, B].
 
-    student_logits, teacher_logits: [B, C]. weight: [B] or None for ones.
+    student_logits, teacher_logits: [B, C]. labels: [B], int64; a label outside [0, C) makes its row's loss and gradient
+    NaN. weight: [B] or None for ones. Without labels, or without a teacher, that term's sum is zero.
+
+    The numbers: the largest student logit, the logarithms of the student's sums of exponentials at temperature 1 and at
+    ``temperature``, each relative to that largest logit, and the same two of the teacher, at ``temperature``. Maxima
+    are kept apart because a log-sum-exp of large logits has lost what the probabilities need. Zero where not needed.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
-        return STREAMING[backend].soft_target_forward(student_logits, teacher_logits, weight, temperature)
+        return STREAMING[backend].soft_target_forward(
+            student_logits, teacher_logits, labels, weight, temperature, label_smoothing
+        )
 
 
 @soft_target.register_fake
 def _(
-    student_logits: Tensor, teacher_logits: Tensor, weight: Tensor | None, temperature: float, backend: str
-) -> Tensor:
-    return student_logits.new_empty((), dtype=accumulation_dtype(student_logits.dtype))
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    label_smoothing: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(student_logits.dtype)
+    sums = [student_logits.new_empty((), dtype=dtype) for _ in range(2)]
+    return sums[0], sums[1], student_logits.new_empty((STATISTICS, student_logits.shape[0]), dtype=dtype)
 
 
 @torch.library.custom_op("fastkd::soft_target_backward", mutates_args=())
 def soft_target_backward(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
     weight: Tensor | None,
-    grad_loss: Tensor,
+    stats: Tensor,
+    grad_ce: Tensor,
+    grad_kd: Tensor,
     temperature: float,
+    label_smoothing: float,
     backend: str,
 ) -> Tensor:
-    """Gradient of the student's logits, in their dtype."""
+    """Gradient of the student's logits, in their dtype, from the upstream gradients of the two sums."""
     with torch.autocast(student_logits.device.type, enabled=False):
-        return STREAMING[backend].soft_target_backward(student_logits, teacher_logits, weight, grad_loss, temperature)
+        return STREAMING[backend].soft_target_backward(
+            student_logits,
+            teacher_logits,
+            labels,
+            weight,
+            stats,
+            grad_ce,
+            grad_kd,
+            temperature,
+            label_smoothing,
+        )
 
 
 @soft_target_backward.register_fake
 def _(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
     weight: Tensor | None,
-    grad_loss: Tensor,
+    stats: Tensor,
+    grad_ce: Tensor,
+    grad_kd: Tensor,
     temperature: float,
+    label_smoothing: float,
     backend: str,
 ) -> Tensor:
     return torch.empty_like(student_logits, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    student_logits, teacher_logits, weight, ctx.temperature, ctx.backend = inputs
-    ctx.save_for_backward(student_logits, teacher_logits, weight)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    student_logits, teacher_logits, labels, weight, ctx.temperature, ctx.label_smoothing, ctx.backend = inputs
+    ctx.save_for_backward(student_logits, teacher_logits, labels, weight, output[2])
 
 
-def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    grad = soft_target_backward(*ctx.saved_tensors, grad_loss, ctx.temperature, ctx.backend)
-    return grad, None, None, None, None
+def _backward(ctx: Any, grad_ce: Tensor, grad_kd: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    grad = soft_target_backward(*ctx.saved_tensors, grad_ce, grad_kd, ctx.temperature, ctx.label_smoothing, ctx.backend)
+    return grad, None, None, None, None, None, None
 
 
 soft_target.register_autograd(_backward, setup_context=_setup_context)
