@@ -1,9 +1,13 @@
-"""``soft_target`` of the blocked backend: rows in blocks that stay in the cache, and five numbers a row kept."""
+"""``soft_target`` of the blocked backend: rows in blocks that stay in the cache.
+
+The backward recomputes its softmaxes: on a CPU torch's fused softmax is faster than two passes with saved numbers.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.backends.reference import accumulation_dtype
+from fastkd.backends.reference import accumulation_dtype, soft_target
 
 BLOCK_ELEMENTS = 1 << 18  # a block of logits: 1 MiB in float32
 
@@ -21,26 +25,20 @@ def soft_target_forward(
     temperature: float,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sums of cross-entropy and of ``temperature^2 KL(teacher || student)``, and the numbers [5, B]."""
+    """Weighted sums over the rows of cross-entropy and of ``temperature^2 KL(teacher || student)``; nothing saved."""
     dtype = accumulation_dtype(student_logits.dtype)
-    n = len(student_logits)
-    losses, stats = student_logits.new_zeros(2, n, dtype=dtype), student_logits.new_zeros(5, n, dtype=dtype)
+    n, classes = student_logits.shape
+    ce, kd = student_logits.new_zeros(2, n, dtype=dtype)
     for rows in _blocks(student_logits):
-        x, stats[0, rows] = _below_largest(student_logits[rows].to(dtype))
         if labels is not None:
-            stats[1, rows] = log_sum = x.exp().sum(dim=1).log_()
-            losses[0, rows] = log_sum - _smoothed_label_logit(x, labels[rows], label_smoothing)
+            label = labels[rows].clamp(0, classes - 1)
+            x = student_logits[rows].to(dtype)
+            loss = F.cross_entropy(x, label, reduction="none", label_smoothing=label_smoothing)
+            ce[rows] = loss.where(label == labels[rows], torch.nan)
         if teacher_logits is not None:
-            y, stats[3, rows] = _below_largest(teacher_logits[rows].to(dtype))
-            y /= temperature
-            x = x / temperature
-            stats[2, rows] = log_sum = x.exp().sum(dim=1).log_()
-            p = y.exp()
-            total = p.sum(dim=1)
-            stats[4, rows] = log_total = total.log()
-            losses[1, rows] = (y.sub_(x).mul_(p).sum(dim=1) / total + log_sum - log_total) * temperature**2
-    w = _weights(weight, stats)
-    return losses[0].dot(w), losses[1].dot(w), stats
+            kd[rows] = soft_target(student_logits[rows], teacher_logits[rows], temperature)
+    w = _weights(weight, ce)
+    return ce.dot(w), kd.dot(w), ce.new_empty(0, n)
 
 
 def soft_target_backward(
@@ -54,53 +52,31 @@ def soft_target_backward(
     temperature: float,
     label_smoothing: float,
 ) -> Tensor:
-    """Gradient of the student's logits: ``w_i (p_i - target_i) + k_i temperature (p_i' - q_i')``.
+    """Gradient of the student's logits: ``w_i (p_i - target_i) + k_i temperature (p'_i - q'_i)``.
 
     ``w``, ``k``: upstream gradients of a row's two losses; p', q': student and teacher softmax at the temperature.
     """
     dtype, classes = stats.dtype, student_logits.shape[1]
     grad = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
-    w = _weights(weight, stats)
-    w, k = w * grad_ce, w * (grad_kd * temperature)
+    weights = _weights(weight, stats)
+    w, k = (weights * grad_ce)[:, None], (weights * (grad_kd * temperature))[:, None]
     for rows in _blocks(student_logits):
-        x_max, log_sum, log_sum_t, y_max, log_total = stats[:, rows, None]
-        x = student_logits[rows].to(dtype) - x_max
-        parts = []
+        x = student_logits[rows].to(dtype)
+        total = None
+        if teacher_logits is not None:
+            q = (teacher_logits[rows].to(dtype) / temperature).softmax(dim=1)
+            total = (x / temperature).softmax(dim=1).sub_(q).mul_(k[rows])
         if labels is not None:
-            p = (x - log_sum).exp_()
+            label = labels[rows, None].clamp(0, classes - 1)
+            w_rows = w[rows].where(label == labels[rows, None], torch.nan)
+            p = x.softmax(dim=1)
             if label_smoothing > 0:
                 p -= label_smoothing / classes
-            label, is_label = _label_index(labels[rows], classes)
             p.scatter_add_(1, label, p.new_full((), label_smoothing - 1).expand(label.shape))
-            parts.append(p.mul_(w[rows, None].where(is_label, torch.nan)))
-        if teacher_logits is not None:
-            p = x.div_(temperature).sub_(log_sum_t).exp_()
-            q = (teacher_logits[rows].to(dtype) - y_max).div_(temperature).sub_(log_total).exp_()
-            parts.append(p.sub_(q).mul_(k[rows, None]))
-        grad[rows] = parts[0].add_(parts[1]) if len(parts) == 2 else parts[0]
+            total = p.mul_(w_rows) if total is None else total.addcmul_(p, w_rows)
+        grad[rows] = 0 if total is None else total
     return grad
 
 
-def _below_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits minus their row's largest, and the largest [B]."""
-    largest = logits.amax(dim=1)
-    return logits - largest[:, None], largest
-
-
-def _label_index(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """The labels as a safe index [B, 1], and which of them are labels at all."""
-    label = labels[:, None]
-    return label.clamp(0, classes - 1), (label >= 0) & (label < classes)
-
-
-def _smoothed_label_logit(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """``sum_c target_ic logits_ic`` [B]; NaN where the label is none."""
-    label, is_label = _label_index(labels, logits.shape[1])
-    at_label = logits.gather(1, label).where(is_label, torch.nan)[:, 0]
-    if label_smoothing == 0:
-        return at_label
-    return (1 - label_smoothing) * at_label + label_smoothing * logits.mean(dim=1)
-
-
-def _weights(weight: Tensor | None, stats: Tensor) -> Tensor:
-    return stats.new_ones(stats.shape[1]) if weight is None else weight.to(stats.dtype)
+def _weights(weight: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_ones(like.shape[-1]) if weight is None else weight.to(like.dtype)

@@ -8,7 +8,8 @@ from torch import Tensor
 from fastkd.backends import STREAMING
 from fastkd.backends.reference import accumulation_dtype
 
-STATISTICS = 5
+# Numbers a row that a backend's forward saves for its backward.
+SAVED = {"blocked": 0, "triton": 5}
 
 
 @torch.library.custom_op("fastkd::soft_target", mutates_args=())
@@ -21,14 +22,10 @@ def soft_target(
     label_smoothing: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``sum_i w_i CE_i``, ``sum_i w_i KD_i`` and five numbers a row for the backward, [5, B].
+    """``sum_i w_i CE_i``, ``sum_i w_i KD_i`` and the numbers a row that the backward needs, [SAVED[backend], B].
 
     student_logits, teacher_logits: [B, C]. labels: [B], int64; a label outside [0, C) makes its row's loss and gradient
     NaN. weight: [B] or None for ones. Without labels, or without a teacher, that term's sum is zero.
-
-    The numbers: the largest student logit, the logarithms of the student's sums of exponentials at temperature 1 and at
-    ``temperature``, each relative to that largest logit, and the same two of the teacher, at ``temperature``. Maxima
-    are kept apart because a log-sum-exp of large logits has lost what the probabilities need. Zero where not needed.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
         return STREAMING[backend].soft_target_forward(
@@ -48,7 +45,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(student_logits.dtype)
     sums = [student_logits.new_empty((), dtype=dtype) for _ in range(2)]
-    return sums[0], sums[1], student_logits.new_empty((STATISTICS, student_logits.shape[0]), dtype=dtype)
+    return sums[0], sums[1], student_logits.new_empty((SAVED[backend], student_logits.shape[0]), dtype=dtype)
 
 
 @torch.library.custom_op("fastkd::soft_target_backward", mutates_args=())
