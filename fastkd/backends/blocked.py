@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastkd.backends.blocked_soft_target import soft_target_backward as soft_target_backward
 from fastkd.backends.blocked_soft_target import soft_target_forward as soft_target_forward
+from fastkd.backends.gemm import product
 from fastkd.backends.reference import accumulation_dtype, unit_rows
 from fastkd.backends.tiles import Workspace, blocks, for_each_tile, pair_rounds, square_rounds
 
@@ -77,6 +78,30 @@ def _finish(
     return (grad * scale).to(raw_rows.dtype), dots.sum()
 
 
+class _RowGradient:
+    """``sum_j G_ij other_j`` [n, D], from tiles of G and of its transpose.
+
+    Sums over a tile's columns are kept transposed, [D, n]: the products then read the tile as it lies in memory.
+    """
+
+    def __init__(self, like: Tensor, other: Tensor, row_blocks: list[slice]) -> None:
+        self._other = other
+        self._transposed = {block.start: other[block].T.contiguous() for block in row_blocks}
+        self._by_rows = torch.zeros_like(like)
+        self._by_cols = like.new_zeros(like.shape[1], like.shape[0])
+
+    def add_rows(self, rows: slice, cols: slice, G: Tensor) -> None:
+        """Add ``G other_cols`` to the gradient of the tile's rows."""
+        self._by_rows[rows] += product(G, self._other[cols].T)
+
+    def add_cols(self, rows: slice, cols: slice, G: Tensor) -> None:
+        """Add ``G^T other_rows`` to the gradient of the tile's columns."""
+        self._by_cols[:, cols] += product(self._transposed[rows.start], G.T)
+
+    def total(self) -> Tensor:
+        return self._by_rows.add_(self._by_cols.T)
+
+
 def _shares_exponentials(a: Tensor, scale: Tensor, scale_bound: float) -> bool:
     """Whether ``|A|`` is small enough for one plain exponential; reads the scale itself only where that is free."""
     if scale_bound <= MAX_SHARED_SCALE:
@@ -111,24 +136,26 @@ def _dual_statistics_shared(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor
     la, lc, E = stats  # sums of exponentials until the end
 
     def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
-        X, Y, U, V = workspace(rows, cols)
+        U, V = workspace(rows, cols)
         ones_rows, ones_cols = ones[rows], ones[cols]
-        torch.exp(torch.mm(scaled_a[rows], b[cols].T, out=X), out=U)
+        X = product(scaled_a[rows], b[cols])
+        torch.exp(X, out=U)
         la[rows].addmv_(U, ones_cols)
         lc[cols].addmv_(U.T, ones_rows)
         if rows == cols:
             positive[rows] = X.diagonal()
-            U.mul_(torch.sub(X, X.T, out=Y))
+            U.mul_(torch.sub(X, X.T, out=V))
             E[rows].addmv_(U, ones_cols)
             return
-        torch.exp(torch.mm(scaled_b[rows], a[cols].T, out=Y), out=V)
+        Y = product(scaled_b[rows], a[cols])
+        torch.exp(Y, out=V)
         lc[rows].addmv_(V, ones_cols)
         la[cols].addmv_(V.T, ones_rows)
         X.sub_(Y)
         E[rows].addmv_(U.mul_(X), ones_cols)
         E[cols].addmv_(V.mul_(X).T, ones_rows, alpha=-1)
 
-    for_each_tile(pair_rounds(blocks(n, a.device)), add_tile, a, buffers=4)
+    for_each_tile(pair_rounds(blocks(n, a.device)), add_tile, a, buffers=2)
     E /= la
     la.log_()
     lc.log_()
@@ -141,21 +168,19 @@ def _dual_statistics_online(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor
     p, q, positive = _OnlineSums(a), _OnlineSums(a), a.new_zeros(len(a))
 
     def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
-        X, Y, d = workspace(rows, cols)
-        torch.mm(scaled_a[rows], b[cols].T, out=X)
+        (d,) = workspace(rows, cols)
+        X = product(scaled_a[rows], b[cols])
+        Y = X.T if rows == cols else product(scaled_b[rows], a[cols])
+        torch.sub(X, Y, out=d)
         if rows == cols:
             positive[rows] = X.diagonal()
-            Y.copy_(X.T)
-        else:
-            torch.mm(scaled_b[rows], a[cols].T, out=Y)
-        torch.sub(X, Y, out=d)
         p.add(rows, X, d)
         q.add(rows, Y)
         if rows != cols:
             p.add(cols, Y.T, d.neg_().T)
             q.add(cols, X.T)
 
-    for_each_tile(pair_rounds(blocks(len(a), a.device)), add_tile, a, buffers=3)
+    for_each_tile(pair_rounds(blocks(len(a), a.device)), add_tile, a, buffers=1)
     return torch.stack([p.logsumexp(), q.logsumexp(), p.mean()]), positive
 
 
@@ -236,16 +261,14 @@ def _dual_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """``sum_j G_ij b_j`` and ``sum_i G_ij a_i`` over all tiles, without the diagonal's ``- w_i``."""
     scaled_a, scaled_b = a * scale, b * scale
-    grad_a = torch.zeros_like(a) if need_a else None
-    grad_b = torch.zeros_like(b) if need_b else None
+    row_blocks = blocks(len(a), a.device)
+    grad_a = _RowGradient(a, b, row_blocks) if need_a else None
+    grad_b = _RowGradient(b, a, row_blocks) if need_b else None
 
     def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
-        X, Y, U, V, G, scratch = workspace(rows, cols)
-        torch.mm(scaled_a[rows], b[cols].T, out=X)
-        if rows == cols:
-            Y.copy_(X.T)
-        else:
-            torch.mm(scaled_b[rows], a[cols].T, out=Y)
+        U, V, G, scratch = workspace(rows, cols)
+        X = product(scaled_a[rows], b[cols])
+        Y = scratch.copy_(X.T) if rows == cols else product(scaled_b[rows], a[cols])
         if coefficients.shared:
             p = q_t = torch.exp(X, out=U)
             q = p_t = torch.exp(Y, out=V)
@@ -254,20 +277,20 @@ def _dual_gradients(
         d = X.sub_(Y)
         coefficients.gradient(p, p_t, q_t, d, rows, cols, G, scratch)
         if grad_a is not None:
-            grad_a[rows].addmm_(G, b[cols])
+            grad_a.add_rows(rows, cols, G)
         if grad_b is not None:
-            grad_b[cols].addmm_(G.T, a[rows])
+            grad_b.add_cols(rows, cols, G)
         if rows == cols:
             return
         # The mirrored tile: rows and columns, p and its transpose change places.
         coefficients.gradient(p_t.T, p.T, q.T, d.neg_().T, cols, rows, G.T, scratch.T)
         if grad_a is not None:
-            grad_a[cols].addmm_(G.T, b[rows])
+            grad_a.add_cols(rows, cols, G)
         if grad_b is not None:
-            grad_b[rows].addmm_(G, a[cols])
+            grad_b.add_rows(rows, cols, G)
 
-    for_each_tile(pair_rounds(blocks(len(a), a.device)), add_tile, a, buffers=6)
-    return grad_a, grad_b
+    for_each_tile(pair_rounds(row_blocks), add_tile, a, buffers=4)
+    return None if grad_a is None else grad_a.total(), None if grad_b is None else grad_b.total()
 
 
 def _rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
@@ -286,13 +309,12 @@ def contrast_forward(
     scaled = q * scale
 
     def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
-        (logits,) = workspace(rows, cols)
-        torch.mm(scaled[rows], k[cols].T, out=logits)
+        logits = product(scaled[rows], k[cols])
         sums.add(rows, logits)
         if rows == cols:
             positive[rows] = logits.diagonal()
 
-    for_each_tile(square_rounds(blocks(len(q), q.device)), add_tile, q, buffers=1)
+    for_each_tile(square_rounds(blocks(len(q), q.device)), add_tile, q, buffers=0)
     lse = sums.logsumexp()
     return _weighted_sum(lse - positive, weight), lse
 
@@ -313,22 +335,22 @@ def contrast_backward(
     scale = logit_scale.to(q.dtype)
     w = _row_weights(weight, grad_loss, q)
     need_query = need_query or not need_key  # the gradient of logit_scale needs one side
-    grad_q = torch.zeros_like(q) if need_query else None
-    grad_k = torch.zeros_like(k) if need_key else None
+    row_blocks = blocks(len(q), q.device)
+    grad_q = _RowGradient(q, k, row_blocks) if need_query else None
+    grad_k = _RowGradient(k, q, row_blocks) if need_key else None
     scaled = q * scale
 
     def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
-        (G,) = workspace(rows, cols)
-        torch.mm(scaled[rows], k[cols].T, out=G).sub_(lse[rows, None]).exp_().mul_(w[rows, None])
+        G = product(scaled[rows], k[cols]).sub_(lse[rows, None]).exp_().mul_(w[rows, None])
         if grad_q is not None:
-            grad_q[rows].addmm_(G, k[cols])
+            grad_q.add_rows(rows, cols, G)
         if grad_k is not None:
-            grad_k[cols].addmm_(G.T, q[rows])
+            grad_k.add_cols(rows, cols, G)
 
-    for_each_tile(square_rounds(blocks(len(q), q.device)), add_tile, q, buffers=1)
+    for_each_tile(square_rounds(row_blocks), add_tile, q, buffers=0)
     w = w[:, None]
-    grad_query, scale_q = _finish(query, grad_q, q, w * k, inverse_q, scale)
-    grad_key, scale_k = _finish(key, grad_k, k, w * q, inverse_k, scale)
+    grad_query, scale_q = _finish(query, None if grad_q is None else grad_q.total(), q, w * k, inverse_q, scale)
+    grad_key, scale_k = _finish(key, None if grad_k is None else grad_k.total(), k, w * q, inverse_k, scale)
     grad_scale = scale_k if scale_q is None else scale_q
     assert grad_scale is not None
     return grad_query, grad_key, grad_scale.to(logit_scale.dtype)
