@@ -54,6 +54,26 @@ _SM90: dict[tuple[str, int, int], _Row] = {
 _TABLE: dict[str, dict[tuple[str, int, int], _Row]] = {"sm_80": _SM90, "sm_90": _SM90, "sm_100": _SM90, "gfx942": _SM90}
 _INTERPRETER = LaunchConfig(16, 16, 4, 1)
 
+# (kernel): (rows of at most BLOCK_N classes, ...), the last one for all that are wider. A row that fits one tile needs
+# no running maximum, and a tile of one warp no barrier.
+_SOFT_TARGET: dict[str, tuple[LaunchConfig, ...]] = {
+    "soft_target_forward": (
+        LaunchConfig(32, 16, 1, 1),
+        LaunchConfig(8, 128, 1, 1),
+        LaunchConfig(1, 1024, 1, 1),
+        LaunchConfig(1, 2048, 2, 1),
+        LaunchConfig(1, 4096, 4, 1),
+        LaunchConfig(1, 8192, 8, 1),
+        LaunchConfig(1, 2048, 8, 1, ctas_per_sm=2),
+    ),
+    "soft_target_backward": (
+        LaunchConfig(32, 16, 1, 1),
+        LaunchConfig(8, 128, 1, 1),
+        LaunchConfig(1, 1024, 4, 1),
+    ),
+}
+_SOFT_TARGET_INTERPRETER = (LaunchConfig(4, 32, 4, 1), LaunchConfig(2, 64, 4, 1))
+
 
 def launch_config(kernel: str, *, dtype: torch.dtype, block_d: int, bounded: bool, hardware: str) -> LaunchConfig:
     """The entry of ``kernel`` ("dual_softmax_forward", "dual_softmax_backward"); KeyError where there is none."""
@@ -68,6 +88,16 @@ def entries(hardware: str) -> Iterator[tuple[str, int, int, bool, LaunchConfig]]
     for (kernel, itemsize, block_d), row in _TABLE[hardware].items():
         for bounded, config in zip((True, False), row, strict=True):
             yield kernel, itemsize, block_d, bounded, config
+
+
+def soft_target_config(kernel: str, *, classes: int, hardware: str) -> LaunchConfig:
+    """The entry of "soft_target_forward" or "soft_target_backward": the narrowest tile that holds a row, or the last."""
+    configs = soft_target_entries(kernel, hardware)
+    return next((config for config in configs if config.BLOCK_N >= classes), configs[-1])
+
+
+def soft_target_entries(kernel: str, hardware: str) -> tuple[LaunchConfig, ...]:
+    return _SOFT_TARGET_INTERPRETER if hardware == "interpreter" else _SOFT_TARGET[kernel]
 
 
 def largest_block_d(dtype: torch.dtype) -> int:

@@ -12,8 +12,8 @@ from fastkd.backends import blocked
 
 BACKENDS = ("reference", "blocked", "triton")
 # The operations that have a kernel; the others stream through ``blocked`` on every device.
-TRITON_OPERATIONS = frozenset({"dual_softmax"})
-MAX_WIDTH = 1 << 15  # of a row that one program normalises
+TRITON_OPERATIONS = frozenset({"dual_softmax", "soft_target"})
+MAX_WIDTH = 1 << 13  # of a row that one program normalises
 
 
 class _Streaming(dict[str, ModuleType]):
@@ -51,7 +51,7 @@ def _why_not_triton(operation: str, like: Tensor) -> str | None:
         return "computes float32, bfloat16 and float16, got float64"
     if like.dtype == torch.bfloat16 and like.device.type == "cpu":
         return "runs in the interpreter on CPU tensors, which multiplies bfloat16 wrongly"
-    if like.ndim == 2 and like.shape[1] > MAX_WIDTH:
+    if operation == "dual_softmax" and like.ndim == 2 and like.shape[1] > MAX_WIDTH:
         return f"takes rows of at most {MAX_WIDTH} elements, got {like.shape[1]}"
     return _why_not_triton_on(like.device.type, like.device.index)
 
