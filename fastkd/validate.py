@@ -1,6 +1,8 @@
-"""Checks of the public functions' arguments. Every message names the argument, what came and what was expected."""
+"""Checks of arguments and settings. Every message names the argument, what came and what was expected."""
 
 import math
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,21 +32,37 @@ def _check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: got {value.dtype}, expected float64, float32, bfloat16 or float16")
 
 
-def check_number(
-    name: str, value: float, *, minimum: float, maximum: float = math.inf, exclusive: bool = False
-) -> None:
+def check_number(name: str, value: Any, minimum: float, maximum: float = math.inf, *, exclusive: bool = False) -> None:
+    """A finite number in [minimum, maximum]; ``exclusive``: above minimum."""
     expected = f"a finite number {'>' if exclusive else '>='} {minimum}"
     if maximum < math.inf:
         expected += f" and <= {maximum}"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected {expected}")
     if not math.isfinite(value) or not minimum <= value <= maximum or (exclusive and value == minimum):
         raise ValueError(f"{name}: got {value}, expected {expected}")
 
 
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_int(name: str, value: Any, minimum: int) -> None:
+    """An int, not a bool, >= minimum."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected an int >= {minimum}")
+    if value < minimum:
+        raise ValueError(f"{name}: got {value}, expected an int >= {minimum}")
+
+
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    """One of ``allowed``."""
     if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}, expected one of {allowed}")
+        raise ValueError(f"{name}: got {value!r}, expected one of {sorted(allowed)}")
+
+
+def check_type(name: str, value: Any, expected: type | tuple[type, ...]) -> None:
+    """An instance of ``expected``."""
+    if not isinstance(value, expected):
+        kinds = expected if isinstance(expected, tuple) else (expected,)
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected {names}")
 
 
 def check_scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:

@@ -100,8 +100,8 @@ def test_several_ranks_raise_instead_of_contrasting_locally() -> None:
 @pytest.mark.parametrize(
     ("error", "message", "scale"),
     [
-        (TypeError, "logit_scale: got str", "2"),
-        (TypeError, "logit_scale: got bool", True),
+        (TypeError, "logit_scale: got '2' of type str", "2"),
+        (TypeError, "logit_scale: got True of type bool", True),
         (TypeError, "logit_scale: got torch.int64", torch.tensor(2)),
         (ValueError, "logit_scale: got 0.0", 0.0),
         (ValueError, "logit_scale: got -1", -1),
@@ -121,11 +121,11 @@ def test_bad_logit_scales(error: type[Exception], message: str, scale: object) -
 @pytest.mark.parametrize(
     ("error", "message", "options"),
     [
-        (TypeError, "alpha: got str", {"alpha": "1"}),
+        (TypeError, "alpha: got '1' of type str", {"alpha": "1"}),
         (ValueError, "alpha: got -0.5, expected a finite number >= 0", {"alpha": -0.5}),
         (ValueError, "alpha: got nan", {"alpha": math.nan}),
         (ValueError, "consistency: got 'both', expected one of", {"consistency": "both"}),
-        (TypeError, "logit_bias: got str", {"logit_bias": "0"}),
+        (TypeError, "logit_bias: got '0' of type str", {"logit_bias": "0"}),
         (ValueError, "logit_bias: got inf", {"logit_bias": math.inf}),
         (ValueError, "logit_bias: got shape \\[2\\]", {"logit_bias": torch.zeros(2)}),
     ],
@@ -146,7 +146,7 @@ def test_bad_info_nce_and_kd_options() -> None:
 @pytest.mark.parametrize(
     ("error", "message", "options"),
     [
-        (TypeError, "student_dim: got float", {"student_dim": 3.0}),
+        (TypeError, "student_dim: got 3.0 of type float", {"student_dim": 3.0}),
         (ValueError, "teacher_dim: got 0", {"teacher_dim": 0}),
         (ValueError, "embed_dim: got -1", {"embed_dim": -1}),
         (ValueError, "alpha: got -1", {"alpha": -1.0}),

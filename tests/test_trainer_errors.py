@@ -86,7 +86,7 @@ def test_the_meter_finds_the_step_without_looking_at_every_step():
         (lambda: TrainConfig(log_every=0), "log_every: got 0"),
         (lambda: TrainConfig(resume=True), "run_dir: got None with resume=True"),
         (lambda: OptimConfig(name="adam"), r"optim\.name: got 'adam', expected one of"),
-        (lambda: OptimConfig(lr=0.0), r"optim\.lr: got 0\.0, expected a finite number in \(0\.0, inf\)"),
+        (lambda: OptimConfig(lr=0.0), r"optim\.lr: got 0\.0, expected a finite number > 0"),
         (lambda: OptimConfig(lr=float("nan")), r"optim\.lr: got nan"),
         (lambda: OptimConfig(momentum=1.5), r"optim\.momentum: got 1\.5"),
         (lambda: OptimConfig(schedule="linear"), r"optim\.schedule: got 'linear'"),
@@ -111,7 +111,7 @@ def test_wrong_settings_name_the_argument(build, message):
     [
         (lambda: TrainConfig(epochs=1.5), "epochs: got 1.5 of type float, expected an int"),
         (lambda: TrainConfig(epochs=True), "epochs: got True of type bool"),
-        (lambda: OptimConfig(lr="0.1"), "optim.lr: got '0.1' of type str, expected a number"),
+        (lambda: OptimConfig(lr="0.1"), "optim.lr: got '0.1' of type str, expected a finite number"),
         (lambda: ObjectiveConfig(terms=["dcd"]), "objective.terms: got .* of type list, expected str"),
         (lambda: ModelConfig(name=3), "model.name: got 3 of type int"),
     ],

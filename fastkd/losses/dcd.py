@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastkd import backends
 from fastkd.distributed import Group, check_group
 from fastkd.functional import CONSISTENCIES, dcd_terms
-from fastkd.validate import check_choice, check_number
+from fastkd.validate import check_choice, check_int, check_number
 
 
 class DCDLoss(nn.Module):
@@ -54,10 +54,7 @@ class DCDLoss(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("student_dim", student_dim), ("teacher_dim", teacher_dim), ("embed_dim", embed_dim)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: got {type(value).__name__}, expected an int >= 1")
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected an int >= 1")
+            check_int(name, value, minimum=1)
         check_number("alpha", alpha, minimum=0)
         check_choice("consistency", consistency, CONSISTENCIES)
         for name, bound in (("max_scale", max_scale), ("min_scale", min_scale)):

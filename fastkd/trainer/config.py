@@ -12,7 +12,7 @@ from fastkd.trainer.data import DataConfig
 from fastkd.trainer.models import ModelConfig
 from fastkd.trainer.objective import ObjectiveConfig
 from fastkd.trainer.optim import OptimConfig
-from fastkd.trainer.validate import check_choice, check_int, check_type
+from fastkd.validate import check_choice, check_int, check_type
 
 # What may differ between a run and its resumption: nothing that changes what it computes. The teacher's file may have
 # moved, because the hash of its weights is compared.

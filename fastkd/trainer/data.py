@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_colla
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastkd.trainer.imports import import_object
-from fastkd.trainer.validate import check_int, check_type
+from fastkd.validate import check_int, check_type
 
 
 @dataclass(kw_only=True, frozen=True)

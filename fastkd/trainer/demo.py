@@ -44,7 +44,7 @@ from fastkd.trainer.models import ModelConfig
 from fastkd.trainer.objective import TERMS, ObjectiveConfig, needs_teacher, parse_terms
 from fastkd.trainer.optim import OptimConfig
 from fastkd.trainer.report import Results, Run, Teacher, console_table, display_name, verdicts, write_report
-from fastkd.trainer.validate import check_int
+from fastkd.validate import check_int
 
 TEST_IMAGES, TRAIN_IMAGES, LABELLED = 600, 1197, 200
 NET = "fastkd.trainer.nets:SmallConvNet"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.trainer.imports import import_object
-from fastkd.trainer.validate import check_int, check_type
+from fastkd.validate import check_int, check_type
 
 _HEAD_NAMES = ("fc", "classifier", "head", "heads")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastkd.losses import DCDLoss, KDLoss
 from fastkd.trainer.models import ModelOutput
-from fastkd.trainer.validate import check_choice, check_int, check_number, check_type
+from fastkd.validate import check_choice, check_int, check_number, check_type
 
 TermFunction = Callable[[ModelOutput, ModelOutput | None, Tensor], Mapping[str, Tensor]]
 

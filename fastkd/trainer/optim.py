@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fastkd.trainer.validate import check_choice, check_int, check_number
+from fastkd.validate import check_choice, check_int, check_number
 
 
 @dataclass(kw_only=True, frozen=True)
