@@ -22,13 +22,11 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     Rows are divided by their largest magnitude before squaring: the square of 1e30 overflows float32, that of 1e-30
     vanishes. Rows that are not finite give NaN.
     """
-    largest = x.detach().abs().amax(dim=1, keepdim=True)
-    divisor = largest.masked_fill(largest == 0, 1)
-    scaled = x / divisor
-    norm = torch.linalg.vector_norm(scaled.masked_fill(largest == 0, 1), dim=1, keepdim=True)
-    is_zero = divisor * norm.detach() <= NORM_EPS
-    is_zero |= largest == 0
-    return (scaled / norm).masked_fill(is_zero, 0), (1 / (divisor * norm)).masked_fill(is_zero, 0)
+    largest = x.detach().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    scaled = x / largest  # its norm is at least 1, but for zero rows
+    norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp_min(0.5)
+    is_zero = largest * norm.detach() <= NORM_EPS
+    return (scaled / norm).masked_fill(is_zero, 0), (largest * norm).reciprocal().masked_fill(is_zero, 0)
 
 
 def dual_softmax(
