@@ -59,7 +59,10 @@ _INTERPRETER = LaunchConfig(16, 16, 4, 1)
 _SOFT_TARGET: dict[str, tuple[LaunchConfig, ...]] = {
     "soft_target_forward": (
         LaunchConfig(32, 16, 1, 1),
-        LaunchConfig(8, 128, 1, 1),
+        LaunchConfig(8, 64, 1, 1),
+        LaunchConfig(4, 128, 1, 1),
+        LaunchConfig(2, 256, 1, 1),
+        LaunchConfig(1, 512, 1, 1),
         LaunchConfig(1, 1024, 1, 1),
         LaunchConfig(1, 2048, 2, 1),
         LaunchConfig(1, 4096, 4, 1),
@@ -68,8 +71,11 @@ _SOFT_TARGET: dict[str, tuple[LaunchConfig, ...]] = {
     ),
     "soft_target_backward": (
         LaunchConfig(32, 16, 1, 1),
-        LaunchConfig(8, 128, 1, 1),
-        LaunchConfig(1, 1024, 4, 1),
+        LaunchConfig(8, 64, 1, 1),
+        LaunchConfig(4, 128, 1, 1),
+        LaunchConfig(2, 256, 1, 1),
+        LaunchConfig(1, 512, 1, 1),
+        LaunchConfig(1, 1024, 2, 1),
     ),
 }
 _SOFT_TARGET_INTERPRETER = (LaunchConfig(4, 32, 4, 1), LaunchConfig(2, 64, 4, 1))
