@@ -11,7 +11,7 @@ from torch import Tensor
 
 LARGEST_G = tl.constexpr(16384.0)  # a quarter of the largest fp16
 BLOCK_ROWS = 128
-BLOCK_ELEMENTS = 4096
+BLOCK_ELEMENTS = 2048
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -230,6 +230,6 @@ def gradients(
         SPLITS=splits,
         NEED_A=need_a,
         NEED_B=need_b,
-        num_warps=4 if BLOCK_D <= 4096 else 16,
+        num_warps=4 if BLOCK_D <= 2048 else 16,
     )
     return grad_a, grad_b, dots

@@ -27,16 +27,26 @@ class LaunchConfig:
     apart: bool = False
 
 
-# (kernel, bytes an element, padded D): (BOUNDED, not BOUNDED), or one entry for both.
-_Row = tuple[LaunchConfig, LaunchConfig]
+# (kernel, bytes an element, padded D): (BOUNDED, not BOUNDED), or one entry for both. Rows of 16 and 32 use that of 64.
+_Entries = dict[tuple[str, int, int], tuple[LaunchConfig, LaunchConfig]]
 _FORWARD, _BACKWARD = "dual_softmax_forward", "dual_softmax_backward"
 
 
-def _both(config: LaunchConfig) -> _Row:
+def _both(config: LaunchConfig) -> tuple[LaunchConfig, LaunchConfig]:
     return config, config
 
 
-_SM90: dict[tuple[str, int, int], _Row] = {
+_SM80: _Entries = {
+    (_FORWARD, 2, 64): _both(LaunchConfig(64, 32, 8, 2)),
+    (_FORWARD, 2, 128): _both(LaunchConfig(64, 32, 8, 2)),
+    (_FORWARD, 4, 64): _both(LaunchConfig(32, 16, 8, 1)),
+    (_FORWARD, 4, 128): _both(LaunchConfig(32, 16, 8, 1)),
+    (_BACKWARD, 2, 64): _both(LaunchConfig(32, 32, 8, 2)),
+    (_BACKWARD, 2, 128): _both(LaunchConfig(32, 32, 8, 2)),
+    (_BACKWARD, 4, 64): _both(LaunchConfig(32, 32, 8, 2)),
+    (_BACKWARD, 4, 128): _both(LaunchConfig(32, 32, 8, 2)),
+}
+_SM90: _Entries = {
     (_FORWARD, 2, 64): _both(LaunchConfig(64, 64, 4, 2, ctas_per_sm=3)),
     (_FORWARD, 2, 128): _both(LaunchConfig(64, 64, 4, 2, ctas_per_sm=2)),
     (_FORWARD, 2, 256): _both(LaunchConfig(64, 64, 4, 2)),
@@ -47,11 +57,23 @@ _SM90: dict[tuple[str, int, int], _Row] = {
         LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
         LaunchConfig(64, 64, 4, 2, ctas_per_sm=2, apart=True),
     ),
-    (_BACKWARD, 2, 256): (LaunchConfig(64, 64, 8, 2, apart=True), LaunchConfig(64, 32, 8, 2, apart=True)),
+    (_BACKWARD, 2, 256): _both(LaunchConfig(64, 16, 4, 2, ctas_per_sm=2, apart=True)),
     (_BACKWARD, 4, 64): _both(LaunchConfig(64, 32, 4, 2, ctas_per_sm=2)),
-    (_BACKWARD, 4, 128): (LaunchConfig(64, 32, 8, 2), LaunchConfig(64, 32, 8, 2, apart=True)),
+    (_BACKWARD, 4, 128): _both(LaunchConfig(128, 32, 8, 2, apart=True)),
 }
-_TABLE: dict[str, dict[tuple[str, int, int], _Row]] = {"sm_80": _SM90, "sm_90": _SM90, "sm_100": _SM90, "gfx942": _SM90}
+_SM100: _Entries = _SM90 | {
+    (_BACKWARD, 2, 128): (LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 4, 2, apart=True)),
+    (_BACKWARD, 2, 256): (LaunchConfig(64, 64, 8, 2, apart=True), LaunchConfig(64, 32, 8, 2, apart=True)),
+    (_BACKWARD, 4, 64): _both(LaunchConfig(64, 32, 8, 2)),
+    (_BACKWARD, 4, 128): _both(LaunchConfig(64, 32, 8, 2, apart=True)),
+}
+_GFX942: _Entries = {
+    (kernel, itemsize, block_d): _both(LaunchConfig(64, 16, 4, 1))
+    for kernel in (_FORWARD, _BACKWARD)
+    for itemsize in (2, 4)
+    for block_d in (64, 128)
+}
+_TABLE = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942}
 _INTERPRETER = LaunchConfig(16, 16, 4, 1)
 
 # (kernel): (rows of at most BLOCK_N classes, ...), the last one for all that are wider. A row that fits one tile needs
@@ -97,18 +119,19 @@ def entries(hardware: str) -> Iterator[tuple[str, int, int, bool, LaunchConfig]]
 
 
 def soft_target_config(kernel: str, *, classes: int, hardware: str) -> LaunchConfig:
-    """The entry of "soft_target_forward" or "soft_target_backward": the narrowest tile that holds a row, or the last."""
+    """The entry of "soft_target_forward" or "soft_target_backward": the narrowest that holds a row, else the last."""
     configs = soft_target_entries(kernel, hardware)
-    return next((config for config in configs if config.BLOCK_N >= classes), configs[-1])
+    return next((config for config in configs if classes <= config.BLOCK_N), configs[-1])
 
 
 def soft_target_entries(kernel: str, hardware: str) -> tuple[LaunchConfig, ...]:
     return _SOFT_TARGET_INTERPRETER if hardware == "interpreter" else _SOFT_TARGET[kernel]
 
 
-def largest_block_d(dtype: torch.dtype) -> int:
-    """The widest padded rows that the streaming kernels hold on chip; wider ones go through matrix products."""
-    return 256 if dtype.itemsize == 2 else 128
+def fits(dtype: torch.dtype, block_d: int, hardware: str) -> bool:
+    """Whether rows this wide fit the streaming kernels; wider ones go through matrix products."""
+    table = _SM90 if hardware == "interpreter" else _TABLE[hardware]
+    return (_BACKWARD, dtype.itemsize, max(block_d, 64)) in table
 
 
 def hardware_of(device: torch.device) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastkd.backends.reference import NORM_EPS
 
 EPS = tl.constexpr(NORM_EPS)
-BLOCK_ELEMENTS = 4096
+BLOCK_ELEMENTS = 2048
 
 
 @triton.jit(do_not_specialize=["stride_0n", "stride_0d", "stride_1n", "stride_1d", "n", "D", "width"])
@@ -75,6 +75,6 @@ def unit_rows(first: Tensor, second: Tensor, width: int) -> tuple[Tensor, Tensor
         width=width,
         BLOCK_M=BLOCK_M,
         BLOCK_D=BLOCK_D,
-        num_warps=4 if BLOCK_D <= 4096 else 16,
+        num_warps=4 if BLOCK_D <= 2048 else 16,
     )
     return units, inverse_norm

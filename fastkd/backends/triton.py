@@ -10,14 +10,14 @@ from torch import Tensor
 from fastkd.backends.blocked import MAX_SHARED_SCALE
 from fastkd.kernels import dual_softmax, dual_softmax_wide
 from fastkd.kernels.dual_softmax_rows import coefficients, gradients, statistics
-from fastkd.kernels.launch import largest_block_d
+from fastkd.kernels.launch import fits, hardware_of
 from fastkd.kernels.normalize import padded_width, unit_rows
 from fastkd.kernels.soft_target import soft_target_gradient, soft_target_losses
 
 
 def _is_wide(rows: Tensor) -> bool:
     """Whether the cosines come from torch.mm: rows too wide for a tile, or fp32 products that must not be tf32."""
-    if padded_width(rows.shape[1]) > largest_block_d(rows.dtype):
+    if not fits(rows.dtype, padded_width(rows.shape[1]), hardware_of(rows.device)):
         return True
     return rows.is_cuda and rows.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 

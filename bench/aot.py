@@ -1,0 +1,353 @@
+"""Compiles every kernel at every entry of the launch table, without a GPU, and reads what the compiler made of it.
+
+    python -m bench.aot [--hardware sm_90 ...]
+
+Fails on a spill, on more shared memory than the hardware has, on an entry whose ``ctas_per_sm`` cannot be resident,
+and on a bf16 matrix kernel for sm_90 without warpgroup matrix instructions. Prints a table; for sm_90 also what a tile
+costs in the main loop, in clocks of one multiprocessor, under this model: matrix units 4096 bf16 (2048 tf32) operations
+a clock; MUFU 16 lanes a clock; 4 schedulers that issue one warp instruction a clock each, fp32 included; shared memory
+128 bytes a clock, read by HGMMA for every operand that is not in registers. ``bound`` is the largest of these, the time
+of a tile if everything overlaps, and ``limit`` the matrix time over it; ``serial`` is matrix plus vector time, as if
+nothing did.
+"""
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "aot"))
+
+import triton
+from fastkd.kernels import dual_softmax, dual_softmax_rows, dual_softmax_wide, launch, normalize, soft_target
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes a program may use, and bytes and 32-bit registers of a multiprocessor.
+SHARED_LIMIT = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+SHARED_TOTAL = {"sm_80": 102400, "sm_90": 233472, "sm_100": 233472, "gfx942": 65536}
+REGISTERS = 65536
+SHARED_RESERVED = 1024  # a program, by the driver
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation: a kernel, its constants and argument types, and how it is launched."""
+
+    name: str
+    hardware: str
+    kernel: Any
+    constants: dict[str, Any]
+    types: dict[str, str]
+    num_warps: int = 4
+    num_stages: int = 2
+    ctas_per_sm: int = 1
+    matrix_dtype: str = ""  # of the kernels that multiply
+
+    def compile(self) -> Any:
+        names = self.kernel.arg_names
+        signature = {name: self.types.get(name) or _type(name) for name in names}
+        signature |= dict.fromkeys(self.constants, "constexpr")
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
+        source = ASTSource(
+            self.kernel, signature, {(names.index(k),): v for k, v in self.constants.items()}, aligned
+        )  # fmt: skip
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return triton.compile(source, target=TARGETS[self.hardware], options=options)
+
+
+_SOFT_TARGET_TYPES = {"X": "*bf16", "LABELS": "*i64", "C": "i32", "temperature": "fp32", "smoothing": "fp32"}
+
+
+def _type(name: str) -> str:
+    return "*fp32" if name.isupper() and len(name) > 1 else "i32"
+
+
+@dataclass
+class Result:
+    job: Job
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    counts: Counter[str] = field(
+        default_factory=Counter
+    )  # instructions of the main loop, or of all where none is found
+    hgmma_bytes: int = 0  # read from shared memory by a warpgroup's matrix instructions, in the main loop
+    has_hgmma: bool = False
+
+    def failures(self) -> list[str]:
+        hardware, wanted = self.job.hardware, self.job.ctas_per_sm
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} spills")
+        if self.shared > SHARED_LIMIT[hardware]:
+            found.append(f"{self.shared} bytes of shared memory, limit {SHARED_LIMIT[hardware]}")
+        if hardware != "gfx942":
+            granted = -(-self.registers // 8) * 8 * self.job.num_warps * 32
+            resident = min(REGISTERS // granted, SHARED_TOTAL[hardware] // (self.shared + SHARED_RESERVED))
+            if resident < wanted:
+                found.append(f"{resident} programs resident, the table says {wanted}")
+        if hardware == "sm_90" and self.job.matrix_dtype == "bf16" and not self.has_hgmma:
+            found.append("no HGMMA")
+        return found
+
+
+def jobs(hardware: str) -> Iterator[Job]:
+    for kernel, itemsize, block_d, bounded, config in launch.entries(hardware):
+        dtype = "bf16" if itemsize == 2 else "fp32"
+        types = dict.fromkeys(("A_rows", "B_rows"), f"tensordesc<{dtype}[{config.BLOCK_M}, {block_d}]>")
+        types |= dict.fromkeys(("A_cols", "B_cols"), f"tensordesc<{dtype}[{config.BLOCK_N}, {block_d}]>")
+        constants = {
+            "BLOCK_M": config.BLOCK_M,
+            "BLOCK_N": config.BLOCK_N,
+            "PRECISION": "tf32",
+            "BOUNDED": bounded,
+            "HAS_CARRY": False,
+        }
+        function = dual_softmax._forward_kernel
+        if kernel == "dual_softmax_backward":
+            function = dual_softmax._backward_kernel
+            constants |= {"BLOCK_D": block_d, "NEED_A": True, "NEED_B": not config.apart}
+        yield Job(
+            name=f"{kernel} {dtype} D={block_d} {'bounded' if bounded else 'online'}{' apart' if config.apart else ''}",
+            hardware=hardware,
+            kernel=function,
+            constants=constants,
+            types=types,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            ctas_per_sm=config.ctas_per_sm,
+            matrix_dtype=dtype,
+        )
+    yield from _row_jobs(hardware)
+    yield from _soft_target_jobs(hardware)
+
+
+def _row_jobs(hardware: str) -> Iterator[Job]:
+    """The kernels that visit a row once or read cosines from memory; bf16, since fp16 and fp32 need no more."""
+    rows = dual_softmax_rows
+    half = dict.fromkeys(("X0", "X1", "UNITS", "GRAD_A", "GRAD_B", "G", "H"), "*bf16")
+    both = {"NEED_A": True, "NEED_B": True}
+
+    def job(name: str, kernel: Any, num_warps: int = 4, types: dict[str, str] = half, **constants: Any) -> Job:
+        return Job(name=name, hardware=hardware, kernel=kernel, constants=constants, types=types, num_warps=num_warps)
+
+    for BLOCK_D, num_warps in ((128, 4), (2048, 4), (8192, 16)):
+        BLOCK_M = max(1, normalize.BLOCK_ELEMENTS // BLOCK_D)
+        tile = {"BLOCK_M": BLOCK_M, "BLOCK_D": BLOCK_D}
+        yield job(f"unit_rows D={BLOCK_D}", normalize._unit_rows_kernel, num_warps, **tile)
+        yield job(f"finish D={BLOCK_D}", rows._finish_kernel, num_warps, **tile, **both, SPLITS=4)
+    weighted = {"HAS_WEIGHT": True, "IS_SWAPPED": True}
+    yield job("statistics", rows._statistics_kernel, BLOCK_M=rows.BLOCK_ROWS, SPLITS=4, **weighted)
+    yield job("coefficients", rows._coefficients_kernel, BLOCK_N=rows.BLOCK_ROWS, BOUNDED=True, **weighted)
+    for bounded in (True, False):
+        mode = "bounded" if bounded else "online"
+        wide = {"X": "*fp32", "Y": "*fp32", **half}
+        yield job(
+            f"wide accumulate {mode}", dual_softmax_wide._accumulate_kernel, types=wide,
+            BLOCK_M=8, BLOCK_N=256, BOUNDED=bounded, HAS_CARRY=True,
+        )  # fmt: skip
+        yield job(
+            f"wide gradient {mode}", dual_softmax_wide._gradient_kernel, types=wide,
+            BLOCK_M=16, BLOCK_N=128, BOUNDED=bounded, **both,
+        )  # fmt: skip
+
+
+def _soft_target_jobs(hardware: str) -> Iterator[Job]:
+    """Every entry with every flag set, so that each holds the most registers; rows of a multiple of 16 bytes."""
+    flags = {"HAS_LABELS": True, "HAS_TEACHER": True, "HAS_WEIGHT": True, "HAS_SMOOTHING": True}
+    for direction in ("forward", "backward"):
+        kernel = f"soft_target_{direction}"
+        configs = launch.soft_target_entries(kernel, hardware)
+        for config, dtype in itertools.product(configs, ("bf16", "fp32")):
+            constants = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, **flags}
+            constants |= {"ALIGN": 8 if dtype == "bf16" else 4, "POWER": 4}
+            if direction == "forward":
+                constants |= {"IS_ONE_TILE": config is not configs[-1], "IS_SPLIT": False, "STATE": None}
+            yield Job(
+                name=f"{kernel} {dtype}",
+                hardware=hardware,
+                kernel=getattr(soft_target, f"_{direction}_kernel"),
+                constants=constants,
+                types=_SOFT_TARGET_TYPES | dict.fromkeys(("X", "Y", "GRAD"), f"*{dtype}"),
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                ctas_per_sm=config.ctas_per_sm,
+            )
+    yield Job(
+        name="soft_target_merge",
+        hardware=hardware,
+        kernel=soft_target._merge_kernel,
+        constants={"BLOCK_M": soft_target.ROWS, "SPLITS": 8, "POWER": 4, **flags},
+        types=_SOFT_TARGET_TYPES,
+    )
+
+
+def examine(job: Job) -> Result:
+    compiled = job.compile()
+    result = Result(job=job, shared=compiled.metadata.shared)
+    if job.hardware == "gfx942":
+        _read_gcn(compiled.asm["amdgcn"], result)
+    else:
+        _read_sass(compiled.asm["cubin"], result)
+    return result
+
+
+def _read_gcn(text: str, result: Result) -> None:
+    keys = "vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size"
+    numbers = {key: int(value) for key, value in re.findall(rf"\.({keys}):\s+(\d+)", text)}
+    result.registers = numbers.pop("vgpr_count")
+    result.spills = sum(numbers.values())
+    operations = re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE)
+    result.counts = Counter(
+        {
+            "matrix": sum(x.startswith("v_mfma") for x in operations),
+            "exp": sum(x.startswith("v_exp_f32") for x in operations),
+            "fp32": sum(re.match(r"v_(pk_)?(add|sub|mul|fma|fmac)_f32", x) is not None for x in operations),
+            "all": len(operations),
+        }
+    )
+
+
+def _read_sass(cubin: bytes, result: Result) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _cuobjdump("-res-usage", file.name)
+        text = _cuobjdump("-sass", file.name)
+    match = re.search(r"REG:(\d+)", usage)
+    assert match, usage
+    result.registers = int(match[1])
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", text)
+    code = [(int(address, 16), operation, operands) for address, operation, operands in lines]
+    result.spills = sum(operation.split(".")[0] in ("LDL", "STL") for _, operation, _ in code)
+    result.has_hgmma = any(operation.startswith("HGMMA") for _, operation, _ in code)
+    loop = _main_loop(code)
+    result.counts = Counter({"all": len(loop)})
+    for operation, operands in loop:
+        result.counts[_kind(operation)] += 1
+        shape = re.match(r"HGMMA\.64x(\d+)x(\d+)", operation)
+        if shape:
+            n, k = int(shape[1]), int(shape[2])
+            a_is_shared = re.match(r"\s*R\d+,\s*gdesc", operands) is not None
+            result.hgmma_bytes += (n + 64 * a_is_shared) * k * (4 if "TF32" in operation else 2)
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    command = [str(BINARIES / "cuobjdump"), option, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _kind(operation: str) -> str:
+    base = operation.split(".")[0]
+    if "MMA" in base:
+        return "matrix"
+    if base == "MUFU":
+        return "exp" if operation == "MUFU.EX2" else "mufu"
+    if base in ("FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2"):
+        return "fp32"
+    return base
+
+
+def _main_loop(code: list[tuple[int, str, str]]) -> list[tuple[str, str]]:
+    """The shortest loop that holds matrix and exponential instructions: the edge loop, which compares, is longer."""
+    everything = [(operation, operands) for _, operation, operands in code]
+    best = everything
+    for address, operation, operands in code:
+        target = re.search(r"0x([0-9a-f]+)", operands) if operation.startswith("BRA") else None
+        if target is None or int(target[1], 16) >= address:
+            continue
+        body = [(x, y) for at, x, y in code if int(target[1], 16) <= at <= address]
+        kinds = {_kind(x) for x, _ in body}
+        if {"matrix", "exp"} <= kinds and len(body) < len(best):
+            best = body
+    return best
+
+
+def clocks(result: Result) -> dict[str, float]:
+    """Clocks of one multiprocessor a tile, by unit (sm_90)."""
+    job, counts, warps = result.job, result.counts, result.job.num_warps
+    M, N = job.constants["BLOCK_M"], job.constants["BLOCK_N"]
+    D = int(re.findall(r"\d+", job.types["A_rows"])[-1])
+    rate = 4096 if job.matrix_dtype == "bf16" else 2048
+    products = 2 + job.constants.get("NEED_A", 0) + job.constants.get("NEED_B", 0)
+    itemsize = 2 if job.matrix_dtype == "bf16" else 4
+    moved = result.hgmma_bytes * warps / 4 + 2 * N * D * itemsize  # read by HGMMA, written by the copy engine
+    units = {
+        "matrix": products * 2 * M * N * D / rate,
+        "exp": (counts["exp"] + counts["mufu"]) * warps * 32 / 16,
+        "issue": counts["all"] * warps / 4,
+        "shared": moved / 128,
+    }
+    bound = max(units.values())
+    return units | {"bound": bound, "serial": units["matrix"] + max(units["exp"], units["issue"])}
+
+
+def row(result: Result) -> str:
+    job, counts = result.job, result.counts
+    tile = "x".join(str(job.constants[x]) for x in ("BLOCK_M", "BLOCK_N") if x in job.constants)
+    line = (
+        f"{job.hardware:7}{job.name:50}{tile:>9}{job.num_warps:>3}w{job.num_stages:>2}s{result.registers:>5}"
+        f"{result.spills:>5}{result.shared:>8}{counts['matrix']:>5}{counts['exp']:>5}{counts['fp32']:>6}{counts['all']:>6}"
+    )
+    if job.hardware == "sm_90" and job.matrix_dtype:
+        c = clocks(result)
+        line += "".join(f"{c[x]:>7.0f}" for x in ("matrix", "exp", "issue", "shared", "bound", "serial"))
+        line += f"{c['matrix'] / c['bound']:>6.0%}"
+    return line
+
+
+HEADER = (
+    f"{'target':7}{'kernel':50}{'tile':>9}{'warps':>4}{'st':>3}{'regs':>5}{'spill':>5}{'shared':>8}{'mma':>5}{'ex2':>5}"
+    f"{'fp32':>6}{'all':>6}{'matrix':>7}{'exp':>7}{'issue':>7}{'shared':>7}{'bound':>7}{'serial':>7}{'limit':>6}"
+)
+
+
+def run(hardware: list[str], workers: int) -> int:
+    """Compiles, prints the table, and returns the number of failed kernels."""
+    work = [job for name in hardware for job in jobs(name)]
+    print(HEADER)
+    failed = []
+    with ProcessPoolExecutor(workers) as pool:
+        for result in pool.map(_examine_index, ((hardware, i) for i in range(len(work)))):
+            print(row(result), flush=True)
+            failed += [f"{result.job.hardware} {result.job.name}: {x}" for x in result.failures()]
+    for line in failed:
+        print("FAILED", line)
+    print(f"{len(work)} kernels compiled, {len(failed)} failures")
+    return len(failed)
+
+
+def _examine_index(task: tuple[list[str], int]) -> Result:
+    """Kernels do not travel between processes, so a job does by its number."""
+    hardware, index = task
+    work = [job for name in hardware for job in jobs(name)]
+    return examine(work[index])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hardware", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    sys.exit(run(options.hardware, options.workers) > 0)
+
+
+if __name__ == "__main__":
+    main()
