@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench aot gpu-test clean
 
 setup: .venv/.installed
 
@@ -30,6 +30,16 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m bench
+
+# Compiles every kernel for every target of the launch table, without a GPU, and fails on what would make it slow.
+aot: setup
+	$(BIN)/python -m bench.aot
+
+gpu-test: setup
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "gpu-test needs a CUDA device")'
+	$(BIN)/python -m pytest -m gpu
+	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH: it comes with the CUDA toolkit"; exit 1; }
+	compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu -k "equals_the_definition and (63-16 or 129-128)"
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks runs

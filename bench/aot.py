@@ -113,52 +113,58 @@ def jobs(hardware: str) -> Iterator[Job]:
         dtype = "bf16" if itemsize == 2 else "fp32"
         types = dict.fromkeys(("A_rows", "B_rows"), f"tensordesc<{dtype}[{config.BLOCK_M}, {block_d}]>")
         types |= dict.fromkeys(("A_cols", "B_cols"), f"tensordesc<{dtype}[{config.BLOCK_N}, {block_d}]>")
-        constants = {
-            "BLOCK_M": config.BLOCK_M,
-            "BLOCK_N": config.BLOCK_N,
-            "PRECISION": "tf32",
-            "BOUNDED": bounded,
-            "HAS_CARRY": False,
-        }
-        function = dual_softmax._forward_kernel
-        if kernel == "dual_softmax_backward":
-            function = dual_softmax._backward_kernel
-            constants |= {"BLOCK_D": block_d, "NEED_A": True, "NEED_B": not config.apart}
-        yield Job(
-            name=f"{kernel} {dtype} D={block_d} {'bounded' if bounded else 'online'}{' apart' if config.apart else ''}",
-            hardware=hardware,
-            kernel=function,
-            constants=constants,
-            types=types,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            ctas_per_sm=config.ctas_per_sm,
-            matrix_dtype=dtype,
-        )
+        constants = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "PRECISION": "tf32", "BOUNDED": bounded}
+        for variant, flags in _variants(kernel, block_d, config):
+            yield Job(
+                name=f"{kernel} {dtype} D={block_d} {'bounded' if bounded else 'online'}{variant}",
+                hardware=hardware,
+                kernel=getattr(dual_softmax, f"_{kernel.removeprefix('dual_softmax_')}_kernel"),
+                constants=constants | flags,
+                types=types,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                ctas_per_sm=config.ctas_per_sm,
+                matrix_dtype=dtype,
+            )
     yield from _row_jobs(hardware)
     yield from _soft_target_jobs(hardware)
+
+
+def _variants(kernel: str, block_d: int, config: launch.LaunchConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The flags a launcher may pass: one side or both, alone or continuing an earlier chunk of columns."""
+    if kernel == "dual_softmax_forward":
+        yield "", {"HAS_CARRY": False}
+        yield " carry", {"HAS_CARRY": True}
+        return
+    sides = {"": (True, True), " a": (True, False), " b": (False, True)}
+    if config.apart:
+        del sides[""]
+    for name, (need_a, need_b) in sides.items():
+        flags = {"BLOCK_D": block_d, "NEED_A": need_a, "NEED_B": need_b}
+        yield name, flags | {"HAS_CARRY": False}
+        yield f"{name} carry", flags | {"HAS_CARRY": True}
 
 
 def _row_jobs(hardware: str) -> Iterator[Job]:
     """The kernels that visit a row once or read cosines from memory; bf16, since fp16 and fp32 need no more."""
     rows = dual_softmax_rows
-    half = dict.fromkeys(("X0", "X1", "UNITS", "GRAD_A", "GRAD_B", "G", "H"), "*bf16")
-    both = {"NEED_A": True, "NEED_B": True}
+    half: dict[str, str] = dict.fromkeys(("X0", "X1", "UNITS", "GRAD_A", "GRAD_B", "G", "H"), "*bf16")
+    both: dict[str, Any] = {"NEED_A": True, "NEED_B": True}
 
     def job(name: str, kernel: Any, num_warps: int = 4, types: dict[str, str] = half, **constants: Any) -> Job:
         return Job(name=name, hardware=hardware, kernel=kernel, constants=constants, types=types, num_warps=num_warps)
 
     for BLOCK_D, num_warps in ((128, 4), (2048, 4), (8192, 16)):
         BLOCK_M = max(1, normalize.BLOCK_ELEMENTS // BLOCK_D)
-        tile = {"BLOCK_M": BLOCK_M, "BLOCK_D": BLOCK_D}
+        tile: dict[str, Any] = {"BLOCK_M": BLOCK_M, "BLOCK_D": BLOCK_D}
         yield job(f"unit_rows D={BLOCK_D}", normalize._unit_rows_kernel, num_warps, **tile)
         yield job(f"finish D={BLOCK_D}", rows._finish_kernel, num_warps, **tile, **both, SPLITS=4)
-    weighted = {"HAS_WEIGHT": True, "IS_SWAPPED": True}
+    weighted: dict[str, Any] = {"HAS_WEIGHT": True, "IS_SWAPPED": True}
     yield job("statistics", rows._statistics_kernel, BLOCK_M=rows.BLOCK_ROWS, SPLITS=4, **weighted)
     yield job("coefficients", rows._coefficients_kernel, BLOCK_N=rows.BLOCK_ROWS, BOUNDED=True, **weighted)
     for bounded in (True, False):
         mode = "bounded" if bounded else "online"
-        wide = {"X": "*fp32", "Y": "*fp32", **half}
+        wide: dict[str, str] = {"X": "*fp32", "Y": "*fp32", **half}
         yield job(
             f"wide accumulate {mode}", dual_softmax_wide._accumulate_kernel, types=wide,
             BLOCK_M=8, BLOCK_N=256, BOUNDED=bounded, HAS_CARRY=True,
@@ -325,20 +331,23 @@ def run(hardware: list[str], workers: int) -> int:
     print(HEADER)
     failed = []
     with ProcessPoolExecutor(workers) as pool:
-        for result in pool.map(_examine_index, ((hardware, i) for i in range(len(work)))):
+        tasks = ((hardware, index) for index in range(len(work)))
+        for job, measured in zip(work, pool.map(_measure, tasks), strict=True):
+            result = Result(job=job, **measured)
             print(row(result), flush=True)
-            failed += [f"{result.job.hardware} {result.job.name}: {x}" for x in result.failures()]
+            failed += [f"{job.hardware} {job.name}: {failure}" for failure in result.failures()]
     for line in failed:
         print("FAILED", line)
     print(f"{len(work)} kernels compiled, {len(failed)} failures")
     return len(failed)
 
 
-def _examine_index(task: tuple[list[str], int]) -> Result:
-    """Kernels do not travel between processes, so a job does by its number."""
+def _measure(task: tuple[list[str], int]) -> dict[str, Any]:
+    """What :func:`examine` found, by the job's number: kernels do not travel between processes."""
     hardware, index = task
-    work = [job for name in hardware for job in jobs(name)]
-    return examine(work[index])
+    fields = vars(examine([job for name in hardware for job in jobs(name)][index]))
+    del fields["job"]
+    return fields
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def value_and_grads(loss: Callable[..., Tensor], *inputs: Tensor, upstream: floa
     """The loss of fresh leaves made of ``inputs``, and its gradient with respect to each."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     value = loss(*leaves)
-    value.backward(torch.tensor(upstream, dtype=value.dtype))
+    value.backward(value.new_tensor(upstream))
     return value.detach(), *(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves)
 
 

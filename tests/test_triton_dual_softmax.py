@@ -1,18 +1,28 @@
-"""The Triton backend: its kernels in the interpreter, its launch table, and when it is chosen."""
+"""The dual_softmax kernels: in the interpreter, when they are chosen, and on a GPU."""
 
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from fastkd import backends, dcd_loss, info_nce_loss
-from tests.checks import embeddings
+from fastkd.functional import dcd_terms
+from tests.checks import CONSISTENCIES, assert_close, embeddings, value_and_grads
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
+
+
+def gpu(test: Callable[..., None]) -> Callable[..., None]:
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.mark.gpu(skip(test))
 
 
 def test_kernels_in_the_interpreter() -> None:
@@ -69,3 +79,159 @@ def test_cuda_tensors_stream_through_blocked_without_triton(monkeypatch: pytest.
     assert backends.resolve(None, "dual_softmax", OnGpu()) == "blocked"
     with pytest.raises(ValueError, match="not installed"):
         backends.resolve("triton", "dual_softmax", OnGpu())
+
+
+def gpu_inputs(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return *(x.cuda() for x in embeddings(n, d, dtype=dtype)), torch.tensor(10.0, device="cuda")
+
+
+def loss_of(backend: str | None, max_scale: float = 40.0, **options: object) -> Callable[..., Tensor]:
+    return lambda s, t, scale: sum(dcd_terms(s, t, scale, max_scale=max_scale, backend=backend, **options))
+
+
+def eager(student: Tensor, teacher: Tensor, scale: Tensor) -> Tensor:
+    """What a careful user writes in low precision: unit rows and product in the inputs' dtype, softmax in float32."""
+    s, t = (F.normalize(x.float()).to(x.dtype) for x in (student, teacher))
+    A = scale * (s @ t.T).float()
+    log_p, log_q = A.log_softmax(1), A.T.log_softmax(1)
+    return (-log_p.diagonal() + 0.5 * (log_p.exp() * (log_p - log_q)).sum(1)).mean()
+
+
+@gpu
+@pytest.mark.parametrize("max_scale", [40.0, math.inf], ids=["bounded", "online"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("n", "d"), [(3, 5), (63, 16), (129, 128), (1000, 100), (513, 256), (700, 512)])
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_gpu_equals_the_definition(precision: str, n: int, d: int, dtype: torch.dtype, max_scale: float) -> None:
+    if precision == "high" and dtype != torch.float32:
+        pytest.skip("the setting concerns float32 alone")
+    inputs = gpu_inputs(n, d, dtype)
+    exact = value_and_grads(loss_of("reference"), *(x.double() for x in inputs))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        low = value_and_grads(eager, *inputs)
+        actual = value_and_grads(loss_of("triton", max_scale), *inputs)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    # tf32 has the mantissa of fp16.
+    tolerance = torch.float16 if precision == "high" else dtype
+    for a, e, torch_result in zip(actual, exact, low, strict=True):
+        assert_close(a, e, tolerance, torch_result, floor=0.1 if a.ndim == 0 else 1e-5)
+
+
+@gpu
+def test_gpu_one_row_has_no_negatives() -> None:
+    results = value_and_grads(loss_of("triton"), *gpu_inputs(1, 1, torch.bfloat16))
+    assert all(x.abs().max() <= 1e-4 for x in results)
+
+
+@gpu
+@pytest.mark.parametrize("consistency", CONSISTENCIES)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_gpu_frozen_inputs_and_weights(wanted: tuple[int, ...], consistency: str) -> None:
+    weight = torch.rand(300, device="cuda")
+    loss = loss_of("triton", consistency=consistency, sample_weight=weight)
+    inputs = gpu_inputs(300, 128, torch.bfloat16)
+    full = value_and_grads(loss, *inputs)
+    leaves = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+    loss(*leaves).backward()
+    for i, leaf in enumerate(leaves):
+        assert (leaf.grad is not None) == (i in wanted)
+        if i in wanted:
+            assert_close(leaf.grad, full[1 + i], torch.float32 if i == 2 else torch.bfloat16)
+
+
+@gpu
+def test_gpu_large_batch_equals_streaming_torch_and_itself() -> None:
+    inputs = gpu_inputs(20_000, 128, torch.bfloat16)
+    one = value_and_grads(loss_of("triton"), *inputs)
+    again = value_and_grads(loss_of("triton"), *inputs)
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    expected = value_and_grads(loss_of("blocked"), *(x.float() for x in inputs))
+    for a, e in zip(one, expected, strict=True):
+        assert_close(a, e, torch.bfloat16)
+
+
+@gpu
+@pytest.mark.parametrize("d", [128, 512])
+def test_gpu_memory_is_linear_and_no_host_synchronisation(d: int) -> None:
+    inputs = gpu_inputs(8192, d, torch.bfloat16)
+    value_and_grads(loss_of("triton"), *inputs)
+    leaves = [x.requires_grad_() for x in inputs]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_of("triton")(*leaves).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.max_memory_allocated() - before < (64 if d == 128 else 256) * 2**20  # N x N alone is 256 MiB
+
+
+@gpu
+def test_gpu_element_offsets_beyond_two_to_the_31() -> None:
+    """2^24 + 3 rows of 128: the last rows lie beyond 2^31 elements. Few columns keep the work small."""
+    from fastkd.kernels import dual_softmax
+    from fastkd.kernels.dual_softmax_rows import coefficients, gradients, statistics
+    from fastkd.kernels.normalize import unit_rows
+
+    n, columns, tail = 2**24 + 3, 64, 50
+    raw = torch.randn(2, n, 128, device="cuda", dtype=torch.bfloat16)
+    scale, one = torch.tensor(10.0, device="cuda"), torch.tensor(1.0, device="cuda")
+
+    def run(rows: Tensor) -> tuple[Tensor, ...]:
+        units, inverse_norm = unit_rows(rows[0], rows[1], 128)
+        own = raw[:, :columns]
+        column_units = unit_rows(own[0], own[1], 128)[0]
+        far = 2**30  # no row's positive is among the columns
+        state = dual_softmax.running_statistics(units, column_units, scale, offset=far, bounded=True)
+        stats = statistics(state, scale, None, swapped=False)[1]
+        coef, unscale = coefficients(stats, None, one, one, scale, swapped=False, bounded=True)
+        partial = dual_softmax.gradient_sums(
+            units, column_units, coef, coef[:, :columns].contiguous(), scale, offset=far, bounded=True, need_a=True,
+            need_b=False,
+        )  # fmt: skip
+        return stats, gradients(
+            partial, units, inverse_norm, scale, unscale, D=128, dtype=torch.bfloat16, need_a=True, need_b=False
+        )[0]
+
+    # The first rows are the columns, so that both runs see the same ones.
+    few = torch.cat([raw[:, :columns], raw[:, -tail:]], dim=1)
+    stats, grad = run(raw)
+    few_stats, few_grad = run(few)
+    assert_close(stats[:, -tail:], few_stats[:, -tail:], torch.float32)
+    assert_close(grad[-tail:], few_grad[-tail:], torch.bfloat16)
+
+
+@gpu
+def test_gpu_replays_from_a_cuda_graph() -> None:
+    inputs = [x.requires_grad_() for x in gpu_inputs(1000, 128, torch.bfloat16)]
+    fresh = gpu_inputs(1000, 128, torch.bfloat16)[0].flip(0)
+
+    def step() -> tuple[Tensor, ...]:
+        loss = loss_of("triton")(*inputs)
+        return loss, *torch.autograd.grad(loss, inputs)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    with torch.no_grad():
+        inputs[0].copy_(fresh)
+    graph.replay()
+    for a, e in zip(results, step(), strict=True):
+        assert torch.equal(a, e)
+
+
+@gpu
+def test_gpu_compiles_as_one_graph_and_picks_the_kernels() -> None:
+    inputs = gpu_inputs(300, 128, torch.bfloat16)
+    compiled = torch.compile(loss_of(None), fullgraph=True)
+    for a, e in zip(value_and_grads(compiled, *inputs), value_and_grads(loss_of("triton"), *inputs), strict=True):
+        assert_close(a, e, a.dtype)
