@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint format bench aot gpu-test clean
+.PHONY: setup demo test lint format bench aot gpu-test gpu-bench clean
 
 setup: .venv/.installed
 
@@ -40,6 +40,9 @@ gpu-test: setup
 	$(BIN)/python -m pytest -m gpu
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH: it comes with the CUDA toolkit"; exit 1; }
 	compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu -k "equals_the_definition and (63-16 or 129-128)"
+
+gpu-bench: setup
+	$(BIN)/python -m bench.gpu
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks runs

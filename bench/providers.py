@@ -1,7 +1,9 @@
-"""What is measured: every way to compute the DCD loss, by name. ``eager`` is the baseline of every ratio.
+"""What is measured: every way to compute a loss, by name. A case's baseline is what every ratio is against.
 
-A provider takes (student [N, D], teacher [N, D], logit_scale 0-dim) and returns the loss of ``fastkd.dcd_loss`` with
-its defaults.
+``PROVIDERS``: the DCD loss on a CPU. A provider takes (student [N, D], teacher [N, D], logit_scale 0-dim) and returns
+the loss of ``fastkd.dcd_loss`` with its defaults. ``GPU_PROVIDERS``: the losses of bench/gpu.py, by case; those on
+logits take (student [B, C], teacher [B, C], labels [B]). What builds a provider raises ImportError where the peer is
+not installed; a provider raises Unsupported where our backend has no kernel.
 """
 
 from collections.abc import Callable
@@ -11,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import dcd_loss
+from fastkd import dcd_loss, info_nce_loss, kd_loss
+from fastkd.functional import ce_kd_terms, dcd_terms
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -46,3 +49,184 @@ PROVIDERS: dict[str, Callable[[], Loss]] = {
     "fastkd blocked": lambda: partial(dcd_loss, backend="blocked"),
 }
 BASELINE = "eager"
+
+
+TEMPERATURE = 4.0
+
+
+def eager_info_nce(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
+    logits = logit_scale * F.normalize(query, dim=1) @ F.normalize(key, dim=1).T
+    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+def eager_clip(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
+    """InfoNCE in both directions, as open_clip computes it: two products."""
+    return (eager_info_nce(query, key, logit_scale) + eager_info_nce(key, query, logit_scale)) / 2
+
+
+def eager_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    log_s, log_t = (F.log_softmax(x.float() / TEMPERATURE, dim=1) for x in (student, teacher))
+    return TEMPERATURE**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+
+
+def eager_ce_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(student.float(), labels) + eager_kd(student, teacher, labels)
+
+
+def in_float32(loss: Loss) -> Loss:
+    return lambda a, b, c: loss(a.float(), b.float(), c)
+
+
+def in_autocast(loss: Loss) -> Loss:
+    def autocast(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        with torch.autocast(a.device.type, torch.bfloat16):
+            return loss(a, b, c)
+
+    return autocast
+
+
+def both_directions(loss: Loss) -> Loss:
+    return lambda a, b, c: (loss(a, b, c) + loss(b, a, c)) / 2
+
+
+class Unsupported(Exception):
+    """The backend has no kernel for these inputs."""
+
+
+def on_backend(loss: Loss, backend: str) -> Loss:
+    def with_backend(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        try:
+            return loss(a, b, c, backend=backend)  # type: ignore[call-arg]
+        except ValueError as error:
+            if str(error).startswith("backend:"):
+                raise Unsupported(error) from error
+            raise
+
+    return with_backend
+
+
+def _dcd_bounded(student: Tensor, teacher: Tensor, logit_scale: Tensor, backend: str | None = None) -> Tensor:
+    """As ``DCDLoss`` calls it: its clamp bounds the scale, so that the kernels need no running maximum."""
+    contrast, consistency = dcd_terms(student, teacher, logit_scale, max_scale=10.0, backend=backend)
+    return contrast + consistency
+
+
+def _kd(student: Tensor, teacher: Tensor, labels: Tensor, backend: str | None = None) -> Tensor:
+    return kd_loss(student, teacher, TEMPERATURE, backend=backend)
+
+
+def _ce_kd(student: Tensor, teacher: Tensor, labels: Tensor, backend: str | None = None) -> Tensor:
+    ce, kd = ce_kd_terms(student, teacher, labels, TEMPERATURE, backend=backend)
+    return ce + kd
+
+
+def inf_cl() -> Loss:
+    """InfoNCE in Triton; converts to fp32 and multiplies in tf32. D must be a multiple of a power of two <= 256."""
+    from inf_cl import cal_flash_loss
+
+    def loss(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
+        head_dim = min(256, query.shape[1])
+        unit = F.normalize(query, dim=1), F.normalize(key, dim=1)
+        return cal_flash_loss(*unit, scale=logit_scale, head_dim=head_dim).mean()
+
+    return loss
+
+
+def cut_cross_entropy(filter_eps: str | None) -> Loss:
+    """InfoNCE as a classifier whose weights are the keys. ``filter_eps="high"``, its default, drops small gradients."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    def loss(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
+        q, k = (logit_scale * F.normalize(query, dim=1)).to(query.dtype), F.normalize(key, dim=1)
+        return linear_cross_entropy(q, k, torch.arange(len(q), device=q.device), filter_eps=filter_eps)
+
+    return loss
+
+
+def open_clip() -> Loss:
+    """InfoNCE in both directions: two N x N products."""
+    from open_clip.loss import ClipLoss
+
+    module = ClipLoss()
+    return lambda a, b, c: module(F.normalize(a, dim=1), F.normalize(b, dim=1), c)
+
+
+def liger_kd() -> Loss:
+    """Its KL takes log-probabilities: torch's log_softmax comes first."""
+    from liger_kernel.ops.kl_div import LigerKLDivLossFunction
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        log_s, log_t = (F.log_softmax(x.float() / TEMPERATURE, dim=1) for x in (student, teacher))
+        return TEMPERATURE**2 * LigerKLDivLossFunction.apply(log_s, log_t, "batchmean", True)
+
+    return loss
+
+
+def liger_ce_kd() -> Loss:
+    """Its cross-entropy overwrites the logits with their gradient, so it comes last."""
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    kd = liger_kd()
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        first = kd(student, teacher, labels)
+        return first + LigerCrossEntropyFunction.apply(student, labels, None, -100, 0.0, 0.0, "mean")[0]
+
+    return loss
+
+
+PEERS = ("inf-cl", "cut-cross-entropy", "liger-kernel", "open_clip_torch")
+Providers = dict[str, Callable[[], Loss]]
+
+
+def _with_torch(loss: Loss) -> Providers:
+    return {
+        "eager fp32": lambda: in_float32(loss),
+        "eager bf16 autocast": lambda: in_autocast(loss),
+        "torch.compile fp32": lambda: compiled(in_float32(loss)),
+        "torch.compile bf16 autocast": lambda: compiled(in_autocast(loss)),
+    }
+
+
+GPU_BASELINE = "eager fp32"
+GPU_PROVIDERS: dict[str, Providers] = {
+    "dcd_loss": {
+        **_with_torch(eager_kl_div),
+        "fastkd blocked": lambda: on_backend(_dcd_bounded, "blocked"),
+        "fastkd triton": lambda: on_backend(_dcd_bounded, "triton"),
+        "fastkd triton, unbounded scale": lambda: on_backend(dcd_loss, "triton"),
+    },
+    "info_nce_loss": {
+        **_with_torch(eager_info_nce),
+        "inf-cl": inf_cl,
+        "cut-cross-entropy": lambda: cut_cross_entropy(None),
+        "cut-cross-entropy, filtered": lambda: cut_cross_entropy("high"),
+        "fastkd blocked": lambda: on_backend(info_nce_loss, "blocked"),
+        "fastkd triton": lambda: on_backend(info_nce_loss, "triton"),
+        "fastkd triton (dcd_loss, alpha 0)": lambda: on_backend(partial(dcd_loss, alpha=0.0), "triton"),
+    },
+    "clip_loss": {
+        **_with_torch(eager_clip),
+        "open_clip_torch bf16 autocast": lambda: in_autocast(open_clip()),
+        "fastkd blocked": lambda: both_directions(on_backend(info_nce_loss, "blocked")),
+        "fastkd triton": lambda: both_directions(on_backend(info_nce_loss, "triton")),
+        "fastkd triton (dcd_loss, alpha 0)": lambda: both_directions(
+            on_backend(partial(dcd_loss, alpha=0.0), "triton")
+        ),
+    },
+    "kd_loss": {
+        "eager fp32": lambda: eager_kd,
+        "torch.compile fp32": lambda: compiled(eager_kd),
+        "liger-kernel": liger_kd,
+        "fastkd blocked": lambda: on_backend(_kd, "blocked"),
+        "fastkd triton": lambda: on_backend(_kd, "triton"),
+    },
+    "ce_kd_terms": {
+        "eager fp32": lambda: eager_ce_kd,
+        "torch.compile fp32": lambda: compiled(eager_ce_kd),
+        "liger-kernel": liger_ce_kd,
+        "fastkd blocked": lambda: on_backend(_ce_kd, "blocked"),
+        "fastkd triton": lambda: on_backend(_ce_kd, "triton"),
+    },
+}
+ON_LOGITS = frozenset({"kd_loss", "ce_kd_terms"})

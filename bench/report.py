@@ -35,24 +35,32 @@ def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for case in report["benchmarks"]
     ]
-    baseline = {row["n"]: row for row in rows if row["provider"] == BASELINE}
-    for row in rows:
-        base = baseline.get(row["n"])
-        row["speedup"] = base["median_ms"] / row["median_ms"] if base else None
-        row["memory_ratio"] = (
-            row["peak_extra_mib"] / base["peak_extra_mib"] if base and base["peak_extra_mib"] else None
-        )
+    add_ratios(rows, ("n",), BASELINE)
     return sorted(rows, key=lambda row: row["n"])
+
+
+def add_ratios(rows: list[dict[str, Any]], group: tuple[str, ...], baseline: str) -> None:
+    """Time and memory of every row as ratios to the baseline of its group, None where either was not measured."""
+    bases = {tuple(row[key] for key in group): row for row in rows if row["provider"] == baseline}
+    for row in rows:
+        base = bases.get(tuple(row[key] for key in group), {})
+        times, memory = (base.get("median_ms"), row["median_ms"]), (row["peak_extra_mib"], base.get("peak_extra_mib"))
+        row["speedup"] = times[0] / times[1] if times[0] and times[1] else None
+        row["memory_ratio"] = memory[0] / memory[1] if memory[0] is not None and memory[1] else None
+
+
+def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write(json_path: Path, command: str) -> Path:
     """Writes .csv, .md and .png beside the JSON file; returns the path of the table."""
     report = json.loads(json_path.read_text())
     rows = rows_of(report)
-    with json_path.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, json_path.with_suffix(".csv"))
     _plot(rows, json_path.with_suffix(".png"))
     table = json_path.with_suffix(".md")
     table.write_text(_markdown(rows, report["datetime"], command))
@@ -84,17 +92,21 @@ def _markdown(rows: list[dict[str, Any]], date: str, command: str) -> str:
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for axis, column, label in zip(
-        axes, ("median_ms", "peak_extra_mib"), ("median time, ms", "peak extra memory, MiB")
-    ):
-        for provider in dict.fromkeys(row["provider"] for row in rows):
-            own = [row for row in rows if row["provider"] == provider]
-            sizes, values = [row["n"] for row in own], [row[column] for row in own]
-            axis.plot(sizes, values, marker="o", linewidth=2.5 if "fastkd" in provider else 1.2, label=provider)
-        axis.set(xlabel="rows N", ylabel=label, xscale="log", yscale="log")
-        ticks = sorted({row["n"] for row in rows})
-        axis.set_xticks(ticks, [str(n) for n in ticks])
-        axis.grid(alpha=0.3)
+    draw(axes[0], rows, "n", "median_ms", "rows N", "median time, ms")
+    draw(axes[1], rows, "n", "peak_extra_mib", "rows N", "peak extra memory, MiB")
     axes[0].legend(fontsize=8)
     figure.suptitle(f"dcd_loss forward + backward, float32, D = 128 ({hardware()})", fontsize=10)
     figure.savefig(path, dpi=130)
+
+
+def draw(axis: Any, rows: list[dict[str, Any]], x: str, y: str, x_label: str, y_label: str) -> None:
+    """One line a provider, over the rows in which it was measured."""
+    measured = [row for row in rows if row[y] is not None]
+    for provider in dict.fromkeys(row["provider"] for row in measured):
+        own = [row for row in measured if row["provider"] == provider]
+        sizes, values = [row[x] for row in own], [row[y] for row in own]
+        axis.plot(sizes, values, marker="o", linewidth=2.5 if "fastkd" in provider else 1.2, label=provider)
+    axis.set(xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
+    ticks = sorted({row[x] for row in measured})
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.grid(alpha=0.3)

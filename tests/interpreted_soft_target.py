@@ -11,6 +11,7 @@ import torch
 from fastkd.kernels import launch, soft_target
 from torch import Tensor
 
+from bench import tune
 from fastkd.backends import reference, triton
 from fastkd.functional import ce_kd_terms
 from tests.checks import assert_close, value_and_grads
@@ -208,3 +209,13 @@ def test_bfloat16_and_every_tile_of_the_gpu_tables(monkeypatch: pytest.MonkeyPat
         assert_close(ce / 5, exact[0], torch.float32)
         assert_close(kd / 5, exact[1], torch.float32)
         assert_close(grad / 5, exact[2], torch.bfloat16)
+
+
+def test_the_tuner_times_the_launchers_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "LOGITS", 64)
+    for entry in (
+        *(tune.Entry(kernel, 4, 16, bounded) for kernel in tune.DUAL for bounded in (0, 1)),
+        *(tune.Entry(kernel, 4, 16, 0) for kernel in tune.SOFT),
+    ):
+        result = tune.step_of(entry, 20, torch.device("cpu"))()
+        assert all(x.isfinite().all() for x in (result if isinstance(result, tuple) else (result,)))

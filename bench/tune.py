@@ -1,0 +1,232 @@
+"""Searches launch configurations on the GPU at hand and prints the entries of kernels/launch.py to paste.
+
+    python -m bench.tune [--kernels dual_softmax_forward ...] [--rows 32768] [--seconds 0.1]
+    python -m bench.tune --list         # the search space, on any machine
+
+Candidates that spill or need more shared memory than the hardware has are compiled and left out. ``ctas_per_sm`` is
+what the compiled code lets a multiprocessor hold. An entry that no candidate beats by two percent stays as it is.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from fastkd.kernels import launch
+from fastkd.kernels.launch import LaunchConfig
+
+from bench import gpu_report, measure
+
+DUAL = ("dual_softmax_forward", "dual_softmax_backward")
+SOFT = ("soft_target_forward", "soft_target_backward")
+LOGITS = 1 << 27
+WIDEST_CLASSES = 1 << 17  # what the last entry of soft_target is measured at
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the table. ``index``: BOUNDED or not for dual_softmax, the place in the row for soft_target."""
+
+    kernel: str
+    itemsize: int
+    block_d: int
+    index: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.itemsize == 2 else torch.float32
+
+
+def entries(hardware: str, kernels: tuple[str, ...]) -> Iterator[tuple[Entry, LaunchConfig]]:
+    """The table's entries with what they are now. soft_target's serve every dtype and are measured in bf16."""
+    for kernel, itemsize, block_d, bounded, config in launch.entries(hardware):
+        if kernel in kernels:
+            yield Entry(kernel, itemsize, block_d, 0 if bounded else 1), config
+    for kernel in SOFT:
+        if kernel in kernels:
+            for index, config in enumerate(launch.soft_target_entries(kernel, hardware)):
+                yield Entry(kernel, 2, config.BLOCK_N, index), config
+
+
+def candidates(entry: Entry, current: LaunchConfig) -> list[LaunchConfig]:
+    """The search space of an entry, the current one first."""
+    if entry.kernel in DUAL:
+        aparts = (False, True) if entry.kernel == DUAL[1] else (False,)
+        space = [
+            LaunchConfig(m, n, warps, stages, apart=apart)
+            for m, n in itertools.product((32, 64, 128), (16, 32, 64, 128))
+            for warps, stages, apart in itertools.product((4, 8), (1, 2, 3), aparts)
+            if m >= n
+        ]
+    else:
+        # A tile of the forward has to hold the row, but for that of the last entry.
+        is_bound = entry.kernel == SOFT[0] and not _is_last(entry)
+        widths = (current.BLOCK_N,) if is_bound or current.BLOCK_N < 1024 else (1024, 2048, 4096)
+        space = [
+            LaunchConfig(m, n, warps, 1)
+            for m, n, warps in itertools.product((1, 2, 4, 8, 16, 32), widths, (1, 2, 4, 8, 16))
+            if 128 * warps <= m * n <= 2048 * warps  # 4 to 64 elements a thread
+        ]
+    return [current, *(config for config in space if _shape(config) != _shape(current))]
+
+
+def _is_last(entry: Entry) -> bool:
+    return entry.index == len(launch._SOFT_TARGET[entry.kernel]) - 1
+
+
+def _shape(config: LaunchConfig) -> LaunchConfig:
+    return dataclasses.replace(config, ctas_per_sm=1)
+
+
+@contextlib.contextmanager
+def table_with(hardware: str, entry: Entry, config: LaunchConfig) -> Iterator[None]:
+    """The launch table with one entry exchanged."""
+    table: dict = launch._TABLE[hardware] if entry.kernel in DUAL else launch._SOFT_TARGET
+    key = (entry.kernel, entry.itemsize, entry.block_d) if entry.kernel in DUAL else entry.kernel
+    row = table[key]
+    table[key] = (*row[: entry.index], config, *row[entry.index + 1 :])
+    try:
+        yield
+    finally:
+        table[key] = row
+
+
+def compiled(hardware: str, entry: Entry, config: LaunchConfig) -> LaunchConfig | None:
+    """The candidate with its ``ctas_per_sm``, or None where it spills or does not fit."""
+    from bench import aot
+
+    with table_with(hardware, entry, dataclasses.replace(config, ctas_per_sm=1)):
+        results = [aot.examine(job) for job in aot.jobs(hardware) if _compiles(job, entry, config)]
+    assert results
+    if any(result.failures() for result in results):
+        return None
+    registers = max(-(-result.registers // 8) * 8 * 32 * config.num_warps for result in results)
+    shared = max(result.shared for result in results) + aot.SHARED_RESERVED
+    resident = min(aot.REGISTERS // registers, aot.SHARED_TOTAL[hardware] // shared, 64 // config.num_warps)
+    return dataclasses.replace(config, ctas_per_sm=max(1, resident))
+
+
+def _compiles(job: object, entry: Entry, config: LaunchConfig) -> bool:
+    """Whether an ahead-of-time job is one of this entry."""
+    name, constants = str(job.name), job.constants  # type: ignore[attr-defined]
+    dtype = "bf16" if entry.itemsize == 2 else "fp32"
+    if not name.startswith(f"{entry.kernel} {dtype}"):
+        return False
+    if entry.kernel in DUAL:
+        mode = "online" if entry.index else "bounded"
+        return f" D={entry.block_d} {mode}" in name
+    return (constants["BLOCK_M"], constants["BLOCK_N"], job.num_warps) == (  # type: ignore[attr-defined]
+        config.BLOCK_M,
+        config.BLOCK_N,
+        config.num_warps,
+    )
+
+
+def step_of(entry: Entry, rows: int, device: torch.device) -> Callable[[], object]:
+    """What is timed: the entry's kernel alone, at ``rows`` rows or at ``LOGITS`` logits."""
+    if entry.kernel in SOFT:
+        from fastkd.kernels import soft_target
+
+        classes = WIDEST_CLASSES if _is_last(entry) else entry.block_d
+        n = LOGITS // classes
+        x, y = (torch.randn(n, classes, device=device, dtype=entry.dtype) for _ in range(2))
+        labels = torch.randint(classes, (n,), device=device)
+        options = {"temperature": 4.0, "smoothing": 0.1}
+        if entry.kernel == SOFT[0]:
+            return lambda: soft_target.soft_target_losses(x, y, labels, None, **options)
+        _, stats = soft_target.soft_target_losses(x, y, labels, None, **options)
+        one = torch.ones((), device=device)
+        return lambda: soft_target.soft_target_gradient(x, y, labels, None, stats, one, one, **options)
+    from fastkd.kernels import dual_softmax, dual_softmax_rows, normalize
+
+    x, y = (torch.randn(rows, entry.block_d, device=device, dtype=entry.dtype) for _ in range(2))
+    units, _ = normalize.unit_rows(x, y, width=entry.block_d)
+    scale, bounded = torch.tensor(10.0, device=device), entry.index == 0
+
+    def forward() -> torch.Tensor:
+        return dual_softmax.running_statistics(units, units, scale, offset=0, bounded=bounded)
+
+    if entry.kernel == DUAL[0]:
+        return forward
+    _, stats = dual_softmax_rows.statistics(forward(), scale, None, swapped=False)
+    one = torch.ones((), device=device)
+    coef, _ = dual_softmax_rows.coefficients(stats, None, one, one, scale, swapped=False, bounded=bounded)
+    return lambda: dual_softmax.gradient_sums(
+        units, units, coef, coef, scale, offset=0, bounded=bounded, need_a=True, need_b=True
+    )
+
+
+def best_of(times: list[tuple[LaunchConfig, float]]) -> tuple[LaunchConfig, float]:
+    """The fastest, or the first one, the current entry, where nothing beats it by two percent."""
+    fastest = min(times, key=lambda pair: pair[1])
+    return fastest if fastest[1] < 0.98 * times[0][1] else times[0]
+
+
+def line_of(config: LaunchConfig) -> str:
+    """As kernels/launch.py writes it."""
+    options = [f"ctas_per_sm={config.ctas_per_sm}"] if config.ctas_per_sm != 1 else []
+    options += ["apart=True"] if config.apart else []
+    numbers = (str(x) for x in (config.BLOCK_M, config.BLOCK_N, config.num_warps, config.num_stages))
+    return f"LaunchConfig({', '.join([*numbers, *options])})"
+
+
+def lines_of(found: dict[Entry, LaunchConfig]) -> Iterator[str]:
+    """The entries to paste, a row a line."""
+    rows: dict[tuple[str, int, int], list[LaunchConfig]] = {}
+    for entry, config in sorted(found.items(), key=lambda pair: (pair[0].kernel, pair[0].index)):
+        key = (entry.kernel, entry.itemsize, entry.block_d) if entry.kernel in DUAL else (entry.kernel, 0, 0)
+        rows.setdefault(key, []).append(config)
+    for (kernel, itemsize, block_d), configs in sorted(rows.items()):
+        if kernel in SOFT:
+            yield f'"{kernel}": ({", ".join(line_of(config) for config in configs)}),'
+        else:
+            name = "_FORWARD" if kernel == DUAL[0] else "_BACKWARD"
+            same = len(set(configs)) == 1 and len(configs) == 2
+            value = f"_both({line_of(configs[0])})" if same else f"({', '.join(line_of(c) for c in configs)})"
+            yield f"({name}, {itemsize}, {block_d}): {value},"
+
+
+def search(entry: Entry, current: LaunchConfig, hardware: str, rows: int, seconds: float) -> LaunchConfig:
+    """The best candidate of an entry, by time; every one is printed."""
+    device, times = torch.device("cuda"), []
+    for candidate in candidates(entry, current):
+        config = compiled(hardware, entry, candidate)
+        if config is None:
+            continue
+        with table_with(hardware, entry, config):
+            times.append((config, measure.median_ms(step_of(entry, rows, device), device, seconds)))
+        print(f"{entry.kernel} {entry.dtype} {entry.block_d} [{entry.index}] {times[-1][1]:.4f} ms {line_of(config)}")
+    return best_of(times)[0] if times else current
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", nargs="+", choices=(*DUAL, *SOFT), default=(*DUAL, *SOFT))
+    parser.add_argument("--rows", type=int, default=32768)
+    parser.add_argument("--seconds", type=float, default=0.1, help="of measurement a candidate")
+    parser.add_argument("--list", action="store_true", help="print the search space and stop")
+    parser.add_argument("--hardware", choices=launch.HARDWARE[:-1], default="sm_90", help="whose entries --list shows")
+    options = parser.parse_args(arguments)
+    if options.list:
+        for entry, current in entries(options.hardware, tuple(options.kernels)):
+            print(entry, *(line_of(config) for config in candidates(entry, current)), sep="\n    ")
+        return 0
+    if not torch.cuda.is_available():
+        print("tune measures on a GPU, and torch.cuda.is_available() is False here; try --list", file=sys.stderr)
+        return 2
+    device = torch.device("cuda")
+    hardware = launch.hardware_of(device)
+    found = {
+        entry: search(entry, current, hardware, options.rows, options.seconds)
+        for entry, current in entries(hardware, tuple(options.kernels))
+    }
+    print(f"\n# Measured by python -m bench.tune on {gpu_report.hardware(device)}.", *lines_of(found), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

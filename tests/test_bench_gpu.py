@@ -1,0 +1,169 @@
+"""The GPU benchmark's whole path on the CPU with tiny sizes, and the tuner's search space and output."""
+
+import csv
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu, gpu_report, measure, providers
+from tests.checks import TOLERANCES
+
+pytest.importorskip("triton")
+from fastkd.kernels import launch
+from fastkd.kernels.launch import LaunchConfig
+
+from bench import aot, tune
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run with tiny sizes."""
+    folder = tmp_path_factory.mktemp("results")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+    try:
+        assert gpu.main(["--device", "cpu", "--quick", "--output", str(folder)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    (path,) = folder.glob("gpu-*.csv")
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_provider_of_every_case_has_a_row_with_numbers_or_a_reason(quick: Path) -> None:
+    rows = rows_of(quick)
+    seen = {(row["case"], row["provider"]) for row in rows}
+    assert seen == {(case, name) for case, names in providers.GPU_PROVIDERS.items() for name in names}
+    reasons = ("not installed", "unsupported: backend: 'triton'", "skipped: torch.compile")
+    for row in rows:
+        assert row["status"] == "ok" or row["status"].startswith(reasons), row
+        assert bool(row["median_ms"]) == (row["status"] == "ok")
+
+
+def test_every_provider_computes_the_same_loss(quick: Path) -> None:
+    measured = [row for row in rows_of(quick) if row["status"] == "ok"]
+    assert {row["provider"] for row in measured} >= {"eager fp32", "eager bf16 autocast", "fastkd blocked"}
+    for row in measured:
+        is_exact = row["dtype"] == "float32" and "bf16" not in row["provider"]
+        tolerance = TOLERANCES[torch.float32 if is_exact else torch.bfloat16]
+        assert float(row["loss_error"]) <= tolerance, row
+        assert float(row["grad_error"]) <= tolerance, row
+
+
+def test_the_table_names_hardware_versions_command_ceilings_and_peers(quick: Path) -> None:
+    (path,) = quick.glob("gpu-*.md")
+    text = path.read_text()
+    assert "--device cpu --quick" in text
+    assert f"torch {torch.__version__}" in text
+    assert "copy" in text
+    assert "TFLOP/s" in text
+    assert all(f"{peer} " in text for peer in providers.PEERS)
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_what_there_is_no_time_for_is_listed(tmp_path: Path) -> None:
+    assert gpu.main(["--device", "cpu", "--quick", "--seconds", "0", "--output", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path)
+    assert {row["status"] for row in rows} == {"skipped: no time left"}
+    assert {row["case"] for row in rows} == set(providers.GPU_PROVIDERS)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("too much"), "out of memory"),
+        (ImportError("No module named 'inf_cl'"), "not installed: No module named 'inf_cl'"),
+        (RuntimeError("first\nsecond"), "failed: RuntimeError: first"),
+    ],
+)
+def test_a_provider_that_fails_is_a_row_and_not_the_end(
+    error: Exception, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> providers.Loss:
+        raise error
+
+    monkeypatch.setitem(providers.GPU_PROVIDERS["dcd_loss"], "inf-cl", fail)
+    case = gpu.Case("dcd_loss", torch.float32, 8, 4)
+    row = gpu.measure_provider(case, "inf-cl", torch.device("cpu"), 0.001, None, True)
+    assert row["status"] == status
+    assert all(row[name] is None for name in gpu_report.NUMBERS)
+
+
+def test_the_issues_sizes_are_all_in_the_plan_once() -> None:
+    plan = list(gpu.cases(False))
+    assert len(plan) == len({tuple(case.key().values()) for case in plan})
+    for dtype, n, d in itertools.product(
+        (torch.bfloat16, torch.float32), [2**k for k in range(8, 17)], (64, 128, 256, 512)
+    ):
+        assert any((x.name, x.dtype, x.n, x.d) == ("dcd_loss", dtype, n, d) for x in plan)
+    assert any((x.name, x.d) == ("ce_kd_terms", 128 * 1024) for x in plan)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the message of a machine without a GPU")
+@pytest.mark.parametrize("module", [gpu, tune])
+def test_a_machine_without_a_gpu_gets_a_message(module: object, capsys: pytest.CaptureFixture[str]) -> None:
+    assert module.main([]) == 2
+    assert "torch.cuda.is_available() is False" in capsys.readouterr().err
+
+
+def test_medians_are_of_at_least_three_calls() -> None:
+    calls = []
+    assert measure.median_ms(lambda: calls.append(1), torch.device("cpu"), 0.0) >= 0
+    assert len(calls) == 4
+
+
+KERNELS = (*tune.DUAL, *tune.SOFT)
+
+
+def test_the_search_space_starts_with_the_current_entry_and_has_no_repeats() -> None:
+    found = dict(tune.entries("sm_90", KERNELS))
+    assert len(found) == 2 * len(launch._SM90) + sum(len(row) for row in launch._SOFT_TARGET.values())
+    for entry, current in found.items():
+        space = tune.candidates(entry, current)
+        assert space[0] == current
+        assert len(space) > 5
+        assert len({dataclasses.replace(x, ctas_per_sm=1) for x in space}) == len(space)
+        if entry.kernel == "soft_target_forward" and current.BLOCK_N > 1024 and entry.index < 9:
+            assert {x.BLOCK_N for x in space} == {current.BLOCK_N}
+
+
+def test_exchanging_an_entry_reaches_the_launcher_and_is_undone() -> None:
+    config = LaunchConfig(16, 16, 4, 1)
+    dual = tune.Entry("dual_softmax_backward", 2, 128, 1)
+    soft = tune.Entry("soft_target_forward", 2, 1024, 5)
+    options = {"dtype": torch.bfloat16, "block_d": 128, "hardware": "sm_90"}
+    before = launch.launch_config("dual_softmax_backward", bounded=False, **options)
+    with tune.table_with("sm_90", dual, config), tune.table_with("sm_90", soft, LaunchConfig(2, 1024, 4, 1)):
+        assert launch.launch_config("dual_softmax_backward", bounded=False, **options) == config
+        assert launch.launch_config("dual_softmax_backward", bounded=True, **options) != config
+        assert launch.soft_target_config("soft_target_forward", classes=1000, hardware="sm_90").num_warps == 4
+    assert launch.launch_config("dual_softmax_backward", bounded=False, **options) == before
+    assert launch.soft_target_config("soft_target_forward", classes=1000, hardware="sm_90").num_warps == 1
+
+
+def test_printed_entries_are_the_tables_own_source() -> None:
+    names = {"LaunchConfig": LaunchConfig, "_both": launch._both, "_FORWARD": tune.DUAL[0], "_BACKWARD": tune.DUAL[1]}
+    text = "{" + "\n".join(tune.lines_of(dict(tune.entries("sm_90", KERNELS)))) + "}"
+    assert eval(text, names) == launch._SM90 | launch._SOFT_TARGET
+
+
+def test_only_a_candidate_that_is_two_percent_faster_replaces_the_entry() -> None:
+    first, second = LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 32, 4, 2)
+    assert tune.best_of([(first, 1.0), (second, 0.99)])[0] == first
+    assert tune.best_of([(first, 1.0), (second, 0.97)])[0] == second
+
+
+def test_a_candidate_is_compiled_for_its_registers_and_refused_if_it_spills(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = tune.Entry("soft_target_backward", 2, 1024, 5)
+    config = tune.compiled("sm_90", entry, LaunchConfig(1, 2048, 4, 1))
+    assert config is not None
+    assert 4 <= config.ctas_per_sm <= 16
+    monkeypatch.setattr(aot, "examine", lambda job: aot.Result(job=job, registers=255, spills=3))
+    assert tune.compiled("sm_90", entry, LaunchConfig(1, 2048, 4, 1)) is None
