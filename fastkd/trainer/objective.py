@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd.functional import ce_kd_terms
 from fastkd.losses import DCDLoss, KDLoss
 from fastkd.trainer.models import ModelOutput
 from fastkd.validate import check_choice, check_int, check_number, check_type
@@ -185,6 +186,24 @@ TERMS: dict[str, Callable[[ObjectiveConfig, int, int], nn.Module]] = {
 _NEEDS_NO_TEACHER = {"ce"}
 
 
+# Where cross-entropy and KD together are one read of the logits; on a CPU torch's own cross-entropy is as fast.
+_ONE_READ_DEVICES = {"cuda"}
+
+
+def _ce_and_kd(
+    terms: Mapping[str, nn.Module], student: ModelOutput, teacher: ModelOutput | None, labels: Tensor
+) -> dict[str, dict[str, Tensor]]:
+    """The values of the terms ``ce`` and ``kd`` computed together, where both are ours and that is faster."""
+    ce, kd = terms.get("ce"), terms.get("kd")
+    if not (isinstance(ce, CETerm) and isinstance(kd, KDTerm) and student.logits.device.type in _ONE_READ_DEVICES):
+        return {}
+    assert teacher is not None
+    ce_value, kd_value = ce_kd_terms(
+        student.logits, teacher.logits, labels, kd.loss.temperature, label_smoothing=ce.label_smoothing
+    )
+    return {"ce": {"ce": ce_value}, "kd": {"kd": kd_value}}
+
+
 def needs_teacher(config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
     """Whether any term uses the teacher. A user's term does unless its attribute ``needs_teacher`` is False."""
     given = terms or {}
@@ -238,8 +257,10 @@ class Objective(nn.Module):
         """The weighted sum, and every named term before weights, detached (``ce``, ``kd``, ``dcd/contrast``, ...)."""
         total: Tensor | None = None
         named = {}
+        together = _ce_and_kd(dict(self.terms.items()), student, teacher, labels)
         for name, term in self.terms.items():
-            for part, value in term(student, teacher, labels).items():
+            values = together[name] if name in together else term(student, teacher, labels)
+            for part, value in values.items():
                 if not isinstance(value, Tensor) or value.ndim != 0:
                     got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                     raise TypeError(f"terms: {name!r} returned {got} for {part!r}, expected a 0-dim tensor")
