@@ -66,6 +66,7 @@ def _markdown(
         f"- Date: {datetime.date.today()}; command: `{command}`; {seconds:.0f} s",
         f"- Ceilings, measured in this run: copy {ceilings['copy_gb_per_s']:.0f} GB/s, bf16 matmul "
         f"{ceilings['matmul_tflop_per_s']:.3g} TFLOP/s",
+        f'- fp32 products: precision {torch.get_float32_matmul_precision()!r} ("high" is tf32), for every provider',
         "- median: called from Python, cold L2 cache. graph: the same in a CUDA graph, without Python. memory: peak of",
         "  one step beyond what was allocated before it, the gradients included. error: relative to float64, of the",
         f"  student's gradient. speed-up and memory ratio: against `{GPU_BASELINE}`. GB/s: 5 elements a logit, which",
