@@ -6,9 +6,9 @@ Fails on a spill, on more shared memory than the hardware has, on an entry whose
 and on a bf16 matrix kernel for sm_90 without warpgroup matrix instructions. Prints a table; for sm_90 also what a tile
 costs in the main loop, in clocks of one multiprocessor, under this model: matrix units 4096 bf16 (2048 tf32) operations
 a clock; MUFU 16 lanes a clock; 4 schedulers that issue one warp instruction a clock each, fp32 included; shared memory
-128 bytes a clock, read by HGMMA for every operand that is not in registers. ``bound`` is the largest of these, the time
-of a tile if everything overlaps, and ``limit`` the matrix time over it; ``serial`` is matrix plus vector time, as if
-nothing did.
+128 bytes a clock, read by HGMMA for every operand that is not in registers and written by the copy engine; L2 cache 32
+bytes a clock a multiprocessor (7 TB/s in all). ``bound`` is the largest of these, the time of a tile if everything
+overlaps, and ``limit`` the matrix time over it; ``serial`` is matrix plus vector time, as if nothing did.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def jobs(hardware: str) -> Iterator[Job]:
 
 
 def _variants(kernel: str, block_d: int, config: launch.LaunchConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The flags a launcher may pass: one side or both, alone or continuing an earlier chunk of columns."""
+    """The flags a launcher may pass: columns that continue an earlier chunk; gradients of one side or of both."""
     if kernel == "dual_softmax_forward":
         yield "", {"HAS_CARRY": False}
         yield " carry", {"HAS_CARRY": True}
@@ -140,9 +140,7 @@ def _variants(kernel: str, block_d: int, config: launch.LaunchConfig) -> Iterato
     if config.apart:
         del sides[""]
     for name, (need_a, need_b) in sides.items():
-        flags = {"BLOCK_D": block_d, "NEED_A": need_a, "NEED_B": need_b}
-        yield name, flags | {"HAS_CARRY": False}
-        yield f"{name} carry", flags | {"HAS_CARRY": True}
+        yield name, {"BLOCK_D": block_d, "NEED_A": need_a, "NEED_B": need_b}
 
 
 def _row_jobs(hardware: str) -> Iterator[Job]:
@@ -294,12 +292,13 @@ def clocks(result: Result) -> dict[str, float]:
     rate = 4096 if job.matrix_dtype == "bf16" else 2048
     products = 2 + job.constants.get("NEED_A", 0) + job.constants.get("NEED_B", 0)
     itemsize = 2 if job.matrix_dtype == "bf16" else 4
-    moved = result.hgmma_bytes * warps / 4 + 2 * N * D * itemsize  # read by HGMMA, written by the copy engine
+    loaded = 2 * N * D * itemsize
     units = {
         "matrix": products * 2 * M * N * D / rate,
         "exp": (counts["exp"] + counts["mufu"]) * warps * 32 / 16,
         "issue": counts["all"] * warps / 4,
-        "shared": moved / 128,
+        "shared": (result.hgmma_bytes * warps / 4 + loaded) / 128,
+        "L2": loaded / 32,
     }
     bound = max(units.values())
     return units | {"bound": bound, "serial": units["matrix"] + max(units["exp"], units["issue"])}
@@ -314,14 +313,14 @@ def row(result: Result) -> str:
     )
     if job.hardware == "sm_90" and job.matrix_dtype:
         c = clocks(result)
-        line += "".join(f"{c[x]:>7.0f}" for x in ("matrix", "exp", "issue", "shared", "bound", "serial"))
+        line += "".join(f"{c[x]:>7.0f}" for x in ("matrix", "exp", "issue", "shared", "L2", "bound", "serial"))
         line += f"{c['matrix'] / c['bound']:>6.0%}"
     return line
 
 
 HEADER = (
     f"{'target':7}{'kernel':50}{'tile':>9}{'warps':>4}{'st':>3}{'regs':>5}{'spill':>5}{'shared':>8}{'mma':>5}{'ex2':>5}"
-    f"{'fp32':>6}{'all':>6}{'matrix':>7}{'exp':>7}{'issue':>7}{'shared':>7}{'bound':>7}{'serial':>7}{'limit':>6}"
+    f"{'fp32':>6}{'all':>6}{'matrix':>7}{'exp':>7}{'issue':>7}{'shared':>7}{'L2':>7}{'bound':>7}{'serial':>7}{'limit':>6}"
 )
 
 

@@ -91,7 +91,7 @@ def _backward_kernel(
     A_rows, B_rows, A_cols, B_cols, ROW_COEF, stride_rn, COL_COEF, stride_cn, SCALE, PARTIAL, n, n_cols,
     offset, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    BOUNDED: tl.constexpr, NEED_A: tl.constexpr, NEED_B: tl.constexpr, HAS_CARRY: tl.constexpr,
+    BOUNDED: tl.constexpr, NEED_A: tl.constexpr, NEED_B: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     offs_m = row + tl.arange(0, BLOCK_M)
@@ -100,16 +100,8 @@ def _backward_kernel(
     ROW_COEF += offs_m
     in_rows = offs_m < n
     row_factors = load_row_factors(ROW_COEF, stride_rn, in_rows, BOUNDED=BOUNDED)
-    offs_d = tl.arange(0, BLOCK_D)
-    partial = (split.to(tl.int64) * 2 * n + offs_m)[:, None] * BLOCK_D + offs_d[None, :]
-    half = n.to(tl.int64) * BLOCK_D
     acc_a = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc_b = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if HAS_CARRY:
-        if NEED_A:
-            acc_a = tl.load(PARTIAL + partial, mask=in_rows[:, None], other=0.0)
-        if NEED_B:
-            acc_b = tl.load(PARTIAL + half + partial, mask=in_rows[:, None], other=0.0)
     a = A_rows.load([row, 0])  # [BLOCK_M, BLOCK_D]
     b = B_rows.load([row, 0])
     first, last, skip, resume = split_tiles(split, tiles_per_split, n_cols, row + offset, BLOCK_M, BLOCK_N)
@@ -127,10 +119,12 @@ def _backward_kernel(
             acc_a, acc_b, BLOCK_N=BLOCK_N, PRECISION=PRECISION, BOUNDED=BOUNDED, NEED_A=NEED_A, NEED_B=NEED_B,
             HAS_POSITIVE=True,
         )  # fmt: skip
+    offs_d = tl.arange(0, BLOCK_D)
+    PARTIAL += (split.to(tl.int64) * 2 * n + offs_m)[:, None] * BLOCK_D + offs_d[None, :]
     if NEED_A:
-        tl.store(PARTIAL + partial, acc_a, mask=in_rows[:, None])
+        tl.store(PARTIAL, acc_a, mask=in_rows[:, None])
     if NEED_B:
-        tl.store(PARTIAL + half + partial, acc_b, mask=in_rows[:, None])
+        tl.store(PARTIAL + n.to(tl.int64) * BLOCK_D, acc_b, mask=in_rows[:, None])
 
 
 def _config(kernel: str, rows: Tensor, bounded: bool) -> LaunchConfig:
@@ -213,10 +207,8 @@ def gradient_sums(
     config = _config("dual_softmax_backward", rows, bounded)
     _, n, BLOCK_D = rows.shape
     n_cols = columns.shape[1]
-    has_carry = partial is not None
-    if partial is None:
-        partial = torch.empty(_splits(config, rows, columns), 2, n, BLOCK_D, dtype=torch.float32, device=rows.device)
-    splits = partial.shape[0]
+    splits = _splits(config, rows, columns) if partial is None else partial.shape[0]
+    sums = torch.empty(splits, 2, n, BLOCK_D, dtype=torch.float32, device=rows.device)
     assert row_coef.stride(1) == column_coef.stride(1) == 1
     sides = [(need_a, need_b)]
     if config.apart and need_a and need_b:
@@ -229,7 +221,7 @@ def gradient_sums(
             COL_COEF=column_coef,
             stride_cn=column_coef.stride(0),
             SCALE=scale,
-            PARTIAL=partial,
+            PARTIAL=sums,
             n=n,
             n_cols=n_cols,
             offset=offset,
@@ -241,8 +233,8 @@ def gradient_sums(
             BOUNDED=bounded,
             NEED_A=side_a,
             NEED_B=side_b,
-            HAS_CARRY=has_carry,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return partial
+    # Added here: a kernel that loads a second pair of accumulators spills.
+    return sums if partial is None else partial.add_(sums)

@@ -44,14 +44,14 @@ _SM80: _Entries = {
     (_BACKWARD, 2, 64): _both(LaunchConfig(32, 32, 8, 2)),
     (_BACKWARD, 2, 128): _both(LaunchConfig(32, 32, 8, 2)),
     (_BACKWARD, 4, 64): _both(LaunchConfig(32, 32, 8, 2)),
-    (_BACKWARD, 4, 128): _both(LaunchConfig(32, 32, 8, 2)),
+    (_BACKWARD, 4, 128): _both(LaunchConfig(32, 16, 8, 1)),
 }
 _SM90: _Entries = {
-    (_FORWARD, 2, 64): _both(LaunchConfig(64, 64, 4, 2, ctas_per_sm=3)),
-    (_FORWARD, 2, 128): _both(LaunchConfig(64, 64, 4, 2, ctas_per_sm=2)),
-    (_FORWARD, 2, 256): _both(LaunchConfig(64, 64, 4, 2)),
-    (_FORWARD, 4, 64): _both(LaunchConfig(64, 64, 4, 2, ctas_per_sm=2)),
-    (_FORWARD, 4, 128): _both(LaunchConfig(64, 64, 4, 2)),
+    (_FORWARD, 2, 64): _both(LaunchConfig(128, 64, 8, 2, ctas_per_sm=2)),
+    (_FORWARD, 2, 128): _both(LaunchConfig(128, 64, 8, 2)),
+    (_FORWARD, 2, 256): _both(LaunchConfig(128, 32, 8, 2)),
+    (_FORWARD, 4, 64): _both(LaunchConfig(128, 64, 8, 2)),
+    (_FORWARD, 4, 128): _both(LaunchConfig(128, 32, 8, 2)),
     (_BACKWARD, 2, 64): _both(LaunchConfig(64, 64, 4, 2, ctas_per_sm=2)),
     (_BACKWARD, 2, 128): (
         LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
@@ -62,6 +62,11 @@ _SM90: _Entries = {
     (_BACKWARD, 4, 128): _both(LaunchConfig(128, 32, 8, 2, apart=True)),
 }
 _SM100: _Entries = _SM90 | {
+    (_FORWARD, 2, 64): _both(LaunchConfig(64, 64, 4, 2, ctas_per_sm=3)),
+    (_FORWARD, 2, 128): _both(LaunchConfig(64, 64, 4, 2, ctas_per_sm=2)),
+    (_FORWARD, 2, 256): _both(LaunchConfig(64, 64, 4, 2)),
+    (_FORWARD, 4, 64): _both(LaunchConfig(64, 64, 4, 2, ctas_per_sm=2)),
+    (_FORWARD, 4, 128): _both(LaunchConfig(64, 64, 4, 2)),
     (_BACKWARD, 2, 128): (LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 4, 2, apart=True)),
     (_BACKWARD, 2, 256): (LaunchConfig(64, 64, 8, 2, apart=True), LaunchConfig(64, 32, 8, 2, apart=True)),
     (_BACKWARD, 4, 64): _both(LaunchConfig(64, 32, 8, 2)),
