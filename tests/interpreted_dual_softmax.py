@@ -19,6 +19,7 @@ from torch import Tensor
 from fastkd import backends, dcd_loss
 from fastkd.backends import reference, triton
 from fastkd.functional import dcd_terms
+from fastkd.ops import dual_softmax as op
 from tests.checks import CONSISTENCIES, assert_close, embeddings, value_and_grads
 
 LOW = (torch.float32, torch.float16)
@@ -336,6 +337,18 @@ def test_compiles_as_one_graph() -> None:
     compiled = torch.compile(loss_of("triton"), fullgraph=True, backend="aot_eager")
     for a, e in zip(value_and_grads(compiled, *inputs), value_and_grads(loss_of("triton"), *inputs), strict=True):
         assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
+def test_operators_keep_their_schema_and_shapes(needed: tuple[bool, bool]) -> None:
+    student, teacher = embeddings(6, 5, dtype=torch.float16)
+    common = student, teacher, torch.tensor(5.0), torch.rand(6)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(op.dual_softmax, (*common, "student||teacher", 40.0, "triton"), test_utils=checks)
+    stats = op.dual_softmax(*common, "student||teacher", 40.0, "triton")[2]
+    grads = torch.tensor(0.5), torch.tensor(2.0)
+    arguments = *common, stats, *grads, "student||teacher", 40.0, *needed, "triton"
+    torch.library.opcheck(op.dual_softmax_backward, arguments, test_utils=checks)
 
 
 def test_what_the_interpreter_cannot_compute_raises() -> None:
