@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_report, measure, providers
+from bench import gpu, gpu_report, measure, providers, report
 from tests.checks import TOLERANCES
 
 pytest.importorskip("triton")
@@ -104,6 +104,16 @@ def test_the_issues_sizes_are_all_in_the_plan_once() -> None:
     ):
         assert any((x.name, x.dtype, x.n, x.d) == ("dcd_loss", dtype, n, d) for x in plan)
     assert any((x.name, x.d) == ("ce_kd_terms", 128 * 1024) for x in plan)
+
+
+def test_ratios_are_against_the_baseline_of_the_same_size() -> None:
+    def row(provider: str, n: int, ms: float | None, mib: float | None) -> dict[str, object]:
+        return {"provider": provider, "n": n, "median_ms": ms, "peak_extra_mib": mib}
+
+    rows = [row("eager", 8, 6.0, 10.0), row("ours", 8, 2.0, 1.0), row("ours", 16, 3.0, 1.0), row("lost", 8, None, None)]
+    report.add_ratios(rows, ("n",), "eager")
+    assert [x["speedup"] for x in rows] == [1.0, 3.0, None, None]
+    assert [x["memory_ratio"] for x in rows] == [1.0, 0.1, None, None]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the message of a machine without a GPU")
