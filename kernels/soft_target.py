@@ -322,21 +322,15 @@ def soft_target_losses(
     loss = torch.empty(2, n, dtype=torch.float32, device=X.device)
     stats = torch.empty(5, n, dtype=torch.float32, device=X.device)
     state = torch.empty(splits, 7, n, dtype=torch.float32, device=X.device) if splits > 1 else None
-    flags = _flags(Y, labels, weight, temperature, smoothing)
+    shared = {
+        "X": X, "stride_xn": X.stride(0), "LABELS": labels, "WEIGHT": weight, "LOSS": loss, "STATS": stats, "STATE": state,
+        "n": n, "C": C, "temperature": temperature, "smoothing": smoothing,
+        **_flags(Y, labels, weight, temperature, smoothing),
+    }  # fmt: skip
     _forward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
-        X=X,
+        **shared,
         Y=Y,
-        stride_xn=X.stride(0),
         stride_yn=0 if Y is None else Y.stride(0),
-        LABELS=labels,
-        WEIGHT=weight,
-        LOSS=loss,
-        STATS=stats,
-        STATE=state,
-        n=n,
-        C=C,
-        temperature=temperature,
-        smoothing=smoothing,
         tiles_per_split=tiles_per_split,
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
@@ -344,26 +338,14 @@ def soft_target_losses(
         IS_ONE_TILE=config.BLOCK_N >= C,
         IS_SPLIT=splits > 1,
         num_warps=config.num_warps,
-        **flags,
     )
-    if state is not None:
+    if splits > 1:
         _merge_kernel[(triton.cdiv(n, ROWS),)](
-            X=X,
-            stride_xn=X.stride(0),
-            LABELS=labels,
-            WEIGHT=weight,
-            LOSS=loss,
-            STATS=stats,
-            STATE=state,
-            n=n,
-            C=C,
-            temperature=temperature,
-            smoothing=smoothing,
+            **shared,
             columns_per_split=tiles_per_split * config.BLOCK_N,
             BLOCK_M=ROWS,
             SPLITS=splits,
             num_warps=4,
-            **flags,
         )
     return loss, stats
 
