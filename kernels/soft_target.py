@@ -323,8 +323,8 @@ def soft_target_losses(
     stats = torch.empty(5, n, dtype=torch.float32, device=X.device)
     state = torch.empty(splits, 7, n, dtype=torch.float32, device=X.device) if splits > 1 else None
     shared = {
-        "X": X, "stride_xn": X.stride(0), "LABELS": labels, "WEIGHT": weight, "LOSS": loss, "STATS": stats, "STATE": state,
-        "n": n, "C": C, "temperature": temperature, "smoothing": smoothing,
+        "X": X, "stride_xn": X.stride(0), "LABELS": labels, "WEIGHT": weight, "LOSS": loss, "STATS": stats,
+        "STATE": state, "n": n, "C": C, "temperature": temperature, "smoothing": smoothing,
         **_flags(Y, labels, weight, temperature, smoothing),
     }  # fmt: skip
     _forward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
