@@ -1,8 +1,8 @@
 """torch.compile without graph breaks, torch.library.opcheck, autocast, importing."""
 
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import pytest
@@ -113,9 +113,8 @@ def test_import_is_quick_compiles_nothing_and_leaves_cuda_alone() -> None:
         "heavy = ('triton', 'torch._inductor', 'timm', 'fastkd.trainer'); "
         "assert not any(name.startswith(heavy) for name in sys.modules)"
     )
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
-    cold = time.perf_counter() - start
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
-    assert min(cold, time.perf_counter() - start) < 3.0
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # The processor's time, which other processes on the machine do not change.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3.0
