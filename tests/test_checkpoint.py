@@ -153,6 +153,32 @@ def test_a_forged_config_imports_nothing_without_trust(checkpoint, tmp_path, mon
     assert (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fastkd.trainer.nets:nn.functional.torch.os.system",
+        "fastkd.trainer.nets:nn.Module",
+        "fastkd.trainer.nets:nn",
+        "fastkd.trainer.nets:Tensor",
+        "fastkd.trainer.nets:SmallConvNet.mro",
+        "fastkd.trainer.nets:__import__",
+        "fastkd.trainer.nets:itertools",
+        "fastkd.trainer:nets.SmallConvNet",
+    ],
+)
+@pytest.mark.parametrize("part", ["student", "data"])
+def test_a_forged_config_reaches_nothing_through_our_own_module(checkpoint, tmp_path, name, part):
+    ran = tmp_path / "ran"
+    body = json.loads((checkpoint / "manifest.json").read_text())
+    body["config"]["student"] = {"name": "fastkd.trainer.nets:MLP"}
+    body["config"][part] = {"name": name, "options": {"command": f"touch {ran}"}}
+    (checkpoint / "manifest.json").write_text(json.dumps(body))
+    seal(checkpoint)
+    with pytest.raises(CheckpointError, match=f"would import and call '{name}'"):
+        evaluate_checkpoint(checkpoint)
+    assert not ran.exists()
+
+
 def test_weights_come_from_safetensors_state_dicts_checkpoints_and_run_folders(finished, tmp_path):
     config, result = finished
     expected = result.distiller.student.model.state_dict()
