@@ -75,20 +75,23 @@ def evaluate_checkpoint(
     ``package.module:callable``, which would be imported and called: from a checkpoint that needs ``trust_code=True``,
     except for timm, torchvision and fastkd's own.
 
-    Raises CheckpointError: missing, damaged, needs ``trust_code``, or written from a module that the config cannot
-    name.
+    Raises CheckpointError: missing, damaged, needs ``trust_code``, or its student or data were given to ``train`` as
+    objects, which no config names, and are not given here.
     """
     checkpoint = read_checkpoint(find_checkpoint(path))
     try:
         config = TrainConfig.from_dict(checkpoint.manifest["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.path / 'manifest.json'}: its config is not valid ({error})") from error
+    given = checkpoint.manifest.get("given_as_objects", [])
     if model is None:
-        if config.student is None:
+        if config.student is None or "student" in given:
             raise CheckpointError(f"{checkpoint.path}: its student was given as a module; pass it as model=...")
         _check_trust(checkpoint.path, config.student.name, _is_known_model(config.student.name), trust_code)
         model = build_model(replace(config.student, pretrained=False, weights=None))
     if eval_data is None:
+        if "data" in given:
+            raise CheckpointError(f"{checkpoint.path}: its data was given as objects; pass it as eval_data=...")
         _check_trust(checkpoint.path, config.data.name, config.data.name in DATASETS, trust_code)
         _, eval_data = build_datasets(config.data)
     load_into(model, checkpoint.student, checkpoint.path / STUDENT)

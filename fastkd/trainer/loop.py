@@ -12,15 +12,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastkd.trainer.checkpoint import CheckpointError, CheckpointFolder
+from fastkd.trainer.checkpoint import CheckpointFolder
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.data import build_datasets, collate, eval_loader, fetch, labelled_subset, train_loader
+from fastkd.trainer.data import build_datasets, collate, eval_loader, fetch, labelled_subset, labels_hash, train_loader
 from fastkd.trainer.distiller import Distiller, build_distiller, weights_hash
 from fastkd.trainer.evaluation import DTYPES, choose_device, evaluate
 from fastkd.trainer.log import Meter, NonFiniteLossError, RunLog, check_finite, describe, header
 from fastkd.trainer.objective import TermFunction
 from fastkd.trainer.optim import Schedule, build_optimizer, set_learning_rate
-from fastkd.trainer.state import Progress, open_run, pack, restore_rng, seed_everything, unpack, write_run_file
+from fastkd.trainer.state import (
+    Progress,
+    check_same_run,
+    given_as_objects,
+    open_run,
+    pack,
+    restore_rng,
+    seed_everything,
+    unpack,
+    write_run_file,
+)
 
 
 @dataclass
@@ -86,7 +96,9 @@ def train(
     meter = Meter()
     identity = {
         "config": config.to_dict(),
+        "given_as_objects": given_as_objects(student=student, teacher=teacher, data=train_data),
         "train_samples": len(train_set),
+        "labels_sha256": labels_hash(train_set),
         "teacher_sha256": None if distiller.teacher is None else weights_hash(distiller.teacher.model.model),
     }
     info = describe(config, distiller, device, schedule, len(eval_set), identity)
@@ -95,12 +107,7 @@ def train(
     seed_everything(config.seed)
     progress = Progress()
     if checkpoint is not None:
-        for key in ("train_samples", "teacher_sha256"):
-            if checkpoint.manifest[key] != identity[key]:
-                raise CheckpointError(
-                    f"{checkpoint.path}: was written with {key}={checkpoint.manifest[key]}, this run has "
-                    f"{identity[key]}"
-                )
+        check_same_run(checkpoint, identity)
         progress = unpack(checkpoint, distiller, meter, optimizer, scaler)
         if progress.loader is not None:
             loader.load_state_dict(progress.loader)
