@@ -128,6 +128,17 @@ def test_the_teacher_stays_in_eval_and_without_gradient_whatever_is_called():
     assert all(parameter.grad is not None for parameter in model.student.parameters())
 
 
+def test_a_teacher_that_shares_parameters_with_the_student_is_an_error(tmp_path):
+    config = tiny_config(tmp_path, run_dir=None)
+    student, teacher = DropoutNet(), DropoutNet()
+    with pytest.raises(ValueError, match=r"teacher: shares parameters with the student.*body\.1\.weight.* and 1 more"):
+        train(config, student=student, teacher=student)
+    teacher.body = student.body
+    with pytest.raises(ValueError, match=r"shares parameters .*: \['body\.1\.weight', .*'body\.2\.bias'\]$"):
+        train(config, student=student, teacher=teacher)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
 def test_training_leaves_the_teacher_as_it_was(tmp_path):
     config = tiny_config(tmp_path, run_dir=None)
     result = train(config)

@@ -65,7 +65,8 @@ def train(
 ) -> TrainResult:
     """Train ``config.student`` by ``config.objective``; objects given as arguments replace what the config would build.
 
-    ``train_data`` / ``eval_data`` are map-style datasets of (image, label), given together. ``terms`` are own
+    A given teacher is left frozen: in eval mode and without gradient. Seeds the global generators of torch, Python and
+    numpy. ``train_data`` / ``eval_data`` are map-style datasets of (image, label), given together. ``terms`` are own
     objective terms.
 
     Raises:
