@@ -99,6 +99,26 @@ def test_own_terms_are_modules_or_functions_with_a_name_and_a_weight(tmp_path, m
     assert "hint" in Objective(ObjectiveConfig(terms="hint"), 12, 24).terms
 
 
+@pytest.mark.parametrize("name", ["loss", "lr", "epoch", "step", "kind", "accuracy", "eval_loss", "grad_norm"])
+def test_a_term_named_like_another_value_of_the_records_is_an_error(name):
+    with pytest.raises(ValueError, match=rf"objective\.terms: got the name '{name}', which is reserved"):
+        Objective(ObjectiveConfig(terms=name), 12, 24, {name: lambda s, t, y: {name: s.logits.sum()}})
+
+
+@pytest.mark.parametrize("name", ["train", "type", "keys", "forward", "float", "__class__", "training"])
+def test_a_term_named_like_an_attribute_of_modules_is_an_error(name):
+    with pytest.raises(ValueError, match=rf"objective\.terms: got the name '{name}', which is reserved"):
+        Objective(ObjectiveConfig(terms=name), 12, 24, {name: lambda s, t, y: {name: s.logits.sum()}})
+
+
+def test_a_term_that_returns_nothing_or_no_dict_is_an_error():
+    output = ModelOutput(torch.randn(8, 4), torch.randn(8, 6))
+    for bad, got in (({}, "an empty dict"), (torch.ones(()), "Tensor"), (None, "NoneType")):
+        objective = Objective(ObjectiveConfig(terms="own"), 6, 6, {"own": lambda s, t, y, bad=bad: bad})
+        with pytest.raises(TypeError, match=f"terms: 'own' returned {got}, expected a dict of named 0-dim tensors"):
+            objective(output, None, torch.arange(8) % 4)
+
+
 def test_the_teacher_stays_in_eval_and_without_gradient_whatever_is_called():
     model = distiller()
     teacher = model.teacher

@@ -186,6 +186,9 @@ TERMS: dict[str, Callable[[ObjectiveConfig, int, int], nn.Module]] = {
 _NEEDS_NO_TEACHER = {"ce"}
 
 
+# Names of other values in the same record.
+_RESERVED = {"kind", "step", "epoch", "lr", "loss", "accuracy", "eval_loss", "grad_norm"}
+
 # Where cross-entropy and KD together are one read of the logits; on a CPU torch's own cross-entropy is as fast.
 _ONE_READ_DEVICES = {"cuda"}
 
@@ -220,10 +223,10 @@ class Objective(nn.Module):
         config: which terms, their weights and options.
         student_dim, teacher_dim: widths of the penultimate features.
         terms: the user's own terms by name: modules (their parameters are trained) or plain functions. They may be
-            named,
-            with a weight, in ``config.terms``; one that is not named there is an error.
+            named, with a weight, in ``config.terms``; one that is not named there is an error.
 
-    Raises ValueError for a name that neither ``TERMS`` nor ``terms`` has.
+    Raises ValueError for a name that neither ``TERMS`` nor ``terms`` has, or that means something else in a record or
+    in ``nn.ModuleDict``.
     """
 
     def __init__(
@@ -241,6 +244,8 @@ class Objective(nn.Module):
             raise ValueError(f"terms: got {unused}, which objective.terms={config.terms!r} does not name")
         built: dict[str, nn.Module] = {}
         for name in self.weights:
+            if name in _RESERVED or hasattr(nn.ModuleDict(), name):
+                raise ValueError(f"objective.terms: got the name {name!r}, which is reserved; choose another one")
             if name in given:
                 term = given[name]
                 built[name] = term if isinstance(term, nn.Module) else CallableTerm(term)
@@ -260,6 +265,11 @@ class Objective(nn.Module):
         together = _ce_and_kd(dict(self.terms.items()), student, teacher, labels)
         for name, term in self.terms.items():
             values = together[name] if name in together else term(student, teacher, labels)
+            if not isinstance(values, Mapping) or not values:
+                raise TypeError(
+                    f"terms: {name!r} returned {'an empty dict' if values == {} else type(values).__name__}, expected "
+                    "a dict of named 0-dim tensors"
+                )
             for part, value in values.items():
                 if not isinstance(value, Tensor) or value.ndim != 0:
                     got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
