@@ -132,6 +132,8 @@ def test_the_teacher_stays_in_eval_and_without_gradient_whatever_is_called():
         lambda: teacher.train().requires_grad_(),
         lambda: teacher.model.train(),
         lambda: teacher.model.model.train(),
+        lambda: teacher.model.model.body[2].train(),
+        lambda: teacher.model.model.dropout.train(),
         lambda: nn.ModuleList([model]).train(),
     ):
         call()

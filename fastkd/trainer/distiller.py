@@ -21,6 +21,8 @@ class FrozenModel(nn.Module):
     def __init__(self, model: FeatureModel) -> None:
         super().__init__()
         self.model = model
+        # Listed once: the walk through a model's modules costs more than a look at each.
+        self._every = tuple(model.modules())
         self.train(False)
         self.requires_grad_(False)
 
@@ -36,8 +38,8 @@ class FrozenModel(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> ModelOutput:
         """The model's output, without a graph."""
-        # Someone may have called train() on the wrapped model itself.
-        if self.model.model.training:
+        # Someone may have called train() on the wrapped model itself, or on one of its batch norms.
+        if any(module.training for module in self._every):
             self.model.eval()
         return self.model(images)
 
