@@ -123,6 +123,18 @@ class CETerm(nn.Module):
         return {"ce": F.cross_entropy(student.logits.float(), labels, label_smoothing=self.label_smoothing)}
 
 
+def _one_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as they are when their dtypes agree, else both in float32."""
+    return (student, teacher) if student.dtype == teacher.dtype else (student.float(), teacher.float())
+
+
+def _for_linear(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """``features`` for a linear layer of ``dtype``; autocast converts by itself, all but float64."""
+    if torch.is_autocast_enabled(features.device.type) and features.dtype != torch.float64:
+        return features
+    return features.to(dtype)
+
+
 class KDTerm(nn.Module):
     """``KDLoss`` on the logits."""
 
@@ -134,7 +146,7 @@ class KDTerm(nn.Module):
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
         assert teacher is not None
-        return self.loss(student.logits, teacher.logits)
+        return self.loss(*_one_dtype(student.logits, teacher.logits))
 
 
 class DCDTerm(nn.Module):
@@ -158,7 +170,8 @@ class DCDTerm(nn.Module):
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
         assert teacher is not None
-        return self.loss(student.features, teacher.features)
+        dtype = self.loss.student_head.weight.dtype
+        return self.loss(_for_linear(student.features, dtype), _for_linear(teacher.features, dtype))
 
     def scalars(self) -> dict[str, Tensor]:
         """What is logged beside the loss: tau and the logit scale."""
@@ -202,7 +215,7 @@ def _ce_and_kd(
         return {}
     assert teacher is not None
     ce_value, kd_value = ce_kd_terms(
-        student.logits, teacher.logits, labels, kd.loss.temperature, label_smoothing=ce.label_smoothing
+        *_one_dtype(student.logits, teacher.logits), labels, kd.loss.temperature, label_smoothing=ce.label_smoothing
     )
     return {"ce": {"ce": ce_value}, "kd": {"kd": kd_value}}
 
