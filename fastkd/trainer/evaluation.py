@@ -89,6 +89,8 @@ def evaluate_checkpoint(
             raise CheckpointError(f"{checkpoint.path}: its student was given as a module; pass it as model=...")
         _check_trust(checkpoint.path, config.student.name, _is_known_model(config.student.name), trust_code)
         model = build_model(replace(config.student, pretrained=False, weights=None))
+    elif isinstance(model, FeatureModel):
+        model = model.model
     if eval_data is None:
         if "data" in given:
             raise CheckpointError(f"{checkpoint.path}: its data was given as objects; pass it as eval_data=...")
@@ -96,7 +98,7 @@ def evaluate_checkpoint(
         _, eval_data = build_datasets(config.data)
     load_into(model, checkpoint.student, checkpoint.path / STUDENT)
     target = choose_device(device, config.precision)
-    wrapped = FeatureModel(model, None if config.student is None else config.student.classifier).to(target)
+    wrapped = FeatureModel(model, optional=True).to(target)
     values = evaluate(wrapped, eval_loader(eval_data, config.data, target), target, config.precision)
     return EvalResult(
         accuracy=values["accuracy"],

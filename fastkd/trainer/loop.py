@@ -65,9 +65,9 @@ def train(
 ) -> TrainResult:
     """Train ``config.student`` by ``config.objective``; objects given as arguments replace what the config would build.
 
-    A given teacher is left frozen: in eval mode and without gradient. Seeds the global generators of torch, Python and
-    numpy. ``train_data`` / ``eval_data`` are map-style datasets of (image, label), given together. ``terms`` are own
-    objective terms.
+    ``student`` / ``teacher`` are modules, or ``FeatureModel(module, classifier)`` to name the classifier layer. A given
+    teacher is left frozen: in eval mode and without gradient. ``train_data`` / ``eval_data`` are map-style datasets of
+    (image, label), given together. ``terms`` are own objective terms. Reseeds torch's, Python's and numpy's generators.
 
     Raises:
         ValueError, TypeError: a setting that is wrong, or does not fit the others.
@@ -112,7 +112,6 @@ def train(
         progress = unpack(checkpoint, distiller, meter, optimizer, scaler)
         if progress.loader is not None:
             loader.load_state_dict(progress.loader)
-    resumed_from = None if checkpoint is None else progress.step
     result = TrainResult(
         accuracy=progress.history[-1].get("accuracy", math.nan) if progress.history else math.nan,
         history=progress.history,
@@ -120,7 +119,7 @@ def train(
         parameters=info["student"]["parameters"],
         path=None if checkpoint is None else checkpoint.path,
         distiller=distiller,
-        resumed_from=resumed_from,
+        resumed_from=None if checkpoint is None else progress.step,
         already_finished=progress.step >= total,
     )
     if result.already_finished:

@@ -197,6 +197,7 @@ TERMS: dict[str, Callable[[ObjectiveConfig, int, int], nn.Module]] = {
     "dcd": lambda config, student_dim, teacher_dim: DCDTerm(config.dcd, student_dim, teacher_dim),
 }
 _NEEDS_NO_TEACHER = {"ce"}
+_NEEDS_NO_FEATURES = {"ce", "kd"}
 
 
 # Names of other values in the same record.
@@ -227,6 +228,11 @@ def needs_teacher(config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermF
         getattr(given[name], "needs_teacher", True) if name in given else name not in _NEEDS_NO_TEACHER
         for name in parse_terms(config.terms)
     )
+
+
+def needs_features(config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
+    """Whether any term may read more than logits and labels: all but our cross-entropy and KD."""
+    return any(name in (terms or {}) or name not in _NEEDS_NO_FEATURES for name in parse_terms(config.terms))
 
 
 class Objective(nn.Module):
