@@ -136,7 +136,7 @@ def test_autocast_with_grad_scaler_accumulates_in_float32(
     scaler.unscale_(optimizer)
     # The definition in float64 on the same rounded projections: nothing after them may be done in half precision.
     exact = dcd_loss(*(x.double() for x in heads), module.tau.double().exp(), backend="reference")
-    assert relative_error(loss, exact) < 1e-5
+    assert relative_error(loss, exact) < 1e-6
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in module.parameters())
     before = module.tau.item()
     scaler.step(optimizer)
