@@ -4,11 +4,13 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -120,8 +122,9 @@ def test_code_in_the_training_state_is_not_executed(checkpoint, tmp_path, protoc
     ):
         write()
         seal(checkpoint)
-        with pytest.raises(CheckpointError, match=r"state\.pt: cannot be read"):
+        with pytest.raises(CheckpointError, match=r"state\.pt: cannot be read") as caught:
             read_checkpoint(checkpoint)
+        assert not re.search("weights_only|allowlist|trust", str(caught.value))
         with pytest.raises(CheckpointError, match=r"state\.pt: cannot be read"):
             evaluate_checkpoint(checkpoint, trust_code=True)
         assert not ran.exists()
@@ -261,6 +264,31 @@ def test_the_last_k_are_kept_and_the_old_one_goes_only_after_the_new_one_is_ther
         folder.save(10, student=nn.Linear(2, 2), loss=nn.Linear(1, 1), state={}, manifest={})
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_full_disk_names_the_file_and_keeps_the_earlier_checkpoints(tmp_path, monkeypatch, name):
+    def full(original, error):
+        def write(*args, **kwargs):
+            if any(str(argument).endswith(name) for argument in args) and "step-00000005" in str(args):
+                raise error
+            return original(*args, **kwargs)
+
+        return write
+
+    error = OSError(28, "No space left on device")
+    stream = RuntimeError("PytorchStreamWriter failed writing file data/0")
+    module = "fastkd.trainer.checkpoint"
+    monkeypatch.setattr(f"{module}.save_file", full(save_file, SafetensorError("No space left on device")))
+    monkeypatch.setattr(f"{module}.torch.save", full(torch.save, stream))
+    monkeypatch.setattr(f"{module}.Path.write_text", full(Path.write_text, error))
+    config = tiny_config(tmp_path, epochs=1, save_every_steps=5)
+    with pytest.raises(CheckpointError, match=rf"step-00000005/{name}: cannot be written \((\[Errno 28\] )?(No s|Pyt)"):
+        train(config)
+    folder = Path(config.run_dir, "checkpoints")
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "step-00000000"]
+    monkeypatch.undo()
+    assert train(dataclasses.replace(config, resume=True)).resumed_from == 0
+
+
 def test_files_are_durable_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
     synced, renamed = [], []
     fsync, rename = os.fsync, Path.rename
@@ -287,6 +315,9 @@ def test_leftovers_of_a_kill_are_ignored_and_removed(finished, tmp_path):
     leftover = tmp_path / "run" / "checkpoints" / ".tmp-step-00000099-1"
     shutil.copytree(result.path, leftover)
     assert find_checkpoint(tmp_path / "run").name == "step-00000013"
+    CheckpointFolder(tmp_path / "run" / "checkpoints", keep=2)
+    assert not leftover.exists()
+    leftover.touch()  # whatever made a file of that name
     CheckpointFolder(tmp_path / "run" / "checkpoints", keep=2)
     assert not leftover.exists()
 
