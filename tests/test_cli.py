@@ -67,6 +67,45 @@ def test_what_a_user_can_put_right_is_one_line_and_status_1(tmp_path, monkeypatc
         assert error.count("\n") == 1
 
 
+def test_options_are_replaced_by_json_and_a_teacher_is_added_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mlp = ["--student.name", "fastkd.trainer.nets:MLP"]
+    assert main(["train", "digits-scratch", *FAST, *mlp]) == 1
+    assert "fastkd train: MLP.__init__() got an unexpected keyword argument 'width'" in capsys.readouterr().err
+    options = ["--student.options", '{"hidden": [8]}', '--data.options={"train_size": 1000}']
+    assert main(["train", "digits-scratch", *FAST, *mlp, *options]) == 0
+    assert "student fastkd.trainer.nets:MLP (610 parameters)" in capsys.readouterr().out
+    teacher = ["--teacher.name=fastkd.trainer.nets:MLP", "--teacher.weights", "runs/digits_scratch"]
+    flags = ["--teacher.options", '{"hidden": [8]}', "--objective.terms", "kd", "--run-dir", "runs/distilled"]
+    assert main(["train", "digits-scratch", *FAST, *teacher, *flags, "--student.options.width", "3"]) == 0
+    assert "teacher fastkd.trainer.nets:MLP (610 parameters)" in capsys.readouterr().out
+    for bad, message in (
+        ("{", "expected a JSON object"),
+        ("[1]", "model.options: got [1] of type list, expected dict"),
+    ):
+        assert main(["train", "digits-scratch", *FAST, "--student.options", bad]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_a_recipe_that_gives_no_config_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_recipes.py").write_text(
+        "from fastkd.trainer import TrainConfig\nempty = dict\nnumber = 3\n"
+        "def typed(): return TrainConfig(epochs='3')\ndef broken(): return 1 + 'a'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name, message in (
+        ("empty", "recipe: 'own_recipes:empty' returned dict, expected a TrainConfig"),
+        ("number", "recipe: 'own_recipes:number' is of type int, expected a function"),
+        ("typed", "epochs: got '3' of type str, expected an int >= 1"),
+    ):
+        assert main(["train", f"own_recipes:{name}"]) == 1
+        assert capsys.readouterr().err == f"fastkd train: {message}\n"
+    with pytest.raises(TypeError, match="unsupported operand"):
+        main(["train", "own_recipes:broken"])
+
+
 @pytest.mark.parametrize(
     "argv", [["train", "digits", "--precision", "fp8"], ["train", "digits", "--epochs", "0"], ["eval"]]
 )
