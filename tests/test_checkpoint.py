@@ -16,16 +16,13 @@ from torch import nn
 
 from fastkd.trainer import (
     CheckpointError,
-    DataConfig,
     ModelConfig,
-    ObjectiveConfig,
     evaluate_checkpoint,
     load_weights,
     train,
 )
 from fastkd.trainer.checkpoint import CheckpointFolder, _manifest_hash, file_hash, find_checkpoint, read_checkpoint
-from fastkd.trainer.cli import main
-from tests.trainer_runs import DropoutNet, noisy_data, tiny_config
+from tests.trainer_runs import DropoutNet, tiny_config
 
 FILES = ("student.safetensors", "loss.safetensors", "state.pt", "manifest.json")
 
@@ -98,6 +95,41 @@ def test_a_manifest_that_was_edited_is_an_error(checkpoint):
     file.write_text(file.read_text().replace('"step": 13', '"step": 12'))
     with pytest.raises(CheckpointError, match=r"manifest\.json: is corrupted, its sha256 differs"):
         read_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "key", ["step", "config", "train_samples", "labels_sha256", "teacher_sha256", "given_as_objects"]
+)
+def test_a_manifest_that_lacks_a_key_is_an_error(finished, tmp_path, key):
+    run = Path(shutil.copytree(finished[0].run_dir, tmp_path / "run"))
+    file = find_checkpoint(run) / "manifest.json"
+    body = json.loads(file.read_text())
+    del body[key]
+    file.write_text(json.dumps(body))
+    seal(file.parent)
+    config = dataclasses.replace(finished[0], run_dir=str(run), resume=True)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: (lacks|has no step or no config)"):
+        train(config)
+    if key in ("step", "config"):
+        with pytest.raises(CheckpointError, match=r"manifest\.json: has no step or no config"):
+            evaluate_checkpoint(run, trust_code=True)
+
+
+@pytest.mark.parametrize(
+    "key", [("step",), ("metrics_bytes",), ("rng",), ("rng", "numpy"), ("optimizer", "param_groups"), ("meter", "sums")]
+)
+def test_a_state_that_lacks_a_key_is_an_error(finished, tmp_path, key):
+    run = Path(shutil.copytree(finished[0].run_dir, tmp_path / "run"))
+    file = find_checkpoint(run) / "state.pt"
+    state = torch.load(file, weights_only=True)
+    part = state
+    for name in key[:-1]:
+        part = part[name]
+    del part[key[-1]]
+    torch.save(state, file)
+    seal(file.parent)
+    with pytest.raises(CheckpointError, match=rf"state\.pt: .*{key[-1]}"):
+        train(dataclasses.replace(finished[0], run_dir=str(run), resume=True))
 
 
 def test_resume_from_a_damaged_checkpoint_raises_and_keeps_the_run(finished, tmp_path):
@@ -332,39 +364,6 @@ def test_tied_weights_survive(tmp_path):
     model = Tied()
     path = CheckpointFolder(tmp_path, 1).save(1, student=model, loss=nn.ReLU(), state={}, manifest={})
     assert torch.equal(load_file(path / "student.safetensors")["b.weight"], model.a.weight)
-
-
-def test_a_student_given_as_a_module_must_be_given_again(tmp_path):
-    config = tiny_config(tmp_path, student=None, teacher=None, objective=ObjectiveConfig(terms="ce"), epochs=1)
-    result = train(config, student=DropoutNet())
-    with pytest.raises(CheckpointError, match="given as a module"):
-        evaluate_checkpoint(result.path, trust_code=True)
-    assert evaluate_checkpoint(result.path, model=DropoutNet(), trust_code=True).accuracy == result.accuracy
-
-
-def test_what_was_given_as_objects_is_never_replaced_by_what_the_config_names(tmp_path, capsys):
-    own = ModelConfig(name="fastkd.trainer.nets:SmallConvNet", options={"width": 2})
-    config = tiny_config(tmp_path, student=own, teacher=None, objective=ObjectiveConfig(terms="ce"), epochs=1)
-    config = dataclasses.replace(config, data=DataConfig(batch_size=4))  # names the digits
-    data = dict(zip(("train_data", "eval_data"), noisy_data(), strict=True))
-    result = train(config, **data)
-    assert json.loads(Path(config.run_dir, "run.json").read_text())["given_as_objects"] == ["data"]
-    with pytest.raises(CheckpointError, match=r"its data was given as objects; pass it as eval_data="):
-        evaluate_checkpoint(result.path)
-    assert main(["eval", str(result.path)]) == 1
-    assert "given as objects" in capsys.readouterr().err
-    assert evaluate_checkpoint(result.path, eval_data=data["eval_data"]).accuracy == result.accuracy
-
-    config = dataclasses.replace(config, run_dir=str(tmp_path / "module"))
-    torch.manual_seed(0)
-    result = train(config, student=DropoutNet(), **data)
-    described = json.loads(Path(config.run_dir, "run.json").read_text())
-    assert described["given_as_objects"] == ["student", "data"]
-    assert described["student"]["name"] == "DropoutNet"
-    with pytest.raises(CheckpointError, match="its student was given as a module"):
-        evaluate_checkpoint(result.path, eval_data=data["eval_data"])
-    found = evaluate_checkpoint(result.path, model=DropoutNet(), eval_data=data["eval_data"])
-    assert found.accuracy == result.accuracy
 
 
 def test_model_config_refuses_two_sources_of_weights():

@@ -1,12 +1,14 @@
 """The command line, called as the console script calls it."""
 
+import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fastkd.trainer import RECIPES
+from fastkd.trainer import RECIPES, require_extras
 from fastkd.trainer.cli import main
 
 FAST = ["--epochs", "1", "--optim.warmup-epochs", "0", "--device", "cpu", "--no-tensorboard"]
@@ -143,6 +145,19 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 def test_importing_fastkd_does_not_import_the_trainer():
     code = "import fastkd, sys; print([m for m in ('fastkd.trainer', 'timm', 'torchdata', 'tyro') if m in sys.modules])"
     assert run_python(code).stdout.strip() == "[]"
+
+
+def test_every_package_that_the_trainer_imports_is_checked_for():
+    folder = Path(__file__).parents[1] / "fastkd" / "trainer"
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else name.name).split(".")[0]
+        for file in folder.glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in node.names
+    }
+    known = set(inspect.getsource(require_extras).replace('"', " ").split())
+    assert imported - set(sys.stdlib_module_names) - {"fastkd", "torch"} <= known
 
 
 def test_missing_extras_say_what_to_install():

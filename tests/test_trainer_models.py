@@ -120,6 +120,7 @@ def test_a_bare_name_is_looked_up_in_timm_then_torchvision():
         (ModelConfig(name="timm:hf-hub:some/model"), r"cannot import 'timm:hf-hub:some/model'"),
         (ModelConfig(name="torchvision:no_such_model"), r"model\.name: got 'torchvision:no_such_model'"),
         (ModelConfig(name="no.such.module:build"), r"cannot import 'no\.such\.module:build'"),
+        (ModelConfig(name=".a:c"), r"model\.name: got '\.a:c', expected 'package\.module:attribute'"),
         (ModelConfig(name="torch.nn:NoSuchLayer"), r"cannot import 'torch\.nn:NoSuchLayer'"),
         (
             ModelConfig(name="timm:resnet18", options={"checkpoint_path": "x.pt"}),

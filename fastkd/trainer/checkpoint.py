@@ -149,6 +149,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: is corrupted, its sha256 differs from the one it states")
     if version != _FORMAT:
         raise CheckpointError(f"{file}: has format {version}, expected {_FORMAT}")
+    if not isinstance(manifest.get("step"), int) or not isinstance(manifest.get("config"), dict):
+        raise CheckpointError(f"{file}: has no step or no config")
     for name in _FILES:
         if name not in files:
             raise CheckpointError(f"{file}: does not list {name}")

@@ -14,6 +14,7 @@ from fastkd.trainer.checkpoint import STUDENT, CheckpointError, find_checkpoint,
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data import DATASETS, build_datasets, eval_loader
 from fastkd.trainer.models import FeatureModel, build_model, count_parameters
+from fastkd.validate import check_labels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,6 +54,7 @@ def evaluate(model: FeatureModel, loader: Any, device: torch.device, precision: 
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
             logits = model(images).logits.float()
+        check_labels(labels, logits)
         correct += (logits.argmax(1) == labels).sum()
         loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
         count += len(labels)

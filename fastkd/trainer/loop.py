@@ -14,7 +14,7 @@ from torch import nn
 
 from fastkd.trainer.checkpoint import CheckpointFolder
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.data import build_datasets, collate, eval_loader, fetch, labelled_subset, labels_hash, train_loader
+from fastkd.trainer.data import build_datasets, eval_loader, first_images, labelled_subset, labels_hash, train_loader
 from fastkd.trainer.distiller import Distiller, build_distiller, weights_hash
 from fastkd.trainer.evaluation import DTYPES, choose_device, evaluate
 from fastkd.trainer.log import Meter, NonFiniteLossError, RunLog, check_finite, describe, header
@@ -82,7 +82,7 @@ def train(
     train_set, eval_set = choose_data(config, train_data, eval_data)
     loader, set_epoch = train_loader(train_set, config.data, seed=config.seed, device=device)
     test_loader = eval_loader(eval_set, config.data, device)
-    sample, _ = collate(fetch(train_set, [0, 1 % len(train_set)]))
+    sample = first_images(train_set)
     initial = config if checkpoint is None else without_initial_weights(config)
     distiller = build_distiller(initial, sample, student=student, teacher=teacher, terms=terms).to(device)
 

@@ -41,6 +41,7 @@ class ModelConfig:
         if self.num_classes is not None:
             check_int("model.num_classes", self.num_classes, 1)
         check_type("model.options", self.options, dict)
+        check_type("model.pretrained", self.pretrained, bool)
         if self.pretrained and self.weights is not None:
             raise ValueError(f"model.pretrained: got True together with weights={self.weights!r}, expected one of them")
 

@@ -7,6 +7,7 @@ entry.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from fastkd.functional import ce_kd_terms
 from fastkd.losses import DCDLoss, KDLoss
 from fastkd.trainer.models import ModelOutput
-from fastkd.validate import check_choice, check_int, check_number, check_type
+from fastkd.validate import check_choice, check_int, check_labels, check_number, check_type
 
 TermFunction = Callable[[ModelOutput, ModelOutput | None, Tensor], Mapping[str, Tensor]]
 
@@ -63,6 +64,7 @@ class DCDConfig:
         for name, bound in (("dcd.max_scale", self.max_scale), ("dcd.min_scale", self.min_scale)):
             if bound is not None:
                 check_number(name, bound, 0.0, exclusive=True)
+        check_type("dcd.learnable", self.learnable, bool)
         check_number("dcd.temperature", self.temperature, 0.0, exclusive=True)
 
 
@@ -81,6 +83,8 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         parse_terms(self.terms)
+        for name, value, kind in (("ce", self.ce, CEConfig), ("kd", self.kd, KDConfig), ("dcd", self.dcd, DCDConfig)):
+            check_type(f"objective.{name}", value, kind)
 
 
 def parse_terms(text: str) -> dict[str, float]:
@@ -102,6 +106,8 @@ def parse_terms(text: str) -> dict[str, float]:
             weights[name] = 1.0 if weight is None else float(weight)
         except ValueError:
             raise ValueError(f"objective.terms: got the weight {weight!r} in {text!r}, expected a number") from None
+        if not math.isfinite(weights[name]):
+            raise ValueError(f"objective.terms: got the weight {weight!r} in {text!r}, expected a finite number")
     if "ce" not in weights:
         weights = {"ce": 1.0, **weights}
     weights = {name: weight for name, weight in weights.items() if weight != 0.0}
@@ -120,6 +126,8 @@ class CETerm(nn.Module):
         self.label_smoothing = config.label_smoothing
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
+        if labels.ndim == 1:  # not class probabilities
+            check_labels(labels, student.logits)
         return {"ce": F.cross_entropy(student.logits.float(), labels, label_smoothing=self.label_smoothing)}
 
 
