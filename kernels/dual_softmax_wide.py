@@ -48,7 +48,7 @@ def _gradient_kernel(
     g, h = gradient(
         x, y, COL_COEF, stride_cn, offs_n, k, offs_m + offset,
         load_row_factors(ROW_COEF + offs_m, stride_rn, in_rows, BOUNDED=BOUNDED), tl.load(SCALE).to(tl.float32),
-        BOUNDED=BOUNDED, HAS_POSITIVE=True,
+        BOUNDED=BOUNDED, IS_EDGE=True,
     )  # fmt: skip
     if NEED_A:
         tl.store(G + offsets, g.to(G.dtype.element_ty), mask=mask)

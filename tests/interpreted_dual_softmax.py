@@ -275,6 +275,23 @@ def test_hard_inputs_give_finite_results(case: str, scale: float, max_scale: flo
         assert results[1][1].abs().max() > 0
 
 
+@pytest.mark.parametrize("n", [1, 17])
+@pytest.mark.parametrize(
+    ("dtype", "scale", "max_scale"),
+    [(torch.float16, 10.0, BOUNDED), (torch.float16, 40.0, BOUNDED), (torch.float32, 200.0, ONLINE)],
+)
+def test_collapsed_and_opposite_rows(dtype: torch.dtype, scale: float, max_scale: float, n: int, route: str) -> None:
+    """Every similarity is near -scale: a padded column, at similarity 0, would outweigh them all."""
+    student, other = torch.eye(20, dtype=dtype)[:2]
+    teacher = -0.9 * student + 0.4 * other
+    results = value_and_grads(
+        loss_of("triton", max_scale=max_scale), student.repeat(n, 1), teacher.repeat(n, 1), torch.tensor(scale)
+    )
+    assert results[0] == pytest.approx(math.log(n), abs=1e-4)
+    # A row's G adds up to nothing, but for its rounding.
+    assert all(x.abs().max() <= 1e-3 * scale for x in results[1:])
+
+
 @pytest.mark.parametrize("case", ["zero_rows", "huge", "tiny", "opposite"])
 @pytest.mark.parametrize("max_scale", [BOUNDED, ONLINE], ids=["bounded", "online"])
 def test_hard_inputs_have_the_definition_s_gradients(case: str, max_scale: float) -> None:
