@@ -1,8 +1,8 @@
 """``dual_softmax`` for rows too wide for the streaming kernels: blocks of cosines by torch.mm, then one fused kernel.
 
-Also used for fp32 where ``torch.get_float32_matmul_precision()`` is "highest": torch.mm honours that setting. The names
-are those of the legend in dual_softmax.py; SPLITS is 1. ``X``, ``Y`` hold one block of cosines [m, k], so that memory
-stays linear in the number of rows.
+Also used for fp32 where PyTorch's settings do not allow tf32: torch.mm honours them. The names are those of the legend
+in dual_softmax.py; SPLITS is 1. ``X``, ``Y`` hold one block of cosines [m, k], so that memory stays linear in the
+number of rows.
 """
 
 import torch
