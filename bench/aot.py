@@ -2,16 +2,19 @@
 
     python -m bench.aot [--hardware sm_90 ...]
 
-Fails on a spill, on more shared memory than the hardware has, on an entry whose ``ctas_per_sm`` cannot be resident,
-and on a bf16 matrix kernel for sm_90 without warpgroup matrix instructions. Prints a table; for sm_90 also what a tile
-costs in the main loop, in clocks of one multiprocessor, under this model: matrix units 4096 bf16 (2048 tf32) operations
-a clock; MUFU 16 lanes a clock; 4 schedulers that issue one warp instruction a clock each, fp32 included; shared memory
+Fails on a spill, on matrix instructions that ptxas serialises, on more shared memory than the hardware has, on an entry
+whose ``ctas_per_sm`` cannot be resident, and on a 16-bit matrix kernel for sm_90 without warpgroup matrix instructions.
+fp16, D = 16 and some rarer flags are compiled for sm_90 alone. Prints a table; for sm_90 also what a tile costs
+in the main loop, in clocks of one multiprocessor, under this model: matrix units 4096 bf16 (2048 tf32) operations a
+clock; MUFU 16 lanes a clock; 4 schedulers that issue one warp instruction a clock each, fp32 included; shared memory
 128 bytes a clock, read by HGMMA for every operand that is not in registers and written by the copy engine; L2 cache 32
 bytes a clock a multiprocessor (7 TB/s in all). ``bound`` is the largest of these, the time of a tile if everything
 overlaps, and ``limit`` the matrix time over it; ``serial`` is matrix plus vector time, as if nothing did.
 """
 
 import argparse
+import contextlib
+import io
 import itertools
 import os
 import re
@@ -65,11 +68,27 @@ class Job:
         signature = {name: self.types.get(name) or _type(name) for name in names}
         signature |= dict.fromkeys(self.constants, "constexpr")
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
-        source = ASTSource(
-            self.kernel, signature, {(names.index(k),): v for k, v in self.constants.items()}, aligned
-        )  # fmt: skip
+        constants = {(names.index(name),): value for name, value in self.constants.items()}
+        source = ASTSource(self.kernel, signature, constants, aligned)
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return triton.compile(source, target=TARGETS[self.hardware], options=options)
+
+    def compile_with_log(self) -> tuple[Any, str]:
+        """Also what ptxas said of it, which Triton's cache does not keep."""
+        if self.hardware == "gfx942":
+            return self.compile(), ""
+        text = io.StringIO()
+        with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(text):
+            triton.knobs.nvidia.dump_ptxas_log = True
+            compiled = self.compile()
+            log = Path(os.environ["TRITON_CACHE_DIR"]) / f"{compiled.hash}.log"
+            if not text.getvalue() and not log.exists():
+                with triton.knobs.compilation.scope():
+                    triton.knobs.compilation.always_compile = True
+                    compiled = self.compile()
+        if text.getvalue():
+            log.write_text(text.getvalue())
+        return compiled, log.read_text()
 
 
 _SOFT_TARGET_TYPES = {"X": "*bf16", "LABELS": "*i64", "C": "i32", "temperature": "fp32", "smoothing": "fp32"}
@@ -85,17 +104,18 @@ class Result:
     registers: int = 0
     spills: int = 0
     shared: int = 0
-    counts: Counter[str] = field(
-        default_factory=Counter
-    )  # instructions of the main loop, or of all where none is found
+    counts: Counter[str] = field(default_factory=Counter)  # instructions of the main loop, or of all if there is none
     hgmma_bytes: int = 0  # read from shared memory by a warpgroup's matrix instructions, in the main loop
     has_hgmma: bool = False
+    log: str = ""  # of ptxas
 
     def failures(self) -> list[str]:
         hardware, wanted = self.job.hardware, self.job.ctas_per_sm
         found = []
         if self.spills:
             found.append(f"{self.spills} spills")
+        if "serialized" in self.log:
+            found.append("matrix instructions are serialized")
         if self.shared > SHARED_LIMIT[hardware]:
             found.append(f"{self.shared} bytes of shared memory, limit {SHARED_LIMIT[hardware]}")
         if hardware != "gfx942":
@@ -103,42 +123,57 @@ class Result:
             resident = min(REGISTERS // granted, SHARED_TOTAL[hardware] // (self.shared + SHARED_RESERVED))
             if resident < wanted:
                 found.append(f"{resident} programs resident, the table says {wanted}")
-        if hardware == "sm_90" and self.job.matrix_dtype == "bf16" and not self.has_hgmma:
+        if hardware == "sm_90" and self.job.matrix_dtype in ("bf16", "fp16") and not self.has_hgmma:
             found.append("no HGMMA")
         return found
 
 
 def jobs(hardware: str) -> Iterator[Job]:
     for kernel, itemsize, block_d, bounded, config in launch.entries(hardware):
-        dtype = "bf16" if itemsize == 2 else "fp32"
-        types = dict.fromkeys(("A_rows", "B_rows"), f"tensordesc<{dtype}[{config.BLOCK_M}, {block_d}]>")
-        types |= dict.fromkeys(("A_cols", "B_cols"), f"tensordesc<{dtype}[{config.BLOCK_N}, {block_d}]>")
-        constants = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "PRECISION": "tf32", "BOUNDED": bounded}
-        for variant, flags in _variants(kernel, block_d, config):
-            yield Job(
-                name=f"{kernel} {dtype} D={block_d} {'bounded' if bounded else 'online'}{variant}",
-                hardware=hardware,
-                kernel=getattr(dual_softmax, f"_{kernel.removeprefix('dual_softmax_')}_kernel"),
-                constants=constants | flags,
-                types=types,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                ctas_per_sm=config.ctas_per_sm,
-                matrix_dtype=dtype,
-            )
+        for dtype, width, is_extra in _uses(hardware, itemsize, block_d):
+            types = dict.fromkeys(("A_rows", "B_rows"), f"tensordesc<{dtype}[{config.BLOCK_M}, {width}]>")
+            types |= dict.fromkeys(("A_cols", "B_cols"), f"tensordesc<{dtype}[{config.BLOCK_N}, {width}]>")
+            constants = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "PRECISION": "tf32", "BOUNDED": bounded}
+            for variant, flags in _variants(kernel, width, config, is_extra=is_extra):
+                yield Job(
+                    name=f"{kernel} {dtype} D={width} {'bounded' if bounded else 'online'}{variant}",
+                    hardware=hardware,
+                    kernel=getattr(dual_softmax, f"_{kernel.removeprefix('dual_softmax_')}_kernel"),
+                    constants=constants | flags,
+                    types=types,
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                    ctas_per_sm=config.ctas_per_sm,
+                    matrix_dtype=dtype,
+                )
     yield from _row_jobs(hardware)
     yield from _soft_target_jobs(hardware)
 
 
-def _variants(kernel: str, block_d: int, config: launch.LaunchConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def _uses(hardware: str, itemsize: int, block_d: int) -> Iterator[tuple[str, int, bool]]:
+    """(dtype, padded D, whether only the commonest flags are compiled) that get an entry of the launch table."""
+    dtype = "bf16" if itemsize == 2 else "fp32"
+    yield dtype, block_d, False
+    if hardware == "sm_90" and itemsize == 2:
+        yield "fp16", block_d, True
+    if hardware == "sm_90" and block_d == 64:
+        yield dtype, 16, True
+
+
+def _variants(
+    kernel: str, block_d: int, config: launch.LaunchConfig, *, is_extra: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """The flags a launcher may pass: columns that continue an earlier chunk; gradients of one side or of both."""
     if kernel == "dual_softmax_forward":
         yield "", {"HAS_CARRY": False}
-        yield " carry", {"HAS_CARRY": True}
+        if not is_extra:
+            yield " carry", {"HAS_CARRY": True}
         return
     sides = {"": (True, True), " a": (True, False), " b": (False, True)}
     if config.apart:
         del sides[""]
+    elif is_extra:
+        sides = {"": (True, True)}
     for name, (need_a, need_b) in sides.items():
         yield name, {"BLOCK_D": block_d, "NEED_A": need_a, "NEED_B": need_b}
 
@@ -184,18 +219,25 @@ def _soft_target_jobs(hardware: str) -> Iterator[Job]:
         for config, dtype in itertools.product(configs, ("bf16", "fp32")):
             constants = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, **flags}
             constants |= {"ALIGN": 8 if dtype == "bf16" else 4, "POWER": 4}
+            variants: dict[str, dict[str, Any]] = {"": {}}
+            if hardware == "sm_90" and config is configs[-1]:
+                variants |= {" unaligned": {"ALIGN": 1}, " any temperature": {"POWER": 0}}
             if direction == "forward":
-                constants |= {"IS_ONE_TILE": config is not configs[-1], "IS_SPLIT": False, "STATE": None}
-            yield Job(
-                name=f"{kernel} {dtype}",
-                hardware=hardware,
-                kernel=getattr(soft_target, f"_{direction}_kernel"),
-                constants=constants,
-                types=_SOFT_TARGET_TYPES | dict.fromkeys(("X", "Y", "GRAD"), f"*{dtype}"),
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                ctas_per_sm=config.ctas_per_sm,
-            )
+                constants |= {"IS_ONE_TILE": config is not configs[-1]}
+                variants = {name: {"IS_SPLIT": False, "STATE": None, **changed} for name, changed in variants.items()}
+                if hardware == "sm_90" and config is configs[-1]:
+                    variants[" split"] = {"IS_SPLIT": True}
+            for variant, changed in variants.items():
+                yield Job(
+                    name=f"{kernel} {dtype}{variant}",
+                    hardware=hardware,
+                    kernel=getattr(soft_target, f"_{direction}_kernel"),
+                    constants=constants | changed,
+                    types=_SOFT_TARGET_TYPES | dict.fromkeys(("X", "Y", "GRAD"), f"*{dtype}"),
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                    ctas_per_sm=config.ctas_per_sm,
+                )
     yield Job(
         name="soft_target_merge",
         hardware=hardware,
@@ -206,8 +248,8 @@ def _soft_target_jobs(hardware: str) -> Iterator[Job]:
 
 
 def examine(job: Job) -> Result:
-    compiled = job.compile()
-    result = Result(job=job, shared=compiled.metadata.shared)
+    compiled, log = job.compile_with_log()
+    result = Result(job=job, shared=compiled.metadata.shared, log=log)
     if job.hardware == "gfx942":
         _read_gcn(compiled.asm["amdgcn"], result)
     else:
@@ -291,9 +333,9 @@ def clocks(result: Result) -> dict[str, float]:
     job, counts, warps = result.job, result.counts, result.job.num_warps
     M, N = job.constants["BLOCK_M"], job.constants["BLOCK_N"]
     D = int(re.findall(r"\d+", job.types["A_rows"])[-1])
-    rate = 4096 if job.matrix_dtype == "bf16" else 2048
+    rate = 2048 if job.matrix_dtype == "fp32" else 4096
     products = 2 + job.constants.get("NEED_A", 0) + job.constants.get("NEED_B", 0)
-    itemsize = 2 if job.matrix_dtype == "bf16" else 4
+    itemsize = 4 if job.matrix_dtype == "fp32" else 2
     loaded = 2 * N * D * itemsize
     units = {
         "matrix": products * 2 * M * N * D / rate,

@@ -38,6 +38,14 @@ def test_too_few_resident_programs_are_noticed() -> None:
     assert failures == ["2 programs resident, the table says 3"]
 
 
+def test_serialized_matrix_instructions_are_noticed() -> None:
+    result = aot.examine(backward_job())
+    assert "ptxas info" in result.log
+    assert result.failures() == []
+    result.log += "Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+    assert result.failures() == ["matrix instructions are serialized"]
+
+
 def test_too_much_shared_memory_is_noticed() -> None:
     result = aot.examine(backward_job())
     result.shared = aot.SHARED_LIMIT["sm_90"] + 1
