@@ -59,7 +59,7 @@ class Job:
     constants: dict[str, Any]
     types: dict[str, str]
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 3  # Triton's own default, for launches that do not say
     ctas_per_sm: int = 1
     matrix_dtype: str = ""  # of the kernels that multiply
 

@@ -347,7 +347,7 @@ def soft_target_losses(
             splits=splits,
             BLOCK_M=ROWS,
             num_warps=4,
-            num_stages=2,
+            num_stages=3,
         )
     return loss, stats
 

@@ -215,6 +215,24 @@ def test_gpu_one_row_has_no_negatives() -> None:
 
 
 @gpu
+@pytest.mark.parametrize("n", [1, 17, 1000])
+@pytest.mark.parametrize(
+    ("dtype", "scale", "max_scale"),
+    [(torch.float16, 10.0, 40.0), (torch.float16, 40.0, 40.0), (torch.float32, 200.0, math.inf)],
+)
+def test_gpu_collapsed_and_opposite_rows(dtype: torch.dtype, scale: float, max_scale: float, n: int) -> None:
+    student, other = torch.eye(20, dtype=dtype, device="cuda")[:2]
+    teacher = -0.9 * student + 0.4 * other
+    inputs = student.repeat(n, 1), teacher.repeat(n, 1), torch.tensor(scale, device="cuda")
+    torch.set_float32_matmul_precision("high")  # fp32, too, through the streaming kernels
+    try:
+        results = value_and_grads(loss_of("triton", max_scale), *inputs)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(x.isfinite().all() for x in results)
+
+
+@gpu
 @pytest.mark.parametrize("consistency", CONSISTENCIES)
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
 def test_gpu_frozen_inputs_and_weights(wanted: tuple[int, ...], consistency: str) -> None:
