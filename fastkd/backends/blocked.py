@@ -22,7 +22,7 @@ from fastkd.backends.tiles import Workspace, blocks, for_each_tile, pair_rounds,
 MAX_SHARED_SCALE = 40.0
 
 
-class _OnlineSums:
+class OnlineSums:
     """Row-wise ``sum exp(logits)`` and ``sum exp(logits) d`` over columns that come in tiles."""
 
     def __init__(self, like: Tensor) -> None:
@@ -50,18 +50,18 @@ class _OnlineSums:
         return self.weighted / self.total
 
 
-def _row_weights(weight: Tensor | None, grad: Tensor, like: Tensor) -> Tensor:
+def row_weights(weight: Tensor | None, grad: Tensor, like: Tensor) -> Tensor:
     """Upstream gradient of each row's loss, [n]."""
     if weight is None:
         return grad.to(like.dtype).expand(len(like))
     return weight.to(like.dtype) * grad.to(like.dtype)
 
 
-def _weighted_sum(loss: Tensor, weight: Tensor | None) -> Tensor:
+def weighted_sum(loss: Tensor, weight: Tensor | None) -> Tensor:
     return loss.sum() if weight is None else (loss * weight.to(loss.dtype)).sum()
 
 
-def _finish(
+def finish(
     raw_rows: Tensor, grad: Tensor | None, rows: Tensor, diagonal: Tensor, inverse_norm: Tensor | None, scale: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """From ``sum_j G_ij other_j`` to the gradient of the raw rows, and to that of the scale.
@@ -102,7 +102,7 @@ class _RowGradient:
         return self._by_rows.add_(self._by_cols.T)
 
 
-def _shares_exponentials(a: Tensor, scale: Tensor, scale_bound: float) -> bool:
+def shares_exponentials(a: Tensor, scale: Tensor, scale_bound: float) -> bool:
     """Whether ``|A|`` is small enough for one plain exponential; reads the scale itself only where that is free."""
     if scale_bound <= MAX_SHARED_SCALE:
         return True
@@ -119,13 +119,13 @@ def dual_softmax_forward(
     # KL(q || p) is KL(p || q) with student and teacher exchanged; only the contrast then reads q instead of p.
     a, b = (student, teacher) if forward_kl else (teacher, student)
     a, b = unit_rows(a.to(dtype))[0], unit_rows(b.to(dtype))[0]
-    if _shares_exponentials(a, scale, scale_bound):
+    if shares_exponentials(a, scale, scale_bound):
         stats, positive = _dual_statistics_shared(a, b, scale)
     else:
         stats, positive = _dual_statistics_online(a, b, scale)
     la, lc, E = stats
     contrast = (la if forward_kl else lc) - positive
-    return _weighted_sum(contrast, weight), _weighted_sum(E - la + lc, weight), stats
+    return weighted_sum(contrast, weight), weighted_sum(E - la + lc, weight), stats
 
 
 def _dual_statistics_shared(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,7 +165,7 @@ def _dual_statistics_shared(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor
 def _dual_statistics_online(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """(la, lc, E) and A_ii for any scale: every softmax keeps its own running maximum."""
     scaled_a, scaled_b = a * scale, b * scale
-    p, q, positive = _OnlineSums(a), _OnlineSums(a), a.new_zeros(len(a))
+    p, q, positive = OnlineSums(a), OnlineSums(a), a.new_zeros(len(a))
 
     def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
         (d,) = workspace(rows, cols)
@@ -210,22 +210,22 @@ def dual_softmax_backward(
     need_a, need_b = (need_student, need_teacher) if forward_kl else (need_teacher, need_student)
     a, inverse_a = unit_rows(raw_a.to(dtype))
     b, inverse_b = unit_rows(raw_b.to(dtype))
-    w, k = _row_weights(weight, grad_contrast, a), _row_weights(weight, grad_consist, a)
-    shared = _shares_exponentials(a, scale, scale_bound)
+    w, k = row_weights(weight, grad_contrast, a), row_weights(weight, grad_consist, a)
+    shared = shares_exponentials(a, scale, scale_bound)
     # The gradient of logit_scale falls out of either side's, so one side is always computed.
     need_a = need_a or not need_b
-    coefficients = _DualCoefficients(stats, w if forward_kl else 0, 0 if forward_kl else w, k, shared)
+    coefficients = DualCoefficients(stats, w if forward_kl else 0, 0 if forward_kl else w, k, shared)
     grad_a, grad_b = _dual_gradients(a, b, scale, coefficients, need_a, need_b)
     w = w[:, None]
-    grad_a, scale_a = _finish(raw_a, grad_a, a, w * b, inverse_a, scale)
-    grad_b, scale_b = _finish(raw_b, grad_b, b, w * a, inverse_b, scale)
+    grad_a, scale_a = finish(raw_a, grad_a, a, w * b, inverse_a, scale)
+    grad_b, scale_b = finish(raw_b, grad_b, b, w * a, inverse_b, scale)
     grad_scale = scale_b if scale_a is None else scale_a
     assert grad_scale is not None
     grad_student, grad_teacher = (grad_a, grad_b) if forward_kl else (grad_b, grad_a)
     return grad_student, grad_teacher, grad_scale.to(logit_scale.dtype)
 
 
-class _DualCoefficients:
+class DualCoefficients:
     """Per-row factors of ``G_ij = p_ij (k_i d_ij + r_i) + q_ji x_j - p_ji k_j``, with ``d = X - Y``.
 
     ``wp``, ``wq``: upstream gradient of -log p_i(i) and of -log q_i(i); ``k``: that of KL(p_i || q_i). If ``shared``,
@@ -257,7 +257,7 @@ class _DualCoefficients:
 
 
 def _dual_gradients(
-    a: Tensor, b: Tensor, scale: Tensor, coefficients: _DualCoefficients, need_a: bool, need_b: bool
+    a: Tensor, b: Tensor, scale: Tensor, coefficients: DualCoefficients, need_a: bool, need_b: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """``sum_j G_ij b_j`` and ``sum_i G_ij a_i`` over all tiles, without the diagonal's ``- w_i``."""
     scaled_a, scaled_b = a * scale, b * scale
@@ -293,7 +293,7 @@ def _dual_gradients(
     return None if grad_a is None else grad_a.total(), None if grad_b is None else grad_b.total()
 
 
-def _rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+def prepared_rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     """Rows in the accumulation dtype; if asked, as unit rows with their inverse norms [n, 1]."""
     rows = raw_rows.to(accumulation_dtype(raw_rows.dtype))
     return unit_rows(rows) if normalize else (rows, None)
@@ -303,9 +303,9 @@ def contrast_forward(
     query: Tensor, key: Tensor, logit_scale: Tensor, weight: Tensor | None, normalize: bool
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of InfoNCE over the rows, and each row's log-sum-exp [n]."""
-    (q, _), (k, _) = _rows(query, normalize), _rows(key, normalize)
+    (q, _), (k, _) = prepared_rows(query, normalize), prepared_rows(key, normalize)
     scale = logit_scale.to(q.dtype)
-    sums, positive = _OnlineSums(q), q.new_zeros(len(q))
+    sums, positive = OnlineSums(q), q.new_zeros(len(q))
     scaled = q * scale
 
     def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
@@ -316,7 +316,7 @@ def contrast_forward(
 
     for_each_tile(square_rounds(blocks(len(q), q.device)), add_tile, q, buffers=0)
     lse = sums.logsumexp()
-    return _weighted_sum(lse - positive, weight), lse
+    return weighted_sum(lse - positive, weight), lse
 
 
 def contrast_backward(
@@ -331,9 +331,9 @@ def contrast_backward(
     need_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key (empty if not needed) and logit_scale: ``G_ij = w_i (p_ij - delta_ij)``."""
-    (q, inverse_q), (k, inverse_k) = _rows(query, normalize), _rows(key, normalize)
+    (q, inverse_q), (k, inverse_k) = prepared_rows(query, normalize), prepared_rows(key, normalize)
     scale = logit_scale.to(q.dtype)
-    w = _row_weights(weight, grad_loss, q)
+    w = row_weights(weight, grad_loss, q)
     need_query = need_query or not need_key  # the gradient of logit_scale needs one side
     row_blocks = blocks(len(q), q.device)
     grad_q = _RowGradient(q, k, row_blocks) if need_query else None
@@ -349,8 +349,8 @@ def contrast_backward(
 
     for_each_tile(square_rounds(row_blocks), add_tile, q, buffers=0)
     w = w[:, None]
-    grad_query, scale_q = _finish(query, None if grad_q is None else grad_q.total(), q, w * k, inverse_q, scale)
-    grad_key, scale_k = _finish(key, None if grad_k is None else grad_k.total(), k, w * q, inverse_k, scale)
+    grad_query, scale_q = finish(query, None if grad_q is None else grad_q.total(), q, w * k, inverse_q, scale)
+    grad_key, scale_k = finish(key, None if grad_k is None else grad_k.total(), k, w * q, inverse_k, scale)
     grad_scale = scale_k if scale_q is None else scale_q
     assert grad_scale is not None
     return grad_query, grad_key, grad_scale.to(logit_scale.dtype)
