@@ -28,6 +28,15 @@ def case(
     return first, second, torch.tensor(scale, dtype=torch.float64), weight
 
 
+def weights_on_some_ranks(rank: int, name: str) -> list[Tensor]:
+    """Loss and gradient of the first rows when rank 1 of three passes no weights, which counts as ones."""
+    first, second, scale, weight = case(7, weighted=True)
+    first, second, weight = (part(x, (2, 3, 2), rank) for x in (first, second, weight))
+    assert first is not None
+    loss = LOSSES[name](first.requires_grad_(), second, scale, sample_weight=None if rank == 1 else weight)
+    return [loss.detach(), torch.autograd.grad(loss, first)[0]]
+
+
 def part(x: Tensor | None, sizes: tuple[int, ...], rank: int) -> Tensor | None:
     return None if x is None else x.split(sizes)[rank].clone()
 

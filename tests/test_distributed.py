@@ -86,6 +86,18 @@ def test_an_input_frozen_on_one_rank_only_leaves_the_others_exact(name: str) -> 
     assert_close(torch.stack([result["scale"] for result in results]).mean(), expected["scale"], torch.float64)
 
 
+@pytest.mark.parametrize("name", ["dcd", "info_nce"])
+def test_a_rank_without_weights_counts_them_as_ones(name: str) -> None:
+    results = succeeded(run_ranks(3, programs.weights_on_some_ranks, name))
+    first, second, scale, weight = programs.case(7, weighted=True)
+    assert weight is not None
+    weight[2:5] = 1
+    loss = programs.LOSSES[name](first.requires_grad_(), second, scale, sample_weight=weight)
+    assert_close(torch.stack([result[0] for result in results]).mean(), loss.detach(), torch.float64)
+    (gradient,) = torch.autograd.grad(loss, first)
+    assert_close(torch.cat([result[1] for result in results]) / 3, gradient, torch.float64)
+
+
 def test_float32_rows_exchanged_in_bfloat16_halve_the_traffic() -> None:
     case = {"dtype": torch.float32, "d": 64}
     half = {"case": case, "configure": {"exchange_dtype": torch.bfloat16}, "tolerance": torch.bfloat16}

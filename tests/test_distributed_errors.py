@@ -36,10 +36,6 @@ def test_the_same_error_on_every_rank(by_rank: dict[int, dict[str, Any]], kind: 
     assert len({result.message for result in results}) == 1
 
 
-def test_a_rank_without_weights_counts_them_as_ones() -> None:
-    assert run_ranks(2, programs.call_with, {1: {"sample_weight": torch.ones(3)}}) == ["done", "done"]
-
-
 @pytest.mark.parametrize("when", ["embeddings", "between", "numbers"])
 def test_a_rank_that_dies_is_an_error_on_the_others(when: str) -> None:
     begun = time.monotonic()
