@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastkd import backends
-from fastkd.across_ranks import global_dcd_means, global_info_nce
 from fastkd.backends import reference
 from fastkd.distributed import Group, resolve_group
 from fastkd.ops.contrast import contrast
@@ -109,6 +108,9 @@ def dcd_terms(
     """
     process_group = resolve_group(group)
     if process_group is not None:
+        # Imported here because it loads torch's compiler, to keep it out.
+        from fastkd.across_ranks import global_dcd_means
+
         contrast_mean, consistency_mean = global_dcd_means(
             student, teacher, logit_scale, alpha, consistency, sample_weight, max_scale, process_group, backend
         )
@@ -168,6 +170,8 @@ def info_nce_loss(
     """
     process_group = resolve_group(group)
     if process_group is not None:
+        from fastkd.across_ranks import global_info_nce
+
         return global_info_nce(query, key, logit_scale, normalize, sample_weight, process_group, backend)
     check_pair("query", query, "key", key, "[n, D]")
     scale = check_scale(logit_scale, query)

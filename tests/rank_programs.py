@@ -216,6 +216,18 @@ def backward_late(rank: int) -> list[Tensor]:
     return [*grads, torch.autograd.grad(one, first)[0]]
 
 
+def compiled(rank: int) -> list[Tensor]:
+    """Loss and gradient under torch.compile, which leaves the exchange to eager code."""
+    first, second, scale, _ = case(6)
+    first, second = first.split(3)[rank].clone().requires_grad_(), second.split(3)[rank]
+
+    def doubled(student: Tensor, teacher: Tensor) -> Tensor:
+        return dcd_loss(2 * student, teacher, scale)
+
+    loss = torch.compile(doubled, backend="eager")(first, second)
+    return [loss.detach(), torch.autograd.grad(loss, first)[0]]
+
+
 def evaluated_without_gradient(rank: int) -> dict[str, Any]:
     """Under no_grad the numbers for a backward that never comes do not travel."""
     first, second, scale, _ = case(6)

@@ -187,6 +187,15 @@ def test_nothing_but_embeddings_travels_without_gradients() -> None:
         assert result["bytes"] == {"all_gather": 32 + 3 * 2 * programs.D * 8}
 
 
+def test_under_torch_compile() -> None:
+    results = succeeded(run_ranks(2, programs.compiled))
+    first, second, scale, _ = programs.case(6)
+    loss = programs.dcd_loss(2 * first.requires_grad_(), second, scale)
+    assert_close(torch.stack([result[0] for result in results]).mean(), loss.detach(), torch.float64)
+    actual = torch.cat([result[1] for result in results]) / 2
+    assert_close(actual, torch.autograd.grad(loss, first)[0], torch.float64)
+
+
 def test_two_losses_alive_at_once_and_a_repeated_backward() -> None:
     results = succeeded(run_ranks(3, programs.backward_late))
     first, second, scale, _ = programs.case(9)
