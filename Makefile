@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint format bench aot gpu-test gpu-bench clean
+.PHONY: setup ext ext-cuda demo test lint format bench aot gpu-test gpu-bench clean
 
 setup: .venv/.installed
 
@@ -11,7 +11,16 @@ setup: .venv/.installed
 		{ echo "fastkd needs Python >= 3.11, found $$($(PYTHON) --version 2>&1); run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
+
+# The C++/CUDA extension, into fastkd/. `setup` tries it and goes on without it; here a failure is an error.
+ext: setup
+	FASTKD_EXTENSION=1 $(BIN)/python setup.py build_ext --inplace
+
+# Compiles the CUDA kernel of the extension for sm_90, without a GPU, and prints its registers and spills.
+ext-cuda:
+	nvcc -std=c++17 -O3 -arch=sm_90 -Xptxas -v -c csrc/pack_rows_cuda.cu -o /dev/null
 
 demo: setup
 	$(BIN)/fastkd demo
@@ -45,4 +54,4 @@ gpu-bench: setup
 	$(BIN)/python -m bench.gpu
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks runs
+	rm -rf .venv build fastkd/_native.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks runs

@@ -1,8 +1,8 @@
 """Maps the repository's folders to packages (``kernels/`` is installed as ``fastkd.kernels``) and builds ``csrc/``.
 
-Everything declarative is in pyproject.toml. The C++/CUDA extension is optional: where torch is not installed (an isolated
-build), where there is no compiler or where compiling fails, the package is installed without it, with a notice, and
-``fastkd.pack`` computes the same in Python. A build happens here only, never at import.
+Everything declarative is in pyproject.toml. The C++/CUDA extension is optional: where torch is not installed (an
+isolated build), where there is no compiler or where compiling fails, the package is installed without it, with a
+notice, and ``fastkd.pack`` computes the same in Python. A build happens here only, never at import.
 
     python setup.py build_ext --inplace      builds fastkd/_native.so in the repository (``make ext``)
 
@@ -100,7 +100,7 @@ def extension() -> dict[str, Any]:
                 super().run()
             except Exception as error:
                 without_extension(f"the extension could not be built ({type(error).__name__}: {str(error)[:500]})")
-                self.extensions = []
+                self.extensions: list[Any] = []
 
     sources = ["csrc/pack_rows.cpp"]
     macros: list[tuple[str, str | None]] = [
@@ -121,9 +121,10 @@ def extension() -> dict[str, Any]:
     return {"ext_modules": [built], "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)}}
 
 
-setup(
-    packages=["fastkd", "fastkd.backends", "fastkd.losses", "fastkd.ops", "fastkd.trainer", "fastkd.kernels"],
-    package_dir={"fastkd": "fastkd", "fastkd.kernels": "kernels"},
-    package_data={"fastkd": ["py.typed", "trainer/*.html"]},
-    **extension(),
-)
+if __name__ == "__main__":
+    setup(
+        packages=["fastkd", "fastkd.backends", "fastkd.losses", "fastkd.ops", "fastkd.trainer", "fastkd.kernels"],
+        package_dir={"fastkd": "fastkd", "fastkd.kernels": "kernels"},
+        package_data={"fastkd": ["py.typed", "trainer/*.html"]},
+        **extension(),
+    )

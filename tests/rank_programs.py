@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastkd import DCDLoss, dcd_loss, info_nce_loss
+from fastkd import DCDLoss, dcd_loss, info_nce_loss, pack
 from fastkd import distributed as fastkd_distributed
 from tests.checks import embeddings
 
@@ -26,6 +27,14 @@ def case(
     first, second = embeddings(total, d, seed=total, dtype=dtype)
     weight = torch.arange(total, dtype=torch.float64) / 3 + 0.5 if weighted else None
     return first, second, torch.tensor(scale, dtype=torch.float64), weight
+
+
+def use_extension(library: str | None) -> None:
+    """Load the extension from ``library``; None: leave it out."""
+    pack.LIBRARY = Path(library or "absent")
+    pack.extension_covers.cache_clear()
+    pack._extension_loads.cache_clear()
+    assert pack.extension_covers("cpu") == (library is not None)
 
 
 def weights_on_some_ranks(rank: int, name: str) -> list[Tensor]:
@@ -46,6 +55,8 @@ def loss_and_gradients(
 ) -> dict[str, Any]:
     """This rank's loss and gradients, and what it put on the wire."""
     fastkd_distributed.configure(**settings.get("configure", {}))
+    if "extension" in settings:
+        use_extension(settings["extension"])
     first, second, scale, weight = case(sum(sizes), **settings.get("case", {}))
     first, second, weight = (part(x, sizes, rank) for x in (first, second, weight))
     assert first is not None

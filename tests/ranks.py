@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 # A server that has imported torch once and forks: a fresh process costs milliseconds.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.ranks", "tests.rank_programs"])
+_context.set_forkserver_preload(["tests.ranks", "tests.rank_programs", "fastkd.across_ranks"])
 
 
 def run_ranks(
