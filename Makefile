@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup ext ext-cuda demo test lint format bench aot gpu-test gpu-bench clean
+.PHONY: setup ext ext-cuda demo demo-ddp test lint format bench aot gpu-test gpu-bench clean
 
 setup: .venv/.installed
 
@@ -24,6 +24,10 @@ ext-cuda:
 
 demo: setup
 	$(BIN)/fastkd demo
+
+# One process and two gloo ranks, side by side; fails when they differ by more than float32 rounding.
+demo-ddp: setup
+	$(BIN)/python -m fastkd.trainer.demo_ddp
 
 test: setup
 	$(BIN)/python -m pytest

@@ -1,9 +1,10 @@
 """What the multi-process tests run on every rank: importable by name in a fresh process."""
 
+import io
 import itertools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,63 @@ def evaluated_without_gradient(rank: int) -> dict[str, Any]:
     with counted_bytes() as sent, torch.no_grad():
         loss = dcd_loss(first.split(3)[rank], second.split(3)[rank], scale)
     return {"loss": loss, "bytes": dict(sent)}
+
+
+class StopTraining(Exception):
+    """What interrupts a run in the tests."""
+
+
+def trained(rank: int, changes: dict[str, Any], stop_at: int | None = None, bad_on: int | None = None) -> Any:
+    """A run of the trainer in float64 on a network without batch norm and dropout: history, weights, what it wrote."""
+    from fastkd.trainer import DataConfig, ObjectiveConfig, OptimConfig, TensorImages, TrainConfig
+    from fastkd.trainer.loop import train as run
+    from fastkd.trainer.nets import MLP
+
+    torch.set_default_dtype(torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.arange(46) % 4
+    images = torch.randn(46, 1, 4, 4, generator=generator) + labels[:, None, None, None]
+    if rank == bad_on:
+        images = images.clone()
+        images[20] = float("nan")
+    torch.manual_seed(1)
+    student, teacher = (MLP(num_classes=4, in_features=16, hidden=(width,)) for width in (8, 12))
+    calls = itertools.count(1)
+
+    def stop(*_: Any) -> dict[str, Tensor]:
+        if next(calls) == stop_at:
+            raise StopTraining
+        return {"stop": torch.zeros(())}
+
+    config = TrainConfig(
+        data=DataConfig(batch_size=8, drop_last=changes.pop("drop_last", False)),
+        objective=ObjectiveConfig(terms="dcd+kd+stop"),
+        optim=OptimConfig(lr=0.05, clip_norm=1.0),
+        **{"epochs": 3, "device": "cpu", "log_every": 1, "tensorboard": False, "progress": False, **changes},
+    )
+    data = TensorImages(images, labels), TensorImages(images[:21], labels[:21])
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            result = run(
+                config, student=student, teacher=teacher, train_data=data[0], eval_data=data[1], terms={"stop": stop}
+            )
+    except StopTraining:
+        return "stopped"
+    parameters = dict(result.distiller.named_parameters())
+    return {
+        "history": result.history,
+        "weights": {name: value.detach() for name, value in parameters.items()},
+        "path": str(result.path),
+        "resumed_from": result.resumed_from,
+        "printed": printed.getvalue(),
+    }
+
+
+def trained_with_batch_norm(rank: int, folder: str) -> tuple[float, str, Tensor]:
+    """A run with batch norm, dropout and drawn augmentations: accuracy, checkpoint, a layer's weights."""
+    from fastkd.trainer.loop import train as run
+    from tests.trainer_runs import tiny_config
+
+    result = run(tiny_config(Path(folder), epochs=1, save_every_steps=4))
+    return result.accuracy, str(result.path), result.distiller.student.model.fc.weight.detach()
