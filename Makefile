@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup ext ext-cuda demo demo-ddp test lint format bench aot gpu-test gpu-bench clean
+.PHONY: setup ext ext-cuda demo demo-ddp test lint format bench bench-scale aot gpu-test gpu-bench clean
 
 setup: .venv/.installed
 
@@ -43,6 +43,10 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m bench
+
+# Several ranks: measured on local gloo ranks, modelled for 8 to 1024 GPUs. Pass the GPU's time with ARGS="--gpu-ms 3.5".
+bench-scale: setup
+	$(BIN)/python -m bench.scale $(ARGS)
 
 # Compiles every kernel for every target of the launch table, without a GPU, and fails on what would make it slow.
 aot: setup

@@ -299,10 +299,10 @@ def trained(rank: int, changes: dict[str, Any], stop_at: int | None = None, bad_
     }
 
 
-def trained_with_batch_norm(rank: int, folder: str) -> tuple[float, str, Tensor]:
-    """A run with batch norm, dropout and drawn augmentations: accuracy, checkpoint, a layer's weights."""
+def trained_with_batch_norm(rank: int, folder: str) -> tuple[dict[str, float], str, Tensor]:
+    """A run with batch norm, dropout and drawn augmentations: last record, checkpoint, a layer's weights."""
     from fastkd.trainer.loop import train as run
     from tests.trainer_runs import tiny_config
 
     result = run(tiny_config(Path(folder), epochs=1, save_every_steps=4))
-    return result.accuracy, str(result.path), result.distiller.student.model.fc.weight.detach()
+    return result.history[-1], str(result.path), result.distiller.student.model.fc.weight.detach()

@@ -89,14 +89,16 @@ def test_what_cannot_start_is_an_error_on_every_rank(
         assert message in result.message
 
 
-def test_with_batch_norm_the_reported_accuracy_is_the_checkpoints(tmp_path: Path) -> None:
+def test_with_batch_norm_what_is_reported_is_the_checkpoints(tmp_path: Path) -> None:
     write_teacher(tmp_path / "teacher.safetensors")
     results = succeeded(run_ranks(2, programs.trained_with_batch_norm, str(tmp_path), timeout=60))
-    accuracies, paths, weights = zip(*results, strict=True)
-    assert accuracies[0] == accuracies[1]
+    records, paths, weights = zip(*results, strict=True)
+    assert records[0] == records[1]
     assert paths[0] == paths[1]
     assert torch.equal(*weights)
-    assert evaluate_checkpoint(paths[0], trust_code=True, device="cpu").accuracy == accuracies[0]
+    checkpoint = evaluate_checkpoint(paths[0], trust_code=True, device="cpu")
+    assert checkpoint.accuracy == records[0]["accuracy"]
+    assert checkpoint.loss == pytest.approx(records[0]["eval_loss"], rel=1e-5)
 
 
 def test_the_demo_under_torchrun_matches_one_process(tmp_path: Path) -> None:

@@ -246,5 +246,6 @@ def train(
             saver.close()
     distiller.eval()
     result.seconds = time.perf_counter() - begun
+    del step
     ranks.close()
     return result

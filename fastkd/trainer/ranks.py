@@ -9,6 +9,7 @@ and augmentations draw from a generator of each rank.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,6 +117,8 @@ class Ranks:
     def close(self) -> None:
         """End the process group if it was started here."""
         if self.started_here:
+            gc.collect()  # DistributedDataParallel lies in reference cycles, and holds the group
+            dist.barrier()
             dist.destroy_process_group()
 
 
