@@ -125,7 +125,7 @@ def dcd_terms(
         if backend == "reference":
             with torch.autocast(student.device.type, enabled=False):
                 rows = reference.dual_softmax(student, teacher, scale, consistency=consistency)
-                contrast_sum, consistency_sum = (_weighted_sum(row, weight) for row in rows)
+                contrast_sum, consistency_sum = (reference.weighted_sum(row, weight) for row in rows)
         else:
             bound = scale_bound(logit_scale, max_scale)
             contrast_sum, consistency_sum, _ = dual_softmax(
@@ -180,7 +180,7 @@ def info_nce_loss(
     backend = backends.resolve(backend, "contrast", query)
     if backend == "reference":
         with torch.autocast(query.device.type, enabled=False):
-            total = _weighted_sum(reference.contrast(query, key, scale, normalize), weight)
+            total = reference.weighted_sum(reference.contrast(query, key, scale, normalize), weight)
     else:
         total, _ = contrast(query, key, scale, weight, normalize, backend)
     return total / query.shape[0]
@@ -275,12 +275,8 @@ def _soft_target_means(
             ce = torch.zeros_like(kd)
             if labels is not None:
                 ce = reference.cross_entropy(student_logits, labels, label_smoothing)
-            return _weighted_sum(ce, weight) / n, _weighted_sum(kd, weight) / n
+            return reference.weighted_sum(ce, weight) / n, reference.weighted_sum(kd, weight) / n
     ce_sum, kd_sum, _ = soft_target(
         student_logits, teacher_logits, labels, weight, temperature, label_smoothing, backend
     )
     return ce_sum / n, kd_sum / n
-
-
-def _weighted_sum(rows: Tensor, weight: Tensor | None) -> Tensor:
-    return rows.sum() if weight is None else (rows * weight.to(rows.dtype)).sum()

@@ -41,9 +41,11 @@ def value_and_grads(loss: Callable[..., Tensor], *inputs: Tensor, upstream: floa
     return value.detach(), *(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves)
 
 
-def embeddings(n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Student and teacher rows that agree in part, as they do in training."""
+def embeddings(
+    n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float64, noise: float = 1.4
+) -> tuple[Tensor, Tensor]:
+    """Student and teacher rows that agree in part, as they do in training; with little ``noise``, almost entirely."""
     generator = torch.Generator().manual_seed(seed)
     teacher = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    student = 0.7 * teacher + torch.randn(n, d, generator=generator, dtype=torch.float64)
-    return (3 * student).to(dtype), teacher.to(dtype)
+    student = teacher + noise * torch.randn(n, d, generator=generator, dtype=torch.float64)
+    return (2 * student).to(dtype), teacher.to(dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkd import dcd_loss, info_nce_loss, kd_loss
 from fastkd.backends import blocked, tiles
-from tests.checks import CONSISTENCIES, assert_close, embeddings, value_and_grads
+from tests.checks import CONSISTENCIES, assert_close, embeddings, relative_error, value_and_grads
 
 LOW = (torch.float32, torch.float16, torch.bfloat16)
 # Either side of a tile's edge, one row, one column, widths that are no multiple of 8.
@@ -75,6 +75,21 @@ def test_low_precision_is_no_worse_than_torch(name: str, dtype: torch.dtype, n: 
         assert a.dtype == given_input.dtype
         assert_close(a, e, dtype, low)
     assert_close(actual[0], exact[0], torch.float32, torch_result[0])
+
+
+@pytest.mark.parametrize("name", ["dcd", "dcd_reversed", "info_nce"])
+@pytest.mark.parametrize(("scale", "noise"), [(10.0, 0.05), (1 / 0.07, 0.05), (39.0, 1.0), (41.0, 1.0)])
+@pytest.mark.parametrize("n", [256, 1100])
+def test_gradients_keep_their_digits_where_the_loss_has_almost_vanished(
+    name: str, scale: float, noise: float, n: int
+) -> None:
+    inputs = *embeddings(n, 128, dtype=torch.float32, noise=noise), torch.tensor(scale)
+    exact = value_and_grads(losses(None, backend="reference")[name], *(x.double() for x in inputs))
+    actual = value_and_grads(losses(None, backend="blocked")[name], *inputs)
+    # A logit's rounding is relative to its size, and becomes the exponential's relative error. Plain float32 code loses
+    # p_ii - 1 in rounding here: its error is up to ten thousand times as large.
+    allowed = 8 * scale * torch.finfo(torch.float32).eps
+    assert all(relative_error(a, e, floor=1e-30) < allowed for a, e in zip(actual, exact, strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,9 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastkd.trainer import CheckpointError, ModelConfig, ObjectiveConfig, evaluate_checkpoint, load_weights, train
+from fastkd.trainer import (
+    CheckpointError,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    evaluate_checkpoint,
+    load_weights,
+    train,
+)
 from fastkd.trainer.checkpoint import CheckpointFolder, _manifest_hash, file_hash, find_checkpoint, read_checkpoint
-from tests.trainer_runs import DropoutNet, tiny_config
+from fastkd.trainer.cli import main
+from tests.trainer_runs import DropoutNet, noisy_data, tiny_config
 
 FILES = ("student.safetensors", "loss.safetensors", "state.pt", "manifest.json")
 
@@ -153,6 +162,32 @@ def test_a_forged_config_imports_nothing_without_trust(checkpoint, tmp_path, mon
     assert (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fastkd.trainer.nets:nn.functional.torch.os.system",
+        "fastkd.trainer.nets:nn.Module",
+        "fastkd.trainer.nets:nn",
+        "fastkd.trainer.nets:Tensor",
+        "fastkd.trainer.nets:SmallConvNet.mro",
+        "fastkd.trainer.nets:__import__",
+        "fastkd.trainer.nets:itertools",
+        "fastkd.trainer:nets.SmallConvNet",
+    ],
+)
+@pytest.mark.parametrize("part", ["student", "data"])
+def test_a_forged_config_reaches_nothing_through_our_own_module(checkpoint, tmp_path, name, part):
+    ran = tmp_path / "ran"
+    body = json.loads((checkpoint / "manifest.json").read_text())
+    body["config"]["student"] = {"name": "fastkd.trainer.nets:MLP"}
+    body["config"][part] = {"name": name, "options": {"command": f"touch {ran}"}}
+    (checkpoint / "manifest.json").write_text(json.dumps(body))
+    seal(checkpoint)
+    with pytest.raises(CheckpointError, match=f"would import and call '{name}'"):
+        evaluate_checkpoint(checkpoint)
+    assert not ran.exists()
+
+
 def test_weights_come_from_safetensors_state_dicts_checkpoints_and_run_folders(finished, tmp_path):
     config, result = finished
     expected = result.distiller.student.model.state_dict()
@@ -274,6 +309,31 @@ def test_a_student_given_as_a_module_must_be_given_again(tmp_path):
     with pytest.raises(CheckpointError, match="given as a module"):
         evaluate_checkpoint(result.path, trust_code=True)
     assert evaluate_checkpoint(result.path, model=DropoutNet(), trust_code=True).accuracy == result.accuracy
+
+
+def test_what_was_given_as_objects_is_never_replaced_by_what_the_config_names(tmp_path, capsys):
+    own = ModelConfig(name="fastkd.trainer.nets:SmallConvNet", options={"width": 2})
+    config = tiny_config(tmp_path, student=own, teacher=None, objective=ObjectiveConfig(terms="ce"), epochs=1)
+    config = dataclasses.replace(config, data=DataConfig(batch_size=4))  # names the digits
+    data = dict(zip(("train_data", "eval_data"), noisy_data(), strict=True))
+    result = train(config, **data)
+    assert json.loads(Path(config.run_dir, "run.json").read_text())["given_as_objects"] == ["data"]
+    with pytest.raises(CheckpointError, match=r"its data was given as objects; pass it as eval_data="):
+        evaluate_checkpoint(result.path)
+    assert main(["eval", str(result.path)]) == 1
+    assert "given as objects" in capsys.readouterr().err
+    assert evaluate_checkpoint(result.path, eval_data=data["eval_data"]).accuracy == result.accuracy
+
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "module"))
+    torch.manual_seed(0)
+    result = train(config, student=DropoutNet(), **data)
+    described = json.loads(Path(config.run_dir, "run.json").read_text())
+    assert described["given_as_objects"] == ["student", "data"]
+    assert described["student"]["name"] == "DropoutNet"
+    with pytest.raises(CheckpointError, match="its student was given as a module"):
+        evaluate_checkpoint(result.path, eval_data=data["eval_data"])
+    found = evaluate_checkpoint(result.path, model=DropoutNet(), eval_data=data["eval_data"])
+    assert found.accuracy == result.accuracy
 
 
 def test_model_config_refuses_two_sources_of_weights():

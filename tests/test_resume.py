@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastkd.trainer import CheckpointError, DataConfig, OptimConfig, TrainConfig, train
+from fastkd.trainer import CheckpointError, DataConfig, OptimConfig, TensorImages, TrainConfig, train
 from fastkd.trainer.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
-from tests.trainer_runs import DropoutNet, lines, one_thread, same, tiny_config  # noqa: F401
+from tests.trainer_runs import DropoutNet, lines, noisy_data, one_thread, same, tiny_config  # noqa: F401
 
 
 class Stop(Exception):
@@ -232,6 +232,20 @@ def test_resume_with_another_teacher_or_student_raises(tmp_path):
     other.extra = nn.Linear(2, 2)
     with pytest.raises(CheckpointError, match=r"missing extra\.weight; missing extra\.bias"):
         train(config, student=other, teacher=teacher)
+
+
+def test_resume_with_other_data_raises(tmp_path):
+    config = tiny_config(tmp_path, epochs=1, save_every_steps=5)
+    images, held_out = noisy_data()
+    train(config, train_data=images, eval_data=held_out)
+    shutil.rmtree(find_checkpoint(config.run_dir))
+    config = dataclasses.replace(config, resume=True)
+    other = TensorImages(images.images, images.labels.flip(0))
+    with pytest.raises(CheckpointError, match="was written with labels_sha256="):
+        train(config, train_data=other, eval_data=held_out)
+    with pytest.raises(CheckpointError, match=r"its data was given as objects .* that of this run is not"):
+        train(config)
+    assert train(config, train_data=images, eval_data=held_out).resumed_from == 10
 
 
 def test_resume_needs_neither_the_first_weights_nor_the_old_place_of_the_teacher(tmp_path):

@@ -99,6 +99,26 @@ def test_own_terms_are_modules_or_functions_with_a_name_and_a_weight(tmp_path, m
     assert "hint" in Objective(ObjectiveConfig(terms="hint"), 12, 24).terms
 
 
+@pytest.mark.parametrize("name", ["loss", "lr", "epoch", "step", "kind", "accuracy", "eval_loss", "grad_norm"])
+def test_a_term_named_like_another_value_of_the_records_is_an_error(name):
+    with pytest.raises(ValueError, match=rf"objective\.terms: got the name '{name}', which is reserved"):
+        Objective(ObjectiveConfig(terms=name), 12, 24, {name: lambda s, t, y: {name: s.logits.sum()}})
+
+
+@pytest.mark.parametrize("name", ["train", "type", "keys", "forward", "float", "__class__", "training"])
+def test_a_term_named_like_an_attribute_of_modules_is_an_error(name):
+    with pytest.raises(ValueError, match=rf"objective\.terms: got the name '{name}', which is reserved"):
+        Objective(ObjectiveConfig(terms=name), 12, 24, {name: lambda s, t, y: {name: s.logits.sum()}})
+
+
+def test_a_term_that_returns_nothing_or_no_dict_is_an_error():
+    output = ModelOutput(torch.randn(8, 4), torch.randn(8, 6))
+    for bad, got in (({}, "an empty dict"), (torch.ones(()), "Tensor"), (None, "NoneType")):
+        objective = Objective(ObjectiveConfig(terms="own"), 6, 6, {"own": lambda s, t, y, bad=bad: bad})
+        with pytest.raises(TypeError, match=f"terms: 'own' returned {got}, expected a dict of named 0-dim tensors"):
+            objective(output, None, torch.arange(8) % 4)
+
+
 def test_the_teacher_stays_in_eval_and_without_gradient_whatever_is_called():
     model = distiller()
     teacher = model.teacher
@@ -112,6 +132,8 @@ def test_the_teacher_stays_in_eval_and_without_gradient_whatever_is_called():
         lambda: teacher.train().requires_grad_(),
         lambda: teacher.model.train(),
         lambda: teacher.model.model.train(),
+        lambda: teacher.model.model.body[2].train(),
+        lambda: teacher.model.model.dropout.train(),
         lambda: nn.ModuleList([model]).train(),
     ):
         call()
@@ -126,6 +148,17 @@ def test_the_teacher_stays_in_eval_and_without_gradient_whatever_is_called():
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert model.student.training
     assert all(parameter.grad is not None for parameter in model.student.parameters())
+
+
+def test_a_teacher_that_shares_parameters_with_the_student_is_an_error(tmp_path):
+    config = tiny_config(tmp_path, run_dir=None)
+    student, teacher = DropoutNet(), DropoutNet()
+    with pytest.raises(ValueError, match=r"teacher: shares parameters with the student.*body\.1\.weight.* and 1 more"):
+        train(config, student=student, teacher=student)
+    teacher.body = student.body
+    with pytest.raises(ValueError, match=r"shares parameters .*: \['body\.1\.weight', .*'body\.2\.bias'\]$"):
+        train(config, student=student, teacher=teacher)
+    assert all(parameter.requires_grad for parameter in student.parameters())
 
 
 def test_training_leaves_the_teacher_as_it_was(tmp_path):

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import random
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -41,14 +43,15 @@ class DropoutNet(nn.Module):
 
 
 class NoisyImages(TensorImages):
-    """An augmentation that draws from torch's global generator, one sample at a time."""
+    """An augmentation that draws from the three global generators, one sample at a time."""
 
     def __getitems__(self, indices: Any) -> Any:
         return [self[int(index)] for index in indices]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, label = super().__getitem__(index)
-        return image + 0.1 * torch.randn(image.shape), label
+        shift = 0.05 * random.gauss(0, 1) + 0.05 * float(np.random.standard_normal())  # noqa: NPY002
+        return image + 0.1 * torch.randn(image.shape) + shift, label
 
 
 def noisy_data(samples: int = 52) -> tuple[NoisyImages, TensorImages]:

@@ -4,9 +4,14 @@ Similarities exist one tile at a time. The forward keeps a few numbers a row, th
 follow the identities worked out in float64 against the definition. Half-precision inputs are computed in float32.
 
 Legend, for :func:`dual_softmax_forward`: ``a``, ``b`` are the unit rows; ``X_ij = A_ij = scale a_i . b_j`` and
-``Y_ij = C_ij = A_ji`` on a tile of rows I and columns J; ``p = softmax_j X``, ``q = softmax_j Y``; ``la``, ``lc``
-their log-sum-exps; ``E_i = sum_j p_ij (X_ij - Y_ij)``. The tile of Y is the transposed tile (J, I) of A, so a pair of
-tiles serves the rows I and the rows J in both softmaxes: 2 N^2 D operations forward and 6 N^2 D backward.
+``Y_ij = C_ij = A_ji`` on a tile of rows I and columns J; ``p = softmax_j X``, ``q = softmax_j Y``; ``la = -log p_ii``
+and ``lc = -log q_ii``, their log-sum-exps less the positive's logit; ``E_i = sum_j p_ij (X_ij - Y_ij)``. The tile of Y
+is the transposed tile (J, I) of A, so a pair of tiles serves the rows I and the rows J in both softmaxes: 2 N^2 D
+operations forward and 6 N^2 D backward.
+
+Positives are kept apart from the sums: ``la = log(1 + sum_{j != i} exp(X_ij - X_ii))`` and ``p_ii - 1 = expm1(-la)``
+keep all their digits where a loss has almost vanished, and so does the gradient. The backward gets the positives'
+logits from the forward: only those of the same product agree with the other logits to the last bit.
 """
 
 import torch
@@ -15,7 +20,7 @@ from torch import Tensor
 from fastkd.backends.blocked_soft_target import soft_target_backward as soft_target_backward
 from fastkd.backends.blocked_soft_target import soft_target_forward as soft_target_forward
 from fastkd.backends.gemm import product
-from fastkd.backends.reference import accumulation_dtype, unit_rows
+from fastkd.backends.reference import accumulation_dtype, unit_rows, weighted_sum
 from fastkd.backends.tiles import Workspace, blocks, for_each_tile, pair_rounds, square_rounds
 
 # exp(+-40) summed over any number of rows stays inside float32, so no maximum has to be subtracted.
@@ -46,8 +51,14 @@ class OnlineSums:
     def logsumexp(self) -> Tensor:
         return self.maximum + self.total.log()
 
-    def mean(self) -> Tensor:
-        return self.weighted / self.total
+    def mean(self, positive: Tensor) -> Tensor:
+        """The mean of d, whose value is 0 for a further column with the logit ``positive``."""
+        return self.weighted / (self.total + (positive - self.maximum).exp())
+
+
+def beyond_positive(lse_others: Tensor, positive: Tensor) -> Tensor:
+    """``log(1 + exp(lse_others - positive))``: a row's log-sum-exp less its positive's logit."""
+    return torch.logaddexp(lse_others - positive, torch.zeros_like(positive))
 
 
 def row_weights(weight: Tensor | None, grad: Tensor, like: Tensor) -> Tensor:
@@ -57,21 +68,17 @@ def row_weights(weight: Tensor | None, grad: Tensor, like: Tensor) -> Tensor:
     return weight.to(like.dtype) * grad.to(like.dtype)
 
 
-def weighted_sum(loss: Tensor, weight: Tensor | None) -> Tensor:
-    return loss.sum() if weight is None else (loss * weight.to(loss.dtype)).sum()
-
-
 def finish(
     raw_rows: Tensor, grad: Tensor | None, rows: Tensor, diagonal: Tensor, inverse_norm: Tensor | None, scale: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """From ``sum_j G_ij other_j`` to the gradient of the raw rows, and to that of the scale.
+    """From ``sum_{j != i} G_ij other_j`` to the gradient of the raw rows, and to that of the scale.
 
-    Adds the positives' part ``-w_i other_i`` (``diagonal``) and goes back through the normalisation. Its dot products
+    Adds the positives' part ``G_ii other_i`` (``diagonal``) and goes back through the normalisation. Its dot products
     with the unit rows are the gradient of the scale, row by row. Without a gradient: an empty tensor and None.
     """
     if grad is None:
         return raw_rows.new_empty(0), None
-    grad -= diagonal
+    grad += diagonal
     dots = (grad * rows).sum(dim=1, keepdim=True)
     if inverse_norm is not None:
         grad = grad.addcmul_(dots, rows, value=-1) * inverse_norm
@@ -112,38 +119,37 @@ def shares_exponentials(a: Tensor, scale: Tensor, scale_bound: float) -> bool:
 def dual_softmax_forward(
     student: Tensor, teacher: Tensor, logit_scale: Tensor, weight: Tensor | None, consistency: str, scale_bound: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sums of contrast and consistency, and the numbers ``(la, lc, E)`` [3, n] that the backward needs."""
+    """Weighted sums of contrast and consistency, and ``(la, lc, E, X_ii)`` [4, n] for the backward."""
     dtype = accumulation_dtype(student.dtype)
     scale = logit_scale.to(dtype)
     forward_kl = consistency == "student||teacher"
     # KL(q || p) is KL(p || q) with student and teacher exchanged; only the contrast then reads q instead of p.
     a, b = (student, teacher) if forward_kl else (teacher, student)
     a, b = unit_rows(a.to(dtype))[0], unit_rows(b.to(dtype))[0]
-    if shares_exponentials(a, scale, scale_bound):
-        stats, positive = _dual_statistics_shared(a, b, scale)
-    else:
-        stats, positive = _dual_statistics_online(a, b, scale)
-    la, lc, E = stats
-    contrast = (la if forward_kl else lc) - positive
-    return weighted_sum(contrast, weight), weighted_sum(E - la + lc, weight), stats
+    statistics = _dual_statistics_shared if shares_exponentials(a, scale, scale_bound) else _dual_statistics_online
+    stats = statistics(a, b, scale)
+    la, lc, E, _ = stats
+    return weighted_sum(la if forward_kl else lc, weight), weighted_sum(E - la + lc, weight), stats
 
 
-def _dual_statistics_shared(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(la, lc, E) and A_ii, with one exponential a similarity, shared by p, q and their transposes."""
+def _dual_statistics_shared(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """(la, lc, E, X_ii) [4, n], with one exponential a similarity, shared by p, q and their transposes."""
     n = len(a)
     scaled_a, scaled_b, ones = a * scale, b * scale, a.new_ones(n)
-    stats, positive = a.new_zeros(3, n), a.new_zeros(n)
-    la, lc, E = stats  # sums of exponentials until the end
+    la, lc, E = a.new_zeros(3, n)  # sums over j != i until the end
+    positive = a.new_zeros(n)
 
     def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
         U, V = workspace(rows, cols)
         ones_rows, ones_cols = ones[rows], ones[cols]
         X = product(scaled_a[rows], b[cols])
         torch.exp(X, out=U)
+        if rows == cols:
+            positive[rows] = X.diagonal()
+            U.fill_diagonal_(0)
         la[rows].addmv_(U, ones_cols)
         lc[cols].addmv_(U.T, ones_rows)
         if rows == cols:
-            positive[rows] = X.diagonal()
             U.mul_(torch.sub(X, X.T, out=V))
             E[rows].addmv_(U, ones_cols)
             return
@@ -156,14 +162,12 @@ def _dual_statistics_shared(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor
         E[cols].addmv_(V.mul_(X).T, ones_rows, alpha=-1)
 
     for_each_tile(pair_rounds(blocks(n, a.device)), add_tile, a, buffers=2)
-    E /= la
-    la.log_()
-    lc.log_()
-    return stats, positive
+    E = E / (la + positive.exp())
+    return torch.stack([beyond_positive(la.log(), positive), beyond_positive(lc.log(), positive), E, positive])
 
 
-def _dual_statistics_online(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(la, lc, E) and A_ii for any scale: every softmax keeps its own running maximum."""
+def _dual_statistics_online(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """(la, lc, E, X_ii) [4, n] for any scale: every softmax keeps its own running maximum."""
     scaled_a, scaled_b = a * scale, b * scale
     p, q, positive = OnlineSums(a), OnlineSums(a), a.new_zeros(len(a))
 
@@ -174,6 +178,7 @@ def _dual_statistics_online(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor
         torch.sub(X, Y, out=d)
         if rows == cols:
             positive[rows] = X.diagonal()
+            X.fill_diagonal_(-torch.inf)  # and Y's, which is a view of X here
         p.add(rows, X, d)
         q.add(rows, Y)
         if rows != cols:
@@ -181,7 +186,8 @@ def _dual_statistics_online(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor
             q.add(cols, X.T)
 
     for_each_tile(pair_rounds(blocks(len(a), a.device)), add_tile, a, buffers=1)
-    return torch.stack([p.logsumexp(), q.logsumexp(), p.mean()]), positive
+    la, lc = (beyond_positive(sums.logsumexp(), positive) for sums in (p, q))
+    return torch.stack([la, lc, p.mean(positive), positive])
 
 
 def dual_softmax_backward(
@@ -211,38 +217,47 @@ def dual_softmax_backward(
     a, inverse_a = unit_rows(raw_a.to(dtype))
     b, inverse_b = unit_rows(raw_b.to(dtype))
     w, k = row_weights(weight, grad_contrast, a), row_weights(weight, grad_consist, a)
+    wp, wq = (w, torch.zeros_like(w)) if forward_kl else (torch.zeros_like(w), w)
+    diagonal = dual_diagonal(stats, wp, wq, k)
     shared = shares_exponentials(a, scale, scale_bound)
     # The gradient of logit_scale falls out of either side's, so one side is always computed.
     need_a = need_a or not need_b
-    coefficients = DualCoefficients(stats, w if forward_kl else 0, 0 if forward_kl else w, k, shared)
+    coefficients = DualCoefficients(stats, wp, wq, k, shared)
     grad_a, grad_b = _dual_gradients(a, b, scale, coefficients, need_a, need_b)
-    w = w[:, None]
-    grad_a, scale_a = finish(raw_a, grad_a, a, w * b, inverse_a, scale)
-    grad_b, scale_b = finish(raw_b, grad_b, b, w * a, inverse_b, scale)
+    diagonal = diagonal[:, None]
+    grad_a, scale_a = finish(raw_a, grad_a, a, diagonal * b, inverse_a, scale)
+    grad_b, scale_b = finish(raw_b, grad_b, b, diagonal * a, inverse_b, scale)
     grad_scale = scale_b if scale_a is None else scale_a
     assert grad_scale is not None
     grad_student, grad_teacher = (grad_a, grad_b) if forward_kl else (grad_b, grad_a)
     return grad_student, grad_teacher, grad_scale.to(logit_scale.dtype)
 
 
+def dual_diagonal(stats: Tensor, wp: Tensor, wq: Tensor, k: Tensor) -> Tensor:
+    """``G_ii``, [n]; the arguments as for :class:`DualCoefficients`."""
+    la, lc, E, _ = stats
+    return wp * (-la).expm1() + wq * (-lc).expm1() - k * E * (-la).exp() + k * ((-lc).expm1() - (-la).expm1())
+
+
 class DualCoefficients:
-    """Per-row factors of ``G_ij = p_ij (k_i d_ij + r_i) + q_ji x_j - p_ji k_j``, with ``d = X - Y``.
+    """Per-row factors of ``G_ij = p_ij (k_i d_ij + r_i) + q_ji x_j - p_ji k_j``, with ``d = X - Y``, for ``i != j``.
 
     ``wp``, ``wq``: upstream gradient of -log p_i(i) and of -log q_i(i); ``k``: that of KL(p_i || q_i). If ``shared``,
-    the tiles hold plain exponentials and the factors exp(-la), exp(-lc) that make them p and q are folded in here.
+    the tiles hold plain exponentials, and the factors that make them p and q are folded in here.
     """
 
-    def __init__(self, stats: Tensor, wp: Tensor | float, wq: Tensor | float, k: Tensor, shared: bool) -> None:
-        self.la, self.lc, E = stats
+    def __init__(self, stats: Tensor, wp: Tensor, wq: Tensor, k: Tensor, shared: bool) -> None:
+        self.la, self.lc, E, self.positive = stats
         self.shared = shared
-        to_p, to_q = ((-self.la).exp(), (-self.lc).exp()) if shared else (1.0, 1.0)
+        to_p, to_q = ((-sums - self.positive).exp() if shared else 1.0 for sums in (self.la, self.lc))
         self.k, self.r, self.x = k * to_p, (wp - k * E) * to_p, (wq + k) * to_q
 
     def exponentials(self, X: Tensor, Y: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """p_ij, q_ij, p_ji and q_ji of a tile, the first two by row and the last two by column."""
-        la, lc = self.la, self.lc
-        p, q = (X - la[rows, None]).exp_(), (Y - lc[rows, None]).exp_()
-        return p, q, (Y - la[columns]).exp_(), (X - lc[columns]).exp_()
+        la, lc, positive = self.la, self.lc, self.positive
+        p, q = ((x - positive[rows, None]).sub_(sums[rows, None]).exp_() for x, sums in ((X, la), (Y, lc)))
+        p_t, q_t = ((x - positive[columns]).sub_(sums[columns]).exp_() for x, sums in ((Y, la), (X, lc)))
+        return p, q, p_t, q_t
 
     def gradient(
         self, p: Tensor, p_t: Tensor, q_t: Tensor, d: Tensor, rows: slice, columns: slice, out: Tensor, scratch: Tensor
@@ -259,7 +274,7 @@ class DualCoefficients:
 def _dual_gradients(
     a: Tensor, b: Tensor, scale: Tensor, coefficients: DualCoefficients, need_a: bool, need_b: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``sum_j G_ij b_j`` and ``sum_i G_ij a_i`` over all tiles, without the diagonal's ``- w_i``."""
+    """``sum_j G_ij b_j`` and ``sum_i G_ij a_i`` over all tiles, without the diagonal."""
     scaled_a, scaled_b = a * scale, b * scale
     row_blocks = blocks(len(a), a.device)
     grad_a = _RowGradient(a, b, row_blocks) if need_a else None
@@ -276,6 +291,8 @@ def _dual_gradients(
             p, q, p_t, q_t = coefficients.exponentials(X, Y, rows, cols)
         d = X.sub_(Y)
         coefficients.gradient(p, p_t, q_t, d, rows, cols, G, scratch)
+        if rows == cols:
+            G.fill_diagonal_(0)
         if grad_a is not None:
             grad_a.add_rows(rows, cols, G)
         if grad_b is not None:
@@ -293,7 +310,7 @@ def _dual_gradients(
     return None if grad_a is None else grad_a.total(), None if grad_b is None else grad_b.total()
 
 
-def prepared_rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+def _rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     """Rows in the accumulation dtype; if asked, as unit rows with their inverse norms [n, 1]."""
     rows = raw_rows.to(accumulation_dtype(raw_rows.dtype))
     return unit_rows(rows) if normalize else (rows, None)
@@ -302,21 +319,22 @@ def prepared_rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | N
 def contrast_forward(
     query: Tensor, key: Tensor, logit_scale: Tensor, weight: Tensor | None, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of InfoNCE over the rows, and each row's log-sum-exp [n]."""
-    (q, _), (k, _) = prepared_rows(query, normalize), prepared_rows(key, normalize)
+    """Weighted sum of InfoNCE over the rows, and each row's loss and positive logit [2, n] for the backward."""
+    (q, _), (k, _) = _rows(query, normalize), _rows(key, normalize)
     scale = logit_scale.to(q.dtype)
     sums, positive = OnlineSums(q), q.new_zeros(len(q))
     scaled = q * scale
 
     def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
         logits = product(scaled[rows], k[cols])
-        sums.add(rows, logits)
         if rows == cols:
             positive[rows] = logits.diagonal()
+            logits.fill_diagonal_(-torch.inf)
+        sums.add(rows, logits)
 
     for_each_tile(square_rounds(blocks(len(q), q.device)), add_tile, q, buffers=0)
-    lse = sums.logsumexp()
-    return weighted_sum(lse - positive, weight), lse
+    loss = beyond_positive(sums.logsumexp(), positive)
+    return weighted_sum(loss, weight), torch.stack([loss, positive])
 
 
 def contrast_backward(
@@ -324,14 +342,14 @@ def contrast_backward(
     key: Tensor,
     logit_scale: Tensor,
     weight: Tensor | None,
-    lse: Tensor,
+    stats: Tensor,
     grad_loss: Tensor,
     normalize: bool,
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key (empty if not needed) and logit_scale: ``G_ij = w_i (p_ij - delta_ij)``."""
-    (q, inverse_q), (k, inverse_k) = prepared_rows(query, normalize), prepared_rows(key, normalize)
+    (q, inverse_q), (k, inverse_k) = _rows(query, normalize), _rows(key, normalize)
     scale = logit_scale.to(q.dtype)
     w = row_weights(weight, grad_loss, q)
     need_query = need_query or not need_key  # the gradient of logit_scale needs one side
@@ -339,18 +357,21 @@ def contrast_backward(
     grad_q = _RowGradient(q, k, row_blocks) if need_query else None
     grad_k = _RowGradient(k, q, row_blocks) if need_key else None
     scaled = q * scale
+    loss, positive = stats
 
     def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
-        G = product(scaled[rows], k[cols]).sub_(lse[rows, None]).exp_().mul_(w[rows, None])
+        G = product(scaled[rows], k[cols]).sub_(positive[rows, None]).sub_(loss[rows, None]).exp_().mul_(w[rows, None])
+        if rows == cols:
+            G.fill_diagonal_(0)
         if grad_q is not None:
             grad_q.add_rows(rows, cols, G)
         if grad_k is not None:
             grad_k.add_cols(rows, cols, G)
 
     for_each_tile(square_rounds(row_blocks), add_tile, q, buffers=0)
-    w = w[:, None]
-    grad_query, scale_q = finish(query, None if grad_q is None else grad_q.total(), q, w * k, inverse_q, scale)
-    grad_key, scale_k = finish(key, None if grad_k is None else grad_k.total(), k, w * q, inverse_k, scale)
+    diagonal = (w * (-loss).expm1())[:, None]
+    grad_query, scale_q = finish(query, None if grad_q is None else grad_q.total(), q, diagonal * k, inverse_q, scale)
+    grad_key, scale_k = finish(key, None if grad_k is None else grad_k.total(), k, diagonal * q, inverse_k, scale)
     grad_scale = scale_k if scale_q is None else scale_q
     assert grad_scale is not None
     return grad_query, grad_key, grad_scale.to(logit_scale.dtype)

@@ -3,7 +3,8 @@
 Legend as in ``blocked``: ``a``, ``b`` are unit rows, ``X_ij = scale a_i . b_j``, ``Y_ij = scale b_i . a_j``. Rows and
 columns are packed ``(a, b)`` [2, n, D] in the dtype they were exchanged in; they are computed with in the accumulation
 dtype. ``G_ij`` is the gradient of ``X_ij``; that of ``Y_ij = X_ji`` is ``G_ji``, which the owner of row i can compute
-from the numbers of row j: no gradient has to travel.
+from the numbers of row j: no gradient has to travel. Positives are kept apart from the sums, as in ``blocked``; other
+ranks need only the log-sum-exps, because a rank's positives are its own.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastkd.backends.blocked import DualCoefficients, OnlineSums, shares_exponentials
+from fastkd.backends.blocked import DualCoefficients, OnlineSums, beyond_positive, shares_exponentials
 from fastkd.backends.gemm import product
 from fastkd.backends.tiles import MAX_ROWS, MAX_ROWS_ACCELERATOR, Workspace
 
@@ -43,13 +44,9 @@ class _Rows:
         self.a, self.b = units.to(self.dtype)
         self.scaled_a, self.scaled_b = self.a * scale, self.b * scale
 
-    def positive(self) -> Tensor:
-        """``X_ii``, [n]."""
-        return (self.scaled_a * self.b).sum(dim=1)
-
 
 class DualStatistics(_Rows):
-    """The numbers (la, lc, E) of every row, accumulated over blocks of columns."""
+    """The numbers (la, lc, E, X_ii) of every row, accumulated over blocks of columns."""
 
     def __init__(self, units: Tensor, scale: Tensor, scale_bound: float) -> None:
         super().__init__(units, scale)
@@ -59,15 +56,21 @@ class DualStatistics(_Rows):
             # No maximum is subtracted: the sums of exponentials are what they are.
             self._p.maximum.zero_()
             self._q.maximum.zero_()
+        self._positive = self.a.new_zeros(len(self.a))
         self._workspace = _workspace(self.a, 2)
 
-    def add(self, columns: Tensor) -> None:
+    def add(self, columns: Tensor, *, is_own: bool) -> None:
+        """``is_own``: the columns are this rank's, row i's positive is column i."""
         a, b = columns.to(self.dtype)
         for i, j in _tiles(self.a, a):
             d, U = self._workspace(i, j)
             X = product(self.scaled_a[i], b[j])
             Y = product(self.scaled_b[i], a[j])
             torch.sub(X, Y, out=d)
+            if is_own and i == j:
+                self._positive[i] = X.diagonal()
+                X.fill_diagonal_(-torch.inf)
+                Y.fill_diagonal_(-torch.inf)
             if self._shared:
                 self._p.total[i] += torch.exp(X, out=U).sum(dim=1)
                 self._p.weighted[i] += U.mul_(d).sum(dim=1)
@@ -77,12 +80,14 @@ class DualStatistics(_Rows):
                 self._q.add(i, Y)
 
     def stats(self) -> Tensor:
-        """[3, n]."""
-        return torch.stack([self._p.logsumexp(), self._q.logsumexp(), self._p.mean()])
+        """[4, n]."""
+        positive = self._positive
+        la, lc = (beyond_positive(sums.logsumexp(), positive) for sums in (self._p, self._q))
+        return torch.stack([la, lc, self._p.mean(positive), positive])
 
 
 class DualGradients(_Rows):
-    """``sum_j G_ij b_j`` and ``sum_j G_ji a_j`` of the rows, accumulated over blocks of columns.
+    """``sum_j G_ij b_j`` and ``sum_j G_ji a_j`` over ``j != i``, accumulated over blocks of columns.
 
     ``coefficients`` hold the numbers of the whole global batch, in which ``rows`` are this rank's.
     """
@@ -114,32 +119,42 @@ class DualGradients(_Rows):
             d = X.sub_(Y)
             if self.grad_a is not None:
                 coefficients.gradient(p, p_t, q_t, d, rows, others, G, scratch)
+                if rows == others:
+                    G.fill_diagonal_(0)
                 self.grad_a[i] += product(G, b[j].T)
             if self.grad_b is not None:
                 # The mirrored tile (j, i), kept transposed.
                 coefficients.gradient(p_t.T, p.T, q.T, d.neg_().T, others, rows, G.T, scratch.T)
+                if rows == others:
+                    G.fill_diagonal_(0)
                 self.grad_b[i] += product(G, a[j].T)
 
 
 class ContrastStatistics(_Rows):
-    """The log-sum-exp of every row's ``X_ij``, accumulated over blocks of columns."""
+    """Loss and positive's logit of every row, accumulated over blocks of columns."""
 
     def __init__(self, units: Tensor, scale: Tensor) -> None:
         super().__init__(units, scale)
         self._sums = OnlineSums(self.a)
+        self._positive = self.a.new_zeros(len(self.a))
 
-    def add(self, columns: Tensor) -> None:
+    def add(self, columns: Tensor, *, is_own: bool) -> None:
+        """``is_own``: the columns are this rank's, row i's positive is column i."""
         b = columns[1].to(self.dtype)
         for i, j in _tiles(self.a, b):
-            self._sums.add(i, product(self.scaled_a[i], b[j]))
+            X = product(self.scaled_a[i], b[j])
+            if is_own and i == j:
+                self._positive[i] = X.diagonal()
+                X.fill_diagonal_(-torch.inf)
+            self._sums.add(i, X)
 
-    def lse(self) -> Tensor:
-        """[n]."""
-        return self._sums.logsumexp()
+    def stats(self) -> Tensor:
+        """[2, n]."""
+        return torch.stack([beyond_positive(self._sums.logsumexp(), self._positive), self._positive])
 
 
 class ContrastGradients(_Rows):
-    """``sum_j w_i p_ij b_j`` and ``sum_j w_j p_ji a_j`` of the rows, accumulated over blocks of columns.
+    """``sum_j w_i p_ij b_j`` and ``sum_j w_j p_ji a_j`` over ``j != i``, accumulated over blocks of columns.
 
     ``lse`` and ``w`` [N] are those of the whole global batch, in which ``rows`` are this rank's.
     """
@@ -161,9 +176,13 @@ class ContrastGradients(_Rows):
             rows, others = _shifted(i, self._start), _shifted(j, cols.start)
             if self.grad_a is not None:
                 G = product(self.scaled_a[i], b[j]).sub_(lse[rows, None]).exp_().mul_(w[rows, None])
+                if rows == others:
+                    G.fill_diagonal_(0)
                 self.grad_a[i] += product(G, b[j].T)
             if self.grad_b is not None:
                 G = product(self.scaled_b[i], a[j]).sub_(lse[others]).exp_().mul_(w[others])
+                if rows == others:
+                    G.fill_diagonal_(0)
                 self.grad_b[i] += product(G, a[j].T)
 
 

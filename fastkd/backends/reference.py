@@ -16,6 +16,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def weighted_sum(rows: Tensor, weight: Tensor | None) -> Tensor:
+    """``sum_i w_i rows_i``; ``None``: weights of one."""
+    return rows.sum() if weight is None else (rows * weight.to(rows.dtype)).sum()
+
+
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """``x_i / |x_i|`` [n, D] and ``1 / |x_i|`` [n, 1]; rows with ``|x_i| <= NORM_EPS`` give 0 and 0, and no gradient.
 

@@ -13,7 +13,7 @@ from fastkd.backends.reference import accumulation_dtype
 def contrast(
     query: Tensor, key: Tensor, logit_scale: Tensor, weight: Tensor | None, normalize: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """``sum_i w_i (-log softmax_j(logit_scale q_i . k_j)_i)`` and the log-sum-exp of each row, [n].
+    """``sum_i w_i (-log softmax_j(logit_scale q_i . k_j)_i)`` and two numbers a row for the backward, [2, n].
 
     query, key: [n, D]. logit_scale: 0-dim. weight: [n] or None for ones.
     """
@@ -26,7 +26,7 @@ def _(
     query: Tensor, key: Tensor, logit_scale: Tensor, weight: Tensor | None, normalize: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(query.dtype)
-    return query.new_empty((), dtype=dtype), query.new_empty(query.shape[0], dtype=dtype)
+    return query.new_empty((), dtype=dtype), query.new_empty((2, query.shape[0]), dtype=dtype)
 
 
 @torch.library.custom_op("fastkd::contrast_backward", mutates_args=())
@@ -35,7 +35,7 @@ def contrast_backward(
     key: Tensor,
     logit_scale: Tensor,
     weight: Tensor | None,
-    lse: Tensor,
+    stats: Tensor,
     grad_loss: Tensor,
     normalize: bool,
     need_query: bool,
@@ -45,7 +45,7 @@ def contrast_backward(
     """Gradients of query and key (empty where not needed) and of logit_scale, in their inputs' dtypes."""
     with torch.autocast(query.device.type, enabled=False):
         return STREAMING[backend].contrast_backward(
-            query, key, logit_scale, weight, lse, grad_loss, normalize, need_query, need_key
+            query, key, logit_scale, weight, stats, grad_loss, normalize, need_query, need_key
         )
 
 
@@ -55,7 +55,7 @@ def _(
     key: Tensor,
     logit_scale: Tensor,
     weight: Tensor | None,
-    lse: Tensor,
+    stats: Tensor,
     grad_loss: Tensor,
     normalize: bool,
     need_query: bool,

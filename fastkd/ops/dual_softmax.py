@@ -8,6 +8,8 @@ from torch import Tensor
 from fastkd.backends import STREAMING
 from fastkd.backends.reference import accumulation_dtype
 
+STATISTICS = {"blocked": 4, "triton": 3}  # numbers a row that a backend keeps for its backward
+
 
 @torch.library.custom_op("fastkd::dual_softmax", mutates_args=())
 def dual_softmax(
@@ -19,7 +21,7 @@ def dual_softmax(
     scale_bound: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``sum_i w_i contrast_i``, ``sum_i w_i consistency_i`` and three numbers a row for the backward, [3, n].
+    """``sum_i w_i contrast_i``, ``sum_i w_i consistency_i`` and what the backward needs, a few numbers a row.
 
     student, teacher: [n, D]. logit_scale: 0-dim, at most ``scale_bound`` (inf: unknown). weight: [n] or None for ones.
     """
@@ -39,7 +41,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(student.dtype)
     scalars = [student.new_empty((), dtype=dtype) for _ in range(2)]
-    return scalars[0], scalars[1], student.new_empty((3, student.shape[0]), dtype=dtype)
+    return scalars[0], scalars[1], student.new_empty((STATISTICS[backend], student.shape[0]), dtype=dtype)
 
 
 @torch.library.custom_op("fastkd::dual_softmax_backward", mutates_args=())

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastkd.backends.blocked import DualCoefficients, finish, row_weights, shares_exponentials, weighted_sum
+from fastkd.backends.blocked import DualCoefficients, dual_diagonal, finish, row_weights, shares_exponentials
 from fastkd.backends.blocked_rows import ContrastGradients, ContrastStatistics, DualGradients, DualStatistics
+from fastkd.backends.reference import weighted_sum
 from fastkd.distributed import Peers, columns, exchange_dtype, fits, start_gather
 from fastkd.pack import pack_rows
 
@@ -59,28 +60,31 @@ class _DualSoftmax(torch.autograd.Function):
             pair = (student, teacher) if ctx.forward_kl else (teacher, student)
             units, inverse_norm, gathered, works = _start(*pair, True, peers)
             state = DualStatistics(units, logit_scale.to(inverse_norm.dtype), scale_bound)
-            for _, block in columns(peers, units, gathered, works):
-                state.add(block)
-            stats, positive = state.stats(), state.positive()
-            la, lc, E = stats
-            contrast = (la if ctx.forward_kl else lc) - positive
-            _start_numbers(ctx, stats, weight, peers)
+            for cols, block in columns(peers, units, gathered, works):
+                state.add(block, is_own=cols == peers.rows(peers.rank))
+            stats = state.stats()
+            la, lc, E, positive = stats
+            _start_numbers(ctx, torch.stack([la + positive, lc + positive, E]), weight, peers)
             ctx.dtype = student.dtype
-            ctx.save_for_backward(logit_scale, units, inverse_norm, gathered)
-            return weighted_sum(contrast, weight), weighted_sum(E - la + lc, weight)
+            ctx.save_for_backward(logit_scale, units, inverse_norm, gathered, stats)
+            return weighted_sum(la if ctx.forward_kl else lc, weight), weighted_sum(E - la + lc, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_contrast: Tensor, grad_consist: Tensor) -> tuple[Tensor | None, ...]:
-        logit_scale, units, inverse_norm, gathered = ctx.saved_tensors
+        logit_scale, units, inverse_norm, gathered, stats = ctx.saved_tensors
         peers = ctx.peers
         own = peers.rows(peers.rank)
         with torch.autocast(units.device.type, enabled=False):
-            stats, weight = _finish_numbers(ctx, peers)
+            numbers, weight = _finish_numbers(ctx, peers)
             scale = logit_scale.to(inverse_norm.dtype)
-            w, k = row_weights(weight, grad_contrast, stats[0]), row_weights(weight, grad_consist, stats[0])
+            w, k = row_weights(weight, grad_contrast, numbers[0]), row_weights(weight, grad_consist, numbers[0])
+            wp, wq = (w, torch.zeros_like(w)) if ctx.forward_kl else (torch.zeros_like(w), w)
+            diagonal = dual_diagonal(stats, wp[own], wq[own], k[own])[:, None]
             shared = shares_exponentials(units, scale, ctx.scale_bound)
-            coefficients = DualCoefficients(stats, w if ctx.forward_kl else 0, 0 if ctx.forward_kl else w, k, shared)
+            # Apart from their positives, rows are described by their log-sum-exps: the positive's logit is in them.
+            numbers = torch.cat([numbers, torch.zeros_like(numbers[:1])])
+            coefficients = DualCoefficients(numbers, wp, wq, k, shared)
             need_student, need_teacher, need_scale = ctx.needs_input_grad[:3]
             # On every rank the student's side yields the gradient of logit_scale: its parts differ between the sides.
             need_student_side = need_student or need_scale
@@ -88,9 +92,9 @@ class _DualSoftmax(torch.autograd.Function):
             sums = DualGradients(units, scale, own, coefficients, *sides)
             for cols, block in columns(peers, units, gathered, []):
                 sums.add(block, cols)
-            w, like = w[own, None], units.new_empty(0, dtype=ctx.dtype)
-            grad_a, scale_a = finish(like, sums.grad_a, sums.a, w * sums.b, inverse_norm[0], scale)
-            grad_b, scale_b = finish(like, sums.grad_b, sums.b, w * sums.a, inverse_norm[1], scale)
+            like = units.new_empty(0, dtype=ctx.dtype)
+            grad_a, scale_a = finish(like, sums.grad_a, sums.a, diagonal * sums.b, inverse_norm[0], scale)
+            grad_b, scale_b = finish(like, sums.grad_b, sums.b, diagonal * sums.a, inverse_norm[1], scale)
             grads = (grad_a, grad_b) if ctx.forward_kl else (grad_b, grad_a)
             grad_scale = scale_a if ctx.forward_kl else scale_b
         return (
@@ -113,32 +117,32 @@ class _Contrast(torch.autograd.Function):
             ctx.peers, ctx.normalize, ctx.dtype = peers, normalize, query.dtype
             units, inverse_norm, gathered, works = _start(query, key, normalize, peers)
             state = ContrastStatistics(units, logit_scale.to(inverse_norm.dtype))
-            for _, block in columns(peers, units, gathered, works):
-                state.add(block)
-            lse = state.lse()
-            _start_numbers(ctx, lse[None], weight, peers)
-            ctx.save_for_backward(logit_scale, units, inverse_norm, gathered)
-            return weighted_sum(lse - state.positive(), weight)
+            for cols, block in columns(peers, units, gathered, works):
+                state.add(block, is_own=cols == peers.rows(peers.rank))
+            loss, positive = state.stats()
+            _start_numbers(ctx, (loss + positive)[None], weight, peers)
+            ctx.save_for_backward(logit_scale, units, inverse_norm, gathered, loss)
+            return weighted_sum(loss, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        logit_scale, units, inverse_norm, gathered = ctx.saved_tensors
+        logit_scale, units, inverse_norm, gathered, loss = ctx.saved_tensors
         peers = ctx.peers
         own = peers.rows(peers.rank)
         with torch.autocast(units.device.type, enabled=False):
-            stats, weight = _finish_numbers(ctx, peers)
-            scale, lse = logit_scale.to(inverse_norm.dtype), stats[0]
+            numbers, weight = _finish_numbers(ctx, peers)
+            scale, lse = logit_scale.to(inverse_norm.dtype), numbers[0]
             w = row_weights(weight, grad_loss, lse)
             need_query, need_key, need_scale = ctx.needs_input_grad[:3]
             # On every rank the queries yield the gradient of logit_scale, as above.
             sums = ContrastGradients(units, scale, own, lse, w, need_query or need_scale, need_key)
             for cols, block in columns(peers, units, gathered, []):
                 sums.add(block, cols)
-            w, like = w[own, None], units.new_empty(0, dtype=ctx.dtype)
+            diagonal, like = (w[own] * (-loss).expm1())[:, None], units.new_empty(0, dtype=ctx.dtype)
             inverse_q, inverse_k = inverse_norm if ctx.normalize else (None, None)
-            grad_query, grad_scale = finish(like, sums.grad_a, sums.a, w * sums.b, inverse_q, scale)
-            grad_key, _ = finish(like, sums.grad_b, sums.b, w * sums.a, inverse_k, scale)
+            grad_query, grad_scale = finish(like, sums.grad_a, sums.a, diagonal * sums.b, inverse_q, scale)
+            grad_key, _ = finish(like, sums.grad_b, sums.b, diagonal * sums.a, inverse_k, scale)
         return (
             grad_query if need_query else None,
             grad_key if need_key else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,15 @@ def labels_of(dataset: Any) -> Tensor:
     if hasattr(dataset, "tensors"):
         return torch.as_tensor(dataset.tensors[1])
     raise TypeError(f"data.labelled: {type(dataset).__name__} has neither 'labels' nor 'targets' to choose a subset by")
+
+
+def labels_hash(dataset: Any) -> str | None:
+    """sha256 of the labels, which tells most datasets apart cheaply; None for a dataset that does not expose them."""
+    try:
+        labels = labels_of(dataset).to("cpu", torch.long)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return None
+    return hashlib.sha256(labels.contiguous().numpy().tobytes()).hexdigest()
 
 
 def labelled_subset(dataset: Any, count: int, seed: int) -> Any:

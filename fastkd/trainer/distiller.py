@@ -21,6 +21,8 @@ class FrozenModel(nn.Module):
     def __init__(self, model: FeatureModel) -> None:
         super().__init__()
         self.model = model
+        # Listed once: the walk through a model's modules costs more than a look at each.
+        self._every = tuple(model.modules())
         self.train(False)
         self.requires_grad_(False)
 
@@ -36,8 +38,8 @@ class FrozenModel(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> ModelOutput:
         """The model's output, without a graph."""
-        # Someone may have called train() on the wrapped model itself.
-        if self.model.model.training:
+        # Someone may have called train() on the wrapped model itself, or on one of its batch norms.
+        if any(module.training for module in self._every):
             self.model.eval()
         return self.model(images)
 
@@ -97,7 +99,7 @@ def build_distiller(
 
     Raises:
         ValueError: no student; a term needs a teacher and there is none, or the reverse; a teacher without weights;
-            student and teacher with different numbers of classes.
+            student and teacher with different numbers of classes, or with a parameter in common.
         CheckpointError: weights that are missing, damaged or do not fit.
     """
     student_model = _feature_model("student", config.student, student)
@@ -114,10 +116,20 @@ def build_distiller(
         raise ValueError("teacher.weights: got None, expected trained weights (or pretrained=True, or a module)")
     teacher_model = _feature_model("teacher", config.teacher, teacher)
     assert teacher_model is not None
+    _check_nothing_shared(student_model, teacher_model)
     teacher_dim, teacher_classes = probe(teacher_model, images)
     if classes != teacher_classes:
         raise ValueError(f"teacher: has {teacher_classes} classes, expected the student's {classes}")
     return Distiller(student_model, teacher_model, Objective(config.objective, student_dim, teacher_dim, terms))
+
+
+def _check_nothing_shared(student: FeatureModel, teacher: FeatureModel) -> None:
+    """Freezing the teacher would freeze what the student shares with it."""
+    frozen = {id(parameter) for parameter in teacher.model.parameters()}
+    shared = [name for name, parameter in student.model.named_parameters() if id(parameter) in frozen]
+    if shared:
+        more = f" and {len(shared) - 5} more" if len(shared) > 5 else ""
+        raise ValueError(f"teacher: shares parameters with the student, expected its own: {shared[:5]}{more}")
 
 
 def _feature_model(role: str, config: ModelConfig | None, module: nn.Module | None) -> FeatureModel | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastkd.trainer import nets
 from fastkd.trainer.checkpoint import STUDENT, CheckpointError, find_checkpoint, load_into, read_checkpoint
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data import DATASETS, build_datasets, eval_loader
@@ -16,7 +17,6 @@ from fastkd.trainer.models import FeatureModel, build_model, count_parameters
 from fastkd.trainer.ranks import Ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SAFE_MODELS = ("timm", "torchvision", "", "fastkd.trainer.nets")
 
 
 @dataclass
@@ -84,22 +84,24 @@ def evaluate_checkpoint(
     ``package.module:callable``, which would be imported and called: from a checkpoint that needs ``trust_code=True``,
     except for timm, torchvision and fastkd's own.
 
-    Raises CheckpointError: missing, damaged, needs ``trust_code``, or written from a module that the config cannot
-    name.
+    Raises CheckpointError: missing, damaged, needs ``trust_code``, or its student or data were given to ``train`` as
+    objects, which no config names, and are not given here.
     """
     checkpoint = read_checkpoint(find_checkpoint(path))
     try:
         config = TrainConfig.from_dict(checkpoint.manifest["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.path / 'manifest.json'}: its config is not valid ({error})") from error
+    given = checkpoint.manifest.get("given_as_objects", [])
     if model is None:
-        if config.student is None:
+        if config.student is None or "student" in given:
             raise CheckpointError(f"{checkpoint.path}: its student was given as a module; pass it as model=...")
-        source = config.student.name.rpartition(":")[0]
-        _check_trust(checkpoint.path, config.student.name, source, _SAFE_MODELS, trust_code)
+        _check_trust(checkpoint.path, config.student.name, _is_known_model(config.student.name), trust_code)
         model = build_model(replace(config.student, pretrained=False, weights=None))
     if eval_data is None:
-        _check_trust(checkpoint.path, config.data.name, config.data.name, DATASETS, trust_code)
+        if "data" in given:
+            raise CheckpointError(f"{checkpoint.path}: its data was given as objects; pass it as eval_data=...")
+        _check_trust(checkpoint.path, config.data.name, config.data.name in DATASETS, trust_code)
         _, eval_data = build_datasets(config.data)
     load_into(model, checkpoint.student, checkpoint.path / STUDENT)
     target = choose_device(device, config.precision)
@@ -115,6 +117,15 @@ def evaluate_checkpoint(
     )
 
 
-def _check_trust(path: Path, name: str, source: str, safe: Any, trust_code: bool) -> None:
-    if source not in safe and not trust_code:
+def _is_known_model(name: str) -> bool:
+    """Whether ``name`` can build nothing but a model of timm or torchvision, or a class defined in our ``nets``."""
+    source, _, attribute = name.rpartition(":")
+    # Looked up without following dots, and not what the module merely imports: nets:nn.functional... reaches anything.
+    found = vars(nets).get(attribute) if source == nets.__name__ else None
+    own = isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == nets.__name__
+    return own or source in ("timm", "torchvision", "")
+
+
+def _check_trust(path: Path, name: str, known: bool, trust_code: bool) -> None:
+    if not known and not trust_code:
         raise CheckpointError(f"{path}: its config would import and call {name!r}; allow it with trust_code=True")

@@ -173,13 +173,15 @@ def describe(
 ) -> dict[str, Any]:
     """What ``run.json`` holds: everything needed to tell what a run was."""
 
-    def model(role: FeatureModel, named: ModelConfig | None) -> dict[str, Any]:
-        name = type(role.model).__name__ if named is None else named.name
-        return {"name": name, "classifier": role.classifier_name, "parameters": count_parameters(role.model)}
+    def model(role: str, model: FeatureModel, named: ModelConfig | None) -> dict[str, Any]:
+        name = type(model.model).__name__
+        if named is not None and role not in identity["given_as_objects"]:
+            name = named.name
+        return {"name": name, "classifier": model.classifier_name, "parameters": count_parameters(model.model)}
 
     return {
-        "student": model(distiller.student, config.student),
-        "teacher": None if distiller.teacher is None else model(distiller.teacher.model, config.teacher),
+        "student": model("student", distiller.student, config.student),
+        "teacher": None if distiller.teacher is None else model("teacher", distiller.teacher.model, config.teacher),
         "teacher_sha256": identity["teacher_sha256"],
         "train_samples": identity["train_samples"],
         "eval_samples": eval_samples,
@@ -192,6 +194,7 @@ def describe(
         "precision": config.precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "versions": versions(),
+        "given_as_objects": identity["given_as_objects"],
         "config": identity["config"],
     }
 

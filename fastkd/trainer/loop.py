@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastkd.trainer.checkpoint import CheckpointError, CheckpointFolder
+from fastkd.trainer.checkpoint import CheckpointFolder
 from fastkd.trainer.config import TrainConfig, without_initial_weights
-from fastkd.trainer.data import choose_data, collate, eval_loader, fetch, train_loader
+from fastkd.trainer.data import choose_data, collate, eval_loader, fetch, labels_hash, train_loader
 from fastkd.trainer.distiller import Distiller, build_distiller, weights_hash
 from fastkd.trainer.evaluation import DTYPES, choose_device, evaluate
 from fastkd.trainer.log import Meter, NonFiniteLossError, RunLog, check_finite, describe, header
@@ -23,6 +23,8 @@ from fastkd.trainer.optim import Schedule, build_optimizer, set_learning_rate
 from fastkd.trainer.ranks import join_ranks
 from fastkd.trainer.state import (
     Progress,
+    check_same_run,
+    given_as_objects,
     open_run,
     pack,
     resume_generators,
@@ -65,7 +67,8 @@ def train(
 ) -> TrainResult:
     """Train ``config.student`` by ``config.objective``; objects given as arguments replace what the config would build.
 
-    ``train_data`` / ``eval_data`` are map-style datasets of (image, label), given together. ``terms`` are own
+    A given teacher is left frozen: in eval mode and without gradient. Seeds the global generators of torch, Python and
+    numpy. ``train_data`` / ``eval_data`` are map-style datasets of (image, label), given together. ``terms`` are own
     objective terms. Under ``torchrun`` every rank calls this and gets the same result: see ``fastkd.trainer.ranks``.
 
     Raises:
@@ -98,7 +101,9 @@ def train(
     meter = Meter(ranks.mean)
     identity = {
         "config": config.to_dict(),
+        "given_as_objects": given_as_objects(student=student, teacher=teacher, data=train_data),
         "train_samples": len(train_set),
+        "labels_sha256": labels_hash(train_set),
         "teacher_sha256": None if distiller.teacher is None else weights_hash(distiller.teacher.model.model),
     }
     ranks.check_same(identity)
@@ -108,12 +113,7 @@ def train(
     seed_everything(config.seed, ranks.rank)
     progress = Progress()
     if checkpoint is not None:
-        for key in ("train_samples", "teacher_sha256"):
-            if checkpoint.manifest[key] != identity[key]:
-                raise CheckpointError(
-                    f"{checkpoint.path}: was written with {key}={checkpoint.manifest[key]}, this run has "
-                    f"{identity[key]}"
-                )
+        check_same_run(checkpoint, identity)
         progress = unpack(checkpoint, distiller, meter, optimizer, scaler)
         if progress.loader is not None:
             loader.load_state_dict(progress.loader)

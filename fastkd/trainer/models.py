@@ -138,6 +138,8 @@ class FeatureModel(nn.Module):
     """A model that also returns its penultimate features; the wrapped ``model`` itself is left as it is.
 
     The model's output may be the logits or an object with ``logits`` (Inception in training, Hugging Face models).
+    Images are converted to the dtype of the model's first parameter, and a model that is not in float32 runs without
+    autocast: a teacher may be in half precision.
     """
 
     def __init__(self, model: nn.Module, classifier: str | None = None) -> None:
@@ -152,7 +154,7 @@ class FeatureModel(nn.Module):
         # Hooked per call: the user's module carries nothing of ours before or after.
         handle = layer.register_forward_pre_hook(lambda _, args: captured.extend(args[:1]))
         try:
-            output = self.model(images)
+            output = self._run(images)
         finally:
             handle.remove()
         if len(captured) != 1:
@@ -165,6 +167,16 @@ class FeatureModel(nn.Module):
             got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
             raise TypeError(f"{type(self.model).__name__} returned {got}, expected logits [B, C]")
         return ModelOutput(logits, pool_features(captured[0], layer))
+
+    def _run(self, images: Tensor) -> Any:
+        dtype = next(self.model.parameters(), images).dtype
+        if not (images.is_floating_point() and dtype.is_floating_point):
+            return self.model(images)
+        if dtype == torch.float32:
+            return self.model(images.to(dtype))
+        # Autocast is made for float32 models; others fail in it (float64 layers, fp16 batch norms).
+        with torch.autocast(images.device.type, enabled=False):
+            return self.model(images.to(dtype))
 
 
 @torch.no_grad()

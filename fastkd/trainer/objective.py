@@ -125,6 +125,18 @@ class CETerm(nn.Module):
         return {"ce": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
 
 
+def _one_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as they are when their dtypes agree, else both in float32."""
+    return (student, teacher) if student.dtype == teacher.dtype else (student.float(), teacher.float())
+
+
+def _for_linear(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """``features`` for a linear layer of ``dtype``; autocast converts by itself, all but float64."""
+    if torch.is_autocast_enabled(features.device.type) and features.dtype != torch.float64:
+        return features
+    return features.to(dtype)
+
+
 class KDTerm(nn.Module):
     """``KDLoss`` on the logits."""
 
@@ -136,7 +148,7 @@ class KDTerm(nn.Module):
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
         assert teacher is not None
-        return self.loss(student.logits, teacher.logits)
+        return self.loss(*_one_dtype(student.logits, teacher.logits))
 
 
 class DCDTerm(nn.Module):
@@ -161,7 +173,8 @@ class DCDTerm(nn.Module):
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
         assert teacher is not None
-        return self.loss(student.features, teacher.features)
+        dtype = self.loss.student_head.weight.dtype
+        return self.loss(_for_linear(student.features, dtype), _for_linear(teacher.features, dtype))
 
     def scalars(self) -> dict[str, Tensor]:
         """What is logged beside the loss: tau and the logit scale."""
@@ -189,6 +202,9 @@ TERMS: dict[str, Callable[[ObjectiveConfig, int, int], nn.Module]] = {
 _NEEDS_NO_TEACHER = {"ce"}
 
 
+# Names of other values in the same record.
+_RESERVED = {"kind", "step", "epoch", "lr", "loss", "accuracy", "eval_loss", "grad_norm"}
+
 # Where cross-entropy and KD together are one read of the logits; on a CPU torch's own cross-entropy is as fast.
 _ONE_READ_DEVICES = {"cuda"}
 
@@ -202,7 +218,7 @@ def _ce_and_kd(
         return {}
     assert teacher is not None
     ce_value, kd_value = ce_kd_terms(
-        student.logits, teacher.logits, labels, kd.loss.temperature, label_smoothing=ce.label_smoothing
+        *_one_dtype(student.logits, teacher.logits), labels, kd.loss.temperature, label_smoothing=ce.label_smoothing
     )
     return {"ce": {"ce": ce_value}, "kd": {"kd": kd_value}}
 
@@ -223,10 +239,10 @@ class Objective(nn.Module):
         config: which terms, their weights and options.
         student_dim, teacher_dim: widths of the penultimate features.
         terms: the user's own terms by name: modules (their parameters are trained) or plain functions. They may be
-            named,
-            with a weight, in ``config.terms``; one that is not named there is an error.
+            named, with a weight, in ``config.terms``; one that is not named there is an error.
 
-    Raises ValueError for a name that neither ``TERMS`` nor ``terms`` has.
+    Raises ValueError for a name that neither ``TERMS`` nor ``terms`` has, or that means something else in a record or
+    in ``nn.ModuleDict``.
     """
 
     def __init__(
@@ -244,6 +260,8 @@ class Objective(nn.Module):
             raise ValueError(f"terms: got {unused}, which objective.terms={config.terms!r} does not name")
         built: dict[str, nn.Module] = {}
         for name in self.weights:
+            if name in _RESERVED or hasattr(nn.ModuleDict(), name):
+                raise ValueError(f"objective.terms: got the name {name!r}, which is reserved; choose another one")
             if name in given:
                 term = given[name]
                 built[name] = term if isinstance(term, nn.Module) else CallableTerm(term)
@@ -268,6 +286,11 @@ class Objective(nn.Module):
         together = _ce_and_kd(dict(self.terms.items()), student, teacher, labels)
         for name, term in self.terms.items():
             values = together[name] if name in together else term(student, teacher, labels)
+            if not isinstance(values, Mapping) or not values:
+                raise TypeError(
+                    f"terms: {name!r} returned {'an empty dict' if values == {} else type(values).__name__}, expected "
+                    "a dict of named 0-dim tensors"
+                )
             for part, value in values.items():
                 if not isinstance(value, Tensor) or value.ndim != 0:
                     got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -73,6 +73,26 @@ def open_run(config: TrainConfig) -> tuple[Path | None, Checkpoint | None]:
     return folder, None
 
 
+def given_as_objects(**objects: Any) -> list[str]:
+    """The names of the arguments that replaced what the config would build; the config does not describe those."""
+    return [name for name, value in objects.items() if value is not None]
+
+
+def check_same_run(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
+    """CheckpointError when the data or the teacher are not those that the checkpoint was written with."""
+    for key in ("train_samples", "labels_sha256", "teacher_sha256"):
+        if checkpoint.manifest[key] != identity[key]:
+            raise CheckpointError(
+                f"{checkpoint.path}: was written with {key}={checkpoint.manifest[key]}, this run has {identity[key]}"
+            )
+    before, now = ("data" in source["given_as_objects"] for source in (checkpoint.manifest, identity))
+    if before != now:
+        raise CheckpointError(
+            f"{checkpoint.path}: its data {'was' if before else 'was not'} given as objects (train_data, eval_data), "
+            f"that of this run {'is' if now else 'is not'}"
+        )
+
+
 def write_run_file(folder: Path, info: dict[str, Any]) -> None:
     """Write ``run.json`` in one piece."""
     temporary = folder / (RUN + ".tmp")
