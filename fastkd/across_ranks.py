@@ -44,11 +44,12 @@ def global_dcd_means(
         check_choice("consistency", consistency, CONSISTENCIES)
         weight = check_weight(sample_weight, student)
         options = {"alpha": alpha, "consistency": consistency}
-        return _call(student, teacher, scale, weight, backend, options)
+        return _call(student, teacher, scale, weight, "dual_softmax", backend, options)
 
     peers = agree(group, "dcd_loss", describe)
     bound = scale_bound(logit_scale, max_scale)
-    sums = global_dual_softmax(student, teacher, scale, weight, consistency, bound, peers)
+    name = backends.resolve(backend, "dual_softmax", student)
+    sums = global_dual_softmax(student, teacher, scale, weight, consistency, bound, peers, name)
     return _global_mean(sums[0], peers), _global_mean(sums[1], peers)
 
 
@@ -71,7 +72,7 @@ def global_info_nce(
         scale = check_scale(logit_scale, query)
         check_bool("normalize", normalize)
         weight = check_weight(sample_weight, query)
-        return _call(query, key, scale, weight, backend, {"normalize": normalize})
+        return _call(query, key, scale, weight, "contrast", backend, {"normalize": normalize})
 
     peers = agree(group, "info_nce_loss", describe)
     return _global_mean(global_contrast(query, key, scale, weight, normalize, peers), peers)
@@ -82,11 +83,13 @@ def _call(
     second: Tensor,
     scale: Tensor,
     weight: Tensor | None,
+    operation: str,
     backend: str | None,
     options: dict[str, object],
 ) -> Call:
     """What the ranks must agree on before rows are exchanged."""
-    backends.check_for_several_ranks(backend)
+    if backends.resolve(backend, operation, first) == "reference":
+        raise ValueError("backend: got 'reference', expected None, 'blocked' or 'triton' for a group of several ranks")
     same = {"width of the rows": first.shape[1], "dtype": first.dtype, "device": first.device.type}
     return Call(
         rows=len(first),

@@ -68,7 +68,9 @@ def loss_and_gradients(
         leaf.requires_grad_(key != frozen or rank != on_rank)
     copies = [x.detach().clone() for x in leaves]
     with counted_bytes() as sent:
-        loss = LOSSES[name](*leaves, sample_weight=weight, **options)
+        # A number is a known bound of the scale.
+        scale_or_number = scale.item() if settings.get("bounded") else scale
+        loss = LOSSES[name](first, second, scale_or_number, sample_weight=weight, **options)
         forward_bytes = dict(sent)
         loss.backward(torch.tensor(settings.get("upstream", 1.0), dtype=loss.dtype))
     untouched = all(torch.equal(x.detach(), copy) for x, copy in zip(leaves, copies, strict=True))
@@ -81,6 +83,11 @@ def loss_and_gradients(
         "forward_bytes": forward_bytes,
         "bytes": dict(sent),
     }
+
+
+def several_cases(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """``loss_and_gradients`` of each case in turn: for processes that start slowly."""
+    return [loss_and_gradients(rank, *arguments) for arguments in cases]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,23 +21,31 @@ _context.set_forkserver_preload(["tests.ranks", "tests.rank_programs", "fastkd.a
 
 
 def run_ranks(
-    world_size: int, program: Callable[..., Any], *arguments: Any, timeout: float = 30, group_timeout: float = 20
+    world_size: int,
+    program: Callable[..., Any],
+    *arguments: Any,
+    timeout: float = 30,
+    group_timeout: float = 20,
+    environment: dict[str, str] | None = None,
 ) -> list[Any]:
     """What ``program(rank, *arguments)`` returns on every rank of a default gloo group.
 
     An exception is returned as ``Failure``; a process that ends without an answer gives None. Processes that take
-    longer than ``timeout`` seconds are killed, and TimeoutError is raised.
+    longer than ``timeout`` seconds are killed, and TimeoutError is raised. With an ``environment`` the processes start
+    afresh, which takes seconds.
     """
+    context: Any = multiprocessing.get_context("spawn") if environment else _context
     with tempfile.TemporaryDirectory() as folder:
-        pairs = [_context.Pipe(duplex=False) for _ in range(world_size)]
+        pairs = [context.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
-            _context.Process(
+            context.Process(
                 target=_run, args=(rank, world_size, f"{folder}/store", group_timeout, pair[1], program, arguments)
             )
             for rank, pair in enumerate(pairs)
         ]
-        for process in processes:
-            process.start()
+        with mock.patch.dict(os.environ, environment or {}):
+            for process in processes:
+                process.start()
         for _, sender in pairs:
             sender.close()
         deadline = time.monotonic() + timeout

@@ -1,5 +1,6 @@
 """Negatives across ranks: several processes give what one process gives on the concatenated batch."""
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ def one_process(name: str, total: int, options: dict[str, Any], settings: dict[s
     """The definition, or the streaming backend, on the concatenated batch."""
     first, second, scale, weight = programs.case(total, **settings.get("case", {}))
     leaves = [x.requires_grad_() for x in (first, second, scale)]
-    loss = programs.LOSSES[name](*leaves, sample_weight=weight, backend="reference", **options)
+    options = {**options, "backend": "reference"}
+    loss = programs.LOSSES[name](*leaves, sample_weight=weight, **options)
     loss.backward(torch.tensor(settings.get("upstream", 1.0), dtype=loss.dtype))
     return {"loss": loss.detach(), **{key: x.grad for key, x in zip(("first", "second", "scale"), leaves, strict=True)}}
 
@@ -25,8 +27,15 @@ def one_process(name: str, total: int, options: dict[str, Any], settings: dict[s
 def check_against_one_process(
     name: str, sizes: tuple[int, ...], options: dict[str, Any], settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    expected = one_process(name, sum(sizes), options, settings)
     results = succeeded(run_ranks(len(sizes), programs.loss_and_gradients, name, sizes, options, settings))
+    compare_with_one_process(results, name, sizes, options, settings)
+    return results
+
+
+def compare_with_one_process(
+    results: list[dict[str, Any]], name: str, sizes: tuple[int, ...], options: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    expected = one_process(name, sum(sizes), options, settings)
     world_size = len(sizes)
     actual = {
         "loss": torch.stack([result["loss"] for result in results]).mean(),
@@ -44,7 +53,6 @@ def check_against_one_process(
             value, expected[key], settings.get("tolerance", settings.get("case", {}).get("dtype", torch.float64))
         )
     assert all(result["untouched"] for result in results)
-    return results
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -118,6 +126,31 @@ def test_many_columns_and_large_scales_are_streamed_in_tiles() -> None:
     check_against_one_process("dcd", (700, 530), {}, {"case": {"d": 4}})
     check_against_one_process("dcd", (700, 530), {}, {"case": {"d": 4, "scale": 90.0}})
     check_against_one_process("info_nce", (700, 530), {}, {"case": {"d": 4, "scale": 90.0}, "configure": RING})
+
+
+INTERPRETED = [
+    {"case": {"d": 20, "weighted": True}},  # padded
+    {"case": {"d": 16, "scale": 60.0}, "configure": RING},
+    {"case": {"d": 16}, "frozen": "second"},
+    {"case": {"d": 16, "weighted": True}, "frozen": "scale", "bounded": True},
+    {"case": {"d": 300}},  # wider than a tile
+]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton")
+def test_the_triton_kernels_equal_one_process() -> None:
+    """In the interpreter, which computes float32: what one rank's block leaves is carried on to the next."""
+    sizes = (5, 0, 18)
+    cases = [
+        ("dcd", sizes, {"consistency": consistency, "backend": "triton"}, {**settings, "case": case})
+        for settings in INTERPRETED
+        for consistency in CONSISTENCIES
+        for case in [{**settings["case"], "dtype": torch.float32}]
+    ]
+    environment = {"TRITON_INTERPRET": "1"}
+    by_rank = succeeded(run_ranks(3, programs.several_cases, cases, timeout=120, environment=environment))
+    for case, *results in zip(cases, *by_rank, strict=True):
+        compare_with_one_process(results, *case)
 
 
 def test_sub_groups_and_the_rank_alone() -> None:

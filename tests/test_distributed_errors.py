@@ -20,7 +20,7 @@ BAD = [
     ({1: {"alpha": -1}}, "ValueError", "alpha: got -1, expected a finite number >= 0 (on rank 1 of 3)"),
     ({1: {"teacher": torch.zeros(2, 2)}}, "ValueError", "teacher: got shape [2, 2]"),
     ({2: {"student": "rows"}}, "TypeError", "student: got str, expected a torch.Tensor (on rank 2 of 3)"),
-    ({0: {"backend": "reference"}}, "ValueError", "backend: got 'reference', expected None or 'blocked'"),
+    ({0: {"backend": "reference"}}, "ValueError", "backend: got 'reference', expected None, 'blocked' or"),
     ({0: {"sample_weight": torch.tensor([1.0, -1.0, 0.0])}}, "ValueError", "sample_weight: got -1.0"),
     ({r: {"rows": 0} for r in range(3)}, "ValueError", "got no rows on any of the 3 ranks"),
 ]

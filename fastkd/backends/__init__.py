@@ -44,13 +44,6 @@ def resolve(backend: str | None, operation: str, like: Tensor) -> str:
     return backend
 
 
-def check_for_several_ranks(backend: str | None) -> None:
-    """Raise ValueError for a backend that does not compute one rank's rows against those of others."""
-    check_name(backend)
-    if backend not in (None, "blocked"):
-        raise ValueError(f"backend: got {backend!r}, expected None or 'blocked' for a group of several ranks")
-
-
 def _why_not_triton(operation: str, like: Tensor) -> str | None:
     if operation not in TRITON_OPERATIONS:
         return f"has no kernel for {operation}"

@@ -218,7 +218,7 @@ def dual_softmax_backward(
     b, inverse_b = unit_rows(raw_b.to(dtype))
     w, k = row_weights(weight, grad_contrast, a), row_weights(weight, grad_consist, a)
     wp, wq = (w, torch.zeros_like(w)) if forward_kl else (torch.zeros_like(w), w)
-    diagonal = dual_diagonal(stats, wp, wq, k)
+    diagonal = dual_diagonal(stats[:3], wp, wq, k)
     shared = shares_exponentials(a, scale, scale_bound)
     # The gradient of logit_scale falls out of either side's, so one side is always computed.
     need_a = need_a or not need_b
@@ -234,8 +234,8 @@ def dual_softmax_backward(
 
 
 def dual_diagonal(stats: Tensor, wp: Tensor, wq: Tensor, k: Tensor) -> Tensor:
-    """``G_ii``, [n]; the arguments as for :class:`DualCoefficients`."""
-    la, lc, E, _ = stats
+    """``G_ii`` [n] from (la, lc, E) [3, n]; the upstream gradients as for :class:`DualCoefficients`."""
+    la, lc, E = stats
     return wp * (-la).expm1() + wq * (-lc).expm1() - k * E * (-la).exp() + k * ((-lc).expm1() - (-la).expm1())
 
 

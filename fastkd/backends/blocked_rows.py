@@ -12,8 +12,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastkd.backends.blocked import DualCoefficients, OnlineSums, beyond_positive, shares_exponentials
+from fastkd.backends.blocked import (
+    DualCoefficients,
+    OnlineSums,
+    beyond_positive,
+    dual_diagonal,
+    finish,
+    row_weights,
+    shares_exponentials,
+)
 from fastkd.backends.gemm import product
+from fastkd.backends.reference import weighted_sum
 from fastkd.backends.tiles import MAX_ROWS, MAX_ROWS_ACCELERATOR, Workspace
 
 
@@ -41,6 +50,7 @@ class _Rows:
 
     def __init__(self, units: Tensor, scale: Tensor) -> None:
         self.dtype = scale.dtype
+        self.scale = scale
         self.a, self.b = units.to(self.dtype)
         self.scaled_a, self.scaled_b = self.a * scale, self.b * scale
 
@@ -79,25 +89,44 @@ class DualStatistics(_Rows):
                 self._p.add(i, X, d)
                 self._q.add(i, Y)
 
-    def stats(self) -> Tensor:
-        """[4, n]."""
+    def finish(self, weight: Tensor | None, forward_kl: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weighted contrast and consistency, what other ranks need of every row [3, n], what this one does [3, n]."""
         positive = self._positive
         la, lc = (beyond_positive(sums.logsumexp(), positive) for sums in (self._p, self._q))
-        return torch.stack([la, lc, self._p.mean(positive), positive])
+        E = self._p.mean(positive)
+        contrast, consistency = weighted_sum(la if forward_kl else lc, weight), weighted_sum(E - la + lc, weight)
+        return contrast, consistency, torch.stack([la + positive, lc + positive, E]), torch.stack([la, lc, E])
 
 
 class DualGradients(_Rows):
-    """``sum_j G_ij b_j`` and ``sum_j G_ji a_j`` over ``j != i``, accumulated over blocks of columns.
+    """``sum_j G_ij b_j`` and ``sum_j G_ji a_j`` of the rows, accumulated over blocks of columns.
 
-    ``coefficients`` hold the numbers of the whole global batch, in which ``rows`` are this rank's.
+    ``numbers`` [3, N] and ``weight`` [N] are the whole global batch's, in which ``rows`` are this rank's; ``own``
+    [3, n] comes from ``DualStatistics.finish``; ``grads`` are the upstream gradients of contrast and consistency.
     """
 
     def __init__(
-        self, units: Tensor, scale: Tensor, rows: slice, coefficients: DualCoefficients, need_a: bool, need_b: bool
+        self,
+        units: Tensor,
+        scale: Tensor,
+        scale_bound: float,
+        rows: slice,
+        numbers: Tensor,
+        own: Tensor,
+        weight: Tensor | None,
+        grads: tuple[Tensor, Tensor],
+        forward_kl: bool,
+        need_a: bool,
+        need_b: bool,
     ) -> None:
         super().__init__(units, scale)
         self._start = rows.start
-        self._coefficients = coefficients
+        w, k = (row_weights(weight, grad, numbers[0]) for grad in grads)
+        wp, wq = (w, torch.zeros_like(w)) if forward_kl else (torch.zeros_like(w), w)
+        self._diagonal = dual_diagonal(own, wp[rows], wq[rows], k[rows])[:, None]
+        # Apart from their positives, rows are described by their log-sum-exps: the positive's logit is in them.
+        stats = torch.cat([numbers, torch.zeros_like(numbers[:1])])
+        self._coefficients = DualCoefficients(stats, wp, wq, k, shares_exponentials(self.a, scale, scale_bound))
         self.grad_a = torch.zeros_like(self.a) if need_a else None
         self.grad_b = torch.zeros_like(self.b) if need_b else None
         self._workspace = _workspace(self.a, 4)
@@ -128,6 +157,14 @@ class DualGradients(_Rows):
                 if rows == others:
                     G.fill_diagonal_(0)
                 self.grad_b[i] += product(G, a[j].T)
+
+    def finish(self, inverse_norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of the raw rows (empty if not needed), and from those of ``a`` this rank's part of the scale's."""
+        like = self.a.new_empty(0, dtype=dtype)
+        diagonal, scale = self._diagonal, self.scale
+        grad_a, grad_scale = finish(like, self.grad_a, self.a, diagonal * self.b, inverse_norm[0], scale)
+        grad_b, _ = finish(like, self.grad_b, self.b, diagonal * self.a, inverse_norm[1], scale)
+        return grad_a, grad_b, grad_scale
 
 
 class ContrastStatistics(_Rows):

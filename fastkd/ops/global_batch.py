@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastkd.backends.blocked import DualCoefficients, dual_diagonal, finish, row_weights, shares_exponentials
-from fastkd.backends.blocked_rows import ContrastGradients, ContrastStatistics, DualGradients, DualStatistics
+from fastkd.backends import STREAMING
+from fastkd.backends.blocked import finish, row_weights
+from fastkd.backends.blocked_rows import ContrastGradients, ContrastStatistics
 from fastkd.backends.reference import weighted_sum
 from fastkd.distributed import Peers, columns, exchange_dtype, fits, start_gather
 from fastkd.pack import pack_rows
@@ -25,11 +26,12 @@ def global_dual_softmax(
     consistency: str,
     scale_bound: float,
     peers: Peers,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``sum_i w_i contrast_i`` and ``sum_i w_i consistency_i`` over this rank's rows i, against all ranks' rows."""
     if peers.has_weight and weight is None:
         weight = student.new_ones(len(student))
-    return _DualSoftmax.apply(student, teacher, logit_scale, weight, consistency, scale_bound, peers)
+    return _DualSoftmax.apply(student, teacher, logit_scale, weight, consistency, scale_bound, peers, backend)
 
 
 def global_contrast(
@@ -52,55 +54,55 @@ class _DualSoftmax(torch.autograd.Function):
         consistency: str,
         scale_bound: float,
         peers: Peers,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(student.device.type, enabled=False):
-            ctx.peers, ctx.scale_bound = peers, scale_bound
+            ctx.peers, ctx.scale_bound, ctx.dtype = peers, scale_bound, student.dtype
+            ctx.backend = STREAMING[f"{backend}_rows"]
             ctx.forward_kl = consistency == "student||teacher"
             # KL(q || p) is KL(p || q) with student and teacher exchanged; only the contrast then reads q instead of p.
             pair = (student, teacher) if ctx.forward_kl else (teacher, student)
             units, inverse_norm, gathered, works = _start(*pair, True, peers)
-            state = DualStatistics(units, logit_scale.to(inverse_norm.dtype), scale_bound)
+            state = ctx.backend.DualStatistics(units, logit_scale.to(inverse_norm.dtype), scale_bound)
             for cols, block in columns(peers, units, gathered, works):
                 state.add(block, is_own=cols == peers.rows(peers.rank))
-            stats = state.stats()
-            la, lc, E, positive = stats
-            _start_numbers(ctx, torch.stack([la + positive, lc + positive, E]), weight, peers)
-            ctx.dtype = student.dtype
-            ctx.save_for_backward(logit_scale, units, inverse_norm, gathered, stats)
-            return weighted_sum(la if ctx.forward_kl else lc, weight), weighted_sum(E - la + lc, weight)
+            contrast, consistency_sum, numbers, own = state.finish(weight, ctx.forward_kl)
+            _start_numbers(ctx, numbers, weight, peers)
+            ctx.save_for_backward(logit_scale, units, inverse_norm, gathered, own)
+            return contrast, consistency_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_contrast: Tensor, grad_consist: Tensor) -> tuple[Tensor | None, ...]:
-        logit_scale, units, inverse_norm, gathered, stats = ctx.saved_tensors
+        logit_scale, units, inverse_norm, gathered, own = ctx.saved_tensors
         peers = ctx.peers
-        own = peers.rows(peers.rank)
         with torch.autocast(units.device.type, enabled=False):
             numbers, weight = _finish_numbers(ctx, peers)
-            scale = logit_scale.to(inverse_norm.dtype)
-            w, k = row_weights(weight, grad_contrast, numbers[0]), row_weights(weight, grad_consist, numbers[0])
-            wp, wq = (w, torch.zeros_like(w)) if ctx.forward_kl else (torch.zeros_like(w), w)
-            diagonal = dual_diagonal(stats, wp[own], wq[own], k[own])[:, None]
-            shared = shares_exponentials(units, scale, ctx.scale_bound)
-            # Apart from their positives, rows are described by their log-sum-exps: the positive's logit is in them.
-            numbers = torch.cat([numbers, torch.zeros_like(numbers[:1])])
-            coefficients = DualCoefficients(numbers, wp, wq, k, shared)
             need_student, need_teacher, need_scale = ctx.needs_input_grad[:3]
-            # On every rank the student's side yields the gradient of logit_scale: its parts differ between the sides.
-            need_student_side = need_student or need_scale
-            sides = (need_student_side, need_teacher) if ctx.forward_kl else (need_teacher, need_student_side)
-            sums = DualGradients(units, scale, own, coefficients, *sides)
+            need_a, need_b = (need_student, need_teacher) if ctx.forward_kl else (need_teacher, need_student)
+            sums = ctx.backend.DualGradients(
+                units,
+                logit_scale.to(inverse_norm.dtype),
+                ctx.scale_bound,
+                peers.rows(peers.rank),
+                numbers,
+                own,
+                weight,
+                (grad_contrast, grad_consist),
+                ctx.forward_kl,
+                # On every rank the same side yields the gradient of logit_scale: its parts differ between the sides.
+                need_a or need_scale,
+                need_b,
+            )
             for cols, block in columns(peers, units, gathered, []):
                 sums.add(block, cols)
-            like = units.new_empty(0, dtype=ctx.dtype)
-            grad_a, scale_a = finish(like, sums.grad_a, sums.a, diagonal * sums.b, inverse_norm[0], scale)
-            grad_b, scale_b = finish(like, sums.grad_b, sums.b, diagonal * sums.a, inverse_norm[1], scale)
+            grad_a, grad_b, grad_scale = sums.finish(inverse_norm, ctx.dtype)
             grads = (grad_a, grad_b) if ctx.forward_kl else (grad_b, grad_a)
-            grad_scale = scale_a if ctx.forward_kl else scale_b
         return (
             grads[0] if need_student else None,
             grads[1] if need_teacher else None,
             grad_scale.to(logit_scale.dtype) if need_scale and grad_scale is not None else None,
+            None,
             None,
             None,
             None,
