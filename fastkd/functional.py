@@ -21,6 +21,7 @@ from fastkd.validate import (
     check_bool,
     check_choice,
     check_labels,
+    check_no_tangent,
     check_number,
     check_pair,
     check_scale,
@@ -54,9 +55,9 @@ def dcd_loss(
 
     Args:
         student, teacher: embeddings [n, D] of the same n samples, after the projection heads; float64, float32, bf16
-            or fp16, both alike. All-zero rows count as the zero vector and get no gradient.
+            or fp16, both alike. Rows no longer than 1e-12 count as the zero vector and get no gradient.
         logit_scale: the positive multiplier itself, ``exp(tau)``, already clamped; a float or a 0-dim tensor that may
-            need a gradient.
+            need a gradient. A tensor's sign is checked on a CPU only, and not under torch.compile.
         logit_bias: accepted for the paper's interface and for old checkpoints. It cancels in every softmax above, so
             it changes nothing, costs no arithmetic on similarities, and its gradient is exactly zero.
         alpha: weight of the consistency term, >= 0.
@@ -76,7 +77,8 @@ def dcd_loss(
             definition; n x n memory; one rank only).
 
     Returns:
-        The loss, 0-dim. Non-finite inputs give a non-finite loss.
+        The loss, 0-dim. Non-finite inputs give a non-finite loss. Differentiable once, backwards; ``"reference"``
+        also twice, and forwards.
 
     Raises:
         TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
@@ -127,6 +129,7 @@ def dcd_terms(
                 rows = reference.dual_softmax(student, teacher, scale, consistency=consistency)
                 contrast_sum, consistency_sum = (reference.weighted_sum(row, weight) for row in rows)
         else:
+            check_no_tangent(student, teacher, scale)
             bound = scale_bound(logit_scale, max_scale)
             contrast_sum, consistency_sum, _ = dual_softmax(
                 student, teacher, scale, weight, consistency, bound, backend
@@ -159,7 +162,7 @@ def info_nce_loss(
         query, key: [n, D], float64, float32, bf16 or fp16, both alike.
         logit_scale: the positive multiplier (an inverse temperature), a float or a 0-dim tensor that may need a
             gradient.
-        normalize: L2-normalise the rows first; all-zero rows count as the zero vector and get no gradient.
+        normalize: L2-normalise the rows first; rows no longer than 1e-12 count as zero and get no gradient.
         sample_weight, group, backend: as for :func:`dcd_loss`.
 
     Returns:
@@ -182,6 +185,7 @@ def info_nce_loss(
         with torch.autocast(query.device.type, enabled=False):
             total = reference.weighted_sum(reference.contrast(query, key, scale, normalize), weight)
     else:
+        check_no_tangent(query, key, scale)
         total, _ = contrast(query, key, scale, weight, normalize, backend)
     return total / query.shape[0]
 
@@ -276,6 +280,7 @@ def _soft_target_means(
             if labels is not None:
                 ce = reference.cross_entropy(student_logits, labels, label_smoothing)
             return reference.weighted_sum(ce, weight) / n, reference.weighted_sum(kd, weight) / n
+    check_no_tangent(student_logits, teacher_logits)
     ce_sum, kd_sum, _ = soft_target(
         student_logits, teacher_logits, labels, weight, temperature, label_smoothing, backend
     )

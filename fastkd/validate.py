@@ -1,15 +1,18 @@
 """Checks of arguments and settings. Every message names the argument, what came and what was expected."""
 
 import math
+import sys
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastkd.backends.reference import accumulation_dtype
 
 CONSISTENCIES = ("student||teacher", "teacher||student")
+LARGEST = sys.float_info.max  # the largest finite float
 
 
 def check_pair(
@@ -37,14 +40,19 @@ def _check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: got {value.dtype}, expected float64, float32, bfloat16 or float16")
 
 
-def check_number(name: str, value: Any, minimum: float, maximum: float = math.inf, *, exclusive: bool = False) -> None:
+def check_number(
+    name: str, value: Any, minimum: float = -LARGEST, maximum: float = LARGEST, *, exclusive: bool = False
+) -> None:
     """A finite number in [minimum, maximum]; ``exclusive``: above minimum."""
-    expected = f"a finite number {'>' if exclusive else '>='} {minimum}"
-    if maximum < math.inf:
+    expected = "a finite number"
+    if minimum > -LARGEST:
+        expected += f" {'>' if exclusive else '>='} {minimum}"
+    if maximum < LARGEST:
         expected += f" and <= {maximum}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected {expected}")
-    if not math.isfinite(value) or not minimum <= value <= maximum or (exclusive and value == minimum):
+    # Comparisons alone, which torch.compile can trace for a float that it keeps symbolic. NaN fails them all.
+    if not minimum <= value <= maximum or (exclusive and value == minimum):
         raise ValueError(f"{name}: got {value}, expected {expected}")
 
 
@@ -75,11 +83,19 @@ def check_bool(name: str, value: bool) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
 
 
+def check_no_tangent(*inputs: Tensor) -> None:
+    """The streaming operations have no forward-mode derivative; without this, the tangent would silently be zero."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError("forward-mode differentiation: use backend='reference', which has it")
+
+
 def check_scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
     """The scale as a 0-dim tensor on the inputs' device, made without waiting for the device."""
     if not isinstance(logit_scale, Tensor):
-        check_number("logit_scale", logit_scale, minimum=0, exclusive=True)
         dtype = accumulation_dtype(like.dtype)
+        check_number("logit_scale", logit_scale, minimum=0, maximum=torch.finfo(dtype).max, exclusive=True)
         return torch.full((), float(logit_scale), dtype=dtype, device=like.device)
     _check_scalar_tensor("logit_scale", logit_scale, like)
     if _may_read(logit_scale) and logit_scale.item() <= 0:
@@ -94,7 +110,7 @@ def scale_bound(logit_scale: Tensor | float, max_scale: float) -> float:
 
 def check_bias(logit_bias: Tensor | float, like: Tensor) -> Tensor:
     if not isinstance(logit_bias, Tensor):
-        check_number("logit_bias", logit_bias, minimum=-math.inf)
+        check_number("logit_bias", logit_bias)
         return torch.full((), float(logit_bias), device=like.device)
     _check_scalar_tensor("logit_bias", logit_bias, like)
     return logit_bias

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastkd.functional import ce_kd_terms
+
 # Relative to the norm of the expected value; on top of the error that the definition itself makes in that dtype.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 CONSISTENCIES = ("student||teacher", "teacher||student")
@@ -49,3 +51,19 @@ def embeddings(
     teacher = torch.randn(n, d, generator=generator, dtype=torch.float64)
     student = teacher + noise * torch.randn(n, d, generator=generator, dtype=torch.float64)
     return (2 * student).to(dtype), teacher.to(dtype)
+
+
+def logits(n: int, classes: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (3 * torch.randn(n, classes, generator=generator, dtype=torch.float64) for _ in range(2))
+    return student.to(dtype), teacher.to(dtype), torch.randint(classes, (n,), generator=generator)
+
+
+def terms_and_gradient(
+    student: Tensor, teacher: Tensor, labels: Tensor, upstream: tuple[float, float] = (1.0, 1.0), **options: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ce, kd, and the gradient of ``upstream[0] ce + upstream[1] kd``."""
+    leaf = student.detach().clone().requires_grad_()
+    ce, kd = ce_kd_terms(leaf, teacher, labels, **options)
+    (upstream[0] * ce + upstream[1] * kd).backward()
+    return ce.detach(), kd.detach(), leaf.grad

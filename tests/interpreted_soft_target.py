@@ -14,8 +14,7 @@ from torch import Tensor
 from bench import tune
 from fastkd.backends import reference, triton
 from fastkd.functional import ce_kd_terms
-from tests.checks import assert_close, value_and_grads
-from tests.test_soft_target import logits, terms_and_gradient
+from tests.checks import assert_close, logits, terms_and_gradient, value_and_grads
 
 # Wider than the widest interpreted tile (64), so that rows are streamed; at its edges; one class; not a power of two.
 SHAPES = [(5, 1), (7, 33), (5, 64), (3, 65), (2, 1000)]

@@ -1,12 +1,14 @@
 """The command line, called as the console script calls it."""
 
+import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fastkd.trainer import RECIPES
+from fastkd.trainer import RECIPES, require_extras
 from fastkd.trainer.cli import main
 
 FAST = ["--epochs", "1", "--optim.warmup-epochs", "0", "--device", "cpu", "--no-tensorboard"]
@@ -67,6 +69,45 @@ def test_what_a_user_can_put_right_is_one_line_and_status_1(tmp_path, monkeypatc
         assert error.count("\n") == 1
 
 
+def test_options_are_replaced_by_json_and_a_teacher_is_added_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mlp = ["--student.name", "fastkd.trainer.nets:MLP"]
+    assert main(["train", "digits-scratch", *FAST, *mlp]) == 1
+    assert "fastkd train: MLP.__init__() got an unexpected keyword argument 'width'" in capsys.readouterr().err
+    options = ["--student.options", '{"hidden": [8]}', '--data.options={"train_size": 1000}']
+    assert main(["train", "digits-scratch", *FAST, *mlp, *options]) == 0
+    assert "student fastkd.trainer.nets:MLP (610 parameters)" in capsys.readouterr().out
+    teacher = ["--teacher.name=fastkd.trainer.nets:MLP", "--teacher.weights", "runs/digits_scratch"]
+    flags = ["--teacher.options", '{"hidden": [8]}', "--objective.terms", "kd", "--run-dir", "runs/distilled"]
+    assert main(["train", "digits-scratch", *FAST, *teacher, *flags, "--student.options.width", "3"]) == 0
+    assert "teacher fastkd.trainer.nets:MLP (610 parameters)" in capsys.readouterr().out
+    for bad, message in (
+        ("{", "expected a JSON object"),
+        ("[1]", "model.options: got [1] of type list, expected dict"),
+    ):
+        assert main(["train", "digits-scratch", *FAST, "--student.options", bad]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_a_recipe_that_gives_no_config_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_recipes.py").write_text(
+        "from fastkd.trainer import TrainConfig\nempty = dict\nnumber = 3\n"
+        "def typed(): return TrainConfig(epochs='3')\ndef broken(): return 1 + 'a'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name, message in (
+        ("empty", "recipe: 'own_recipes:empty' returned dict, expected a TrainConfig"),
+        ("number", "recipe: 'own_recipes:number' is of type int, expected a function"),
+        ("typed", "epochs: got '3' of type str, expected an int >= 1"),
+    ):
+        assert main(["train", f"own_recipes:{name}"]) == 1
+        assert capsys.readouterr().err == f"fastkd train: {message}\n"
+    with pytest.raises(TypeError, match="unsupported operand"):
+        main(["train", "own_recipes:broken"])
+
+
 @pytest.mark.parametrize(
     "argv", [["train", "digits", "--precision", "fp8"], ["train", "digits", "--epochs", "0"], ["eval"]]
 )
@@ -104,6 +145,19 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 def test_importing_fastkd_does_not_import_the_trainer():
     code = "import fastkd, sys; print([m for m in ('fastkd.trainer', 'timm', 'torchdata', 'tyro') if m in sys.modules])"
     assert run_python(code).stdout.strip() == "[]"
+
+
+def test_every_package_that_the_trainer_imports_is_checked_for():
+    folder = Path(__file__).parents[1] / "fastkd" / "trainer"
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else name.name).split(".")[0]
+        for file in folder.glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in node.names
+    }
+    known = set(inspect.getsource(require_extras).replace('"', " ").split())
+    assert imported - set(sys.stdlib_module_names) - {"fastkd", "torch"} <= known
 
 
 def test_missing_extras_say_what_to_install():

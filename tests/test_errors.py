@@ -85,6 +85,7 @@ def test_bad_groups(name: str) -> None:
         (ValueError, "logit_scale: got 0.0", 0.0),
         (ValueError, "logit_scale: got -1", -1),
         (ValueError, "logit_scale: got inf", math.inf),
+        (ValueError, r"logit_scale: got 1e\+300, expected a finite number > 0 and <= 3.4", 1e300),
         (ValueError, "logit_scale: got -2.0, expected a positive", torch.tensor(-2.0)),
         (ValueError, "logit_scale: got shape \\[1\\], expected a float or a 0-dim tensor", torch.ones(1)),
         (ValueError, "logit_scale: got device meta", torch.tensor(2.0, device="meta")),
@@ -125,6 +126,8 @@ def test_bad_info_nce_and_kd_options() -> None:
 @pytest.mark.parametrize(
     ("error", "message", "options"),
     [
+        (TypeError, "learnable: got 'no' of type str", {"learnable": "no"}),
+        (TypeError, "logit_bias: got 3.0 of type float", {"logit_bias": 3.0}),
         (TypeError, "student_dim: got 3.0 of type float", {"student_dim": 3.0}),
         (ValueError, "teacher_dim: got 0", {"teacher_dim": 0}),
         (ValueError, "embed_dim: got -1", {"embed_dim": -1}),
@@ -143,3 +146,12 @@ def test_bad_module_options_raise_when_the_module_is_made(
 ) -> None:
     with pytest.raises(error, match=message):
         DCDLoss(**{"student_dim": 3, "teacher_dim": 3, **options})
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_forward_mode_raises_instead_of_giving_a_zero_tangent(name: str) -> None:
+    tangent = torch.arange(12.0).view(4, 3).sin()
+    with pytest.raises(NotImplementedError, match="forward-mode differentiation: use backend='reference'"):
+        torch.func.jvp(lambda s: PAIRED[name][0](s, T), (S,), (tangent,))
+    _, derivative = torch.func.jvp(lambda s: PAIRED[name][0](s, T, backend="reference"), (S,), (tangent,))
+    assert derivative.abs() > 0

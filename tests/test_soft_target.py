@@ -13,25 +13,9 @@ from fastkd import kd_loss
 from fastkd.backends import blocked_soft_target, reference
 from fastkd.functional import ce_kd_terms
 from fastkd.ops.soft_target import soft_target, soft_target_backward
-from tests.checks import assert_close, relative_error
+from tests.checks import assert_close, logits, relative_error, terms_and_gradient
 
 BACKENDS = ("reference", "blocked")
-
-
-def logits(n: int, classes: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = (3 * torch.randn(n, classes, generator=generator, dtype=torch.float64) for _ in range(2))
-    return student.to(dtype), teacher.to(dtype), torch.randint(classes, (n,), generator=generator)
-
-
-def terms_and_gradient(
-    student: Tensor, teacher: Tensor, labels: Tensor, upstream: tuple[float, float] = (1.0, 1.0), **options: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ce, kd, and the gradient of ``upstream[0] ce + upstream[1] kd``."""
-    leaf = student.detach().clone().requires_grad_()
-    ce, kd = ce_kd_terms(leaf, teacher, labels, **options)
-    (upstream[0] * ce + upstream[1] * kd).backward()
-    return ce.detach(), kd.detach(), leaf.grad
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])

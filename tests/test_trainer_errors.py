@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,6 +100,12 @@ def test_the_meter_finds_the_step_without_looking_at_every_step():
         (lambda: DCDConfig(max_scale=-1), r"dcd\.max_scale: got -1"),
         (lambda: KDConfig(temperature=0), r"kd\.temperature: got 0"),
         (lambda: ModelConfig(name=""), r"model\.name: got ''"),
+        (lambda: TrainConfig(seed=2**64 + 5), r"seed: got 18446744073709551621, expected an int < 2\*\*63"),
+        (lambda: DataConfig(subset_seed=2**63), r"data\.subset_seed: got"),
+        (lambda: OptimConfig(momentum=1.0), r"optim\.momentum: got 1\.0, expected a number >= 0 and < 1"),
+        (lambda: OptimConfig(betas=(0.9,)), r"optim\.betas: got \(0\.9,\), expected two numbers"),
+        (lambda: OptimConfig(betas=(0.9, 1.0)), r"optim\.betas: got 1\.0, expected a number >= 0 and < 1"),
+        (lambda: ObjectiveConfig(terms="1e400*kd"), r"objective\.terms: got the weight '1e400' .*a finite number"),
     ],
 )
 def test_wrong_settings_name_the_argument(build, message):
@@ -114,6 +121,17 @@ def test_wrong_settings_name_the_argument(build, message):
         (lambda: OptimConfig(lr="0.1"), "optim.lr: got '0.1' of type str, expected a finite number"),
         (lambda: ObjectiveConfig(terms=["dcd"]), "objective.terms: got .* of type list, expected str"),
         (lambda: ModelConfig(name=3), "model.name: got 3 of type int"),
+        (lambda: TrainConfig(data={"a": 1}), "data: got .* of type dict, expected DataConfig"),
+        (lambda: TrainConfig(optim=None), "optim: got None of type NoneType, expected OptimConfig"),
+        (lambda: TrainConfig(student="resnet18"), "student: got 'resnet18' of type str, expected ModelConfig or None"),
+        (lambda: TrainConfig(tensorboard="no"), "tensorboard: got 'no' of type str, expected bool"),
+        (lambda: TrainConfig(resume=0), "resume: got 0 of type int, expected bool"),
+        (lambda: DataConfig(drop_last="no"), "data.drop_last: got 'no'"),
+        (lambda: OptimConfig(nesterov=1), "optim.nesterov: got 1"),
+        (lambda: OptimConfig(betas=0.9), "optim.betas: got 0.9 of type float, expected tuple or list"),
+        (lambda: ModelConfig(name="a", pretrained="yes"), "model.pretrained: got 'yes'"),
+        (lambda: DCDConfig(learnable="no"), "dcd.learnable: got 'no'"),
+        (lambda: ObjectiveConfig(kd=4.0), "objective.kd: got 4.0 of type float, expected KDConfig"),
     ],
 )
 def test_wrong_types_name_the_argument(build, message):
@@ -137,6 +155,33 @@ def test_settings_that_do_not_fit_each_other(tmp_path):
             dataclasses.replace(config, objective=ObjectiveConfig(terms="ce"), teacher=None),
             student=DropoutNet().requires_grad_(False),
         )
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (torch.arange(52) % 6, ValueError, r"labels: got [45], expected class indices in \[0, 4\)"),
+        (torch.full((52,), -100), ValueError, r"labels: got -100, expected class indices"),
+        (torch.arange(52.0) % 4, TypeError, r"labels: got torch\.float32, expected int64 class indices"),
+        (torch.arange(52, dtype=torch.int32) % 4, TypeError, r"labels: got torch\.int32, expected int64"),
+    ],
+)
+def test_labels_that_are_no_classes_are_named(tmp_path, labels, error, message):
+    config = tiny_config(tmp_path, run_dir=None)
+    good = noisy_data()[0]
+    bad = TensorImages(good.images, labels)
+    with pytest.raises(error, match=message):
+        train(config, train_data=bad, eval_data=good)
+    with pytest.raises(error, match=message):
+        train(config, train_data=good, eval_data=bad)
+
+
+@pytest.mark.parametrize(("sample", "got"), [({"x": torch.ones(1)}, "dict"), ((torch.ones(1), 1, 2), "3 parts")])
+def test_data_that_is_not_image_and_label_is_an_error(tmp_path, sample, got):
+    config = tiny_config(tmp_path)
+    with pytest.raises(TypeError, match=rf"train_data: a batch of it is {got}, expected \(images, labels\)"):
+        train(config, train_data=[sample] * 20, eval_data=noisy_data()[1])
+    assert not Path(config.run_dir).exists()  # a start that fails leaves no folder
 
 
 def test_a_config_survives_json(tmp_path):

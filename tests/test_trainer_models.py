@@ -1,11 +1,24 @@
 """Models by name, their classifier found, its input captured."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from fastkd.trainer import FeatureModel, ModelConfig, build_model, find_classifier
+from fastkd.trainer import (
+    FeatureModel,
+    ModelConfig,
+    ObjectiveConfig,
+    build_model,
+    evaluate_checkpoint,
+    find_classifier,
+    train,
+)
 from fastkd.trainer.models import pool_features, probe
+from tests.trainer_runs import tiny_config
 
 TIMM = {
     "resnet18": "fc",
@@ -107,6 +120,7 @@ def test_a_bare_name_is_looked_up_in_timm_then_torchvision():
         (ModelConfig(name="timm:hf-hub:some/model"), r"cannot import 'timm:hf-hub:some/model'"),
         (ModelConfig(name="torchvision:no_such_model"), r"model\.name: got 'torchvision:no_such_model'"),
         (ModelConfig(name="no.such.module:build"), r"cannot import 'no\.such\.module:build'"),
+        (ModelConfig(name=".a:c"), r"model\.name: got '\.a:c', expected 'package\.module:attribute'"),
         (ModelConfig(name="torch.nn:NoSuchLayer"), r"cannot import 'torch\.nn:NoSuchLayer'"),
         (
             ModelConfig(name="timm:resnet18", options={"checkpoint_path": "x.pt"}),
@@ -141,6 +155,77 @@ def test_a_timm_model_without_or_with_two_classifiers_must_be_told():
         model = build_model(ModelConfig(name=f"timm:{name}", options=options))
         with pytest.raises(ValueError, match="no single classifier layer; name it"):
             FeatureModel(model)
+
+
+class Tail(nn.Module):
+    """A layer called ``fc``, then ``end`` on its output."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(16, 6))
+        self.fc = nn.Linear(6, 4)
+        self.end = end
+
+    def forward(self, images):
+        return self.end(self.fc(self.body(images)))
+
+
+def test_a_layer_called_fc_that_does_not_give_the_logits_is_not_taken_for_the_classifier():
+    with torch.device("cpu"):
+        images = torch.randn(2, 1, 4, 4)
+        hidden = Tail(nn.Linear(4, 4))
+        with pytest.raises(
+            ValueError, match=r"'fc' of Tail gives something else than the model's logits.*FeatureModel"
+        ):
+            probe(FeatureModel(hidden), images)
+        assert probe(FeatureModel(hidden, "end"), images) == (4, 4)
+        assert probe(FeatureModel(hidden, "fc"), images) == (6, 4)  # confirmed by name
+        assert not hidden.fc._forward_hooks
+        for end in (nn.Identity(), nn.LogSoftmax(1), nn.Softmax(1), nn.Dropout(0.5)):
+            assert probe(FeatureModel(Tail(end)), images) == (6, 4)
+
+
+@pytest.mark.parametrize(("name", "size"), SMALL)
+def test_the_classifier_found_in_a_library_model_gives_its_logits(name, size):
+    with torch.device("cpu"):
+        torch.manual_seed(0)
+        model = build_model(ModelConfig(name=name, num_classes=7))
+        assert probe(FeatureModel(model), torch.randn(2, 3, size, size))[1] == 7
+
+
+def test_a_timm_model_with_a_list_of_heads_must_be_told():
+    model = build_model(ModelConfig(name="timm:crossvit_tiny_240", num_classes=7))
+    with pytest.raises(ValueError, match=r"CrossVit has no single classifier layer; name it with ModelConfig.*head\.1"):
+        FeatureModel(model)
+
+
+def test_cross_entropy_and_kd_need_no_classifier_layer(tmp_path):
+    with torch.device("cpu"):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 4))
+        config = tiny_config(tmp_path, epochs=1, teacher=None, objective=ObjectiveConfig(terms="ce"))
+        result = train(config, student=model)
+        assert result.distiller.student(torch.randn(2, 16)).features.shape == (2, 0)
+        assert evaluate_checkpoint(result.path, model=model, trust_code=True).accuracy == result.accuracy
+        config = tiny_config(tmp_path, epochs=1, run_dir=None, objective=ObjectiveConfig(terms="kd"))
+        teacher = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
+        assert train(config, student=model, teacher=teacher).history
+
+
+def test_a_given_module_names_its_classifier_by_a_feature_model(tmp_path):
+    with torch.device("cpu"):
+        student = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 4))
+        teacher = nn.Sequential(nn.Flatten(), nn.Linear(16, 9), nn.ReLU(), nn.Linear(9, 4))
+        config = tiny_config(tmp_path, epochs=1, student=None, teacher=None)
+        with pytest.raises(ValueError, match=r"found no layer called .*pass FeatureModel\(module, '\.\.\.'\)"):
+            train(dataclasses.replace(config, run_dir=None), student=student, teacher=teacher)
+        result = train(config, student=FeatureModel(student, "3"), teacher=FeatureModel(teacher, "3"))
+        heads = result.distiller.objective.terms["dcd"].loss
+        assert (heads.student_head.in_features, heads.teacher_head.in_features) == (6, 9)
+        described = json.loads(Path(config.run_dir, "run.json").read_text())
+        assert described["student"]["name"] == "Sequential"
+        assert described["student"]["classifier"] == "3"
+        model = FeatureModel(student, "3")
+        assert evaluate_checkpoint(result.path, model=model, trust_code=True).accuracy == result.accuracy
 
 
 def test_a_classifier_that_is_not_called_once_is_an_error():

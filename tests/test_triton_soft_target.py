@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fastkd import backends, kd_loss
 from fastkd.functional import ce_kd_terms
-from tests.checks import assert_close
-from tests.test_soft_target import terms_and_gradient
+from tests.checks import assert_close, terms_and_gradient
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]

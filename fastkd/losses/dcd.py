@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastkd import backends
 from fastkd.distributed import Group, check_group
 from fastkd.functional import dcd_terms
-from fastkd.validate import CONSISTENCIES, check_choice, check_int, check_number
+from fastkd.validate import CONSISTENCIES, check_choice, check_int, check_number, check_type
 
 
 class DCDLoss(nn.Module):
@@ -57,6 +57,8 @@ class DCDLoss(nn.Module):
         super().__init__()
         for name, value in (("student_dim", student_dim), ("teacher_dim", teacher_dim), ("embed_dim", embed_dim)):
             check_int(name, value, minimum=1)
+        check_type("learnable", learnable, bool)
+        check_type("logit_bias", logit_bias, bool)
         check_number("alpha", alpha, minimum=0)
         check_choice("consistency", consistency, CONSISTENCIES)
         for name, bound in (("max_scale", max_scale), ("min_scale", min_scale)):
@@ -78,7 +80,8 @@ class DCDLoss(nn.Module):
         if learnable:
             self.tau = nn.Parameter(torch.tensor(1.0))
         else:
-            self.register_buffer("tau", torch.tensor(-math.log(temperature)))
+            # Not in state dicts: one with a learnt tau must not change the fixed temperature.
+            self.register_buffer("tau", torch.tensor(-math.log(temperature)), persistent=False)
         self.logit_bias = nn.Parameter(torch.tensor(0.0)) if logit_bias else None
 
     def logit_scale(self) -> Tensor:

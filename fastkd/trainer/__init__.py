@@ -78,7 +78,10 @@ def __getattr__(name: str) -> Any:
 
 def require_extras() -> None:
     """Raise ImportError that says what to install when a package of the ``train`` extra is missing."""
-    needed = ("timm", "torchvision", "torchdata", "safetensors", "rich", "tensorboard", "tyro", "sklearn")
+    needed = (
+        *("timm", "torchvision", "torchdata", "safetensors", "rich", "tensorboard", "tyro", "sklearn"),
+        *("matplotlib", "jinja2", "threadpoolctl", "numpy", "scipy"),
+    )
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(f"fastkd.trainer: missing {', '.join(missing)}; run: pip install 'fastkd[train]'")

@@ -13,8 +13,10 @@ import fcntl
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ class CheckpointFolder:
     """The checkpoints of one run, for one process at a time.
 
     Leftovers of an interrupted write (``.tmp-*``) are removed when it is opened. Raises CheckpointError when another
-    process has it open.
+    process has it open (POSIX locks: not on Windows, and on a network file system only as far as that has them).
     """
 
     def __init__(self, path: Path, keep: int) -> None:
@@ -63,31 +65,42 @@ class CheckpointFolder:
             self._lock.close()
             raise CheckpointError(f"{path}: another process is training in this run folder") from None
         for leftover in path.glob(".tmp-*"):
-            shutil.rmtree(leftover)
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
     def save(
         self, step: int, *, student: nn.Module, loss: nn.Module, state: dict[str, Any], manifest: dict[str, Any]
     ) -> Path:
         """Write the checkpoint of ``step``, make it durable, and only then remove those beyond ``keep``.
 
-        Raises CheckpointError when there is one of this step already.
+        Raises CheckpointError when there is one of this step already, or when it cannot be written (a full disk); the
+        earlier ones stay.
         """
         final = self.path / f"step-{step:08d}"
         if final.exists():
             raise CheckpointError(f"{final}: exists already; it is not overwritten")
         temporary = self.path / f".tmp-{final.name}-{os.getpid()}"
+        files: dict[str, dict[str, Any]] = {}
+
+        def write(name: str, to: Callable[[Path], Any]) -> None:
+            try:
+                to(temporary / name)
+                _sync(temporary / name)
+                files[name] = {"bytes": (temporary / name).stat().st_size, "sha256": file_hash(temporary / name)}
+            # On a full disk safetensors and torch raise their own exceptions.
+            except (OSError, SafetensorError, RuntimeError) as error:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise CheckpointError(f"{final / name}: cannot be written ({error})") from error
+
         temporary.mkdir()
-        save_file(_plain_tensors(student), temporary / STUDENT)
-        save_file(_plain_tensors(loss), temporary / LOSS)
-        torch.save(state, temporary / STATE)
-        files = {}
-        for name in _FILES:
-            _sync(temporary / name)
-            files[name] = {"bytes": (temporary / name).stat().st_size, "sha256": file_hash(temporary / name)}
-        body = {"format": _FORMAT, "step": step, "files": files, **manifest}
+        write(STUDENT, lambda file: save_file(_plain_tensors(student), file))
+        write(LOSS, lambda file: save_file(_plain_tensors(loss), file))
+        write(STATE, lambda file: torch.save(state, file))
+        body = {"format": _FORMAT, "step": step, "files": dict(files), **manifest}
         body["sha256"] = _manifest_hash(body)
-        (temporary / MANIFEST).write_text(json.dumps(body, indent=1))
-        _sync(temporary / MANIFEST)
+        write(MANIFEST, lambda file: file.write_text(json.dumps(body, indent=1)))
         _sync(temporary)
         temporary.rename(final)
         _sync(self.path)
@@ -136,6 +149,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: is corrupted, its sha256 differs from the one it states")
     if version != _FORMAT:
         raise CheckpointError(f"{file}: has format {version}, expected {_FORMAT}")
+    if not isinstance(manifest.get("step"), int) or not isinstance(manifest.get("config"), dict):
+        raise CheckpointError(f"{file}: has no step or no config")
     for name in _FILES:
         if name not in files:
             raise CheckpointError(f"{file}: does not list {name}")
@@ -211,7 +226,12 @@ def _load_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: is truncated or corrupted ({error})") from error
-    # torch.load raises half a dozen kinds of exception on a damaged or forbidden file.
+    except pickle.UnpicklingError as error:
+        # Not torch's message, which advises to load the file in a way that executes what is in it.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it needs {found[1]}" if found else "it is damaged or holds other objects"
+        raise CheckpointError(f"{path}: cannot be read as tensors and plain types ({reason})") from None
+    # torch.load raises half a dozen other kinds of exception on a damaged file.
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: cannot be read as tensors and plain types ({reason})") from error

@@ -1,8 +1,10 @@
 """The command line: ``fastkd demo``, ``fastkd train RECIPE --...``, ``fastkd eval CHECKPOINT``."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 USAGE = """\
 usage: fastkd COMMAND ...
@@ -35,9 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _COMMANDS[command](rest)
     # What a user can put right is told in one line; any other exception keeps its traceback.
-    except (ValueError, OSError, trainer.CheckpointError, trainer.NonFiniteLossError) as error:
+    except (ValueError, TypeError, OSError, trainer.CheckpointError, trainer.NonFiniteLossError) as error:
+        if isinstance(error, TypeError) and not _is_ours(error):
+            raise
         print(f"fastkd {command}: {error}", file=sys.stderr)
         return 1
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether our own code raised it: it is about an argument then, and a bug to look into otherwise."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and str(traceback.tb_frame.f_globals.get("__name__")).startswith("fastkd.")
 
 
 def _demo(arguments: list[str]) -> int:
@@ -61,9 +73,11 @@ def _train(arguments: list[str]) -> int:
     sys.path.insert(0, os.getcwd())
     if arguments and ":" in arguments[0]:
         known = {arguments[0]: import_object(arguments[0], "recipe")}
+    defaults = {name: _call_recipe(name, recipe) for name, recipe in known.items()}
+    if arguments and arguments[0] in defaults:
+        defaults[arguments[0]], arguments = _with_models(defaults[arguments[0]], arguments)
     configs = tyro.extras.subcommand_type_from_defaults(
-        {name: recipe() for name, recipe in known.items()},
-        descriptions={name: recipe.__doc__ or "" for name, recipe in known.items()},
+        defaults, descriptions={name: f"{recipe.__doc__ or ''}\n{_TRAIN_NOTE}" for name, recipe in known.items()}
     )
     # AvoidSubcommands: an optional teacher is --teacher.name ..., not a further subcommand.
     config = tyro.cli(configs, prog="fastkd train", args=arguments, config=(tyro.conf.AvoidSubcommands,))
@@ -71,6 +85,56 @@ def _train(arguments: list[str]) -> int:
     if not config.quiet and not result.already_finished and os.environ.get("RANK", "0") == "0":
         print(f"accuracy {result.accuracy:.4f} in {result.seconds:.1f} s; checkpoint {result.path}")
     return 0
+
+
+def _call_recipe(name: str, recipe: Any) -> Any:
+    """The recipe's TrainConfig. TypeError when it gives something else."""
+    from fastkd.trainer.config import TrainConfig
+
+    if not callable(recipe):
+        raise TypeError(f"recipe: {name!r} is of type {type(recipe).__name__}, expected a function")
+    config = recipe()
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"recipe: {name!r} returned {type(config).__name__}, expected a TrainConfig")
+    return config
+
+
+def _with_models(config: Any, arguments: list[str]) -> tuple[Any, list[str]]:
+    """The recipe's config with what no flag of its own can say, and the arguments without that.
+
+    ``--PART.options JSON`` replaces all options of the student, the teacher or the data. ``--teacher.name`` (or
+    student) begins a model that the recipe lacks, whose other settings are flags from then on.
+    """
+    import json
+
+    from fastkd.trainer.models import ModelConfig
+
+    def value(flag: str) -> str | None:
+        for index, argument in enumerate(arguments):
+            if argument.startswith(flag + "="):
+                return argument.removeprefix(flag + "=")
+            if argument == flag and index + 1 < len(arguments):
+                return arguments[index + 1]
+        return None
+
+    for part in ("student", "teacher", "data"):
+        name = value(f"--{part}.name")
+        if getattr(config, part) is None and name is not None:
+            config = dataclasses.replace(config, **{part: ModelConfig(name=name)})
+        flag = f"--{part}.options"
+        text = value(flag)
+        if text is None or getattr(config, part) is None:
+            continue
+        try:
+            options = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{flag}: got {text!r}, expected a JSON object ({error})") from None
+        config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), options=options)})
+        kept = [argument for argument in arguments if not argument.startswith(flag + "=")]
+        if flag in kept:
+            del kept[kept.index(flag) : kept.index(flag) + 2]
+        arguments = kept
+    return config, arguments
 
 
 def _eval(arguments: list[str]) -> int:
@@ -96,6 +160,10 @@ def _eval(arguments: list[str]) -> int:
     return tyro.cli(command, prog="fastkd eval", args=arguments)
 
 
+_TRAIN_NOTE = (
+    "Beside the flags below: --student.options '{\"width\": 8}' (teacher, data too) replaces all options, as JSON; "
+    "--teacher.name NAME gives a teacher to a recipe that has none."
+)
 _COMMANDS = {"demo": _demo, "train": _train, "eval": _eval}
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastkd.trainer.data import DataConfig
+from fastkd.trainer.data import DataConfig, check_seed
 from fastkd.trainer.models import ModelConfig
 from fastkd.trainer.objective import ObjectiveConfig
 from fastkd.trainer.optim import OptimConfig
@@ -52,7 +52,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_int("epochs", self.epochs, 1)
-        check_int("seed", self.seed, 0)
+        for name, part, kind in (
+            ("data", self.data, DataConfig),
+            ("objective", self.objective, ObjectiveConfig),
+            ("optim", self.optim, OptimConfig),
+        ):
+            check_type(name, part, kind)
+        for name, model in (("student", self.student), ("teacher", self.teacher)):
+            check_type(name, model, (ModelConfig, type(None)))
+        check_seed("seed", self.seed)
         check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
         check_type("device", self.device, str)
         check_int("save_every_steps", self.save_every_steps, 0)
@@ -60,6 +68,8 @@ class TrainConfig:
         check_int("keep", self.keep, 1)
         check_int("log_every", self.log_every, 1)
         check_int("eval_every", self.eval_every, 1)
+        for name in ("resume", "tensorboard", "progress", "quiet"):
+            check_type(name, getattr(self, name), bool)
         if self.resume and self.run_dir is None:
             raise ValueError("run_dir: got None with resume=True, expected the folder of the run to resume")
 

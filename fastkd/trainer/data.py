@@ -42,10 +42,18 @@ class DataConfig:
         check_type("data.options", self.options, dict)
         if self.labelled is not None:
             check_int("data.labelled", self.labelled, 1)
-        check_int("data.subset_seed", self.subset_seed, 0)
+        check_seed("data.subset_seed", self.subset_seed)
         check_int("data.batch_size", self.batch_size, 1)
         check_int("data.eval_batch_size", self.eval_batch_size, 1)
+        check_type("data.drop_last", self.drop_last, bool)
         check_int("data.num_workers", self.num_workers, 0)
+
+
+def check_seed(name: str, value: Any) -> None:
+    """An int that torch's generators take."""
+    check_int(name, value, 0)
+    if value >= 2**63:
+        raise ValueError(f"{name}: got {value}, expected an int < 2**63")
 
 
 class TensorImages(Dataset[tuple[Tensor, Tensor]]):
@@ -232,6 +240,15 @@ def fetch(dataset: Any, indices: list[int]) -> Any:
 def mix_seed(*parts: int) -> int:
     """One 63-bit seed out of several integers, without the collisions of a sum."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def first_images(dataset: Any) -> Tensor:
+    """The images of a batch of two. TypeError for a dataset of anything but (image, label)."""
+    batch = collate(fetch(dataset, [0, 1 % len(dataset)]))
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[0], Tensor):
+        got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise TypeError(f"train_data: a batch of it is {got}, expected (images, labels)")
+    return batch[0]
 
 
 def collate(batch: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastkd.trainer.checkpoint import load_into, load_weights
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.models import FeatureModel, ModelConfig, ModelOutput, build_model, probe
-from fastkd.trainer.objective import Objective, TermFunction, needs_teacher
+from fastkd.trainer.objective import Objective, TermFunction, needs_features, needs_teacher
 
 
 class FrozenModel(nn.Module):
@@ -102,7 +102,8 @@ def build_distiller(
             student and teacher with different numbers of classes, or with a parameter in common.
         CheckpointError: weights that are missing, damaged or do not fit.
     """
-    student_model = _feature_model("student", config.student, student)
+    optional = not needs_features(config.objective, terms)
+    student_model = _feature_model("student", config.student, student, optional)
     if student_model is None:
         raise ValueError("student: got None, expected config.student or a module")
     student_dim, classes = probe(student_model, images)
@@ -114,7 +115,7 @@ def build_distiller(
         return Distiller(student_model, None, Objective(config.objective, student_dim, student_dim, terms))
     if teacher is None and config.teacher is not None and not (config.teacher.weights or config.teacher.pretrained):
         raise ValueError("teacher.weights: got None, expected trained weights (or pretrained=True, or a module)")
-    teacher_model = _feature_model("teacher", config.teacher, teacher)
+    teacher_model = _feature_model("teacher", config.teacher, teacher, optional)
     assert teacher_model is not None
     _check_nothing_shared(student_model, teacher_model)
     teacher_dim, teacher_classes = probe(teacher_model, images)
@@ -132,16 +133,18 @@ def _check_nothing_shared(student: FeatureModel, teacher: FeatureModel) -> None:
         raise ValueError(f"teacher: shares parameters with the student, expected its own: {shared[:5]}{more}")
 
 
-def _feature_model(role: str, config: ModelConfig | None, module: nn.Module | None) -> FeatureModel | None:
+def _feature_model(
+    role: str, config: ModelConfig | None, module: nn.Module | None, optional: bool
+) -> FeatureModel | None:
     """The given module, or the configured one with its weights; None when there is neither."""
     classifier = None if config is None else config.classifier
     if module is not None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"{role}: got {type(module).__name__}, expected an nn.Module")
-        return FeatureModel(module, classifier)
+        return module if isinstance(module, FeatureModel) else FeatureModel(module, classifier, optional=optional)
     if config is None:
         return None
     model = build_model(config)
     if config.weights is not None:
         load_into(model, load_weights(config.weights), config.weights)
-    return FeatureModel(model, classifier)
+    return FeatureModel(model, classifier, optional=optional)

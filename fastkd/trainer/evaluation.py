@@ -15,6 +15,7 @@ from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data import DATASETS, build_datasets, eval_loader
 from fastkd.trainer.models import FeatureModel, build_model, count_parameters
 from fastkd.trainer.ranks import Ranks
+from fastkd.validate import check_labels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,6 +62,7 @@ def evaluate(
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
             logits = model(images).logits.float()
+        check_labels(labels, logits)
         correct += (logits.argmax(1) == labels).sum()
         loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
         count += len(labels)
@@ -98,6 +100,8 @@ def evaluate_checkpoint(
             raise CheckpointError(f"{checkpoint.path}: its student was given as a module; pass it as model=...")
         _check_trust(checkpoint.path, config.student.name, _is_known_model(config.student.name), trust_code)
         model = build_model(replace(config.student, pretrained=False, weights=None))
+    elif isinstance(model, FeatureModel):
+        model = model.model
     if eval_data is None:
         if "data" in given:
             raise CheckpointError(f"{checkpoint.path}: its data was given as objects; pass it as eval_data=...")
@@ -105,7 +109,7 @@ def evaluate_checkpoint(
         _, eval_data = build_datasets(config.data)
     load_into(model, checkpoint.student, checkpoint.path / STUDENT)
     target = choose_device(device, config.precision)
-    wrapped = FeatureModel(model, None if config.student is None else config.student.classifier).to(target)
+    wrapped = FeatureModel(model, optional=True).to(target)
     values = evaluate(wrapped, eval_loader(eval_data, config.data, target), target, config.precision)
     return EvalResult(
         accuracy=values["accuracy"],

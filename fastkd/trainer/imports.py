@@ -12,7 +12,7 @@ def import_object(name: str, argument: str) -> Any:
     Raises ValueError when the name is malformed, the module cannot be found or the attribute is missing.
     """
     module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
+    if not module_name or not attribute or module_name.startswith("."):
         raise ValueError(f"{argument}: got {name!r}, expected 'package.module:attribute'")
     try:
         found: Any = importlib.import_module(module_name)

@@ -14,7 +14,7 @@ from torch import nn
 
 from fastkd.trainer.checkpoint import CheckpointFolder
 from fastkd.trainer.config import TrainConfig, without_initial_weights
-from fastkd.trainer.data import choose_data, collate, eval_loader, fetch, labels_hash, train_loader
+from fastkd.trainer.data import choose_data, eval_loader, first_images, labels_hash, train_loader
 from fastkd.trainer.distiller import Distiller, build_distiller, weights_hash
 from fastkd.trainer.evaluation import DTYPES, choose_device, evaluate
 from fastkd.trainer.log import Meter, NonFiniteLossError, RunLog, check_finite, describe, header
@@ -67,9 +67,10 @@ def train(
 ) -> TrainResult:
     """Train ``config.student`` by ``config.objective``; objects given as arguments replace what the config would build.
 
-    A given teacher is left frozen: in eval mode and without gradient. Seeds the global generators of torch, Python and
-    numpy. ``train_data`` / ``eval_data`` are map-style datasets of (image, label), given together. ``terms`` are own
-    objective terms. Under ``torchrun`` every rank calls this and gets the same result: see ``fastkd.trainer.ranks``.
+    ``student`` / ``teacher`` are modules, or ``FeatureModel(module, classifier)`` to name the classifier layer. A given
+    teacher is left frozen: in eval mode and without gradient. ``train_data`` / ``eval_data`` are map-style datasets of
+    (image, label), given together. ``terms`` are own objective terms. Reseeds torch's, Python's and numpy's generators.
+    Under ``torchrun`` every rank calls this and gets the same result: see ``fastkd.trainer.ranks``.
 
     Raises:
         ValueError, TypeError: a setting that is wrong, or does not fit the others.
@@ -86,10 +87,9 @@ def train(
     place = (ranks.rank, ranks.world_size)
     loader, set_epoch = train_loader(train_set, config.data, config.seed, device, *place)
     test_loader = eval_loader(eval_set, config.data, device, *place)
-    sample, _ = collate(fetch(train_set, [0, 1 % len(train_set)]))
+    sample = first_images(train_set)
     initial = config if checkpoint is None else without_initial_weights(config)
     distiller = build_distiller(initial, sample, student=student, teacher=teacher, terms=terms).to(device)
-
     per_epoch = len(loader)
     total = per_epoch * config.epochs
     schedule = Schedule(
@@ -117,7 +117,6 @@ def train(
         progress = unpack(checkpoint, distiller, meter, optimizer, scaler)
         if progress.loader is not None:
             loader.load_state_dict(progress.loader)
-    resumed_from = None if checkpoint is None else progress.step
     result = TrainResult(
         accuracy=progress.history[-1].get("accuracy", math.nan) if progress.history else math.nan,
         history=progress.history,
@@ -125,7 +124,7 @@ def train(
         parameters=info["student"]["parameters"],
         path=None if checkpoint is None else checkpoint.path,
         distiller=distiller,
-        resumed_from=resumed_from,
+        resumed_from=None if checkpoint is None else progress.step,
         already_finished=progress.step >= total,
     )
     if result.already_finished:
@@ -183,7 +182,7 @@ def train(
         if checkpoint is None:
             save()
         else:
-            resume_generators(checkpoint.state["rng"], config.seed, progress.step, ranks.rank, device)
+            resume_generators(checkpoint.state, config.seed, ranks.rank, device)
             log.print(f"resumed from {checkpoint.path} at step {progress.step} of {total}")
 
         for epoch in range(progress.epoch, config.epochs):

@@ -12,6 +12,7 @@ from fastkd.trainer.imports import import_object
 from fastkd.validate import check_int, check_type
 
 _HEAD_NAMES = ("fc", "classifier", "head", "heads")
+_HOW_TO_NAME = "name it with ModelConfig(classifier='...'), or pass FeatureModel(module, '...') as the module"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -40,6 +41,7 @@ class ModelConfig:
         if self.num_classes is not None:
             check_int("model.num_classes", self.num_classes, 1)
         check_type("model.options", self.options, dict)
+        check_type("model.pretrained", self.pretrained, bool)
         if self.pretrained and self.weights is not None:
             raise ValueError(f"model.pretrained: got True together with weights={self.weights!r}, expected one of them")
 
@@ -104,10 +106,10 @@ def find_classifier(model: nn.Module, name: str | None = None) -> str:
             near = [key for key, module in modules.items() if isinstance(module, nn.Linear)][-5:]
             raise ValueError(f"classifier: got {name!r}, expected a layer of {type(model).__name__}, such as {near}")
         return name
-    hint = f"name it: classifier='...' (last layers of {type(model).__name__}: {list(modules)[-4:]})"
+    hint = f"{_HOW_TO_NAME} (last layers of {type(model).__name__}: {list(modules)[-4:]})"
     if callable(getattr(model, "get_classifier", None)):
         head = model.get_classifier()  # type: ignore[operator]
-        if isinstance(head, nn.Module) and not isinstance(head, nn.Identity):
+        if isinstance(head, nn.Module) and not isinstance(head, (nn.Identity, nn.ModuleList)):
             for key, module in modules.items():
                 if module is head:
                     return key
@@ -140,33 +142,55 @@ class FeatureModel(nn.Module):
     The model's output may be the logits or an object with ``logits`` (Inception in training, Hugging Face models).
     Images are converted to the dtype of the model's first parameter, and a model that is not in float32 runs without
     autocast: a teacher may be in half precision.
+
+    Args:
+        model: any module; ``train`` takes a FeatureModel wherever it takes a module.
+        classifier: the name of the classifier layer; None finds it (``find_classifier``).
+        optional: features are not needed. Without one classifier layer that is called once they are [B, 0].
     """
 
-    def __init__(self, model: nn.Module, classifier: str | None = None) -> None:
+    def __init__(self, model: nn.Module, classifier: str | None = None, *, optional: bool = False) -> None:
         super().__init__()
-        self.classifier_name = find_classifier(model, classifier)
+        self.optional = optional
+        self.classifier_name: str | None = None
+        # A layer that only its name suggests is compared with the logits by ``probe``.
+        self.guessed = classifier is None and not callable(getattr(model, "get_classifier", None))
+        try:
+            self.classifier_name = find_classifier(model, classifier)
+        except ValueError:
+            if classifier is not None or not optional:
+                raise
         self.model = model
 
     def forward(self, images: Tensor) -> ModelOutput:
         """``ModelOutput(logits [B, C], features [B, D])``; RuntimeError unless the classifier layer is called once."""
         captured: list[Tensor] = []
-        layer = self.model.get_submodule(self.classifier_name)
-        # Hooked per call: the user's module carries nothing of ours before or after.
-        handle = layer.register_forward_pre_hook(lambda _, args: captured.extend(args[:1]))
+        handle, layer = None, self.classifier
+        if layer is not None:
+            # Hooked per call: the user's module carries nothing of ours before or after.
+            handle = layer.register_forward_pre_hook(lambda _, args: captured.extend(args[:1]))
         try:
             output = self._run(images)
         finally:
-            handle.remove()
-        if len(captured) != 1:
+            if handle is not None:
+                handle.remove()
+        if len(captured) != 1 and not self.optional:
             raise RuntimeError(
                 f"classifier: layer {self.classifier_name!r} of {type(self.model).__name__} was called {len(captured)} "
-                "times with positional input in one forward pass, expected once; name the classifier layer"
+                f"times with positional input in one forward pass, expected once; for another layer, {_HOW_TO_NAME}"
             )
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
             raise TypeError(f"{type(self.model).__name__} returned {got}, expected logits [B, C]")
+        if layer is None or len(captured) != 1:
+            return ModelOutput(logits, logits.new_empty((len(logits), 0)))
         return ModelOutput(logits, pool_features(captured[0], layer))
+
+    @property
+    def classifier(self) -> nn.Module | None:
+        """The classifier layer."""
+        return None if self.classifier_name is None else self.model.get_submodule(self.classifier_name)
 
     def _run(self, images: Tensor) -> Any:
         dtype = next(self.model.parameters(), images).dtype
@@ -183,25 +207,49 @@ class FeatureModel(nn.Module):
 def probe(model: FeatureModel, images: Tensor) -> tuple[int, int]:
     """(feature dimension, number of classes) of ``model``, from one forward pass in eval mode; changes no state.
 
-    Raises ValueError when the classifier layer found is not as wide as the logits.
+    Raises ValueError when the classifier layer is not as wide as the logits, or was found by its name and gives
+    something else than the logits.
     """
     first = next(model.parameters(), images)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    given: list[Any] = []
+    layer = None if model.optional else model.classifier
+    handle = None if layer is None else layer.register_forward_hook(lambda _module, _args, value: given.append(value))
     try:
         output = model(images.to(first.device))
     finally:
+        if handle is not None:
+            handle.remove()
         for module, mode in modes:
             module.training = mode
     classes = output.logits.shape[1]
-    layer = model.model.get_submodule(model.classifier_name)
     width = getattr(layer, "out_features", getattr(layer, "out_channels", classes))
+    wrong = f"classifier: layer {model.classifier_name!r} of {type(model.model).__name__} gives"
     if width != classes:
         raise ValueError(
-            f"classifier: layer {model.classifier_name!r} of {type(model.model).__name__} gives {width} values but the "
-            f"model's logits have {classes}; name the layer whose output they are"
+            f"{wrong} {width} values but the model's logits have {classes}; find the layer whose output they are and "
+            f"{_HOW_TO_NAME}"
+        )
+    if layer is not None and model.guessed and not _leads_to(given[0], layer, output.logits):
+        raise ValueError(
+            f"{wrong} something else than the model's logits; find the layer whose output they are, or confirm this "
+            f"one: {_HOW_TO_NAME}"
         )
     return output.features.shape[1], classes
+
+
+def _leads_to(value: Any, layer: nn.Module, logits: Tensor) -> bool:
+    """Whether ``logits`` are the layer's output, up to pooling, a ReLU (SqueezeNet) or a softmax."""
+    if not isinstance(value, Tensor) or logits.is_meta:
+        return logits.is_meta
+    for end in (lambda x: x, torch.relu, lambda x: x.log_softmax(1), lambda x: x.softmax(1)):
+        found = pool_features(end(value), layer)
+        if found.shape == logits.shape and torch.allclose(
+            found.float(), logits.float(), rtol=1e-3, atol=1e-4, equal_nan=True
+        ):
+            return True
+    return False
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -7,6 +7,7 @@ entry.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from fastkd.backends.reference import accumulation_dtype
 from fastkd.functional import ce_kd_terms
 from fastkd.losses import DCDLoss, KDLoss
 from fastkd.trainer.models import ModelOutput
-from fastkd.validate import check_choice, check_int, check_number, check_type
+from fastkd.validate import check_choice, check_int, check_labels, check_number, check_type
 
 TermFunction = Callable[[ModelOutput, ModelOutput | None, Tensor], Mapping[str, Tensor]]
 
@@ -64,6 +65,7 @@ class DCDConfig:
         for name, bound in (("dcd.max_scale", self.max_scale), ("dcd.min_scale", self.min_scale)):
             if bound is not None:
                 check_number(name, bound, 0.0, exclusive=True)
+        check_type("dcd.learnable", self.learnable, bool)
         check_number("dcd.temperature", self.temperature, 0.0, exclusive=True)
 
 
@@ -82,6 +84,8 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         parse_terms(self.terms)
+        for name, value, kind in (("ce", self.ce, CEConfig), ("kd", self.kd, KDConfig), ("dcd", self.dcd, DCDConfig)):
+            check_type(f"objective.{name}", value, kind)
 
 
 def parse_terms(text: str) -> dict[str, float]:
@@ -103,6 +107,8 @@ def parse_terms(text: str) -> dict[str, float]:
             weights[name] = 1.0 if weight is None else float(weight)
         except ValueError:
             raise ValueError(f"objective.terms: got the weight {weight!r} in {text!r}, expected a number") from None
+        if not math.isfinite(weights[name]):
+            raise ValueError(f"objective.terms: got the weight {weight!r} in {text!r}, expected a finite number")
     if "ce" not in weights:
         weights = {"ce": 1.0, **weights}
     weights = {name: weight for name, weight in weights.items() if weight != 0.0}
@@ -121,6 +127,8 @@ class CETerm(nn.Module):
         self.label_smoothing = config.label_smoothing
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
+        if labels.ndim == 1:  # not class probabilities
+            check_labels(labels, student.logits)
         logits = student.logits.to(accumulation_dtype(student.logits.dtype))
         return {"ce": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
 
@@ -200,6 +208,7 @@ TERMS: dict[str, Callable[[ObjectiveConfig, int, int], nn.Module]] = {
     "dcd": lambda config, student_dim, teacher_dim: DCDTerm(config.dcd, student_dim, teacher_dim),
 }
 _NEEDS_NO_TEACHER = {"ce"}
+_NEEDS_NO_FEATURES = {"ce", "kd"}
 
 
 # Names of other values in the same record.
@@ -230,6 +239,11 @@ def needs_teacher(config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermF
         getattr(given[name], "needs_teacher", True) if name in given else name not in _NEEDS_NO_TEACHER
         for name in parse_terms(config.terms)
     )
+
+
+def needs_features(config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
+    """Whether any term may read more than logits and labels: all but our cross-entropy and KD."""
+    return any(name in (terms or {}) or name not in _NEEDS_NO_FEATURES for name in parse_terms(config.terms))
 
 
 class Objective(nn.Module):

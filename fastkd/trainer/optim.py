@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fastkd.validate import check_choice, check_int, check_number
+from fastkd.validate import check_choice, check_int, check_number, check_type
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -41,9 +41,13 @@ class OptimConfig:
         check_number("optim.lr", self.lr, 0.0, exclusive=True)
         if self.reference_batch is not None:
             check_int("optim.reference_batch", self.reference_batch, 1)
-        check_number("optim.momentum", self.momentum, 0.0, 1.0)
+        _check_below_one("optim.momentum", self.momentum)
+        check_type("optim.nesterov", self.nesterov, bool)
+        check_type("optim.betas", self.betas, (tuple, list))
+        if len(self.betas) != 2:
+            raise ValueError(f"optim.betas: got {self.betas}, expected two numbers")
         for beta in self.betas:
-            check_number("optim.betas", beta, 0.0, 1.0)
+            _check_below_one("optim.betas", beta)
         check_number("optim.weight_decay", self.weight_decay, 0.0)
         check_choice("optim.schedule", self.schedule, ("cosine", "step", "constant"))
         check_number("optim.warmup_epochs", self.warmup_epochs, 0.0)
@@ -58,6 +62,12 @@ class OptimConfig:
         check_number("optim.gamma", self.gamma, 0.0, 1.0, exclusive=True)
         if self.clip_norm is not None:
             check_number("optim.clip_norm", self.clip_norm, 0.0, exclusive=True)
+
+
+def _check_below_one(name: str, value: float) -> None:
+    check_number(name, value, 0.0, 1.0)
+    if value == 1.0:
+        raise ValueError(f"{name}: got {value}, expected a number >= 0 and < 1")
 
 
 class Schedule:

@@ -12,11 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastkd.trainer.checkpoint import Checkpoint, CheckpointError, list_checkpoints, load_into, read_checkpoint
+from fastkd.trainer.checkpoint import (
+    MANIFEST,
+    STATE,
+    Checkpoint,
+    CheckpointError,
+    list_checkpoints,
+    load_into,
+    read_checkpoint,
+)
 from fastkd.trainer.config import TrainConfig, differences
 from fastkd.trainer.data import mix_seed
 from fastkd.trainer.distiller import Distiller
 from fastkd.trainer.log import METRICS, RUN, Meter
+
+_PROGRESS = ("step", "epoch", "seconds", "history", "metrics_bytes", "loader")
+_IDENTITY = ("train_samples", "labels_sha256", "teacher_sha256")
 
 
 @dataclass
@@ -47,7 +58,7 @@ def open_run(config: TrainConfig) -> tuple[Path | None, Checkpoint | None]:
             raise CheckpointError(f"{folder}: already holds a run; resume it (resume=True) or choose another run_dir")
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"run_dir: got {config.run_dir!r}, which is a file, expected a folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        # Made with its first file: a start that fails leaves nothing behind.
         return folder, None
     if found:
         try:
@@ -56,6 +67,7 @@ def open_run(config: TrainConfig) -> tuple[Path | None, Checkpoint | None]:
             if len(found) == 1:
                 raise
             raise CheckpointError(f"{error}; remove {found[-1]} to resume from {found[-2].name}") from error
+        _check_complete(checkpoint)
         changed = differences(checkpoint.manifest["config"], config.to_dict())
         if changed:
             raise CheckpointError(f"{checkpoint.path}: belongs to another config ({'; '.join(changed)})")
@@ -73,6 +85,19 @@ def open_run(config: TrainConfig) -> tuple[Path | None, Checkpoint | None]:
     return folder, None
 
 
+def _check_complete(checkpoint: Checkpoint) -> None:
+    """CheckpointError when the manifest or the state lacks what resuming reads."""
+    state = checkpoint.state
+    rng = state["rng"] if isinstance(state.get("rng"), dict) else {}
+    for name, have, need in (
+        (MANIFEST, checkpoint.manifest, {*_IDENTITY, "given_as_objects"}),
+        (STATE, state, {*_PROGRESS, "meter", "optimizer", "scaler", "rng", "rng_of_other_ranks"}),
+        (STATE, rng, {"torch", "cuda", "python", "numpy"}),
+    ):
+        if missing := sorted(need - have.keys()):
+            raise CheckpointError(f"{checkpoint.path / name}: lacks {', '.join(missing)}")
+
+
 def given_as_objects(**objects: Any) -> list[str]:
     """The names of the arguments that replaced what the config would build; the config does not describe those."""
     return [name for name, value in objects.items() if value is not None]
@@ -80,7 +105,7 @@ def given_as_objects(**objects: Any) -> list[str]:
 
 def check_same_run(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
     """CheckpointError when the data or the teacher are not those that the checkpoint was written with."""
-    for key in ("train_samples", "labels_sha256", "teacher_sha256"):
+    for key in _IDENTITY:
         if checkpoint.manifest[key] != identity[key]:
             raise CheckpointError(
                 f"{checkpoint.path}: was written with {key}={checkpoint.manifest[key]}, this run has {identity[key]}"
@@ -121,7 +146,8 @@ def pack(
         "meter": {"sums": dict(meter.sums), "count": meter.count},
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
-        "rng": generators,
+        "rng": generators[0],
+        "rng_of_other_ranks": generators[1:],
     }
 
 
@@ -154,24 +180,29 @@ def unpack(
     state = checkpoint.state
     load_into(distiller.student.model, checkpoint.student, checkpoint.path / "student.safetensors")
     load_into(distiller.objective, checkpoint.loss, checkpoint.path / "loss.safetensors")
-    saved = [group["names"] for group in state["optimizer"]["param_groups"]]
-    current = [group["names"] for group in optimizer.param_groups]
-    if saved != current:
-        raise CheckpointError(f"{checkpoint.path}: its optimiser holds other parameters: {saved}, expected {current}")
-    optimizer.load_state_dict(state["optimizer"])
-    if scaler.is_enabled():
-        scaler.load_state_dict(state["scaler"])
-    meter.sums, meter.count = dict(state["meter"]["sums"]), state["meter"]["count"]
-    fields = ("step", "epoch", "seconds", "history", "metrics_bytes", "loader")
-    return Progress(**{name: state[name] for name in fields})
+    try:
+        saved = [group["names"] for group in state["optimizer"]["param_groups"]]
+        current = [group["names"] for group in optimizer.param_groups]
+        if saved != current:
+            raise CheckpointError(
+                f"{checkpoint.path}: its optimiser holds other parameters: {saved}, expected {current}"
+            )
+        optimizer.load_state_dict(state["optimizer"])
+        if scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
+        meter.sums, meter.count = dict(state["meter"]["sums"]), state["meter"]["count"]
+        return Progress(**{name: state[name] for name in _PROGRESS})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint.path / STATE}: is not a training state ({error!r})") from error
 
 
-def resume_generators(generators: list[dict[str, Any]], seed: int, step: int, rank: int, device: torch.device) -> None:
+def resume_generators(state: dict[str, Any], seed: int, rank: int, device: torch.device) -> None:
     """Set this rank's generators to their saved state; a rank that the saved run did not have seeds its own."""
+    generators = [state["rng"], *state["rng_of_other_ranks"]]
     if rank < len(generators):
         restore_rng(generators[rank], device)
     else:
-        seed_everything(mix_seed(seed, rank, step))
+        seed_everything(mix_seed(seed, rank, state["step"]))
 
 
 def restore_rng(rng: dict[str, Any], device: torch.device) -> None:
