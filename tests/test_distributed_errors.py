@@ -1,11 +1,13 @@
 """What is wrong on one rank is an error on all of them, in time; never a hang."""
 
+import re
 import time
 from typing import Any
 
 import pytest
 import torch
 
+from fastkd.distributed import configure
 from tests import rank_programs as programs
 from tests.ranks import Failure, run_ranks
 
@@ -45,3 +47,16 @@ def test_a_rank_that_dies_is_an_error_on_the_others(when: str) -> None:
         assert isinstance(results[rank], Failure), results[rank]
         assert results[rank].kind in ("RuntimeError", "DistBackendError", "DistNetworkError")
     assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"exchange_dtype": torch.int8}, ValueError, "exchange_dtype: got torch.int8, expected None or one of"),
+        ({"max_gathered_bytes": 1.5}, TypeError, "max_gathered_bytes: got float, expected an int >= 0"),
+        ({"max_gathered_bytes": -1}, ValueError, "max_gathered_bytes: got -1, expected an int >= 0"),
+    ],
+)
+def test_wrong_settings_of_the_exchange(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=re.escape(message)):
+        configure(**arguments)
