@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import breakdown, report
 
 
 def main() -> int:
@@ -18,6 +18,7 @@ def main() -> int:
     if code:
         return int(code)
     table = report.write(path, "make bench")
+    table.write_text(f"{table.read_text()}\n{breakdown.markdown()}")
     print(table.read_text(), f"\nwritten to {table.parent}", sep="")
     return 0
 

@@ -155,10 +155,12 @@ def _row_jobs(hardware: str) -> Iterator[Job]:
     for BLOCK_D, num_warps in ((128, 4), (2048, 4), (8192, 16)):
         BLOCK_M = max(1, normalize.BLOCK_ELEMENTS // BLOCK_D)
         tile: dict[str, Any] = {"BLOCK_M": BLOCK_M, "BLOCK_D": BLOCK_D}
-        yield job(f"unit_rows D={BLOCK_D}", normalize._unit_rows_kernel, num_warps, **tile)
-        yield job(f"finish D={BLOCK_D}", rows._finish_kernel, num_warps, **tile, **both, SPLITS=4)
+        yield job(f"unit_rows D={BLOCK_D}", normalize._unit_rows_kernel, num_warps, **tile, TO_TF32=False)
+        yield job(f"finish D={BLOCK_D}", rows._finish_kernel, num_warps, **tile, **both)
+    single = dict.fromkeys(half, "*fp32")
+    yield job("unit_rows tf32", normalize._unit_rows_kernel, types=single, BLOCK_M=16, BLOCK_D=128, TO_TF32=True)
     weighted: dict[str, Any] = {"HAS_WEIGHT": True, "IS_SWAPPED": True}
-    yield job("statistics", rows._statistics_kernel, BLOCK_M=rows.BLOCK_ROWS, SPLITS=4, **weighted)
+    yield job("statistics", rows._statistics_kernel, BLOCK_M=rows.BLOCK_ROWS, **weighted)
     yield job("coefficients", rows._coefficients_kernel, BLOCK_N=rows.BLOCK_ROWS, BOUNDED=True, **weighted)
     for bounded in (True, False):
         mode = "bounded" if bounded else "online"
@@ -198,7 +200,7 @@ def _soft_target_jobs(hardware: str) -> Iterator[Job]:
         name="soft_target_merge",
         hardware=hardware,
         kernel=soft_target._merge_kernel,
-        constants={"BLOCK_M": soft_target.ROWS, "SPLITS": 8, "POWER": 4, **flags},
+        constants={"BLOCK_M": soft_target.ROWS, "POWER": 4, **flags},
         types=_SOFT_TARGET_TYPES,
     )
 

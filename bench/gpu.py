@@ -5,11 +5,18 @@
 
 Ends within ``--seconds`` and a few more for the measurement under way. The most important cases come first; what there
 was no time for, no memory, no peer or no kernel, is in the results with the reason. Nothing is dropped. Writes CSV,
-Markdown and PNG to the output folder, named after the hardware, also when it is interrupted.
+Markdown and PNG to the output folder, named after the hardware: the CSV after every case, the others at the end and
+also after SIGINT or SIGTERM.
+
+Needs torch, triton, numpy and matplotlib; no network. In an environment that is there already:
+``make gpu-bench BIN=/path/with/python`` (or ``PY=/usr/bin/python3``), which installs nothing. fastkd itself comes from
+``python -m pip install --no-index --no-deps --no-build-isolation --editable .``
 """
 
 import argparse
+import contextlib
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +31,9 @@ from bench import gpu_report, measure, providers
 
 SIZES = tuple(2**k for k in range(8, 17))
 LOGITS = ((256, 1000), (1024, 1000), (8192, 1000), (65536, 1000), (1024, 21841), (4096, 32000), (8192, 131072))
-EXACT_ROWS = 16384  # up to here the error against float64 is affordable
-GRAPH_ROWS = 8192  # above, Python costs nothing beside the kernels
+EXACT_ELEMENTS = 2**28  # logits up to which the error against float64 is affordable
+GRAPH_ELEMENTS = 2**27  # logits above which Python costs nothing beside the kernels, and a graph's memory does
+GRAPH_HOST_MS = 20.0  # a node costs microseconds to launch: a few thousand of them
 LOGIT_SCALE = 10.0
 
 
@@ -42,6 +50,11 @@ class Case:
     @property
     def on_logits(self) -> bool:
         return self.name in providers.ON_LOGITS
+
+    @property
+    def elements(self) -> int:
+        """How many logits there are, given or implied."""
+        return self.n * self.d if self.on_logits else self.n**2
 
     def key(self) -> dict[str, Any]:
         return {"case": self.name, "dtype": str(self.dtype).removeprefix("torch."), "n": self.n, "d": self.d}
@@ -105,8 +118,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def exact_result(case: Case, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor] | None:
     """The loss and the student's gradient in float64, by the streaming backend, where affordable."""
-    elements = case.n * case.d if case.on_logits else case.n**2
-    if elements > EXACT_ROWS**2:
+    if case.elements > EXACT_ELEMENTS:
         return None
     loss = providers.GPU_PROVIDERS[case.name]["fastkd blocked"]()
     leaves = tuple(x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs)
@@ -115,8 +127,56 @@ def exact_result(case: Case, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor
     return value.detach(), leaves[0].grad
 
 
-def measured(case: Case, provider: str, device: torch.device, seconds: float, exact: Any) -> dict[str, Any]:
+@dataclass
+class Run:
+    """How everything is measured, and what has ended it. A signal interrupts a measurement and nothing else."""
+
+    device: torch.device
+    quick: bool
+    deadline: float
+    ended_by: signal.Signals | None = None
+    is_measuring: bool = False
+    failed_capture: str = ""  # the provider and size after which nothing is captured any more
+
+    @property
+    def seconds(self) -> float:
+        """Of one measurement."""
+        return 0.002 if self.quick else 0.1
+
+    def stopped(self) -> str | None:
+        if self.ended_by:
+            return f"interrupted by {self.ended_by.name}"
+        return None if time.monotonic() < self.deadline else "no time left"
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        self.is_measuring = True
+        try:
+            yield
+        finally:
+            self.is_measuring = False
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM raise KeyboardInterrupt while measuring and are remembered otherwise."""
+
+        def remember(number: int, frame: object) -> None:
+            self.ended_by = signal.Signals(number)
+            if self.is_measuring:
+                self.is_measuring = False
+                raise KeyboardInterrupt
+
+        before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def measured(case: Case, provider: str, run: Run, exact: Any) -> dict[str, Any]:
     """Time, memory and error of one provider."""
+    device, seconds = run.device, run.seconds
     loss = providers.GPU_PROVIDERS[case.name][provider]()
     inputs = case.inputs(device)
     step = step_of(loss, inputs)
@@ -131,20 +191,30 @@ def measured(case: Case, provider: str, device: torch.device, seconds: float, ex
     for x in inputs:
         x.grad = None
     row["peak_extra_mib"] = measure.peak_extra_mib(step, device)
-    if case.n <= GRAPH_ROWS:
-        row["graph_ms"] = measure.graph_ms(step, device, seconds)
+    row["host_ms"] = measure.host_ms(step, device, seconds)
+    is_small = case.elements <= GRAPH_ELEMENTS and (row["host_ms"] or 0) <= GRAPH_HOST_MS
+    if provider.startswith(providers.CAPTURED) and is_small:
+        if run.failed_capture:
+            return row | {"note": f"no graph after the failed one of {run.failed_capture}"}
+        try:
+            row["graph_ms"] = measure.graph_ms(step, device, seconds)
+        except measure.CaptureError as error:
+            run.failed_capture = f"{provider}, {' '.join(str(x) for x in case.key().values())}"
+            row["note"] = f"no graph: {error}"
     return row
 
 
-def measure_provider(
-    case: Case, provider: str, device: torch.device, seconds: float, exact: Any, quick: bool
-) -> dict[str, Any]:
+def empty_row(case: Case, provider: str, status: str) -> dict[str, Any]:
+    return case.key() | {"provider": provider, "status": status, "note": "", **dict.fromkeys(gpu_report.NUMBERS)}
+
+
+def measure_provider(case: Case, provider: str, run: Run, exact: Any) -> dict[str, Any]:
     """The row of one provider; ``status`` says why where it has no numbers."""
-    row = case.key() | {"provider": provider, "status": "ok", **dict.fromkeys(gpu_report.NUMBERS)}
-    if "torch.compile" in provider and (quick or not case.compiles):
-        return row | {"status": "skipped: torch.compile is measured at fewer sizes"}
+    if "torch.compile" in provider and (run.quick or not case.compiles):
+        return empty_row(case, provider, "skipped: torch.compile is measured at fewer sizes")
+    row = empty_row(case, provider, "ok")
     try:
-        row |= measured(case, provider, device, seconds, exact)
+        row |= measured(case, provider, run, exact)
     except ImportError as error:
         row["status"] = f"not installed: {error}"
     except torch.OutOfMemoryError:
@@ -152,54 +222,52 @@ def measure_provider(
     except providers.Unsupported as error:
         row["status"] = f"unsupported: {error}"
     except Exception as error:  # a peer's failure is a result; ours shows in the table as well
-        row["status"] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        row["status"] = f"failed: {measure.in_one_line(error)}"
     bytes_moved = case.bytes_moved()
     if bytes_moved and row["median_ms"]:
         row["gb_per_s"] = bytes_moved / min(x for x in (row["median_ms"], row["graph_ms"]) if x) / 1e6
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    measure.release(run.device)
     return row
 
 
-def measure_case(
-    case: Case, device: torch.device, seconds: float, deadline: float, quick: bool
-) -> Iterator[dict[str, Any]]:
+def measure_case(case: Case, run: Run) -> list[dict[str, Any]]:
+    """A row for every provider, whatever ends the run in between."""
     exact = None
-    if time.monotonic() < deadline:
-        try:
-            exact = exact_result(case, case.inputs(device))
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+    with contextlib.suppress(KeyboardInterrupt, torch.OutOfMemoryError), run.measuring():
+        if run.stopped() is None:
+            exact = exact_result(case, case.inputs(run.device))
+    measure.release(run.device)
+    rows = []
     # Ours first: where time runs out inside a case, it is a comparison that is missing.
     for provider in sorted(providers.GPU_PROVIDERS[case.name], key=lambda name: "fastkd triton" not in name):
-        if time.monotonic() < deadline:
-            yield measure_provider(case, provider, device, seconds, exact, quick)
-        else:
-            empty = {"provider": provider, "status": "skipped: no time left", **dict.fromkeys(gpu_report.NUMBERS)}
-            yield case.key() | empty
+        row = None
+        with contextlib.suppress(KeyboardInterrupt), run.measuring():
+            if run.stopped() is None:
+                row = measure_provider(case, provider, run, exact)
+        rows.append(row or empty_row(case, provider, f"skipped: {run.stopped()}"))
+    return rows
 
 
-def run(device: torch.device, names: list[str] | None, seconds: float, quick: bool, output: Path, command: str) -> Path:
-    """Measures everything and writes the results; returns the path of the table."""
+def measure_all(run: Run, names: list[str] | None, output: Path, command: str) -> Path | None:
+    """Measures and writes everything; returns the path of the table, None where a signal came before any number."""
     start = time.monotonic()
-    if device.type == "cuda":
+    if run.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # tf32 for everyone: what a user who minds the time sets
-    ceilings = {
-        "copy_gb_per_s": measure.copy_gb_per_s(device, quick),
-        "matmul_tflop_per_s": measure.matmul_tflop_per_s(device, quick),
-    }
-    rows: list[dict[str, Any]] = []
-    try:
-        for case in cases(quick):
-            if names and case.name not in names:
-                continue
-            for row in measure_case(case, device, 0.002 if quick else 0.1, start + seconds, quick):
-                rows.append(row)
-            if time.monotonic() < start + seconds:
-                print(f"{time.monotonic() - start:6.1f} s  {' '.join(str(x) for x in case.key().values())}", flush=True)
-    finally:
-        table = gpu_report.write(rows, device, ceilings, command, time.monotonic() - start, output)
-    return table
+    ceilings: dict[str, float] = {}
+    with contextlib.suppress(KeyboardInterrupt), run.measuring():
+        ceilings["copy_gb_per_s"] = measure.copy_gb_per_s(run.device, run.quick)
+        ceilings["matmul_tflop_per_s"] = measure.matmul_tflop_per_s(run.device, run.quick)
+    results = gpu_report.Results(run.device, ceilings, command, output)
+    for case in cases(run.quick):
+        if names and case.name not in names:
+            continue
+        rows = measure_case(case, run)
+        if run.ended_by and not results.rows and not any(row["median_ms"] for row in rows):
+            return None
+        results.append(rows)
+        if run.stopped() is None:
+            print(f"{time.monotonic() - start:6.1f} s  {' '.join(str(x) for x in case.key().values())}", flush=True)
+    return results.finish(time.monotonic() - start)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -218,9 +286,11 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     command = shlex.join(["python", "-m", "bench.gpu", *(sys.argv[1:] if arguments is None else arguments)])
-    table = run(torch.device(options.device), options.cases, options.seconds, options.quick, options.output, command)
-    print(table.read_text(), f"\nwritten to {table.parent}", sep="")
-    return 0
+    run = Run(torch.device(options.device), options.quick, time.monotonic() + options.seconds)
+    with run.signals():
+        table = measure_all(run, options.cases, options.output, command)
+    print(f"{table.read_text()}\nwritten to {table.parent}" if table else "interrupted before the first number")
+    return 128 + run.ended_by if run.ended_by else 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The results of bench/gpu.py as CSV, Markdown and a plot, named after the hardware."""
 
+import csv
 import datetime
 import importlib.metadata
 import platform
@@ -14,8 +15,9 @@ from bench import report
 from bench.providers import GPU_BASELINE, ON_LOGITS, PEERS
 
 # Columns of a row that are None where it was not measured.
-NUMBERS = ("median_ms", "graph_ms", "peak_extra_mib", "loss_error", "grad_error", "gb_per_s")
+NUMBERS = ("median_ms", "host_ms", "graph_ms", "peak_extra_mib", "loss_error", "grad_error", "gb_per_s")
 GROUP = ("case", "dtype", "n", "d")
+COLUMNS = (*GROUP, "provider", "status", "note", *NUMBERS, "speedup", "memory_ratio", "of_copy")
 
 
 def version(package: str) -> str:
@@ -32,25 +34,33 @@ def hardware(device: torch.device) -> str:
     return f"{properties.name}, {properties.multi_processor_count} SM, {properties.total_memory / 2**30:.0f} GiB"
 
 
-def write(
-    rows: list[dict[str, Any]],
-    device: torch.device,
-    ceilings: dict[str, float],
-    command: str,
-    seconds: float,
-    output: Path,
-) -> Path:
-    """Writes .csv, .md and .png to the folder ``output``; returns the path of the table."""
-    output.mkdir(parents=True, exist_ok=True)
-    name = hardware(device).split(", ")[0] if device.type == "cuda" else hardware(device)
-    path = output / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.md"
-    report.add_ratios(rows, GROUP, GPU_BASELINE)
-    for row in rows:
-        row["of_copy"] = row["gb_per_s"] / ceilings["copy_gb_per_s"] if row["gb_per_s"] else None
-    report.write_csv(rows, path.with_suffix(".csv"))
-    _plot(rows, path.with_suffix(".png"), hardware(device))
-    path.write_text(_markdown(rows, device, ceilings, command, seconds))
-    return path
+class Results:
+    """The rows of a run: each case is in the CSV file once it is measured; the table and the plot come last."""
+
+    def __init__(self, device: torch.device, ceilings: dict[str, float], command: str, output: Path) -> None:
+        self.device, self.ceilings, self.command = device, ceilings, command
+        name = hardware(device).split(", ")[0] if device.type == "cuda" else hardware(device)
+        self.path = output / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.md"
+        self.rows: list[dict[str, Any]] = []
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Adds the rows of whole cases. The first ones replace the file of an earlier run."""
+        report.add_ratios(rows, GROUP, GPU_BASELINE)
+        for row in rows:
+            row["of_copy"] = row["gb_per_s"] / self.ceilings["copy_gb_per_s"] if row["gb_per_s"] else None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".csv").open("a" if self.rows else "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if not self.rows:
+                writer.writeheader()
+            writer.writerows(rows)
+        self.rows += rows
+
+    def finish(self, seconds: float) -> Path:
+        """Writes .md and .png beside the CSV file; returns the path of the table."""
+        self.path.write_text(_markdown(self.rows, self.device, self.ceilings, self.command, seconds))
+        _plot(self.rows, self.path.with_suffix(".png"), hardware(self.device))
+        return self.path
 
 
 def _markdown(
@@ -67,10 +77,14 @@ def _markdown(
         f"- Ceilings, measured in this run: copy {ceilings['copy_gb_per_s']:.0f} GB/s, bf16 matmul "
         f"{ceilings['matmul_tflop_per_s']:.3g} TFLOP/s",
         f'- fp32 products: precision {torch.get_float32_matmul_precision()!r} ("high" is tf32), for every provider',
-        "- median: called from Python, cold L2 cache. graph: the same in a CUDA graph, without Python. memory: peak of",
-        "  one step beyond what was allocated before it, the gradients included. error: relative to float64, of the",
-        f"  student's gradient. speed-up and memory ratio: against `{GPU_BASELINE}`. GB/s: 5 elements a logit, which",
-        "  is what reading both logits twice and writing one gradient moves, over the shorter time, and of the copy.",
+        "- median: called from Python, cold L2 cache. host: what Python needs to launch a step on an idle GPU; where",
+        "  it is close to the median, the median is mostly launching, as at small N. graph: the same kernels in a CUDA",
+        "  graph, so without Python; not measured for peers, for `fastkd blocked` (too many nodes), and where the work",
+        "  is so large that launching does not count.",
+        "- memory: peak of one step beyond what was allocated before it, the gradients included. error: relative to",
+        f"  float64, of the student's gradient. speed-up (of the median) and memory ratio: against `{GPU_BASELINE}`.",
+        "- GB/s: 5 elements a logit, which is what reading both logits twice and writing one gradient moves, over the",
+        "  shorter time, and of the copy.",
     ]
     for case, dtype in dict.fromkeys((row["case"], row["dtype"]) for row in rows):
         own = [row for row in rows if (row["case"], row["dtype"]) == (case, dtype)]
@@ -84,8 +98,9 @@ def _table(case: str, dtype: str, rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"## {case}, {dtype} inputs",
         "",
-        f"| N | {width} | provider | median ms | graph ms | speed-up | memory MiB | memory ratio | error |{bandwidth}",
-        "|---:|---:|---|---:|---:|---:|---:|---:|---:|" + "---:|---:|" * bool(bandwidth),
+        f"| N | {width} | provider | median ms | host ms | graph ms | speed-up | memory MiB | memory ratio | error |"
+        + bandwidth,
+        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|" + "---:|---:|" * bool(bandwidth),
     ]
     for row in rows:
         head = f"| {row['n']} | {row['d']} | {row['provider']} |"
@@ -94,7 +109,8 @@ def _table(case: str, dtype: str, rows: list[dict[str, Any]]) -> list[str]:
             continue
         cells = [
             _format(row["median_ms"], ".4g"),
-            _format(row["graph_ms"], ".4g"),
+            _format(row["host_ms"], ".3g"),
+            _format(row["graph_ms"], ".4g") or row["note"].replace("|", "/"),
             _format(row["speedup"], ".2f", "x"),
             _format(row["peak_extra_mib"], ".1f"),
             _format(row["memory_ratio"], ".1%"),

@@ -1,5 +1,6 @@
 """Time, memory and ceilings of the device at hand. On a CPU everything runs too, timed by the wall clock."""
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -40,23 +41,54 @@ def median_ms(step: Callable[[], object], device: torch.device, seconds: float) 
     return statistics.median(begin.elapsed_time(end) for begin, end in pairs)
 
 
-def graph_ms(step: Callable[[], object], device: torch.device, seconds: float) -> float | None:
-    """As :func:`median_ms` for the step captured in a CUDA graph, so without Python; None where it cannot be."""
+def host_ms(step: Callable[[], object], device: torch.device, seconds: float) -> float | None:
+    """Median time in which Python launches the step on an idle GPU; None on a CPU, which launches nothing."""
     if device.type != "cuda":
         return None
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or (len(times) < 20 and time.perf_counter() < end):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - start))
+    torch.cuda.synchronize(device)
+    return statistics.median(times)
+
+
+class CaptureError(RuntimeError):
+    """The step cannot be captured in a CUDA graph. Torch may not capture, nor free cached memory, from here on."""
+
+
+def graph_ms(step: Callable[[], object], device: torch.device, seconds: float) -> float | None:
+    """As :func:`median_ms` for the step captured in a CUDA graph, so without Python; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(current)
+    graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.stream(side):
             step()
-        torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+        current.wait_stream(side)
         with torch.cuda.graph(graph):
             step()
-    except Exception:  # whatever it was that waited for the host: a peer may do as it likes
-        torch.cuda.synchronize(device)
-        return None
+    except Exception as error:
+        torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own where the capture's end fails
+        raise CaptureError(in_one_line(error)) from error
     return median_ms(graph.replay, device, seconds)
+
+
+def release(device: torch.device) -> None:
+    """Gives cached memory back to the device, unless a failed capture is in the way: torch asserts that none is."""
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+
+def in_one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def peak_extra_mib(step: Callable[[], object], device: torch.device) -> float | None:

@@ -27,12 +27,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 @triton.jit
 def split_tiles(split, tiles_per_split, n_cols, first_positive, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A split's tiles ``first ... last - 1``; those of ``skip ... resume - 1`` hold positives of the row-block."""
+    """A split's tiles ``first ... last - 1``; those of ``skip ... resume - 1`` hold positives of the row-block.
+
+    ragged: 1 if tile ``whole`` is the split's, has columns that do not exist, and is not among those; else 0. It
+    and the tiles with positives have a loop of their own, so that the loop over all others has no mask.
+    """
     first = split * tiles_per_split
     last = max(min(first + tiles_per_split, tl.cdiv(n_cols, BLOCK_N)), first)
     skip = min(max(max(first_positive, 0) // BLOCK_N, first), last)
     resume = min(max(tl.cdiv(max(first_positive + BLOCK_M, 0), BLOCK_N), first), last)
-    return first, last, skip, resume
+    whole = min(n_cols // BLOCK_N, last)
+    ragged = tl.where((whole < first) | ((skip <= whole) & (whole < resume)), 0, last - whole)
+    return first, last, skip, resume, whole, ragged
 
 
 @triton.jit(do_not_specialize=["n", "n_cols", "offset", "tiles_per_split"])
@@ -49,10 +55,9 @@ def _forward_kernel(
     state = load_state(STATE, n, offs_m < n, BLOCK_M=BLOCK_M, BOUNDED=BOUNDED, HAS_CARRY=HAS_CARRY)
     a = A_rows.load([row, 0])  # [BLOCK_M, BLOCK_D]
     b = B_rows.load([row, 0])
-    first, last, skip, resume = split_tiles(split, tiles_per_split, n_cols, row + offset, BLOCK_M, BLOCK_N)
-    # Tiles with these rows' positives, and the ragged last one, come last: the loop over all others has no mask.
-    whole = min(n_cols // BLOCK_N, last)
-    ragged = tl.where((whole < first) | ((skip <= whole) & (whole < resume)), 0, last - whole)
+    first, last, skip, resume, whole, ragged = split_tiles(
+        split, tiles_per_split, n_cols, row + offset, BLOCK_M, BLOCK_N
+    )  # fmt: skip
     for index in range(first, last - ragged - (resume - skip)):
         start = tl.where(index < skip, index, index + resume - skip) * BLOCK_N
         X = tl.dot(a, B_cols.load([start, 0]).T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -70,14 +75,14 @@ def _forward_kernel(
 def _gradient_tile(
     a, b, A_cols, B_cols, COEF, stride_cn, start, n_cols, positive, row_factors, scale, acc_a, acc_b,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, BOUNDED: tl.constexpr, NEED_A: tl.constexpr,
-    NEED_B: tl.constexpr, HAS_POSITIVE: tl.constexpr,
+    NEED_B: tl.constexpr, IS_EDGE: tl.constexpr,
 ):  # fmt: skip
     a_cols, b_cols = A_cols.load([start, 0]), B_cols.load([start, 0])  # [BLOCK_N, BLOCK_D]
     X = tl.dot(a, b_cols.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     Y = tl.dot(b, a_cols.T, input_precision=PRECISION)
     G, H = gradient(
         X, Y, COEF, stride_cn, start + tl.arange(0, BLOCK_N), n_cols, positive, row_factors, scale,
-        BOUNDED=BOUNDED, HAS_POSITIVE=HAS_POSITIVE,
+        BOUNDED=BOUNDED, IS_EDGE=IS_EDGE,
     )  # fmt: skip
     if NEED_A:
         acc_a = tl.dot(G.to(b_cols.dtype), b_cols, acc_a, input_precision=PRECISION)
@@ -104,20 +109,23 @@ def _backward_kernel(
     acc_b = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     a = A_rows.load([row, 0])  # [BLOCK_M, BLOCK_D]
     b = B_rows.load([row, 0])
-    first, last, skip, resume = split_tiles(split, tiles_per_split, n_cols, row + offset, BLOCK_M, BLOCK_N)
-    # Columns past the last one need no mask: their unit rows are zero. Tiles with positives come last, as above.
-    for index in range(first, last - (resume - skip)):
+    first, last, skip, resume, whole, ragged = split_tiles(
+        split, tiles_per_split, n_cols, row + offset, BLOCK_M, BLOCK_N
+    )  # fmt: skip
+    # The edge first: with its bounds alive during the other loop, that one spills.
+    for index in range(skip, resume + ragged):
+        tile = tl.where(index < resume, index, whole)
+        acc_a, acc_b = _gradient_tile(
+            a, b, A_cols, B_cols, COL_COEF, stride_cn, tile * BLOCK_N, n_cols, positive, row_factors, scale,
+            acc_a, acc_b, BLOCK_N=BLOCK_N, PRECISION=PRECISION, BOUNDED=BOUNDED, NEED_A=NEED_A, NEED_B=NEED_B,
+            IS_EDGE=True,
+        )  # fmt: skip
+    for index in range(first, last - ragged - (resume - skip)):
         tile = tl.where(index < skip, index, index + resume - skip)
         acc_a, acc_b = _gradient_tile(
             a, b, A_cols, B_cols, COL_COEF, stride_cn, tile * BLOCK_N, n_cols, positive, row_factors, scale,
             acc_a, acc_b, BLOCK_N=BLOCK_N, PRECISION=PRECISION, BOUNDED=BOUNDED, NEED_A=NEED_A, NEED_B=NEED_B,
-            HAS_POSITIVE=False,
-        )  # fmt: skip
-    for tile in range(skip, resume):
-        acc_a, acc_b = _gradient_tile(
-            a, b, A_cols, B_cols, COL_COEF, stride_cn, tile * BLOCK_N, n_cols, positive, row_factors, scale,
-            acc_a, acc_b, BLOCK_N=BLOCK_N, PRECISION=PRECISION, BOUNDED=BOUNDED, NEED_A=NEED_A, NEED_B=NEED_B,
-            HAS_POSITIVE=True,
+            IS_EDGE=False,
         )  # fmt: skip
     offs_d = tl.arange(0, BLOCK_D)
     PARTIAL += (split.to(tl.int64) * 2 * n + offs_m)[:, None] * BLOCK_D + offs_d[None, :]

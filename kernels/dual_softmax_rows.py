@@ -14,11 +14,10 @@ BLOCK_ROWS = 128
 BLOCK_ELEMENTS = 2048
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "splits"])
 def _statistics_kernel(
-    STATE, SCALE, WEIGHT, STATS, LOSS, n,
-    BLOCK_M: tl.constexpr, SPLITS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    IS_SWAPPED: tl.constexpr,
+    STATE, SCALE, WEIGHT, STATS, LOSS, n, splits,
+    BLOCK_M: tl.constexpr, HAS_WEIGHT: tl.constexpr, IS_SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """Merges the splits into STATS; LOSS [2, n]: weighted contrast and consistency."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -27,14 +26,14 @@ def _statistics_kernel(
     STATE += offs_m
     mp = tl.load(STATE, mask=in_rows, other=0.0)
     mq = tl.load(STATE + 2 * stride_k, mask=in_rows, other=0.0)
-    for split in range(1, SPLITS):
+    for split in range(1, splits):
         mp = tl.maximum(mp, tl.load(STATE + split * 6 * stride_k, mask=in_rows, other=0.0))
         mq = tl.maximum(mq, tl.load(STATE + (split * 6 + 2) * stride_k, mask=in_rows, other=0.0))
     sp = tl.zeros([BLOCK_M], tl.float32)
     sq = tl.zeros([BLOCK_M], tl.float32)
     se = tl.zeros([BLOCK_M], tl.float32)
     xp = tl.zeros([BLOCK_M], tl.float32)
-    for split in range(SPLITS):
+    for split in range(splits):
         part = STATE + split * 6 * stride_k
         to_p = tl.exp2(tl.load(part, mask=in_rows, other=0.0) - mp)
         to_q = tl.exp2(tl.load(part + 2 * stride_k, mask=in_rows, other=0.0) - mq)
@@ -107,10 +106,10 @@ def _coefficients_kernel(
     tl.store(UNSCALE, bound / LARGEST_G)
 
 
-@triton.jit(do_not_specialize=["n", "D", "width"])
+@triton.jit(do_not_specialize=["n", "D", "width", "splits"])
 def _finish_kernel(
-    PARTIAL, UNITS, INVERSE_NORM, SCALE, UNSCALE, GRAD_A, GRAD_B, DOTS, n, D, width,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, NEED_A: tl.constexpr, NEED_B: tl.constexpr,
+    PARTIAL, UNITS, INVERSE_NORM, SCALE, UNSCALE, GRAD_A, GRAD_B, DOTS, n, D, width, splits,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, NEED_A: tl.constexpr, NEED_B: tl.constexpr,
 ):  # fmt: skip
     """Adds the splits and goes back through the normalisation, whose dot products are the scale's gradient."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -125,7 +124,7 @@ def _finish_kernel(
         if NEED_A if side == 0 else NEED_B:
             offsets = side * half + rows * width + offs_d[None, :]
             total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            for split in range(SPLITS):
+            for split in range(splits):
                 total += tl.load(PARTIAL + split * 2 * half + offsets, mask=in_width, other=0.0)
             unit = tl.load(UNITS + offsets, mask=in_width, other=0.0).to(tl.float32)
             inverse_norm = tl.load(INVERSE_NORM + side * n + offs_m, mask=in_rows, other=0.0)
@@ -150,8 +149,8 @@ def statistics(state: Tensor, scale: Tensor, weight: Tensor | None, *, swapped: 
         STATS=stats,
         LOSS=loss,
         n=n,
+        splits=splits,
         BLOCK_M=BLOCK_ROWS,
-        SPLITS=splits,
         HAS_WEIGHT=weight is not None,
         IS_SWAPPED=swapped,
         num_warps=4,
@@ -225,9 +224,9 @@ def gradients(
         n=n,
         D=D,
         width=width,
+        splits=splits,
         BLOCK_M=BLOCK_M,
         BLOCK_D=BLOCK_D,
-        SPLITS=splits,
         NEED_A=need_a,
         NEED_B=need_b,
         num_warps=4 if BLOCK_D <= 2048 else 16,

@@ -90,9 +90,9 @@ def load_row_factors(COEF, stride_cn, in_rows, BOUNDED: tl.constexpr):
 @triton.jit
 def gradient(
     X, Y, COEF, stride_cn, offs_n, n_cols, positive, row_factors, scale,
-    BOUNDED: tl.constexpr, HAS_POSITIVE: tl.constexpr,
+    BOUNDED: tl.constexpr, IS_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """``G_ij`` and ``H_ij = G_ji`` of a tile of cosines X, Y [BLOCK_M, BLOCK_N]."""
+    """``G_ij`` and ``H_ij = G_ji`` of a tile of cosines X, Y [BLOCK_M, BLOCK_N]. IS_EDGE: as above."""
     ki, ri, xi, wi, lai, lci = row_factors
     X *= scale * LOG2E
     Y *= scale * LOG2E
@@ -112,9 +112,12 @@ def gradient(
         P, Q = tl.exp2(X - lai), tl.exp2(Y - laj)  # p_ij, p_ji
         G = P * (ki * d + ri) - Q * kj + tl.exp2(X - lcj) * xj
         H = Q * (rj - kj * d) - P * ki + tl.exp2(Y - lci) * xi
-    if HAS_POSITIVE:
+    if IS_EDGE:
         # Before the result is rounded: where p_ii is near 1, p_ii - 1 keeps its relative precision.
         is_positive = offs_n[None, :] == positive[:, None]
         G = tl.where(is_positive, G - wi, G)
         H = tl.where(is_positive, H - wi, H)
+        # Their unit rows are zero, but exp(0 - la) may overflow, and inf times zero is NaN.
+        G = tl.where(inside[None, :], G, 0.0)
+        H = tl.where(inside[None, :], H, 0.0)
     return G, H

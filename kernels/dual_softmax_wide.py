@@ -1,8 +1,8 @@
 """``dual_softmax`` for rows too wide for the streaming kernels: blocks of cosines by torch.mm, then one fused kernel.
 
-Also used for fp32 where ``torch.get_float32_matmul_precision()`` is "highest": torch.mm honours that setting. The names
-are those of the legend in dual_softmax.py; SPLITS is 1. ``X``, ``Y`` hold one block of cosines [m, k], so that memory
-stays linear in the number of rows.
+Also used for fp32 where PyTorch's settings do not allow tf32: torch.mm honours them. The names are those of the legend
+in dual_softmax.py; SPLITS is 1. ``X``, ``Y`` hold one block of cosines [m, k], so that memory stays linear in the
+number of rows.
 """
 
 import torch
@@ -48,7 +48,7 @@ def _gradient_kernel(
     g, h = gradient(
         x, y, COL_COEF, stride_cn, offs_n, k, offs_m + offset,
         load_row_factors(ROW_COEF + offs_m, stride_rn, in_rows, BOUNDED=BOUNDED), tl.load(SCALE).to(tl.float32),
-        BOUNDED=BOUNDED, HAS_POSITIVE=True,
+        BOUNDED=BOUNDED, IS_EDGE=True,
     )  # fmt: skip
     if NEED_A:
         tl.store(G + offsets, g.to(G.dtype.element_ty), mask=mask)

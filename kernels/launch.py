@@ -4,9 +4,11 @@ Where it was filled: every entry was chosen from ahead-of-time compilation (``py
 memory within the limit, warpgroup matrix instructions on sm_90). None has been measured yet.
 
 An entry is a pure function of (kernel, element size, padded D, BOUNDED, hardware). ``sm_80`` entries stay below 99 KiB
-of shared memory, so that they also fit consumer cards of compute capability 8.6, 8.9 and 12.x, which use them.
+of shared memory, so that they also fit consumer cards of compute capability 8.6 and 8.9, which use them. So do 12.x,
+where those of ``dual_softmax`` spill: there they run only if asked for.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -153,18 +155,17 @@ def multiprocessors(device: torch.device) -> int:
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
 def column_splits(row_blocks: int, column_tiles: int, slots: int) -> int:
     """Over how many programs the columns of a row-block are split so that ``slots`` resident programs stay busy.
 
-    One where the rows alone make two full rounds. Otherwise the smallest number that keeps nine in ten slots busy, at
-    most four rounds: the buffer of partial sums stays small.
+    The time is rounds of programs times tiles a program. Of the numbers within 5 % of the least time the smallest, and
+    at most 16 rounds in all: the buffer of partial sums grows with it.
     """
-    if row_blocks >= 2 * slots:
-        return 1
-    most = max(1, min(column_tiles, 4 * slots // row_blocks))
+    most = max(1, min(column_tiles, 16 * slots // row_blocks))
 
-    def busy(splits: int) -> float:
-        programs = row_blocks * splits
-        return programs / (-(-programs // slots) * slots)
+    def time(splits: int) -> int:
+        return -(-row_blocks * splits // slots) * -(-column_tiles // splits)
 
-    return next((splits for splits in range(1, most + 1) if busy(splits) >= 0.9), max(range(1, most + 1), key=busy))
+    enough = 1.05 * min(map(time, range(1, most + 1)))
+    return next(splits for splits in range(1, most + 1) if time(splits) <= enough)

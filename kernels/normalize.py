@@ -2,7 +2,8 @@
 
 Legend. ``X0``, ``X1``: raw rows [n, D], any strides. ``UNITS`` [2, n, width]: ``x_i / |x_i|``, zero beyond D; rows
 with ``|x_i| <= 1e-12`` give zero. ``INVERSE_NORM`` [2, n]: ``1 / |x_i|`` in fp32, zero for those rows, so that their
-gradient is zero too. Everything downstream, forward and backward, multiplies these same rounded rows.
+gradient is zero too. TO_TF32: rounded to the 10 bits of mantissa that a tf32 product reads; it would drop the others,
+which shrinks every element. Everything downstream, forward and backward, multiplies these same rounded rows.
 """
 
 import torch
@@ -19,7 +20,7 @@ BLOCK_ELEMENTS = 2048
 @triton.jit(do_not_specialize=["stride_0n", "stride_0d", "stride_1n", "stride_1d", "n", "D", "width"])
 def _unit_rows_kernel(
     X0, X1, stride_0n, stride_0d, stride_1n, stride_1d, UNITS, INVERSE_NORM, n, D, width,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TO_TF32: tl.constexpr,
 ):  # fmt: skip
     side = tl.program_id(1)
     if side == 0:
@@ -39,6 +40,9 @@ def _unit_rows_kernel(
     is_zero = divisor * norm <= EPS
     norm = tl.where(is_zero, 1.0, norm)
     unit = tl.where(is_zero[:, None], 0.0, tl.div_rn(x, norm[:, None]))
+    if TO_TF32:
+        rounded = ((unit.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        unit = tl.where(unit == unit, rounded, unit)  # a NaN's bits could carry over into a zero
     inverse_norm = tl.where(is_zero, 0.0, tl.div_rn(1.0, divisor * norm))
     rows += side.to(tl.int64) * n
     units = unit.to(UNITS.dtype.element_ty)
@@ -51,7 +55,7 @@ def padded_width(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
-def unit_rows(first: Tensor, second: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def unit_rows(first: Tensor, second: Tensor, width: int, *, to_tf32: bool = False) -> tuple[Tensor, Tensor]:
     """UNITS [2, n, width] and INVERSE_NORM [2, n] of two tensors of one shape and dtype."""
     assert first.shape == second.shape
     assert first.dtype == second.dtype
@@ -75,6 +79,7 @@ def unit_rows(first: Tensor, second: Tensor, width: int) -> tuple[Tensor, Tensor
         width=width,
         BLOCK_M=BLOCK_M,
         BLOCK_D=BLOCK_D,
+        TO_TF32=to_tf32,
         num_warps=4 if BLOCK_D <= 2048 else 16,
     )
     return units, inverse_norm

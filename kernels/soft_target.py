@@ -185,10 +185,10 @@ def _forward_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["stride_xn", "n", "C", "columns_per_split"])
+@triton.jit(do_not_specialize=["stride_xn", "n", "C", "columns_per_split", "splits"])
 def _merge_kernel(
-    X, stride_xn, LABELS, WEIGHT, LOSS, STATS, STATE, n, C, temperature, smoothing, columns_per_split,
-    BLOCK_M: tl.constexpr, SPLITS: tl.constexpr, POWER: tl.constexpr,
+    X, stride_xn, LABELS, WEIGHT, LOSS, STATS, STATE, n, C, temperature, smoothing, columns_per_split, splits,
+    BLOCK_M: tl.constexpr, POWER: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -198,13 +198,13 @@ def _merge_kernel(
     STATE += rows
     mx = tl.load(STATE, mask=in_rows, other=0.0)
     my = tl.load(STATE + 3 * stride_k, mask=in_rows, other=0.0)
-    for split in range(1, SPLITS):
+    for split in range(1, splits):
         mx = tl.maximum(mx, tl.load(STATE + split * 7 * stride_k, mask=in_rows, other=0.0))
         my = tl.maximum(my, tl.load(STATE + (split * 7 + 3) * stride_k, mask=in_rows, other=0.0))
     base_x, base_y = tl.where(mx == -float("inf"), 0.0, mx), tl.where(my == -float("inf"), 0.0, my)
     none = tl.zeros([BLOCK_M], tl.float32)
     s1, st, sy, e, z_sum = none, none, none, none, none
-    for split in range(SPLITS):
+    for split in range(splits):
         part = STATE + split * 7 * stride_k
         old_x = tl.load(part, mask=in_rows, other=0.0)
         shift_x = tl.where(old_x == -float("inf"), 0.0, old_x - base_x)
@@ -338,14 +338,16 @@ def soft_target_losses(
         IS_ONE_TILE=config.BLOCK_N >= C,
         IS_SPLIT=splits > 1,
         num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     if splits > 1:
         _merge_kernel[(triton.cdiv(n, ROWS),)](
             **shared,
             columns_per_split=tiles_per_split * config.BLOCK_N,
+            splits=splits,
             BLOCK_M=ROWS,
-            SPLITS=splits,
             num_warps=4,
+            num_stages=2,
         )
     return loss, stats
 
@@ -388,6 +390,7 @@ def soft_target_gradient(
         BLOCK_N=config.BLOCK_N,
         ALIGN=_alignment(X, Y),
         num_warps=config.num_warps,
+        num_stages=config.num_stages,
         **_flags(Y, labels, weight, temperature, smoothing),
     )
     return grad

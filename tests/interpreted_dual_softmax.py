@@ -131,6 +131,35 @@ def test_weights_and_upstream(consistency: str, dtype: torch.dtype, max_scale: f
     )  # fmt: skip
 
 
+def test_weights_far_above_one_do_not_overflow_half_precision() -> None:
+    weight = torch.tensor([0.0, 1e4, 1.0]).repeat(12)[:35]
+    check_against_definition(*embeddings(35, 20, dtype=torch.float16), 8.0, weight=weight)
+
+
+def test_unit_rows_are_rounded_to_tf32_and_not_truncated() -> None:
+    x, y = embeddings(40, 100, dtype=torch.float32)
+    y[3, 7] = math.nan
+    exact, _ = unit_rows(x, y, 128)
+    rounded, _ = unit_rows(x, y, 128, to_tf32=True)
+    bits = rounded.view(torch.int32)
+    valid = ~exact.isnan()
+    assert torch.equal(valid, ~rounded.isnan())  # a NaN stays one
+    assert (bits[valid] & 0x1FFF).abs().max() == 0
+    error = ((rounded - exact) * exact.sign())[valid].double()
+    assert (error.abs() <= 2**-11 * exact[valid].abs()).all()
+    assert error.mean().abs() <= 0.05 * error.abs().mean()
+
+
+@pytest.mark.parametrize("max_scale", [BOUNDED, ONLINE], ids=["bounded", "online"])
+def test_gradients_of_rows_rounded_to_tf32(max_scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_rounds_to_tf32", lambda rows: True)
+    inputs = *embeddings(35, 20, dtype=torch.float32), torch.tensor(10.0)
+    exact = value_and_grads(loss_of("reference"), *(x.double() for x in inputs))
+    actual = value_and_grads(loss_of("triton", max_scale=max_scale), *inputs)
+    for a, e in zip(actual, exact, strict=True):
+        assert_close(a, e, torch.float16, floor=0.1 if a.ndim == 0 else 1e-5)  # the mantissa of fp16
+
+
 @pytest.mark.parametrize("upstream", [1e-6, 1e4])
 def test_small_and_large_upstream_gradients_survive_half_precision(upstream: float) -> None:
     student, teacher = embeddings(40, 16, dtype=torch.float16)
@@ -189,13 +218,18 @@ def test_one_launch_a_side_equals_one_for_both(monkeypatch: pytest.MonkeyPatch) 
     ids=["streaming", "split", "wide"],
 )
 @pytest.mark.parametrize("bounded", [True, False], ids=["bounded", "online"])
-@pytest.mark.parametrize(("start", "stop"), [(13, 37), (36, 37)])
+@pytest.mark.parametrize(
+    ("start", "stop", "cuts"),
+    # The last: a row-block's last positive is the first column of a whole tile.
+    [(13, 37, (19, 20)), (36, 37, (19, 20)), (1, 37, (33, 34))],
+)
 def test_own_rows_against_columns_that_arrive_in_chunks(
-    kernels: ModuleType, bounded: bool, start: int, stop: int, splits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    kernels: ModuleType, bounded: bool, start: int, stop: int, cuts: tuple[int, int], splits: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(dual_softmax, "column_splits", lambda *_: splits)
     N, D = 37, 20
-    chunks = [slice(0, 19), slice(19, 20), slice(20, N)]
+    chunks = [slice(0, cuts[0]), slice(*cuts), slice(cuts[1], N)]
     student, teacher = embeddings(N, D, dtype=torch.float32)
     weight = torch.linspace(0, 2, N)
     scale, w, k = torch.tensor(6.0), torch.tensor(0.3), torch.tensor(0.7)
@@ -273,6 +307,23 @@ def test_hard_inputs_give_finite_results(case: str, scale: float, max_scale: flo
     if case == "zero_rows":
         assert results[1][[0, 4, 17]].abs().max() == 0
         assert results[1][1].abs().max() > 0
+
+
+@pytest.mark.parametrize("n", [1, 17])
+@pytest.mark.parametrize(
+    ("dtype", "scale", "max_scale"),
+    [(torch.float16, 10.0, BOUNDED), (torch.float16, 40.0, BOUNDED), (torch.float32, 200.0, ONLINE)],
+)
+def test_collapsed_and_opposite_rows(dtype: torch.dtype, scale: float, max_scale: float, n: int, route: str) -> None:
+    """Every similarity is near -scale: a padded column, at similarity 0, would outweigh them all."""
+    student, other = torch.eye(20, dtype=dtype)[:2]
+    teacher = -0.9 * student + 0.4 * other
+    results = value_and_grads(
+        loss_of("triton", max_scale=max_scale), student.repeat(n, 1), teacher.repeat(n, 1), torch.tensor(scale)
+    )
+    assert results[0] == pytest.approx(math.log(n), abs=1e-4)
+    # A row's G adds up to nothing, but for its rounding.
+    assert all(x.abs().max() <= 1e-3 * scale for x in results[1:])
 
 
 @pytest.mark.parametrize("case", ["zero_rows", "huge", "tiny", "opposite"])

@@ -78,7 +78,20 @@ def test_columns_are_split_only_where_rows_do_not_fill_the_chip() -> None:
     assert launch.column_splits(1024, 1024, 264) == 1
     assert launch.column_splits(64, 64, 264) == 4
     assert launch.column_splits(1, 64, 264) == 64
+    assert launch.column_splits(16, 16, 264) == 16  # 15 would take as long as 8
     for rows in (1, 3, 100, 263, 264, 300, 527):
         splits = launch.column_splits(rows, 64, 264)
         assert 1 <= splits <= 64
-        assert rows * splits <= 4 * 264
+        assert rows * splits <= 16 * 264
+
+
+@pytest.mark.parametrize("n", [256, 1000, 4096, 16384, 32768, 34000, 36000, 51000, 65536, 70000, 131072])
+@pytest.mark.parametrize(("BLOCK_M", "slots"), [(128, 132), (64, 264)])
+def test_splits_cost_little_more_than_the_best_number_of_them(n: int, BLOCK_M: int, slots: int) -> None:
+    """The second of two rounds with few programs would take as long as the first: N = 34000 is just above one round."""
+    row_blocks, tiles = -(-n // BLOCK_M), -(-n // 64)
+
+    def time(splits: int) -> int:
+        return -(-row_blocks * splits // slots) * -(-tiles // splits)
+
+    assert time(launch.column_splits(row_blocks, tiles, slots)) <= 1.15 * min(map(time, range(1, tiles + 1)))

@@ -3,6 +3,13 @@
 import csv
 import dataclasses
 import itertools
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +36,13 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         torch.set_num_threads(threads)
     return folder
+
+
+CASE = gpu.Case("dcd_loss", torch.float32, 8, 4)
+
+
+def a_run() -> gpu.Run:
+    return gpu.Run(torch.device("cpu"), True, math.inf)
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -75,6 +89,103 @@ def test_what_there_is_no_time_for_is_listed(tmp_path: Path) -> None:
     assert {row["case"] for row in rows} == set(providers.GPU_PROVIDERS)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_everything_measured_so_far(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, seen, median_ms, handler = [], [], measure.median_ms, signal.getsignal(number)
+
+    def then_a_signal(*args: object) -> float:
+        calls.append(1)
+        if len(calls) == 8:  # of the second case: the ceilings are two, the first case has three providers on a CPU
+            seen.extend(rows_of(tmp_path))
+            os.kill(os.getpid(), number)
+        return median_ms(*args)
+
+    monkeypatch.setattr(measure, "median_ms", then_a_signal)
+    arguments = ["--device", "cpu", "--quick", "--cases", "dcd_loss", "clip_loss", "--output", str(tmp_path)]
+    assert gpu.main(arguments) == 128 + number
+    assert {row["n"] for row in seen} == {"16"}
+    assert sum(row["status"] == "ok" for row in seen) == 3
+    rows = rows_of(tmp_path)
+    assert rows[: len(seen)] == seen
+    assert {row["case"] for row in rows} == {"dcd_loss", "clip_loss"}
+    assert sum(row["status"] == "ok" for row in rows) == 5
+    assert rows[-1]["status"] == f"skipped: interrupted by {number.name}"
+    assert all(list(tmp_path.glob(f"*.{suffix}")) for suffix in ("md", "png"))
+    assert signal.getsignal(number) == handler
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_a_signal_before_the_first_number_leaves_earlier_results_alone(
+    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def a_signal(*args: object) -> float:
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0
+
+    monkeypatch.setattr(measure, "median_ms", a_signal)
+    assert gpu.main(["--device", "cpu", "--quick", "--output", str(tmp_path)]) == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+    assert "interrupted before the first number" in capsys.readouterr().out
+
+
+def test_after_a_failed_capture_nothing_is_captured_and_the_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = []
+
+    def fail(*args: object) -> float:
+        captured.append(1)
+        raise measure.CaptureError("RuntimeError: not while capturing")
+
+    monkeypatch.setattr(measure, "graph_ms", fail)
+    run = a_run()
+    rows = [
+        gpu.measure_provider(CASE, name, run, None) for name in ("fastkd blocked", "eager fp32", "eager bf16 autocast")
+    ]
+    assert [row["status"] for row in rows] == ["ok"] * 3
+    assert [row["note"] for row in rows] == [
+        "",
+        "no graph: RuntimeError: not while capturing",
+        "no graph after the failed one of eager fp32, dcd_loss float32 8 4",
+    ]
+    assert len(captured) == 1
+
+
+def test_a_graph_is_captured_only_of_few_launches_and_of_work_that_they_count_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measure, "graph_ms", lambda *args: 1.0)
+    assert gpu.measure_provider(CASE, "eager fp32", a_run(), None)["graph_ms"] == 1.0
+    monkeypatch.setattr(measure, "host_ms", lambda *args: 2 * gpu.GRAPH_HOST_MS)
+    row = gpu.measure_provider(CASE, "eager fp32", a_run(), None)
+    assert (row["host_ms"], row["graph_ms"]) == (2 * gpu.GRAPH_HOST_MS, None)
+    names = [name for case in providers.GPU_PROVIDERS.values() for name in case if name.startswith(providers.CAPTURED)]
+    assert not any(name.startswith(("fastkd blocked", *providers.PEERS)) for name in names)
+    assert gpu.Case("ce_kd_terms", torch.bfloat16, 8192, 128 * 1024).elements > gpu.GRAPH_ELEMENTS
+    assert gpu.Case("dcd_loss", torch.bfloat16, 8192, 128).elements <= gpu.GRAPH_ELEMENTS
+
+
+def test_the_time_to_launch_and_the_time_in_a_graph_stand_beside_the_median() -> None:
+    numbers = dict.fromkeys(gpu_report.NUMBERS) | {"median_ms": 0.5, "host_ms": 0.45, "graph_ms": 0.0625}
+    row = {**CASE.key(), "provider": "eager fp32", "status": "ok", "note": "", **numbers}
+    report.add_ratios([row], gpu_report.GROUP, "eager fp32")
+    lines = gpu_report._table("dcd_loss", "float32", [row])
+    assert "| median ms | host ms | graph ms |" in lines[2]
+    assert "| 0.5 | 0.45 | 0.0625 |" in lines[4]
+
+
+def test_releasing_memory_survives_a_failed_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", fail)
+    measure.release(torch.device("cuda"))
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [
@@ -90,8 +201,7 @@ def test_a_provider_that_fails_is_a_row_and_not_the_end(
         raise error
 
     monkeypatch.setitem(providers.GPU_PROVIDERS["dcd_loss"], "inf-cl", fail)
-    case = gpu.Case("dcd_loss", torch.float32, 8, 4)
-    row = gpu.measure_provider(case, "inf-cl", torch.device("cpu"), 0.001, None, True)
+    row = gpu.measure_provider(CASE, "inf-cl", a_run(), None)
     assert row["status"] == status
     assert all(row[name] is None for name in gpu_report.NUMBERS)
 
@@ -177,3 +287,44 @@ def test_a_candidate_is_compiled_for_its_registers_and_refused_if_it_spills(monk
     assert 4 <= config.ctas_per_sm <= 16
     monkeypatch.setattr(aot, "examine", lambda job: aot.Result(job=job, registers=255, spills=3))
     assert tune.compiled("sm_90", entry, LaunchConfig(1, 2048, 4, 1)) is None
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def commands() -> str:
+    """What make would run for gpu-test in an environment that is there already."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    command = ["make", "-n", "gpu-test", f"PY={sys.executable}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_an_existing_environment_is_used_as_it_is(commands: str) -> None:
+    assert "venv" not in commands.replace(sys.executable, "")
+    assert "pip install --quiet" not in commands
+
+
+def test_the_sanitizers_cases_exist_for_both_operations(commands: str) -> None:
+    files, cases = re.findall(r'pytest -m gpu --timeout \d+ (.*) -k "(.*)"', commands)[0]
+    names = ("hypothesis", "timm", "torchvision", "torchdata", "tyro", "rich", "safetensors", "sklearn", "jinja2")
+    without = (
+        f"import sys; sys.modules.update(dict.fromkeys({names})); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    arguments = ["-m", "gpu", "-q", "--collect-only", "-p", "no:cacheprovider", "-p", "pytest_timeout"]
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    collected = subprocess.run(
+        [sys.executable, "-c", without, *arguments, *files.split(), "-k", cases],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert collected.returncode == 0, collected.stdout[-3000:] + collected.stderr[-2000:]
+    for file in files.split():
+        assert 3 <= collected.stdout.count(f"{file}::") <= 40
+    assert "131072_classes_split" in collected.stdout
+
+
+def test_every_gpu_test_is_in_a_file_that_the_makefile_names(commands: str) -> None:
+    marked = {path for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text()} - {Path(__file__)}
+    named = {ROOT / name for name in re.findall(r"tests/\w+\.py", commands)}
+    assert named == marked

@@ -129,6 +129,7 @@ def test_wrong_settings_name_the_argument(build, message):
         (lambda: DataConfig(drop_last="no"), "data.drop_last: got 'no'"),
         (lambda: OptimConfig(nesterov=1), "optim.nesterov: got 1"),
         (lambda: OptimConfig(betas=0.9), "optim.betas: got 0.9 of type float, expected tuple or list"),
+        (lambda: OptimConfig(milestones=3), "optim.milestones: got 3 of type int, expected tuple or list"),
         (lambda: ModelConfig(name="a", pretrained="yes"), "model.pretrained: got 'yes'"),
         (lambda: DCDConfig(learnable="no"), "dcd.learnable: got 'no'"),
         (lambda: ObjectiveConfig(kd=4.0), "objective.kd: got 4.0 of type float, expected KDConfig"),

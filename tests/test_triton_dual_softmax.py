@@ -2,8 +2,10 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import backends, dcd_loss, info_nce_loss
+from fastkd import DCDLoss, backends, dcd_loss, info_nce_loss
 from fastkd.functional import dcd_terms
 from tests.checks import CONSISTENCIES, assert_close, embeddings, value_and_grads
 
@@ -65,12 +67,15 @@ class OnGpu:
         ("dual_softmax", OnGpu(torch.float64), (9, 0), "blocked"),
         ("dual_softmax", OnGpu(width=backends.MAX_WIDTH + 1), (9, 0), "blocked"),
         ("contrast", OnGpu(), (9, 0), "blocked"),
+        ("dual_softmax", OnGpu(), (12, 0), "blocked"),
+        ("soft_target", OnGpu(), (12, 0), "triton"),
     ],
 )
 def test_cuda_tensors_get_the_kernels_that_exist(
     operation: str, like: OnGpu, capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
+    monkeypatch.setattr(backends, "_launch_error", lambda: None)
     assert backends.resolve(None, operation, like) == expected
 
 
@@ -79,6 +84,90 @@ def test_cuda_tensors_stream_through_blocked_without_triton(monkeypatch: pytest.
     assert backends.resolve(None, "dual_softmax", OnGpu()) == "blocked"
     with pytest.raises(ValueError, match="not installed"):
         backends.resolve("triton", "dual_softmax", OnGpu())
+
+
+def test_kernels_that_spill_run_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (12, 0))
+    monkeypatch.setattr(backends, "_launch_error", lambda: None)
+    assert backends.resolve("triton", "dual_softmax", OnGpu()) == "triton"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler"),
+        subprocess.CalledProcessError(1, ["gcc", "no Python.h"]),
+        AssertionError("libcuda.so cannot found!"),
+    ],
+    ids=["compiler", "headers", "driver"],
+)
+def test_cuda_tensors_stream_through_blocked_where_triton_cannot_launch(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton.runtime.driver
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    config = triton.runtime.driver
+    monkeypatch.setattr(config, "_active", None)
+    monkeypatch.setattr(config, "_default", None)
+    monkeypatch.setattr(sys.modules[type(config).__module__], "_create_driver", fail)
+    backends._launch_error.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=f"cannot launch kernels here.*{re.escape(str(error))}"):
+            assert backends.resolve(None, "dual_softmax", OnGpu()) == "blocked"
+        with warnings.catch_warnings(action="error"):  # once is enough
+            assert backends.resolve(None, "soft_target", OnGpu()) == "blocked"
+        with pytest.raises(ValueError, match="cannot launch kernels here"):
+            backends.resolve("triton", "dual_softmax", OnGpu())
+    finally:
+        backends._launch_error.cache_clear()
+
+
+def test_importing_fastkd_neither_imports_triton_nor_looks_for_a_driver() -> None:
+    looked = "fastkd.backends._launch_error.cache_info().misses"
+    script = f"import sys, fastkd; assert 'triton' not in sys.modules and not {looked}"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("setting", "allowed"),
+    [
+        ("pass", False),
+        ("torch.set_float32_matmul_precision('high')", True),
+        ("torch.set_float32_matmul_precision('highest')", False),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", False),
+        ("torch.backends.fp32_precision = 'tf32'", True),
+    ],
+)
+def test_tf32_is_used_where_any_of_the_settings_allows_it(setting: str, allowed: bool) -> None:
+    script = f"import torch; {setting}; from fastkd.backends import triton; assert triton.allows_tf32() is {allowed}"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 10.0),
+        ({"max_scale": None}, math.inf),
+        ({"learnable": False}, 1 / 0.07),
+        ({"learnable": False, "temperature": 0.01}, 100.0),
+    ],
+)
+def test_the_module_tells_the_bound_of_its_scale(
+    options: dict[str, float], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds = []
+    zero = torch.zeros(())
+    monkeypatch.setattr(
+        "fastkd.losses.dcd.dcd_terms", lambda *args, max_scale, **kwargs: bounds.append(max_scale) or (zero, zero)
+    )
+    DCDLoss(6, 5, 4, **options)(torch.ones(3, 6), torch.ones(3, 5))
+    assert bounds == [pytest.approx(expected)]
 
 
 def gpu_inputs(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,10 @@
 """Implementations of the operations: the definition (``reference``), the streaming ``blocked``, and ``triton``."""
 
+import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from types import ModuleType
 
 import torch
@@ -33,10 +35,16 @@ def check_name(backend: str | None) -> None:
 
 
 def resolve(backend: str | None, operation: str, like: Tensor) -> str:
-    """The backend to use for inputs like ``like``; ``None`` picks the fastest one that runs on them."""
+    """The backend to use for inputs like ``like``; ``None`` picks the fastest one that runs on them.
+
+    With ``None``, ``dual_softmax`` streams through ``blocked`` on compute capability 11.0 and above (consumer Blackwell
+    among them): the launch table has no entries for these that do not spill.
+    """
     check_name(backend)
     if backend is None:
-        return "triton" if like.is_cuda and _why_not_triton(operation, like) is None else "blocked"
+        if not like.is_cuda or _why_not_triton(operation, like) is not None:
+            return "blocked"
+        return "blocked" if operation == "dual_softmax" and _spills_on(like.device.index) else "triton"
     if backend == "triton":
         reason = _why_not_triton(operation, like)
         if reason is not None:
@@ -64,16 +72,29 @@ def _why_not_triton_on(device_type: str, index: int | None) -> str | None:
         return None if interpreted else f"needs CUDA tensors, got {device_type}"
     if not torch.version.hip and torch.cuda.get_device_capability(index) < (8, 0):
         return f"needs compute capability 8.0, got {torch.cuda.get_device_capability(index)}"
-    return _import_error()
+    return _launch_error()
+
+
+def _spills_on(index: int | None) -> bool:
+    return not torch.version.hip and torch.cuda.get_device_capability(index) >= (11, 0)
 
 
 # What torch.compiler.assume_constant_result does; the function itself imports the compiler, and Triton with it.
 _why_not_triton_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_spills_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _import_error() -> str | None:
+@functools.cache
+def _launch_error() -> str | None:
+    """Why no kernel can be launched in this process; warns of it, once.
+
+    Triton builds its launcher with a C compiler, Python's headers and the driver's library when it first needs them.
+    """
     try:
         STREAMING["triton"]
-    except ImportError as error:
-        return f"cannot be imported ({error})"
+        importlib.import_module("triton").runtime.driver.active.get_current_target()
+    except Exception as error:  # what is missing decides its type
+        reason = f"cannot launch kernels here ({type(error).__name__}: {error})"
+        warnings.warn(f"fastkd: Triton {reason}; CUDA tensors stream through PyTorch, slower", stacklevel=2)
+        return reason
     return None

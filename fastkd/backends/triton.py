@@ -19,12 +19,26 @@ def _is_wide(rows: Tensor) -> bool:
     """Whether the cosines come from torch.mm: rows too wide for a tile, or fp32 products that must not be tf32."""
     if not fits(rows.dtype, padded_width(rows.shape[1]), hardware_of(rows.device)):
         return True
-    return rows.is_cuda and rows.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return rows.is_cuda and rows.dtype == torch.float32 and not allows_tf32()
+
+
+def allows_tf32() -> bool:
+    """Whether fp32 products on a GPU may be tf32, by whichever of PyTorch's settings the user chose it.
+
+    ``torch.get_float32_matmul_precision()`` would raise after an assignment to ``torch.backends.*.fp32_precision``.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _rounds_to_tf32(rows: Tensor) -> bool:
+    """The streaming kernels' tf32 products would truncate; the interpreter's are exact."""
+    return rows.is_cuda and rows.dtype == torch.float32 and not _is_wide(rows)
 
 
 def _unit_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     D = a.shape[1]
-    return unit_rows(a, b, width=triton.cdiv(D, 8) * 8 if _is_wide(a) else padded_width(D))
+    width = triton.cdiv(D, 8) * 8 if _is_wide(a) else padded_width(D)
+    return unit_rows(a, b, width=width, to_tf32=_rounds_to_tf32(a))
 
 
 def dual_softmax_forward(

@@ -75,6 +75,7 @@ class DCDLoss(nn.Module):
         self.consistency = consistency
         self.max_scale = max_scale if learnable else None
         self.min_scale = min_scale if learnable else None
+        self.fixed_scale = math.inf if learnable else 1 / temperature
         self.group = group
         self.backend = backend
         if learnable:
@@ -107,7 +108,7 @@ class DCDLoss(nn.Module):
             alpha=self.alpha,
             consistency=self.consistency,
             sample_weight=sample_weight,
-            max_scale=math.inf if self.max_scale is None else self.max_scale,
+            max_scale=self.fixed_scale if self.max_scale is None else self.max_scale,
             group=self.group,
             backend=self.backend,
         )

@@ -52,6 +52,7 @@ class OptimConfig:
         check_choice("optim.schedule", self.schedule, ("cosine", "step", "constant"))
         check_number("optim.warmup_epochs", self.warmup_epochs, 0.0)
         check_number("optim.min_lr", self.min_lr, 0.0)
+        check_type("optim.milestones", self.milestones, (tuple, list))
         for milestone in self.milestones:
             check_number("optim.milestones", milestone, 0.0)
         if (self.schedule == "step") != bool(self.milestones):
