@@ -1,7 +1,8 @@
 # Every target creates what it needs in .venv and can be run again at any time.
-# An environment that is there already, without a network: make gpu-test BIN=/path/with/python, or PY=/usr/bin/python3.
+# An environment that is there already, without a network: make gpu-test BIN=/path/with/python, or PY=python3.
 # Nothing is installed then. For the GPU targets it needs torch, triton, numpy, pytest, pytest-timeout, matplotlib, and
-# fastkd itself: $(PY) -m pip install --no-index --no-deps --no-build-isolation --editable .
+# fastkd itself: $(PY) -m pip install --no-index --no-deps --no-build-isolation --editable . (with setuptools >= 77),
+# or, with nothing to install it with, a link in the checkout: ln -s ../kernels fastkd/kernels
 PYTHON ?= python3
 BIN := .venv/bin
 PY := $(BIN)/python
@@ -80,7 +81,7 @@ gpu-bench: gpu-ready
 gpu-ready: $(SETUP)
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "this target needs a CUDA device")'
 	@$(PY) -c 'import fastkd.kernels' || \
-		{ echo "fastkd is not installed: $(PY) -m pip install --no-index --no-deps --no-build-isolation --editable ."; exit 1; }
+		{ echo "fastkd is not installed in $(PY); the first lines of the Makefile say how, also without a network"; exit 1; }
 
 clean:
 	rm -rf .venv build fastkd/_native.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks runs

@@ -9,8 +9,9 @@ Markdown and PNG to the output folder, named after the hardware: the CSV after e
 also after SIGINT or SIGTERM.
 
 Needs torch, triton, numpy and matplotlib; no network. In an environment that is there already:
-``make gpu-bench BIN=/path/with/python`` (or ``PY=/usr/bin/python3``), which installs nothing. fastkd itself comes from
-``python -m pip install --no-index --no-deps --no-build-isolation --editable .``
+``make gpu-bench BIN=/path/with/python`` (or ``PY=python3``), which installs nothing. fastkd itself comes from
+``python -m pip install --no-index --no-deps --no-build-isolation --editable .`` (with setuptools >= 77), or from a link
+in the checkout: ``ln -s ../kernels fastkd/kernels``.
 """
 
 import argparse

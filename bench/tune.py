@@ -1,18 +1,28 @@
 """Searches launch configurations on the GPU at hand and prints the entries of kernels/launch.py to paste.
 
-    python -m bench.tune [--kernels dual_softmax_forward ...] [--rows 32768] [--seconds 0.1]
+    python -m bench.tune [--entries backward:2:128:bounded soft_target ...] [--seconds 540] [--rows 32768]
     python -m bench.tune --list         # the search space, on any machine
 
-Candidates that spill or need more shared memory than the hardware has are compiled and left out. ``ctas_per_sm`` is
-what the compiled code lets a multiprocessor hold. An entry that no candidate beats by two percent stays as it is.
+An entry is kernel:bytes an element:width:mode, where mode is bounded or online, for soft_target its place in the row;
+--entries takes any part of the kernel's name and may leave out what follows. Rows of 128 come first. Ends at --seconds
+or a signal, and then too prints what it has found; what was not searched stays as it is.
+
+Candidates are compiled in parallel, and left out where they spill or need more shared memory than the hardware has.
+``ctas_per_sm`` is what the compiled code lets a multiprocessor hold. An entry that no candidate beats by two percent
+stays as it is.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import itertools
+import multiprocessing
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +50,15 @@ class Entry:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.itemsize == 2 else torch.float32
 
+    @property
+    def name(self) -> str:
+        mode = ("bounded", "online")[self.index] if self.kernel in DUAL else self.index
+        return f"{self.kernel}:{self.itemsize}:{self.block_d}:{mode}"
+
+    def matches(self, pattern: str) -> bool:
+        (kernel, *own), (wanted, *rest) = self.name.split(":"), pattern.split(":")
+        return wanted in kernel and len(rest) <= len(own) and all(x in ("", y) for x, y in zip(rest, own, strict=False))
+
 
 def entries(hardware: str, kernels: tuple[str, ...]) -> Iterator[tuple[Entry, LaunchConfig]]:
     """The table's entries with what they are now. soft_target's serve every dtype and are measured in bf16."""
@@ -50,6 +69,21 @@ def entries(hardware: str, kernels: tuple[str, ...]) -> Iterator[tuple[Entry, La
         if kernel in kernels:
             for index, config in enumerate(launch.soft_target_entries(kernel, hardware)):
                 yield Entry(kernel, 2, config.BLOCK_N, index), config
+
+
+def plan(hardware: str, patterns: list[str] | None) -> list[tuple[Entry, LaunchConfig]]:
+    """The entries that match a pattern, the most important first: rows of 128, then logits, then the other widths."""
+
+    def rank(pair: tuple[Entry, LaunchConfig]) -> tuple[int, int]:
+        entry = pair[0]
+        return (1 if entry.kernel in SOFT else 0 if entry.block_d == 128 else 2), entry.itemsize
+
+    found = [
+        (entry, config)
+        for entry, config in entries(hardware, (*DUAL, *SOFT))
+        if patterns is None or any(entry.matches(pattern) for pattern in patterns)
+    ]
+    return sorted(found, key=rank)
 
 
 def candidates(entry: Entry, current: LaunchConfig) -> list[LaunchConfig]:
@@ -76,6 +110,11 @@ def candidates(entry: Entry, current: LaunchConfig) -> list[LaunchConfig]:
 
 def _is_last(entry: Entry) -> bool:
     return entry.index == len(launch._SOFT_TARGET[entry.kernel]) - 1
+
+
+def _row(entry: Entry) -> tuple[str, int, int]:
+    """Which row of the table holds the entry."""
+    return (entry.kernel, entry.itemsize, entry.block_d) if entry.kernel in DUAL else (entry.kernel, 0, 0)
 
 
 def _shape(config: LaunchConfig) -> LaunchConfig:
@@ -178,8 +217,7 @@ def lines_of(found: dict[Entry, LaunchConfig]) -> Iterator[str]:
     """The entries to paste, a row a line."""
     rows: dict[tuple[str, int, int], list[LaunchConfig]] = {}
     for entry, config in sorted(found.items(), key=lambda pair: (pair[0].kernel, pair[0].index)):
-        key = (entry.kernel, entry.itemsize, entry.block_d) if entry.kernel in DUAL else (entry.kernel, 0, 0)
-        rows.setdefault(key, []).append(config)
+        rows.setdefault(_row(entry), []).append(config)
     for (kernel, itemsize, block_d), configs in sorted(rows.items()):
         if kernel in SOFT:
             yield f'"{kernel}": ({", ".join(line_of(config) for config in configs)}),'
@@ -190,41 +228,115 @@ def lines_of(found: dict[Entry, LaunchConfig]) -> Iterator[str]:
             yield f"({name}, {itemsize}, {block_d}): {value},"
 
 
-def search(entry: Entry, current: LaunchConfig, hardware: str, rows: int, seconds: float) -> LaunchConfig:
-    """The best candidate of an entry, by time; every one is printed."""
-    device, times = torch.device("cuda"), []
-    for candidate in candidates(entry, current):
-        config = compiled(hardware, entry, candidate)
-        if config is None:
-            continue
+def prepare(hardware: str, entry: Entry, candidate: LaunchConfig, rows: int) -> LaunchConfig | None:
+    """In a worker: as :func:`compiled`, and what a launch compiles is in Triton's cache for whoever times it."""
+    config = compiled(hardware, entry, candidate)
+    if config is not None and torch.cuda.is_available():
         with table_with(hardware, entry, config):
-            times.append((config, measure.median_ms(step_of(entry, rows, device), device, seconds)))
-        print(f"{entry.kernel} {entry.dtype} {entry.block_d} [{entry.index}] {times[-1][1]:.4f} ms {line_of(config)}")
-    return best_of(times)[0] if times else current
+            step_of(entry, rows, torch.device("cuda"))()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    return config
+
+
+@dataclass(frozen=True)
+class Search:
+    """Where and how long; ``each``: seconds of measurement a candidate."""
+
+    hardware: str
+    device: torch.device
+    pool: Executor
+    deadline: float
+    rows: int = 32768
+    each: float = 0.1
+
+    def prepared(self, entry: Entry, current: LaunchConfig) -> Iterator[LaunchConfig]:
+        """The candidates that are worth timing, the current one first, all compiled before the first is."""
+        space = candidates(entry, current)
+        futures = [self.pool.submit(prepare, self.hardware, entry, candidate, self.rows) for candidate in space]
+        wait(futures, timeout=max(0.0, self.deadline - time.monotonic()))
+        for candidate, future in zip(space, futures, strict=True):
+            if not future.done():
+                future.cancel()
+            elif error := future.exception():
+                print(f"{entry.name} {line_of(candidate)} not compiled: {measure.in_one_line(error)}")
+            elif config := future.result():
+                yield config
+
+    def best(self, entry: Entry, current: LaunchConfig) -> LaunchConfig | None:
+        """The best candidate by time, None where there was no time to find it; every one is printed."""
+        times = []
+        for config in self.prepared(entry, current):
+            if time.monotonic() >= self.deadline:
+                return None
+            try:
+                with table_with(self.hardware, entry, config):
+                    ms = measure.median_ms(step_of(entry, self.rows, self.device), self.device, self.each)
+            except Exception as error:
+                print(f"{entry.name} {line_of(config)} failed: {measure.in_one_line(error)}")
+                measure.synchronize(self.device)  # raises, and so ends the search, where the device is lost
+                continue
+            times.append((config, ms))
+            print(f"{entry.name} {ms:.4f} ms {line_of(config)}")
+        if not times or time.monotonic() >= self.deadline:
+            return None
+        config, ms = best_of(times)
+        print(
+            f"best of {len(times)}: {entry.name} {ms:.4f} ms {line_of(config)}, first {times[0][1]:.4f} ms", flush=True
+        )
+        return config
+
+    def run(self, work: list[tuple[Entry, LaunchConfig]]) -> None:
+        """Searches and prints the rows of the table that hold an entry that was searched, whatever ends it."""
+        found: dict[Entry, LaunchConfig] = {}
+        try:
+            for entry, current in work:
+                config = self.best(entry, current) if time.monotonic() < self.deadline else None
+                if config is None:
+                    print(f"{entry.name} not searched: no time left, or nothing compiled")
+                else:
+                    found[entry] = config
+        finally:
+            keys = {_row(entry) for entry in found}
+            whole = {entry: config for entry, config in entries(self.hardware, (*DUAL, *SOFT)) if _row(entry) in keys}
+            print(f"\n# Measured by python -m bench.tune on {gpu_report.hardware(self.device)}.")
+            print(*lines_of(whole | found), sep="\n", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", nargs="+", choices=(*DUAL, *SOFT), default=(*DUAL, *SOFT))
+    parser.add_argument("--entries", nargs="+", metavar="PATTERN", help="such as backward:2:128:bounded; default: all")
     parser.add_argument("--rows", type=int, default=32768)
-    parser.add_argument("--seconds", type=float, default=0.1, help="of measurement a candidate")
+    parser.add_argument("--seconds", type=float, default=540, help="of the whole search")
+    parser.add_argument("--each", type=float, default=0.1, help="seconds of measurement a candidate")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="that compile")
     parser.add_argument("--list", action="store_true", help="print the search space and stop")
     parser.add_argument("--hardware", choices=launch.HARDWARE[:-1], default="sm_90", help="whose entries --list shows")
     options = parser.parse_args(arguments)
-    if options.list:
-        for entry, current in entries(options.hardware, tuple(options.kernels)):
-            print(entry, *(line_of(config) for config in candidates(entry, current)), sep="\n    ")
-        return 0
-    if not torch.cuda.is_available():
+    deadline = time.monotonic() + options.seconds
+    if not options.list and not torch.cuda.is_available():
         print("tune measures on a GPU, and torch.cuda.is_available() is False here; try --list", file=sys.stderr)
         return 2
     device = torch.device("cuda")
-    hardware = launch.hardware_of(device)
-    found = {
-        entry: search(entry, current, hardware, options.rows, options.seconds)
-        for entry, current in entries(hardware, tuple(options.kernels))
-    }
-    print(f"\n# Measured by python -m bench.tune on {gpu_report.hardware(device)}.", *lines_of(found), sep="\n")
+    hardware = options.hardware if options.list else launch.hardware_of(device)
+    work = plan(hardware, options.entries)
+    if not work:
+        parser.error(f"--entries: none of {hardware}'s matches {' '.join(options.entries)}; see --list")
+    if options.list:
+        for entry, current in work:
+            print(entry.name, *(line_of(config) for config in candidates(entry, current)), sep="\n    ")
+        return 0
+    from bench import aot  # noqa: F401  # names the cache that the workers fill
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # spawn: a process that was forked cannot use CUDA.
+    pool = ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        Search(hardware, device, pool, deadline, options.rows, options.each).run(work)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     return 0
 
 

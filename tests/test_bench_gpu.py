@@ -10,6 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -287,6 +290,72 @@ def test_a_candidate_is_compiled_for_its_registers_and_refused_if_it_spills(monk
     assert 4 <= config.ctas_per_sm <= 16
     monkeypatch.setattr(aot, "examine", lambda job: aot.Result(job=job, registers=255, spills=3))
     assert tune.compiled("sm_90", entry, LaunchConfig(1, 2048, 4, 1)) is None
+
+
+def names_of(patterns: list[str] | None) -> list[str]:
+    return [entry.name for entry, _ in tune.plan("sm_90", patterns)]
+
+
+def test_entries_are_chosen_by_pattern_and_rows_of_128_come_first() -> None:
+    assert names_of(["backward:2:128:bounded"]) == ["dual_softmax_backward:2:128:bounded"]
+    assert names_of(["soft_target_forward:2:1024:5"]) == ["soft_target_forward:2:1024:5"]
+    assert names_of(["dual_softmax::256:online"]) == [f"dual_softmax_{x}:2:256:online" for x in ("forward", "backward")]
+    assert len(names_of(["forward", "backward"])) == len(names_of(None)) == len(dict(tune.entries("sm_90", KERNELS)))
+    first = names_of(None)[:8]
+    assert all(":128:" in name and "dual_softmax" in name for name in first)
+    assert all(":2:" in name for name in first[:4])
+    with pytest.raises(SystemExit):
+        tune.main(["--list", "--entries", "sideways"])
+
+
+@pytest.fixture
+def search(monkeypatch: pytest.MonkeyPatch) -> Iterator[tune.Search]:
+    """Without compilers and without a GPU: smaller tiles are faster, and those of 32 rows fail."""
+
+    def median_ms(config: LaunchConfig, *rest: object) -> float:
+        if config.BLOCK_M == 32:
+            raise RuntimeError("out of resources")
+        return float(config.BLOCK_M * config.BLOCK_N)
+
+    def current(entry: tune.Entry, *rest: object) -> LaunchConfig:
+        options = {"dtype": entry.dtype, "block_d": entry.block_d, "bounded": entry.index == 0, "hardware": "sm_90"}
+        return launch.launch_config(entry.kernel, **options)
+
+    monkeypatch.setattr(tune, "prepare", lambda hardware, entry, candidate, rows: candidate)
+    monkeypatch.setattr(tune, "step_of", current)
+    monkeypatch.setattr(measure, "median_ms", median_ms)
+    with ThreadPoolExecutor(2) as pool:
+        yield tune.Search("sm_90", torch.device("cpu"), pool, time.monotonic() + 1000)
+
+
+def test_a_search_prints_the_best_after_each_entry_and_survives_candidates_that_fail(
+    search: tune.Search, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search.run(tune.plan("sm_90", ["backward:2:128:bounded"]))
+    text = capsys.readouterr().out
+    assert "failed: RuntimeError: out of resources" in text
+    assert re.search(r"best of \d+: dual_softmax_backward:2:128:bounded 1024\.0000 ms LaunchConfig\(64, 16,", text)
+    online = tune.line_of(launch._SM90[tune.DUAL[1], 2, 128][1])
+    assert re.search(rf"\(_BACKWARD, 2, 128\): \(LaunchConfig\(64, 16, .*, {re.escape(online)}\),", text)
+
+
+def test_a_search_whose_time_is_over_or_that_is_interrupted_prints_what_it_found(
+    search: tune.Search, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tune.plan("sm_90", ["dual_softmax::128"])[:4]
+    dataclasses.replace(search, deadline=0.0).run(work)
+    assert capsys.readouterr().out.count("not searched: no time left") == len(work) == 4
+    best = tune.Search.best
+
+    def then_interrupted(self: tune.Search, entry: tune.Entry, current: LaunchConfig) -> LaunchConfig | None:
+        if entry is work[1][0]:
+            raise KeyboardInterrupt
+        return best(self, entry, current)
+
+    monkeypatch.setattr(tune.Search, "best", then_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search.run(work)
+    assert "(_FORWARD, 2, 128): (LaunchConfig(64, 16," in capsys.readouterr().out
 
 
 ROOT = Path(__file__).parents[1]
