@@ -8,26 +8,39 @@ BIN := .venv/bin
 PY := $(BIN)/python
 SETUP := $(if $(filter command,$(origin BIN) $(origin PY)),,setup)
 
-GPU_TESTS := tests/test_triton_dual_softmax.py tests/test_triton_soft_target.py
+GPU_TESTS := tests/test_triton_dual_softmax.py tests/test_triton_soft_target.py tests/test_pack.py
 # Small cases of both operations: compute-sanitizer makes a kernel tens of times slower.
 DUAL_CASES := gpu_equals_the_definition and highest and (63-16 or 129-128)
 SOFT_CASES := definition_on_a_gpu and 3.0 and (64-10- or 33-1001)
 SANITIZED := ($(DUAL_CASES)) or ($(SOFT_CASES)) or 131069-1
 SANITIZER := compute-sanitizer --report-api-errors no --error-exitcode 1
 
-.PHONY: setup demo test lint format bench aot gpu-test gpu-bench gpu-ready clean
+.PHONY: setup ext ext-cuda demo demo-ddp test lint format bench bench-scale aot gpu-test gpu-bench gpu-ready clean
 
 setup: .venv/.installed
 
-.venv/.installed: pyproject.toml setup.py constraints.txt
+.venv/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fastkd needs Python >= 3.11, found $$($(PYTHON) --version 2>&1); run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
+
+# The C++/CUDA extension, into fastkd/. `setup` tries it and goes on without it; here a failure is an error.
+ext: $(SETUP)
+	FASTKD_EXTENSION=1 $(PY) setup.py build_ext --inplace
+
+# Compiles the CUDA kernel of the extension for sm_90, without a GPU, and prints its registers and spills.
+ext-cuda:
+	nvcc -std=c++17 -O3 -arch=sm_90 -Xptxas -v -c csrc/pack_rows_cuda.cu -o /dev/null
 
 demo: $(SETUP)
 	$(BIN)/fastkd demo
+
+# One process and two gloo ranks, side by side; fails when they differ by more than float32 rounding.
+demo-ddp: $(SETUP)
+	$(PY) -m fastkd.trainer.demo_ddp
 
 test: $(SETUP)
 	$(PY) -m pytest
@@ -43,6 +56,10 @@ format: $(SETUP)
 
 bench: $(SETUP)
 	$(PY) -m bench
+
+# Several ranks: measured on local gloo ranks, modelled for 8 to 1024 GPUs. Pass the GPU's time with ARGS="--gpu-ms 3.5".
+bench-scale: $(SETUP)
+	$(PY) -m bench.scale $(ARGS)
 
 # Compiles every kernel for every target of the launch table, without a GPU, and fails on what would make it slow.
 aot: $(SETUP)
@@ -67,4 +84,4 @@ gpu-ready: $(SETUP)
 		{ echo "fastkd is not installed in $(PY); the first lines of the Makefile say how, also without a network"; exit 1; }
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks runs
+	rm -rf .venv build fastkd/_native.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks runs

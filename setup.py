@@ -1,14 +1,130 @@
-"""Maps the repository's folders to packages: ``kernels/`` is installed as ``fastkd.kernels``.
+"""Maps the repository's folders to packages (``kernels/`` is installed as ``fastkd.kernels``) and builds ``csrc/``.
 
-Everything declarative is in pyproject.toml. The C++/CUDA extension of ``csrc/`` is added to ``ext_modules`` here;
-a build happens at install time only, never at import.
+Everything declarative is in pyproject.toml. The C++/CUDA extension is optional: where torch is not installed (an
+isolated build), where there is no compiler or where compiling fails, the package is installed without it, with a
+notice, and ``fastkd.pack`` computes the same in Python. A build happens here only, never at import.
+
+    python setup.py build_ext --inplace      builds fastkd/_native.so in the repository (``make ext``)
+
+FASTKD_EXTENSION=0 leaves the extension out, FASTKD_EXTENSION=1 makes its absence an error, FASTKD_CUDA=0 leaves out
+its CUDA part. TORCH_CUDA_ARCH_LIST is respected.
 """
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 
-setup(
-    packages=["fastkd", "fastkd.backends", "fastkd.losses", "fastkd.ops", "fastkd.trainer", "fastkd.kernels"],
-    package_dir={"fastkd": "fastkd", "fastkd.kernels": "kernels"},
-    package_data={"fastkd": ["py.typed", "trainer/*.html"]},
-    ext_modules=[],
-)
+DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+
+
+def notice(text: str) -> None:
+    print(f"fastkd: {text}", file=sys.stderr)
+
+
+def without_extension(reason: str) -> dict[str, Any]:
+    """Go on without the extension, or stop if it was asked for."""
+    if os.environ.get("FASTKD_EXTENSION") == "1":
+        sys.exit(f"fastkd: FASTKD_EXTENSION=1, but {reason}")
+    notice(f"{reason}; installing without the extension, the Python path computes the same")
+    return {}
+
+
+def find_cuda_home() -> str | None:
+    """The CUDA toolkit: CUDA_HOME, or where nvcc itself says it is (nvcc on PATH may be a wrapper), or the default."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        try:
+            dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, timeout=60)
+            here = re.search(r"_HERE_=(.+)", dry.stderr)
+            candidates.append(str(Path(here.group(1).strip()).parent) if here else None)
+        except (OSError, subprocess.TimeoutExpired):
+            pass
+    candidates.append("/usr/local/cuda")
+    for home in candidates:
+        if home and (Path(home) / "bin" / "nvcc").exists() and (Path(home) / "include" / "cuda_runtime.h").exists():
+            return home
+    return None
+
+
+def cuda_version(home: str) -> str | None:
+    """``major.minor`` of the toolkit's compiler."""
+    answer = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True)
+    found = re.search(r"release (\d+\.\d+)", answer.stdout)
+    return found.group(1) if found else None
+
+
+def cuda_home_for(torch_cuda: str | None) -> str | None:
+    """The toolkit to build the CUDA part with; None, with the reason on stderr, where there is none that fits."""
+    if torch_cuda is None or os.environ.get("FASTKD_CUDA") == "0":
+        return None
+    home = find_cuda_home()
+    if home is None:
+        notice("no CUDA toolkit found, building the extension for CPU only")
+        return None
+    version = cuda_version(home)
+    if version is None or version.split(".")[0] != torch_cuda.split(".")[0]:
+        notice(f"{home} is CUDA {version}, torch needs {torch_cuda}: building the extension for CPU only")
+        return None
+    return home
+
+
+def extension() -> dict[str, Any]:
+    """The arguments of ``setup`` that build the extension; none where it cannot be built."""
+    if os.environ.get("FASTKD_EXTENSION") == "0":
+        return {}
+    try:
+        import torch
+    except ImportError:
+        return without_extension("torch is not installed in the build environment (see `make ext`)")
+    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++")):
+        return without_extension("there is no C++ compiler")
+    home = cuda_home_for(torch.version.cuda)
+    if home is not None:
+        # Before torch looks for it: behind a wrapper it guesses wrong.
+        os.environ["CUDA_HOME"] = home
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+    from torch.utils import cpp_extension
+
+    class Build(cpp_extension.BuildExtension):
+        """A failure leaves the extension out."""
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                without_extension(f"the extension could not be built ({type(error).__name__}: {str(error)[:500]})")
+                self.extensions: list[Any] = []
+
+    sources = ["csrc/pack_rows.cpp"]
+    macros: list[tuple[str, str | None]] = [
+        ("FASTKD_TORCH", torch.__version__),
+        ("FASTKD_CUDA", torch.version.cuda or "none"),
+    ]
+    flags = {"cxx": ["-O3", "-std=c++17"], "nvcc": ["-O3", "-std=c++17"]}
+    kind = cpp_extension.CppExtension
+    if home is not None:
+        kind = cpp_extension.CUDAExtension
+        sources.append("csrc/pack_rows_cuda.cu")
+        macros.append(("FASTKD_WITH_CUDA", None))
+    else:
+        del flags["nvcc"]
+    built = kind(
+        "fastkd._native", sources, depends=["csrc/pack_rows.h"], define_macros=macros, extra_compile_args=flags
+    )
+    return {"ext_modules": [built], "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)}}
+
+
+if __name__ == "__main__":
+    setup(
+        packages=["fastkd", "fastkd.backends", "fastkd.losses", "fastkd.ops", "fastkd.trainer", "fastkd.kernels"],
+        package_dir={"fastkd": "fastkd", "fastkd.kernels": "kernels"},
+        package_data={"fastkd": ["py.typed", "trainer/*.html"]},
+        **extension(),
+    )

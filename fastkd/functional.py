@@ -11,12 +11,14 @@ from torch import Tensor
 
 from fastkd import backends
 from fastkd.backends import reference
-from fastkd.distributed import Group, require_local
+from fastkd.distributed import Group, resolve_group
 from fastkd.ops.contrast import contrast
 from fastkd.ops.dual_softmax import dual_softmax
 from fastkd.ops.soft_target import soft_target
 from fastkd.validate import (
+    CONSISTENCIES,
     check_bias,
+    check_bool,
     check_choice,
     check_labels,
     check_no_tangent,
@@ -24,9 +26,8 @@ from fastkd.validate import (
     check_pair,
     check_scale,
     check_weight,
+    scale_bound,
 )
-
-CONSISTENCIES = ("student||teacher", "teacher||student")
 
 
 def dcd_loss(
@@ -64,10 +65,16 @@ def dcd_loss(
         sample_weight: [n], >= 0, without gradient; multiplies the rows' losses. The mean still divides by n. On CUDA,
             and under torch.compile, a negative weight makes the loss NaN instead of raising, which would have to wait
             for the device.
-        group: ``None`` or ``"local"``; in-batch means this process's rows. With a process group of several ranks,
-            ``None`` raises NotImplementedError.
+        group: whose rows count as in-batch. ``None``: those of the default process group when torch.distributed is
+            initialised, else this process's; a ProcessGroup: those of its ranks; ``"local"``: this process's. With W
+            ranks and N rows in all, n of them here (which may differ between ranks, and be 0), every rank returns
+            W / N times the sum over its own rows: the mean over ranks is the global loss, and averaging gradients over
+            ranks, as DistributedDataParallel does, gives the global loss's exact gradient. Every rank must call, also
+            with n = 0, and the gradient that reaches this loss in the backward must be the same on all ranks, as it is
+            when each calls ``backward`` on its loss; ``sample_weight`` is what weighs rows. An error on one rank is
+            raised on all. See :func:`fastkd.distributed.configure` for the exchange.
         backend: ``None`` (the fastest), ``"blocked"`` (streams; memory linear in n) or ``"reference"`` (the
-            definition; n x n memory).
+            definition; n x n memory; one rank only).
 
     Returns:
         The loss, 0-dim. Non-finite inputs give a non-finite loss. Differentiable once, backwards; ``"reference"``
@@ -101,26 +108,36 @@ def dcd_terms(
     max_scale: an upper bound of logit_scale that the caller guarantees. Up to 40 it lets a backend that must not read
     logit_scale from the device drop the running maxima; it does not clamp.
     """
-    check_pair("student", student, "teacher", teacher, "[n, D]")
-    scale = check_scale(logit_scale, student)
-    check_number("alpha", alpha, minimum=0)
-    check_choice("consistency", consistency, CONSISTENCIES)
-    weight = check_weight(sample_weight, student)
-    require_local(group)
-    backend = backends.resolve(backend, "dual_softmax", student)
-    n = student.shape[0]
-    if backend == "reference":
-        with torch.autocast(student.device.type, enabled=False):
-            rows = reference.dual_softmax(student, teacher, scale, consistency=consistency)
-            contrast_sum, consistency_sum = (reference.weighted_sum(row, weight) for row in rows)
+    process_group = resolve_group(group)
+    if process_group is not None:
+        # Imported here because it loads torch's compiler, to keep it out.
+        from fastkd.across_ranks import global_dcd_means
+
+        contrast_mean, consistency_mean = global_dcd_means(
+            student, teacher, logit_scale, alpha, consistency, sample_weight, max_scale, process_group, backend
+        )
     else:
-        check_no_tangent(student, teacher, scale)
-        bound = scale_bound(logit_scale, max_scale)
-        contrast_sum, consistency_sum, _ = dual_softmax(student, teacher, scale, weight, consistency, bound, backend)
-    contrast_mean = contrast_sum / n
+        check_pair("student", student, "teacher", teacher, "[n, D]")
+        scale = check_scale(logit_scale, student)
+        check_number("alpha", alpha, minimum=0)
+        check_choice("consistency", consistency, CONSISTENCIES)
+        weight = check_weight(sample_weight, student)
+        backend = backends.resolve(backend, "dual_softmax", student)
+        n = student.shape[0]
+        if backend == "reference":
+            with torch.autocast(student.device.type, enabled=False):
+                rows = reference.dual_softmax(student, teacher, scale, consistency=consistency)
+                contrast_sum, consistency_sum = (reference.weighted_sum(row, weight) for row in rows)
+        else:
+            check_no_tangent(student, teacher, scale)
+            bound = scale_bound(logit_scale, max_scale)
+            contrast_sum, consistency_sum, _ = dual_softmax(
+                student, teacher, scale, weight, consistency, bound, backend
+            )
+        contrast_mean, consistency_mean = contrast_sum / n, consistency_sum / n
     if logit_bias is not None:
         contrast_mean = contrast_mean + 0.0 * check_bias(logit_bias, student).to(contrast_mean.dtype)
-    return contrast_mean, alpha * consistency_sum / n
+    return contrast_mean, alpha * consistency_mean
 
 
 def info_nce_loss(
@@ -154,12 +171,15 @@ def info_nce_loss(
     Raises:
         TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
     """
+    process_group = resolve_group(group)
+    if process_group is not None:
+        from fastkd.across_ranks import global_info_nce
+
+        return global_info_nce(query, key, logit_scale, normalize, sample_weight, process_group, backend)
     check_pair("query", query, "key", key, "[n, D]")
     scale = check_scale(logit_scale, query)
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize: got {type(normalize).__name__}, expected a bool")
+    check_bool("normalize", normalize)
     weight = check_weight(sample_weight, query)
-    require_local(group)
     backend = backends.resolve(backend, "contrast", query)
     if backend == "reference":
         with torch.autocast(query.device.type, enabled=False):
@@ -265,8 +285,3 @@ def _soft_target_means(
         student_logits, teacher_logits, labels, weight, temperature, label_smoothing, backend
     )
     return ce_sum / n, kd_sum / n
-
-
-def scale_bound(logit_scale: Tensor | float, max_scale: float) -> float:
-    """What is known about the scale without reading it from its device."""
-    return max_scale if isinstance(logit_scale, Tensor) else min(float(logit_scale), max_scale)

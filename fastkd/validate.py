@@ -11,18 +11,22 @@ from torch.autograd import forward_ad
 
 from fastkd.backends.reference import accumulation_dtype
 
+CONSISTENCIES = ("student||teacher", "teacher||student")
 LARGEST = sys.float_info.max  # the largest finite float
 
 
-def check_pair(name: str, first: Tensor, other_name: str, second: Tensor, shape: str) -> None:
+def check_pair(
+    name: str, first: Tensor, other_name: str, second: Tensor, shape: str, *, may_be_empty: bool = False
+) -> None:
     for argument, value in ((name, first), (other_name, second)):
         _check_floating(argument, value)
         if value.ndim != 2:
             raise ValueError(f"{argument}: got shape {list(value.shape)}, expected {shape}")
     if first.shape != second.shape:
         raise ValueError(f"{other_name}: got shape {list(second.shape)}, expected that of {name}, {list(first.shape)}")
-    if first.shape[0] == 0 or first.shape[1] == 0:
-        raise ValueError(f"{name}: got shape {list(first.shape)}, expected at least one row and one column")
+    if first.shape[1] == 0 or (first.shape[0] == 0 and not may_be_empty):
+        rows = "" if may_be_empty else "one row and "
+        raise ValueError(f"{name}: got shape {list(first.shape)}, expected at least {rows}one column")
     if first.dtype != second.dtype:
         raise TypeError(f"{other_name}: got {second.dtype}, expected the dtype of {name}, {first.dtype}")
     if first.device != second.device:
@@ -74,6 +78,11 @@ def check_type(name: str, value: Any, expected: type | tuple[type, ...]) -> None
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected {names}")
 
 
+def check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
+
+
 def check_no_tangent(*inputs: Tensor) -> None:
     """The streaming operations have no forward-mode derivative; without this, the tangent would silently be zero."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
@@ -92,6 +101,11 @@ def check_scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
     if _may_read(logit_scale) and logit_scale.item() <= 0:
         raise ValueError(f"logit_scale: got {logit_scale.item()}, expected a positive multiplier, exp(tau)")
     return logit_scale
+
+
+def scale_bound(logit_scale: Tensor | float, max_scale: float) -> float:
+    """What is known about the scale without reading it from its device."""
+    return max_scale if isinstance(logit_scale, Tensor) else min(float(logit_scale), max_scale)
 
 
 def check_bias(logit_bias: Tensor | float, like: Tensor) -> Tensor:

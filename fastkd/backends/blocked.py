@@ -27,7 +27,7 @@ from fastkd.backends.tiles import Workspace, blocks, for_each_tile, pair_rounds,
 MAX_SHARED_SCALE = 40.0
 
 
-class _OnlineSums:
+class OnlineSums:
     """Row-wise ``sum exp(logits)`` and ``sum exp(logits) d`` over columns that come in tiles."""
 
     def __init__(self, like: Tensor) -> None:
@@ -56,19 +56,19 @@ class _OnlineSums:
         return self.weighted / (self.total + (positive - self.maximum).exp())
 
 
-def _beyond_positive(lse_others: Tensor, positive: Tensor) -> Tensor:
+def beyond_positive(lse_others: Tensor, positive: Tensor) -> Tensor:
     """``log(1 + exp(lse_others - positive))``: a row's log-sum-exp less its positive's logit."""
     return torch.logaddexp(lse_others - positive, torch.zeros_like(positive))
 
 
-def _row_weights(weight: Tensor | None, grad: Tensor, like: Tensor) -> Tensor:
+def row_weights(weight: Tensor | None, grad: Tensor, like: Tensor) -> Tensor:
     """Upstream gradient of each row's loss, [n]."""
     if weight is None:
         return grad.to(like.dtype).expand(len(like))
     return weight.to(like.dtype) * grad.to(like.dtype)
 
 
-def _finish(
+def finish(
     raw_rows: Tensor, grad: Tensor | None, rows: Tensor, diagonal: Tensor, inverse_norm: Tensor | None, scale: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """From ``sum_{j != i} G_ij other_j`` to the gradient of the raw rows, and to that of the scale.
@@ -109,7 +109,7 @@ class _RowGradient:
         return self._by_rows.add_(self._by_cols.T)
 
 
-def _shares_exponentials(a: Tensor, scale: Tensor, scale_bound: float) -> bool:
+def shares_exponentials(a: Tensor, scale: Tensor, scale_bound: float) -> bool:
     """Whether ``|A|`` is small enough for one plain exponential; reads the scale itself only where that is free."""
     if scale_bound <= MAX_SHARED_SCALE:
         return True
@@ -126,7 +126,7 @@ def dual_softmax_forward(
     # KL(q || p) is KL(p || q) with student and teacher exchanged; only the contrast then reads q instead of p.
     a, b = (student, teacher) if forward_kl else (teacher, student)
     a, b = unit_rows(a.to(dtype))[0], unit_rows(b.to(dtype))[0]
-    statistics = _dual_statistics_shared if _shares_exponentials(a, scale, scale_bound) else _dual_statistics_online
+    statistics = _dual_statistics_shared if shares_exponentials(a, scale, scale_bound) else _dual_statistics_online
     stats = statistics(a, b, scale)
     la, lc, E, _ = stats
     return weighted_sum(la if forward_kl else lc, weight), weighted_sum(E - la + lc, weight), stats
@@ -163,13 +163,13 @@ def _dual_statistics_shared(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
     for_each_tile(pair_rounds(blocks(n, a.device)), add_tile, a, buffers=2)
     E = E / (la + positive.exp())
-    return torch.stack([_beyond_positive(la.log(), positive), _beyond_positive(lc.log(), positive), E, positive])
+    return torch.stack([beyond_positive(la.log(), positive), beyond_positive(lc.log(), positive), E, positive])
 
 
 def _dual_statistics_online(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """(la, lc, E, X_ii) [4, n] for any scale: every softmax keeps its own running maximum."""
     scaled_a, scaled_b = a * scale, b * scale
-    p, q, positive = _OnlineSums(a), _OnlineSums(a), a.new_zeros(len(a))
+    p, q, positive = OnlineSums(a), OnlineSums(a), a.new_zeros(len(a))
 
     def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
         (d,) = workspace(rows, cols)
@@ -186,7 +186,7 @@ def _dual_statistics_online(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
             q.add(cols, X.T)
 
     for_each_tile(pair_rounds(blocks(len(a), a.device)), add_tile, a, buffers=1)
-    la, lc = (_beyond_positive(sums.logsumexp(), positive) for sums in (p, q))
+    la, lc = (beyond_positive(sums.logsumexp(), positive) for sums in (p, q))
     return torch.stack([la, lc, p.mean(positive), positive])
 
 
@@ -216,25 +216,30 @@ def dual_softmax_backward(
     need_a, need_b = (need_student, need_teacher) if forward_kl else (need_teacher, need_student)
     a, inverse_a = unit_rows(raw_a.to(dtype))
     b, inverse_b = unit_rows(raw_b.to(dtype))
-    w, k = _row_weights(weight, grad_contrast, a), _row_weights(weight, grad_consist, a)
-    la, lc, E, _ = stats
+    w, k = row_weights(weight, grad_contrast, a), row_weights(weight, grad_consist, a)
     wp, wq = (w, torch.zeros_like(w)) if forward_kl else (torch.zeros_like(w), w)
-    diagonal = wp * (-la).expm1() + wq * (-lc).expm1() - k * E * (-la).exp() + k * ((-lc).expm1() - (-la).expm1())
-    shared = _shares_exponentials(a, scale, scale_bound)
+    diagonal = dual_diagonal(stats[:3], wp, wq, k)
+    shared = shares_exponentials(a, scale, scale_bound)
     # The gradient of logit_scale falls out of either side's, so one side is always computed.
     need_a = need_a or not need_b
-    coefficients = _DualCoefficients(stats, wp, wq, k, shared)
+    coefficients = DualCoefficients(stats, wp, wq, k, shared)
     grad_a, grad_b = _dual_gradients(a, b, scale, coefficients, need_a, need_b)
     diagonal = diagonal[:, None]
-    grad_a, scale_a = _finish(raw_a, grad_a, a, diagonal * b, inverse_a, scale)
-    grad_b, scale_b = _finish(raw_b, grad_b, b, diagonal * a, inverse_b, scale)
+    grad_a, scale_a = finish(raw_a, grad_a, a, diagonal * b, inverse_a, scale)
+    grad_b, scale_b = finish(raw_b, grad_b, b, diagonal * a, inverse_b, scale)
     grad_scale = scale_b if scale_a is None else scale_a
     assert grad_scale is not None
     grad_student, grad_teacher = (grad_a, grad_b) if forward_kl else (grad_b, grad_a)
     return grad_student, grad_teacher, grad_scale.to(logit_scale.dtype)
 
 
-class _DualCoefficients:
+def dual_diagonal(stats: Tensor, wp: Tensor, wq: Tensor, k: Tensor) -> Tensor:
+    """``G_ii`` [n] from (la, lc, E) [3, n]; the upstream gradients as for :class:`DualCoefficients`."""
+    la, lc, E = stats
+    return wp * (-la).expm1() + wq * (-lc).expm1() - k * E * (-la).exp() + k * ((-lc).expm1() - (-la).expm1())
+
+
+class DualCoefficients:
     """Per-row factors of ``G_ij = p_ij (k_i d_ij + r_i) + q_ji x_j - p_ji k_j``, with ``d = X - Y``, for ``i != j``.
 
     ``wp``, ``wq``: upstream gradient of -log p_i(i) and of -log q_i(i); ``k``: that of KL(p_i || q_i). If ``shared``,
@@ -267,7 +272,7 @@ class _DualCoefficients:
 
 
 def _dual_gradients(
-    a: Tensor, b: Tensor, scale: Tensor, coefficients: _DualCoefficients, need_a: bool, need_b: bool
+    a: Tensor, b: Tensor, scale: Tensor, coefficients: DualCoefficients, need_a: bool, need_b: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """``sum_j G_ij b_j`` and ``sum_i G_ij a_i`` over all tiles, without the diagonal."""
     scaled_a, scaled_b = a * scale, b * scale
@@ -317,7 +322,7 @@ def contrast_forward(
     """Weighted sum of InfoNCE over the rows, and each row's loss and positive logit [2, n] for the backward."""
     (q, _), (k, _) = _rows(query, normalize), _rows(key, normalize)
     scale = logit_scale.to(q.dtype)
-    sums, positive = _OnlineSums(q), q.new_zeros(len(q))
+    sums, positive = OnlineSums(q), q.new_zeros(len(q))
     scaled = q * scale
 
     def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
@@ -328,7 +333,7 @@ def contrast_forward(
         sums.add(rows, logits)
 
     for_each_tile(square_rounds(blocks(len(q), q.device)), add_tile, q, buffers=0)
-    loss = _beyond_positive(sums.logsumexp(), positive)
+    loss = beyond_positive(sums.logsumexp(), positive)
     return weighted_sum(loss, weight), torch.stack([loss, positive])
 
 
@@ -346,7 +351,7 @@ def contrast_backward(
     """Gradients of query, key (empty if not needed) and logit_scale: ``G_ij = w_i (p_ij - delta_ij)``."""
     (q, inverse_q), (k, inverse_k) = _rows(query, normalize), _rows(key, normalize)
     scale = logit_scale.to(q.dtype)
-    w = _row_weights(weight, grad_loss, q)
+    w = row_weights(weight, grad_loss, q)
     need_query = need_query or not need_key  # the gradient of logit_scale needs one side
     row_blocks = blocks(len(q), q.device)
     grad_q = _RowGradient(q, k, row_blocks) if need_query else None
@@ -365,8 +370,8 @@ def contrast_backward(
 
     for_each_tile(square_rounds(row_blocks), add_tile, q, buffers=0)
     diagonal = (w * (-loss).expm1())[:, None]
-    grad_query, scale_q = _finish(query, None if grad_q is None else grad_q.total(), q, diagonal * k, inverse_q, scale)
-    grad_key, scale_k = _finish(key, None if grad_k is None else grad_k.total(), k, diagonal * q, inverse_k, scale)
+    grad_query, scale_q = finish(query, None if grad_q is None else grad_q.total(), q, diagonal * k, inverse_q, scale)
+    grad_key, scale_k = finish(key, None if grad_k is None else grad_k.total(), k, diagonal * q, inverse_k, scale)
     grad_scale = scale_k if scale_q is None else scale_q
     assert grad_scale is not None
     return grad_query, grad_key, grad_scale.to(logit_scale.dtype)

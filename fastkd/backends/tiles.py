@@ -25,8 +25,8 @@ _thread_count_lock = threading.Lock()
 class Workspace:
     """Buffers for tiles, allocated once; every call returns contiguous [rows, columns] views of them."""
 
-    def __init__(self, like: Tensor, count: int, rows: int) -> None:
-        self._flat = like.new_empty(count, rows * rows)
+    def __init__(self, like: Tensor, count: int, rows: int, cols: int | None = None) -> None:
+        self._flat = like.new_empty(count, rows * (rows if cols is None else cols))
 
     def __call__(self, rows: slice, cols: slice) -> Iterator[Tensor]:
         m, k = rows.stop - rows.start, cols.stop - cols.start

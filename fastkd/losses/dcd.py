@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from fastkd import backends
 from fastkd.distributed import Group, check_group
-from fastkd.functional import CONSISTENCIES, dcd_terms
-from fastkd.validate import check_choice, check_int, check_number, check_type
+from fastkd.functional import dcd_terms
+from fastkd.validate import CONSISTENCIES, check_choice, check_int, check_number, check_type
 
 
 class DCDLoss(nn.Module):
@@ -16,7 +16,9 @@ class DCDLoss(nn.Module):
 
     One linear head each projects the features of student and teacher to ``embed_dim``; the loss is
     :func:`fastkd.dcd_loss` of the projections, with ``logit_scale = exp(tau)`` learnt along with the heads.
-    All parameters of this module (both heads and tau) belong in the optimiser, tau without weight decay.
+    All parameters of this module (both heads and tau) belong in the optimiser, tau without weight decay. With several
+    ranks they belong inside the module that DistributedDataParallel wraps, and the loss is computed in its ``forward``:
+    then they stay identical on all ranks, and their averaged gradients are those of the global batch.
 
     The clamp is a projection: before each use, tau is set back to its bound if it went beyond. Its gradient is never
     blocked, so it comes back as soon as the loss asks for it, and ranks that average gradients stay exact.

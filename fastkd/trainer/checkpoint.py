@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 STUDENT, LOSS, STATE, MANIFEST = "student.safetensors", "loss.safetensors", "state.pt", "manifest.json"
 _FILES = (STUDENT, LOSS, STATE)
-_FORMAT = 1
+_FORMAT = 2
 
 
 class CheckpointError(RuntimeError):

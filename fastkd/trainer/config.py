@@ -97,6 +97,13 @@ def differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = ""
     return found
 
 
+def without_initial_weights(config: TrainConfig) -> TrainConfig:
+    """For a resumed run: the student's weights come from the checkpoint, its first ones may be gone by now."""
+    if config.student is None:
+        return config
+    return dataclasses.replace(config, student=dataclasses.replace(config.student, weights=None, pretrained=False))
+
+
 def _plain(value: Any) -> Any:
     """Tuples to lists, as JSON has it; TypeError for what JSON cannot hold."""
     if isinstance(value, dict):

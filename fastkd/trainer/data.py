@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -112,6 +113,16 @@ def build_datasets(config: DataConfig) -> tuple[Any, Any]:
     return built
 
 
+def choose_data(config: DataConfig, train_data: Any, eval_data: Any) -> tuple[Any, Any]:
+    """The given datasets or the configured ones, cut to the labelled subset."""
+    if (train_data is None) != (eval_data is None):
+        raise ValueError("train_data, eval_data: got one of them, expected both or none")
+    train_set, eval_set = build_datasets(config) if train_data is None else (train_data, eval_data)
+    if config.labelled is not None:
+        train_set = labelled_subset(train_set, config.labelled, config.subset_seed)
+    return train_set, eval_set
+
+
 def labels_of(dataset: Any) -> Tensor:
     """The labels [N] of a dataset with ``labels`` or ``targets``, of a TensorDataset, or of a Subset of these."""
     if isinstance(dataset, Subset):
@@ -168,6 +179,35 @@ class EpochSampler(Sampler[int]):
         yield from torch.randperm(self.length, generator=generator).tolist()
 
 
+class GlobalBatches(Sampler[list[int]]):
+    """The batches of ``sampler``, of which every rank takes its part: together they are what one process would take.
+
+    Parts are consecutive and differ in length by at most one.
+    """
+
+    def __init__(self, sampler: Sampler[int], length: int, config: DataConfig, rank: int, world_size: int) -> None:
+        self.sampler = sampler
+        self.length = length
+        self.batch_size = config.batch_size
+        self.drop_last = config.drop_last
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size if self.drop_last else -(-self.length // self.batch_size)
+
+    def rows(self, batch: int) -> int:
+        """The length of a global batch, counted from 0 within an epoch."""
+        return min(self.batch_size, self.length - batch * self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        indices = iter(self.sampler)
+        for batch in range(len(self)):
+            rows = self.rows(batch)
+            taken = list(itertools.islice(indices, rows))
+            yield taken[rows * self.rank // self.world_size : rows * (self.rank + 1) // self.world_size]
+
+
 class SeededFetch(Dataset[Any]):
     """For worker processes: seeds their generators per batch from (seed, epoch, first index).
 
@@ -217,11 +257,12 @@ def collate(batch: Any) -> Any:
 
 
 def train_loader(
-    dataset: Any, config: DataConfig, *, seed: int, device: torch.device
+    dataset: Any, config: DataConfig, seed: int, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> tuple[StatefulDataLoader, Callable[[int], None]]:
-    """The training loader, and the function that tells it the epoch before each pass.
+    """The training loader of one rank, and the function that tells it the epoch before each pass.
 
-    Raises ValueError when the dataset does not fill a single batch.
+    Its ``batch_sampler`` is a ``GlobalBatches``. Raises ValueError when the dataset does not fill a single batch, or a
+    global batch has fewer rows than there are ranks.
     """
     if len(dataset) < (config.batch_size if config.drop_last else 1):
         raise ValueError(
@@ -229,12 +270,17 @@ def train_loader(
             "(or drop_last=False)"
         )
     sampler = EpochSampler(len(dataset), seed)
+    batches = GlobalBatches(sampler, len(dataset), config, rank, world_size)
+    smallest = batches.rows(len(batches) - 1)
+    if smallest < world_size:
+        raise ValueError(
+            f"data.batch_size: got {config.batch_size}, whose smallest batch has {smallest} rows, expected at least "
+            f"one row for each of the {world_size} ranks"
+        )
     fetcher = SeededFetch(dataset, seed) if config.num_workers else dataset
     loader = StatefulDataLoader(
         fetcher,
-        batch_size=config.batch_size,
-        sampler=sampler,
-        drop_last=config.drop_last,
+        batch_sampler=batches,
         num_workers=config.num_workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
@@ -250,8 +296,12 @@ def train_loader(
     return loader, set_epoch
 
 
-def eval_loader(dataset: Any, config: DataConfig, device: torch.device) -> DataLoader[Any]:
-    """The evaluation set in order."""
+def eval_loader(
+    dataset: Any, config: DataConfig, device: torch.device, rank: int = 0, world_size: int = 1
+) -> DataLoader[Any]:
+    """The evaluation set in order; with several ranks, every ``world_size``-th sample of it."""
+    if world_size > 1:
+        dataset = Subset(dataset, range(rank, len(dataset), world_size))
     return DataLoader(
         dataset,
         batch_size=config.eval_batch_size,

@@ -1,4 +1,4 @@
-"""Student, frozen teacher and objective in one module: what the loop calls, and what DDP will wrap."""
+"""Student, frozen teacher and objective in one module: what the loop calls."""
 
 from __future__ import annotations
 
@@ -60,9 +60,18 @@ class Distiller(nn.Module):
             self.teacher.requires_grad_(False)
         return self
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        teacher = None if self.teacher is None else self.teacher(images)
-        return self.objective(self.student(images), teacher, labels)
+    def teach(self, images: Tensor) -> ModelOutput | None:
+        """The teacher's output, without a graph; None without a teacher."""
+        return None if self.teacher is None else self.teacher(images)
+
+    def scalars(self) -> dict[str, float]:
+        """The objective's further values (tau and scale) on the host."""
+        return {name: value.item() for name, value in self.objective.scalars().items()}
+
+    def forward(self, images: Tensor, labels: Tensor, share: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """``share``: see ``Objective``."""
+        teacher = self.teach(images)
+        return self.objective(self.student(images), teacher, labels, share)
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -14,6 +14,7 @@ from fastkd.trainer.checkpoint import STUDENT, CheckpointError, find_checkpoint,
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data import DATASETS, build_datasets, eval_loader
 from fastkd.trainer.models import FeatureModel, build_model, count_parameters
+from fastkd.trainer.ranks import Ranks
 from fastkd.validate import check_labels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,11 +46,18 @@ def choose_device(name: str, precision: str = "fp32") -> torch.device:
 
 
 @torch.no_grad()
-def evaluate(model: FeatureModel, loader: Any, device: torch.device, precision: str = "fp32") -> dict[str, float]:
-    """``{"accuracy": top-1 in [0, 1], "eval_loss": mean cross-entropy in nats}``; leaves ``model`` in eval mode."""
+def evaluate(
+    model: FeatureModel, loader: Any, device: torch.device, precision: str = "fp32", ranks: Ranks | None = None
+) -> dict[str, float]:
+    """``{"accuracy": top-1 in [0, 1], "eval_loss": mean cross-entropy in nats}``; leaves ``model`` in eval mode.
+
+    With several ``ranks``, over the loaders of all of them.
+    """
+    ranks = ranks or Ranks()
+    ranks.share_buffers(model)
     model.eval()
     correct, loss = torch.zeros((), dtype=torch.long, device=device), torch.zeros((), device=device)
-    count = 0
+    count = torch.zeros((), dtype=torch.long, device=device)
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
@@ -58,9 +66,10 @@ def evaluate(model: FeatureModel, loader: Any, device: torch.device, precision: 
         correct += (logits.argmax(1) == labels).sum()
         loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
         count += len(labels)
+    correct, loss, count = ranks.sum(correct), ranks.sum(loss), ranks.sum(count)
     if count == 0:
         raise ValueError("eval_data: got an empty dataset, expected at least one sample")
-    return {"accuracy": correct.item() / count, "eval_loss": loss.item() / count}
+    return {"accuracy": correct.item() / count.item(), "eval_loss": loss.item() / count.item()}
 
 
 def evaluate_checkpoint(

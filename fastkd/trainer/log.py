@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,14 @@ class Meter:
     ``sums`` in order and raises NonFiniteLossError at the first step whose loss is not finite.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reduce: Callable[[Tensor], Tensor] = lambda values: values) -> None:
+        """``reduce``: the mean over the ranks."""
         self.names: list[str] = []
         self.sums: dict[str, float] = {}
         self.count = 0
         self.latest: dict[str, float] = {}
         self._pending: list[tuple[int, Tensor]] = []
+        self._reduce = reduce
 
     def add(self, step: int, loss: Tensor, terms: dict[str, Tensor]) -> None:
         """Take the values of ``step``, counted from 1. Checked at once on the CPU, elsewhere every 64 steps."""
@@ -55,7 +58,7 @@ class Meter:
             return
         steps, pending = zip(*self._pending, strict=True)
         self._pending = []
-        rows = [pending[0].tolist()] if len(pending) == 1 else torch.stack(pending).tolist()
+        rows = self._reduce(torch.stack(pending)).tolist()
         for step, row in zip(steps, rows, strict=True):
             if not math.isfinite(row[0]):
                 shown = ", ".join(f"{name} = {value}" for name, value in zip(self.names, row, strict=True))
@@ -166,6 +169,7 @@ def describe(
     schedule: Schedule,
     eval_samples: int,
     identity: dict[str, Any],
+    ranks: int,
 ) -> dict[str, Any]:
     """What ``run.json`` holds: everything needed to tell what a run was."""
 
@@ -182,6 +186,7 @@ def describe(
         "train_samples": identity["train_samples"],
         "eval_samples": eval_samples,
         "global_batch": config.data.batch_size,
+        "ranks": ranks,
         "steps": schedule.total,
         "learning_rate": schedule.rule,
         "loss_weights": distiller.objective.weights,
@@ -202,11 +207,13 @@ def header(info: dict[str, Any]) -> list[str]:
         lines.append(
             f"teacher {teacher['name']} ({teacher['parameters']:,} parameters) sha256 {info['teacher_sha256']}"
         )
+    on_ranks = f" on {info['ranks']} ranks" if info["ranks"] > 1 else ""
     weights = " + ".join(f"{weight:g} x {name}" for name, weight in info["loss_weights"].items())
     return [
         *lines,
         f"loss {weights}",
-        f"global batch {info['global_batch']}, {info['train_samples']} training samples, {info['steps']} steps",
+        f"global batch {info['global_batch']}{on_ranks}, {info['train_samples']} training samples, "
+        f"{info['steps']} steps",
         f"{info['learning_rate']}; {info['precision']} on {info['device']}; seed {info['seed']}",
         ", ".join(f"{name} {version}" for name, version in info["versions"].items()),
     ]

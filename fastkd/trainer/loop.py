@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,22 @@ import torch
 from torch import nn
 
 from fastkd.trainer.checkpoint import CheckpointFolder
-from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.data import build_datasets, eval_loader, first_images, labelled_subset, labels_hash, train_loader
+from fastkd.trainer.config import TrainConfig, without_initial_weights
+from fastkd.trainer.data import choose_data, eval_loader, first_images, labels_hash, train_loader
 from fastkd.trainer.distiller import Distiller, build_distiller, weights_hash
 from fastkd.trainer.evaluation import DTYPES, choose_device, evaluate
 from fastkd.trainer.log import Meter, NonFiniteLossError, RunLog, check_finite, describe, header
 from fastkd.trainer.objective import TermFunction
 from fastkd.trainer.optim import Schedule, build_optimizer, set_learning_rate
+from fastkd.trainer.ranks import join_ranks
 from fastkd.trainer.state import (
     Progress,
     check_same_run,
     given_as_objects,
     open_run,
     pack,
-    restore_rng,
+    resume_generators,
+    rng_state,
     seed_everything,
     unpack,
     write_run_file,
@@ -68,6 +70,7 @@ def train(
     ``student`` / ``teacher`` are modules, or ``FeatureModel(module, classifier)`` to name the classifier layer. A given
     teacher is left frozen: in eval mode and without gradient. ``train_data`` / ``eval_data`` are map-style datasets of
     (image, label), given together. ``terms`` are own objective terms. Reseeds torch's, Python's and numpy's generators.
+    Under ``torchrun`` every rank calls this and gets the same result: see ``fastkd.trainer.ranks``.
 
     Raises:
         ValueError, TypeError: a setting that is wrong, or does not fit the others.
@@ -75,17 +78,18 @@ def train(
             run.
         NonFiniteLossError: the loss became NaN or infinite; the last good checkpoint stays.
     """
-    device = choose_device(config.device, config.precision)
-    folder, checkpoint = open_run(config)
-
+    ranks = join_ranks()
+    device = ranks.place(choose_device(config.device, config.precision))
+    folder, checkpoint = ranks.on_main(lambda: open_run(config))
+    quiet = config.quiet or not ranks.is_main
     seed_everything(config.seed)
-    train_set, eval_set = choose_data(config, train_data, eval_data)
-    loader, set_epoch = train_loader(train_set, config.data, seed=config.seed, device=device)
-    test_loader = eval_loader(eval_set, config.data, device)
+    train_set, eval_set = choose_data(config.data, train_data, eval_data)
+    place = (ranks.rank, ranks.world_size)
+    loader, set_epoch = train_loader(train_set, config.data, config.seed, device, *place)
+    test_loader = eval_loader(eval_set, config.data, device, *place)
     sample = first_images(train_set)
     initial = config if checkpoint is None else without_initial_weights(config)
     distiller = build_distiller(initial, sample, student=student, teacher=teacher, terms=terms).to(device)
-
     per_epoch = len(loader)
     total = per_epoch * config.epochs
     schedule = Schedule(
@@ -94,7 +98,7 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     optimizer = build_optimizer(distiller, config.optim, device)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    meter = Meter()
+    meter = Meter(ranks.mean)
     identity = {
         "config": config.to_dict(),
         "given_as_objects": given_as_objects(student=student, teacher=teacher, data=train_data),
@@ -102,10 +106,11 @@ def train(
         "labels_sha256": labels_hash(train_set),
         "teacher_sha256": None if distiller.teacher is None else weights_hash(distiller.teacher.model.model),
     }
-    info = describe(config, distiller, device, schedule, len(eval_set), identity)
+    ranks.check_same(identity)
+    info = describe(config, distiller, device, schedule, len(eval_set), identity, ranks.world_size)
 
     # The same generator state begins every run of a seed, whatever the construction above drew from it.
-    seed_everything(config.seed)
+    seed_everything(config.seed, ranks.rank)
     progress = Progress()
     if checkpoint is not None:
         check_same_run(checkpoint, identity)
@@ -124,38 +129,52 @@ def train(
     )
     if result.already_finished:
         distiller.eval()
-        if not config.quiet:
+        if not quiet:
             print(f"{folder}: the run is already finished ({total} steps, accuracy {result.accuracy:.4f})")
+        ranks.close()
         return result
 
-    saver = None
-    if folder is not None:
-        saver = CheckpointFolder(folder / "checkpoints", config.keep)  # locks the folder before anything in it changes
-        write_run_file(folder, info)
+    saver: CheckpointFolder | None = None
+
+    def open_folder() -> None:
+        nonlocal saver
+        if folder is not None:
+            saver = CheckpointFolder(folder / "checkpoints", config.keep)  # locks it before anything in it changes
+            write_run_file(folder, info)
+
+    ranks.on_main(open_folder)
     log = RunLog(
-        folder,
+        folder if ranks.is_main else None,
         size=progress.metrics_bytes,
         step=progress.step,
         steps=total,
         tensorboard=config.tensorboard,
         progress=config.progress,
-        quiet=config.quiet,
+        quiet=quiet,
     )
+    step = ranks.step(distiller)
     begun = time.perf_counter() - progress.seconds
 
     def save() -> None:
-        if saver is not None:
-            meter.flush()
+        if folder is None:
+            return
+        meter.flush()
+        generators = ranks.gather(rng_state(device))
+
+        def write() -> Path:
+            assert saver is not None
             check_finite(distiller, progress.step)
             progress.metrics_bytes = log.sync()
             progress.seconds = time.perf_counter() - begun
-            result.path = saver.save(
+            return saver.save(
                 progress.step,
                 student=distiller.student.model,
                 loss=distiller.objective,
-                state=pack(progress, meter, optimizer, scaler, device),
+                state=pack(progress, meter, optimizer, scaler, generators),
                 manifest={**identity, "epoch": progress.epoch, "versions": info["versions"]},
             )
+
+        result.path = ranks.on_main(write)
 
     try:
         for line in header(info):
@@ -163,7 +182,7 @@ def train(
         if checkpoint is None:
             save()
         else:
-            restore_rng(checkpoint.state["rng"], device)
+            resume_generators(checkpoint.state, config.seed, ranks.rank, device)
             log.print(f"resumed from {checkpoint.path} at step {progress.step} of {total}")
 
         for epoch in range(progress.epoch, config.epochs):
@@ -174,10 +193,11 @@ def train(
             distiller.train()
             for images, labels in loader:
                 lr = schedule(progress.step)
+                share = ranks.share(len(labels), loader.batch_sampler.rows(progress.step % per_epoch))
                 set_learning_rate(optimizer, lr)
                 images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                 with torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "fp32"):
-                    loss, parts = distiller(images, labels)
+                    loss, parts = step(images, labels, share)
                 meter.add(progress.step + 1, loss, parts)
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
@@ -192,7 +212,7 @@ def train(
                 last = progress.step == (epoch + 1) * per_epoch
                 if progress.step % config.log_every == 0:
                     meter.flush()
-                    values = {"epoch": epoch, "lr": lr, **meter.latest, **scalars(distiller)}
+                    values = {"epoch": epoch, "lr": lr, **meter.latest, **distiller.scalars()}
                     if norm is not None:
                         values["grad_norm"] = norm.item()
                     log.record("step", progress.step, values)
@@ -202,11 +222,11 @@ def train(
                     progress.loader = None
 
             meter.flush()
-            record = {"epoch": epoch, "lr": lr, **meter.means(), **scalars(distiller)}
+            record = {"epoch": epoch, "lr": lr, **meter.means(), **distiller.scalars()}
             progress.epoch = epoch + 1
             finished = progress.epoch == config.epochs
             if finished or progress.epoch % config.eval_every == 0:
-                record.update(evaluate(distiller.student, test_loader, device, config.precision))
+                record.update(evaluate(distiller.student, test_loader, device, config.precision, ranks))
                 result.accuracy = record["accuracy"]
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "epoch")
                 log.print(f"epoch {progress.epoch}/{config.epochs}  {shown}")
@@ -225,26 +245,6 @@ def train(
             saver.close()
     distiller.eval()
     result.seconds = time.perf_counter() - begun
+    del step
+    ranks.close()
     return result
-
-
-def choose_data(config: TrainConfig, train_data: Any, eval_data: Any) -> tuple[Any, Any]:
-    """The given datasets or the configured ones, cut to the labelled subset."""
-    if (train_data is None) != (eval_data is None):
-        raise ValueError("train_data, eval_data: got one of them, expected both or none")
-    train_set, eval_set = build_datasets(config.data) if train_data is None else (train_data, eval_data)
-    if config.data.labelled is not None:
-        train_set = labelled_subset(train_set, config.data.labelled, config.data.subset_seed)
-    return train_set, eval_set
-
-
-def without_initial_weights(config: TrainConfig) -> TrainConfig:
-    """For a resumed run: the student's weights come from the checkpoint, its first ones may be gone by now."""
-    if config.student is None:
-        return config
-    return replace(config, student=replace(config.student, weights=None, pretrained=False))
-
-
-def scalars(distiller: Distiller) -> dict[str, float]:
-    """The objective's further values (tau and scale) on the host."""
-    return {name: value.item() for name, value in distiller.objective.scalars().items()}

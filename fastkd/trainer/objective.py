@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd.backends.reference import accumulation_dtype
 from fastkd.functional import ce_kd_terms
 from fastkd.losses import DCDLoss, KDLoss
 from fastkd.trainer.models import ModelOutput
@@ -128,7 +129,8 @@ class CETerm(nn.Module):
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
         if labels.ndim == 1:  # not class probabilities
             check_labels(labels, student.logits)
-        return {"ce": F.cross_entropy(student.logits.float(), labels, label_smoothing=self.label_smoothing)}
+        logits = student.logits.to(accumulation_dtype(student.logits.dtype))
+        return {"ce": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
 
 
 def _one_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,6 +163,7 @@ class DCDTerm(nn.Module):
     """``DCDLoss`` on the penultimate features; owns both projection heads and tau."""
 
     needs_teacher = True
+    spans_ranks = True
 
     def __init__(self, config: DCDConfig, student_dim: int, teacher_dim: int) -> None:
         super().__init__()
@@ -284,9 +287,14 @@ class Objective(nn.Module):
         self.terms = nn.ModuleDict(built)
 
     def forward(
-        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor
+        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, share: float = 1.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and every named term before weights, detached (``ce``, ``kd``, ``dcd/contrast``, ...)."""
+        """The weighted sum, and every named term before weights, detached (``ce``, ``kd``, ``dcd/contrast``, ...).
+
+        ``share``, with several ranks: W n / N, by which means over this rank's n of N rows are multiplied, so that the
+        average over the W ranks is the mean over the global batch. Terms whose attribute ``spans_ranks`` is true
+        contain that already.
+        """
         total: Tensor | None = None
         named = {}
         together = _ce_and_kd(dict(self.terms.items()), student, teacher, labels)
@@ -301,6 +309,8 @@ class Objective(nn.Module):
                 if not isinstance(value, Tensor) or value.ndim != 0:
                     got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                     raise TypeError(f"terms: {name!r} returned {got} for {part!r}, expected a 0-dim tensor")
+                if share != 1.0 and not getattr(term, "spans_ranks", False):
+                    value = share * value
                 named[name if part == name else f"{name}/{part}"] = value.detach()
                 weighted = self.weights[name] * value
                 total = weighted if total is None else total + weighted

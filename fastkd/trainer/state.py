@@ -22,6 +22,7 @@ from fastkd.trainer.checkpoint import (
     read_checkpoint,
 )
 from fastkd.trainer.config import TrainConfig, differences
+from fastkd.trainer.data import mix_seed
 from fastkd.trainer.distiller import Distiller
 from fastkd.trainer.log import METRICS, RUN, Meter
 
@@ -90,7 +91,7 @@ def _check_complete(checkpoint: Checkpoint) -> None:
     rng = state["rng"] if isinstance(state.get("rng"), dict) else {}
     for name, have, need in (
         (MANIFEST, checkpoint.manifest, {*_IDENTITY, "given_as_objects"}),
-        (STATE, state, {*_PROGRESS, "meter", "optimizer", "scaler", "rng"}),
+        (STATE, state, {*_PROGRESS, "meter", "optimizer", "scaler", "rng", "rng_of_other_ranks"}),
         (STATE, rng, {"torch", "cuda", "python", "numpy"}),
     ):
         if missing := sorted(need - have.keys()):
@@ -129,11 +130,12 @@ def pack(
     meter: Meter,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    device: torch.device,
+    generators: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The training state in plain types and tensors, which ``torch.load(weights_only=True)`` accepts."""
-    version, words, cached = random.getstate()
-    generator: Any = np.random.get_state()  # noqa: NPY002 (the global generator is what is saved)
+    """The training state in plain types and tensors, which ``torch.load(weights_only=True)`` accepts.
+
+    ``generators``: ``rng_state`` of every rank.
+    """
     return {
         "step": progress.step,
         "epoch": progress.epoch,
@@ -144,18 +146,26 @@ def pack(
         "meter": {"sums": dict(meter.sums), "count": meter.count},
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
-        "rng": {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            "python": [version, list(words), cached],
-            "numpy": [
-                str(generator[0]),
-                torch.from_numpy(generator[1].astype(np.int64)),
-                int(generator[2]),
-                int(generator[3]),
-                float(generator[4]),
-            ],
-        },
+        "rng": generators[0],
+        "rng_of_other_ranks": generators[1:],
+    }
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The generators of torch, CUDA, Python and numpy in plain types and tensors."""
+    version, words, cached = random.getstate()
+    generator: Any = np.random.get_state()  # noqa: NPY002 (the global generator is what is saved)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": [version, list(words), cached],
+        "numpy": [
+            str(generator[0]),
+            torch.from_numpy(generator[1].astype(np.int64)),
+            int(generator[2]),
+            int(generator[3]),
+            float(generator[4]),
+        ],
     }
 
 
@@ -186,6 +196,15 @@ def unpack(
         raise CheckpointError(f"{checkpoint.path / STATE}: is not a training state ({error!r})") from error
 
 
+def resume_generators(state: dict[str, Any], seed: int, rank: int, device: torch.device) -> None:
+    """Set this rank's generators to their saved state; a rank that the saved run did not have seeds its own."""
+    generators = [state["rng"], *state["rng_of_other_ranks"]]
+    if rank < len(generators):
+        restore_rng(generators[rank], device)
+    else:
+        seed_everything(mix_seed(seed, rank, state["step"]))
+
+
 def restore_rng(rng: dict[str, Any], device: torch.device) -> None:
     """Set the generators of torch, CUDA, Python and numpy."""
     torch.set_rng_state(rng["torch"])
@@ -197,8 +216,9 @@ def restore_rng(rng: dict[str, Any], device: torch.device) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), index, has_gauss, cached))  # noqa: NPY002
 
 
-def seed_everything(seed: int) -> None:
-    """Seed the generators of torch (CUDA too), Python and numpy."""
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed the generators of torch (CUDA too), Python and numpy, differently on every rank."""
+    seed = mix_seed(seed, rank) if rank else seed
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002

@@ -1,0 +1,315 @@
+"""What the multi-process tests run on every rank: importable by name in a fresh process."""
+
+import io
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastkd import DCDLoss, dcd_loss, info_nce_loss, pack
+from fastkd import distributed as fastkd_distributed
+from tests.checks import embeddings
+
+D = 6
+LOSSES = {"dcd": dcd_loss, "info_nce": info_nce_loss}
+
+
+def case(
+    total: int, dtype: torch.dtype = torch.float64, weighted: bool = False, d: int = D, scale: float = 2.5
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The global batch: two sets of rows, the scale, the weights."""
+    first, second = embeddings(total, d, seed=total, dtype=dtype)
+    weight = torch.arange(total, dtype=torch.float64) / 3 + 0.5 if weighted else None
+    return first, second, torch.tensor(scale, dtype=torch.float64), weight
+
+
+def use_extension(library: str | None) -> None:
+    """Load the extension from ``library``; None: leave it out."""
+    pack.LIBRARY = Path(library or "absent")
+    pack.extension_covers.cache_clear()
+    pack._extension_loads.cache_clear()
+    assert pack.extension_covers("cpu") == (library is not None)
+
+
+def weights_on_some_ranks(rank: int, name: str) -> list[Tensor]:
+    """Loss and gradient of the first rows when rank 1 of three passes no weights, which counts as ones."""
+    first, second, scale, weight = case(7, weighted=True)
+    first, second, weight = (part(x, (2, 3, 2), rank) for x in (first, second, weight))
+    assert first is not None
+    loss = LOSSES[name](first.requires_grad_(), second, scale, sample_weight=None if rank == 1 else weight)
+    return [loss.detach(), torch.autograd.grad(loss, first)[0]]
+
+
+def part(x: Tensor | None, sizes: tuple[int, ...], rank: int) -> Tensor | None:
+    return None if x is None else x.split(sizes)[rank].clone()
+
+
+def loss_and_gradients(
+    rank: int, name: str, sizes: tuple[int, ...], options: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """This rank's loss and gradients, and what it put on the wire."""
+    fastkd_distributed.configure(**settings.get("configure", {}))
+    if "extension" in settings:
+        use_extension(settings["extension"])
+    first, second, scale, weight = case(sum(sizes), **settings.get("case", {}))
+    first, second, weight = (part(x, sizes, rank) for x in (first, second, weight))
+    assert first is not None
+    assert second is not None
+    frozen, on_rank = settings.get("frozen"), settings.get("frozen_on", rank)
+    leaves = [first, second, scale]
+    for key, leaf in zip(("first", "second", "scale"), leaves, strict=True):
+        leaf.requires_grad_(key != frozen or rank != on_rank)
+    copies = [x.detach().clone() for x in leaves]
+    with counted_bytes() as sent:
+        # A number is a known bound of the scale.
+        scale_or_number = scale.item() if settings.get("bounded") else scale
+        loss = LOSSES[name](first, second, scale_or_number, sample_weight=weight, **options)
+        forward_bytes = dict(sent)
+        loss.backward(torch.tensor(settings.get("upstream", 1.0), dtype=loss.dtype))
+    untouched = all(torch.equal(x.detach(), copy) for x, copy in zip(leaves, copies, strict=True))
+    return {
+        "loss": loss.detach(),
+        "first": leaves[0].grad,
+        "second": leaves[1].grad,
+        "scale": scale.grad,
+        "untouched": untouched,
+        "forward_bytes": forward_bytes,
+        "bytes": dict(sent),
+    }
+
+
+def several_cases(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """``loss_and_gradients`` of each case in turn: for processes that start slowly."""
+    return [loss_and_gradients(rank, *arguments) for arguments in cases]
+
+
+@contextmanager
+def counted_bytes() -> Iterator[dict[str, int]]:
+    """Bytes that this rank sends to others, by the collective that sends them."""
+    sent: dict[str, int] = {}
+    originals = {
+        name: getattr(dist, name)
+        for name in ("all_gather_into_tensor", "broadcast", "batch_isend_irecv", "all_reduce", "reduce_scatter_tensor")
+    }
+    others = dist.get_world_size() - 1
+
+    def count(name: str, number: int) -> None:
+        sent[name] = sent.get(name, 0) + number
+
+    def all_gather(output: Tensor, local: Tensor, *args: Any, **kwargs: Any) -> Any:
+        count("all_gather", local.numel() * local.element_size() * others)
+        return originals["all_gather_into_tensor"](output, local, *args, **kwargs)
+
+    def broadcast(x: Tensor, src: int, *args: Any, **kwargs: Any) -> Any:
+        count("broadcast", x.numel() * x.element_size() * others if src == dist.get_rank() else 0)
+        return originals["broadcast"](x, src, *args, **kwargs)
+
+    def send_receive(transfers: list[dist.P2POp]) -> Any:
+        for transfer in transfers:
+            if transfer.op is dist.isend:
+                count("ring", transfer.tensor.numel() * transfer.tensor.element_size())
+        return originals["batch_isend_irecv"](transfers)
+
+    def forbidden(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a gradient collective")
+
+    replacements = {"all_gather_into_tensor": all_gather, "broadcast": broadcast, "batch_isend_irecv": send_receive}
+    try:
+        for name in originals:
+            setattr(dist, name, replacements.get(name, forbidden))
+        yield sent
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def sub_groups(rank: int) -> dict[str, Any]:
+    """On 4 ranks: loss and gradient within {0, 2} and {1, 3}, and on this rank alone."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    first, second, scale, _ = case(8)
+    own = first.split(2)[rank].clone().requires_grad_()
+    other = second.split(2)[rank].clone()
+    loss = dcd_loss(own, other, scale, group=groups[rank % 2])
+    (grad,) = torch.autograd.grad(loss, own)
+    local = dcd_loss(own, other, scale, group="local")
+    (local_grad,) = torch.autograd.grad(local, own)
+    foreign = groups[1 - rank % 2]
+    message = ""
+    try:
+        dcd_loss(own, other, scale, group=foreign)
+    except ValueError as error:
+        message = str(error)
+    return {"loss": loss.detach(), "grad": grad, "local": local.detach(), "local_grad": local_grad, "foreign": message}
+
+
+class Model(nn.Module):
+    """A student with its loss inside, so that DDP sees every parameter."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.student = nn.Sequential(nn.Linear(5, 8), nn.Tanh())
+        self.dcd = DCDLoss(8, 7, 4, **options)
+        self.double()
+
+    def forward(self, inputs: Tensor, teacher_features: Tensor) -> Tensor:
+        return sum(self.dcd(self.student(inputs), teacher_features).values())
+
+
+def training_batch(step: int, total: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    inputs = torch.randn(total, 5, generator=generator, dtype=torch.float64)
+    return inputs, torch.randn(total, 7, generator=generator, dtype=torch.float64) + inputs.sum(1, keepdim=True)
+
+
+def ddp_steps(rank: int, sizes: tuple[int, ...], steps: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Loss, gradients of the first step and parameters after all steps of training under DDP."""
+    model = DistributedDataParallel(Model(**options))
+    return train(model, steps, lambda x: part(x, sizes, rank), sum(sizes))
+
+
+def train(model: nn.Module, steps: int, own: Any, total: int) -> dict[str, Any]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    losses, first_gradients = [], {}
+    for step in range(steps):
+        loss = model(*(own(x) for x in training_batch(step, total)))
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            first_gradients = {
+                name.removeprefix("module."): parameter.grad.clone() for name, parameter in model.named_parameters()
+            }
+        optimizer.step()
+        losses.append(loss.detach())
+    state = {name.removeprefix("module."): value for name, value in model.state_dict().items()}
+    return {"losses": torch.stack(losses), "gradients": first_gradients, "state": state}
+
+
+def call_with(rank: int, by_rank: dict[int, dict[str, Any]], name: str = "dcd") -> str:
+    """A loss on 3 rows a rank, with this rank's own deviations from the common arguments; ``done`` if it went well."""
+    own = by_rank.get(rank, {})
+    first, second = embeddings(own.pop("rows", 3), own.pop("d", D), dtype=own.pop("dtype", torch.float64))
+    first, second = own.pop("student", first), own.pop("teacher", second)
+    if "configure" in own:
+        fastkd_distributed.configure(**own.pop("configure"))
+    LOSSES[own.pop("loss", name)](first, second, own.pop("scale", 2.0), **own)
+    return "done"
+
+
+def die_in_forward(rank: int, victim: int, when: str) -> str:
+    """One rank ends without a word, before or after its embeddings are on the way; the others must notice."""
+    rows, other = embeddings(4, D)
+    if rank == victim:
+        if when == "embeddings":
+            os._exit(1)
+        original = dist.all_gather_into_tensor
+        calls = itertools.count()
+
+        def dies(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == {"between": 1, "numbers": 2}[when]:
+                os._exit(1)
+            return original(*args, **kwargs)
+
+        dist.all_gather_into_tensor = dies
+    loss = dcd_loss(rows.requires_grad_(), other, 2.0)
+    loss.backward()
+    return "finished"
+
+
+def backward_late(rank: int) -> list[Tensor]:
+    """Two losses alive at once, then both backwards, and one of them twice."""
+    first, second, scale, _ = case(9)
+    first, second = (part(x, (4, 2, 3), rank) for x in (first, second))
+    assert first is not None
+    first = first.requires_grad_()
+    one = dcd_loss(first, second, scale)
+    two = info_nce_loss(first, second, scale)
+    grads = [torch.autograd.grad(one, first, retain_graph=True)[0], torch.autograd.grad(two, first)[0]]
+    return [*grads, torch.autograd.grad(one, first)[0]]
+
+
+def compiled(rank: int) -> list[Tensor]:
+    """Loss and gradient under torch.compile, which leaves the exchange to eager code."""
+    first, second, scale, _ = case(6)
+    first, second = first.split(3)[rank].clone().requires_grad_(), second.split(3)[rank]
+
+    def doubled(student: Tensor, teacher: Tensor) -> Tensor:
+        return dcd_loss(2 * student, teacher, scale)
+
+    loss = torch.compile(doubled, backend="eager")(first, second)
+    return [loss.detach(), torch.autograd.grad(loss, first)[0]]
+
+
+def evaluated_without_gradient(rank: int) -> dict[str, Any]:
+    """Under no_grad the numbers for a backward that never comes do not travel."""
+    first, second, scale, _ = case(6)
+    with counted_bytes() as sent, torch.no_grad():
+        loss = dcd_loss(first.split(3)[rank], second.split(3)[rank], scale)
+    return {"loss": loss, "bytes": dict(sent)}
+
+
+class StopTraining(Exception):
+    """What interrupts a run in the tests."""
+
+
+def trained(rank: int, changes: dict[str, Any], stop_at: int | None = None, bad_on: int | None = None) -> Any:
+    """A run of the trainer in float64 on a network without batch norm and dropout: history, weights, what it wrote."""
+    from fastkd.trainer import DataConfig, ObjectiveConfig, OptimConfig, TensorImages, TrainConfig
+    from fastkd.trainer.loop import train as run
+    from fastkd.trainer.nets import MLP
+
+    torch.set_default_dtype(torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.arange(46) % 4
+    images = torch.randn(46, 1, 4, 4, generator=generator) + labels[:, None, None, None]
+    if rank == bad_on:
+        images = images.clone()
+        images[20] = float("nan")
+    torch.manual_seed(1)
+    student, teacher = (MLP(num_classes=4, in_features=16, hidden=(width,)) for width in (8, 12))
+    calls = itertools.count(1)
+
+    def stop(*_: Any) -> dict[str, Tensor]:
+        if next(calls) == stop_at:
+            raise StopTraining
+        return {"stop": torch.zeros(())}
+
+    config = TrainConfig(
+        data=DataConfig(batch_size=8, drop_last=changes.pop("drop_last", False)),
+        objective=ObjectiveConfig(terms="dcd+kd+stop"),
+        optim=OptimConfig(lr=0.05, clip_norm=1.0),
+        **{"epochs": 3, "device": "cpu", "log_every": 1, "tensorboard": False, "progress": False, **changes},
+    )
+    data = TensorImages(images, labels), TensorImages(images[:21], labels[:21])
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            result = run(
+                config, student=student, teacher=teacher, train_data=data[0], eval_data=data[1], terms={"stop": stop}
+            )
+    except StopTraining:
+        return "stopped"
+    parameters = dict(result.distiller.named_parameters())
+    return {
+        "history": result.history,
+        "weights": {name: value.detach() for name, value in parameters.items()},
+        "path": str(result.path),
+        "resumed_from": result.resumed_from,
+        "printed": printed.getvalue(),
+    }
+
+
+def trained_with_batch_norm(rank: int, folder: str) -> tuple[dict[str, float], str, Tensor]:
+    """A run with batch norm, dropout and drawn augmentations: last record, checkpoint, a layer's weights."""
+    from fastkd.trainer.loop import train as run
+    from tests.trainer_runs import tiny_config
+
+    result = run(tiny_config(Path(folder), epochs=1, save_every_steps=4))
+    return result.history[-1], str(result.path), result.distiller.student.model.fc.weight.detach()
