@@ -273,7 +273,7 @@ def test_the_cuda_kernel_compiles_for_sm_90_without_spills_and_loads_16_bytes(tm
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("to", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_on_a_gpu(dtype: torch.dtype, to: torch.dtype) -> None:
+def test_packs_on_a_gpu(dtype: torch.dtype, to: torch.dtype) -> None:
     if not pack.extension_covers("cuda"):
         pytest.skip("the extension has no CUDA part here")
     for shape in SHAPES:
