@@ -2,8 +2,8 @@
 
 Workers can therefore add to per-row results without locks, and every result is summed in the same order however many
 workers there are. On a CPU the threads are shared out to the workers. Splitting every small operation over all threads
-instead is as fast on an idle machine, but waits at thousands of barriers: beside other busy processes on two cores that
-was measured five to ten times slower.
+instead is as fast or faster on an idle machine, but waits at thousands of barriers: beside busy processes on two cores
+it was five to ten times slower.
 """
 
 import threading
