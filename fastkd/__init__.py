@@ -4,8 +4,18 @@ The losses need PyTorch alone. Importing this package compiles nothing and never
 ``fastkd.trainer`` and brings its own dependencies (``pip install 'fastkd[train]'``).
 """
 
-from fastkd.functional import dcd_loss, info_nce_loss, kd_loss
+from fastkd.contrastive import ckd_loss, info_nce_loss, masked_contrast_loss, sup_con_loss
+from fastkd.functional import dcd_loss, kd_loss
 from fastkd.losses import DCDLoss, KDLoss
 
 __version__ = "0.1.0"
-__all__ = ["DCDLoss", "KDLoss", "dcd_loss", "info_nce_loss", "kd_loss"]
+__all__ = [
+    "DCDLoss",
+    "KDLoss",
+    "ckd_loss",
+    "dcd_loss",
+    "info_nce_loss",
+    "kd_loss",
+    "masked_contrast_loss",
+    "sup_con_loss",
+]

@@ -1,17 +1,18 @@
 """The losses over the rows of several ranks: agree on what is computed, compute this rank's part, scale it by W / N."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastkd import backends
+from fastkd.contrastive import ContrastInputs
 from fastkd.distributed import Call, Peers, agree
 from fastkd.ops.global_batch import global_contrast, global_dual_softmax
 from fastkd.validate import (
     CONSISTENCIES,
-    check_bool,
     check_choice,
     check_number,
     check_pair,
@@ -54,28 +55,22 @@ def global_dcd_means(
 
 
 @torch.compiler.disable
-def global_info_nce(
-    query: Tensor,
-    key: Tensor,
-    logit_scale: Tensor | float,
-    normalize: bool,
-    sample_weight: Tensor | None,
-    group: ProcessGroup,
-    backend: str | None,
+def global_contrast_mean(
+    name: str, check: Callable[[], ContrastInputs], group: ProcessGroup, backend: str | None
 ) -> Tensor:
-    """This rank's part of the mean over the global batch."""
-    scale, weight = torch.empty(0), None
+    """This rank's part of the mean over the global batch, of the loss ``name`` of the inputs that ``check`` returns."""
+    x: ContrastInputs
 
     def describe() -> Call:
-        nonlocal scale, weight
-        check_pair("query", query, "key", key, "[n, D]", may_be_empty=True)
-        scale = check_scale(logit_scale, query)
-        check_bool("normalize", normalize)
-        weight = check_weight(sample_weight, query)
-        return _call(query, key, scale, weight, "contrast", backend, {"normalize": normalize})
+        nonlocal x
+        x = check()
+        if x.key is None or x.query_labels is not None or x.positive_index is not None:
+            raise NotImplementedError(f"{name}: over several ranks")
+        return _call(x.query, x.key, x.scale, x.weight, "contrast", backend, {"normalize": x.normalize})
 
-    peers = agree(group, "info_nce_loss", describe)
-    return _global_mean(global_contrast(query, key, scale, weight, normalize, peers), peers)
+    peers = agree(group, name, describe)
+    assert x.key is not None
+    return _global_mean(global_contrast(x.query, x.key, x.scale, x.weight, x.normalize, peers), peers)
 
 
 def _call(

@@ -1,5 +1,7 @@
 """The public functions: validate, choose a backend, call the operation, take the mean.
 
+Those over one softmax a row are in :mod:`fastkd.contrastive`.
+
 Every loss is a 0-dim tensor in the accumulation dtype: float64 for float64 inputs, float32 otherwise (bf16 and fp16
 inputs, autocast or not). Gradients come back in the inputs' dtypes. Inputs are never written to.
 """
@@ -12,13 +14,11 @@ from torch import Tensor
 from fastkd import backends
 from fastkd.backends import reference
 from fastkd.distributed import Group, resolve_group
-from fastkd.ops.contrast import contrast
 from fastkd.ops.dual_softmax import dual_softmax
 from fastkd.ops.soft_target import soft_target
 from fastkd.validate import (
     CONSISTENCIES,
     check_bias,
-    check_bool,
     check_choice,
     check_labels,
     check_no_tangent,
@@ -138,56 +138,6 @@ def dcd_terms(
     if logit_bias is not None:
         contrast_mean = contrast_mean + 0.0 * check_bias(logit_bias, student).to(contrast_mean.dtype)
     return contrast_mean, alpha * consistency_mean
-
-
-def info_nce_loss(
-    query: Tensor,
-    key: Tensor,
-    logit_scale: Tensor | float,
-    *,
-    normalize: bool = True,
-    sample_weight: Tensor | None = None,
-    group: Group = None,
-    backend: str | None = None,
-) -> Tensor:
-    r"""InfoNCE with in-batch negatives: row i of ``key`` is the positive of row i of ``query``, all others negatives.
-
-    .. code-block:: text
-
-        loss = mean_i w_i [-log softmax_j(logit_scale * q_i . k_j)_i]     q, k: L2-normalised rows if ``normalize``
-
-    Source: arXiv 1807.03748, eq. 4, with scaled dot products as the scores.
-
-    Args:
-        query, key: [n, D], float64, float32, bf16 or fp16, both alike.
-        logit_scale: the positive multiplier (an inverse temperature), a float or a 0-dim tensor that may need a
-            gradient.
-        normalize: L2-normalise the rows first; rows no longer than 1e-12 count as zero and get no gradient.
-        sample_weight, group, backend: as for :func:`dcd_loss`.
-
-    Returns:
-        The loss, 0-dim.
-
-    Raises:
-        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
-    """
-    process_group = resolve_group(group)
-    if process_group is not None:
-        from fastkd.across_ranks import global_info_nce
-
-        return global_info_nce(query, key, logit_scale, normalize, sample_weight, process_group, backend)
-    check_pair("query", query, "key", key, "[n, D]")
-    scale = check_scale(logit_scale, query)
-    check_bool("normalize", normalize)
-    weight = check_weight(sample_weight, query)
-    backend = backends.resolve(backend, "contrast", query)
-    if backend == "reference":
-        with torch.autocast(query.device.type, enabled=False):
-            total = reference.weighted_sum(reference.contrast(query, key, scale, normalize), weight)
-    else:
-        check_no_tangent(query, key, scale)
-        total, _ = contrast(query, key, scale, weight, normalize, backend)
-    return total / query.shape[0]
 
 
 def kd_loss(

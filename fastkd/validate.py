@@ -15,18 +15,41 @@ CONSISTENCIES = ("student||teacher", "teacher||student")
 LARGEST = sys.float_info.max  # the largest finite float
 
 
+def check_rows(name: str, x: Tensor, shape: str = "[n, D]", *, may_be_empty: bool = False) -> None:
+    """A matrix with at least one column, and one row unless it may be empty."""
+    _check_floating(name, x)
+    if x.ndim != 2:
+        raise ValueError(f"{name}: got shape {list(x.shape)}, expected {shape}")
+    if x.shape[1] == 0 or (x.shape[0] == 0 and not may_be_empty):
+        rows = "" if may_be_empty else "one row and "
+        raise ValueError(f"{name}: got shape {list(x.shape)}, expected at least {rows}one column")
+
+
 def check_pair(
     name: str, first: Tensor, other_name: str, second: Tensor, shape: str, *, may_be_empty: bool = False
 ) -> None:
+    """Two such matrices of one shape, dtype and device."""
+    # The shapes come first: of two unequal inputs, one of which is empty, they tell more.
     for argument, value in ((name, first), (other_name, second)):
         _check_floating(argument, value)
         if value.ndim != 2:
             raise ValueError(f"{argument}: got shape {list(value.shape)}, expected {shape}")
     if first.shape != second.shape:
         raise ValueError(f"{other_name}: got shape {list(second.shape)}, expected that of {name}, {list(first.shape)}")
-    if first.shape[1] == 0 or (first.shape[0] == 0 and not may_be_empty):
-        rows = "" if may_be_empty else "one row and "
-        raise ValueError(f"{name}: got shape {list(first.shape)}, expected at least {rows}one column")
+    check_rows(name, first, shape, may_be_empty=may_be_empty)
+    _check_same_kind(name, first, other_name, second)
+
+
+def check_query_and_key(query: Tensor, key: Tensor, *, may_be_empty: bool = False) -> None:
+    """Matrices of one width, dtype and device; their numbers of rows may differ."""
+    check_rows("query", query, "[n, D]", may_be_empty=may_be_empty)
+    check_rows("key", key, "[N, D]", may_be_empty=may_be_empty)
+    if query.shape[1] != key.shape[1]:
+        raise ValueError(f"key: got shape {list(key.shape)}, expected the width of query, {query.shape[1]}")
+    _check_same_kind("query", query, "key", key)
+
+
+def _check_same_kind(name: str, first: Tensor, other_name: str, second: Tensor) -> None:
     if first.dtype != second.dtype:
         raise TypeError(f"{other_name}: got {second.dtype}, expected the dtype of {name}, {first.dtype}")
     if first.device != second.device:
@@ -142,20 +165,48 @@ def check_weight(sample_weight: Tensor | None, like: Tensor) -> Tensor | None:
     return sample_weight
 
 
-def check_labels(labels: Tensor, logits: Tensor) -> None:
+def check_row_labels(name: str, labels: Tensor, rows: Tensor) -> None:
+    """An int64 for every row."""
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels: got {type(labels).__name__}, expected a torch.Tensor")
+        raise TypeError(f"{name}: got {type(labels).__name__}, expected a torch.Tensor")
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels: got {labels.dtype}, expected int64 class indices")
-    n, classes = logits.shape
+        raise TypeError(f"{name}: got {labels.dtype}, expected int64 class indices")
+    n = rows.shape[0]
     if labels.shape != (n,):
-        raise ValueError(f"labels: got shape {list(labels.shape)}, expected [{n}], one label a row")
-    if labels.device != logits.device:
-        raise ValueError(f"labels: got device {labels.device}, expected {logits.device}")
+        raise ValueError(f"{name}: got shape {list(labels.shape)}, expected [{n}], one label a row")
+    if labels.device != rows.device:
+        raise ValueError(f"{name}: got device {labels.device}, expected {rows.device}")
+
+
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Class indices: an int64 in [0, C) for every row of the logits."""
+    check_row_labels("labels", labels, logits)
     if _may_read(labels):
+        classes = logits.shape[1]
         for label in labels.aminmax():
             if not 0 <= label.item() < classes:
                 raise ValueError(f"labels: got {label.item()}, expected class indices in [0, {classes})")
+
+
+def check_positive_index(
+    positive_index: Tensor | None, query: Tensor, key: Tensor, weight: Tensor | None
+) -> Tensor | None:
+    """A row of ``key`` for every query. Returns the weights, NaN where a bad index cannot raise."""
+    n, N = query.shape[0], key.shape[0]
+    if positive_index is None:
+        if n != N:
+            raise ValueError(f"positive_index: got None with {n} queries and {N} keys, expected as many, or a tensor")
+        return weight
+    check_row_labels("positive_index", positive_index, query)
+    if not _may_read(positive_index):
+        is_row = (positive_index >= 0) & (positive_index < N)
+        weight = torch.ones_like(is_row, dtype=accumulation_dtype(query.dtype)) if weight is None else weight
+        return weight.masked_fill(~is_row, math.nan)
+    if n > 0:
+        for index in positive_index.aminmax():
+            if not 0 <= index.item() < N:
+                raise ValueError(f"positive_index: got {index.item()}, expected rows of key, in [0, {N})")
+    return weight
 
 
 def _may_read(value: Tensor) -> bool:

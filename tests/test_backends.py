@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkd import dcd_loss, info_nce_loss, kd_loss
 from fastkd.backends import blocked, tiles
+from fastkd.backends.masks import Mask
 from tests.checks import CONSISTENCIES, assert_close, embeddings, relative_error, value_and_grads
 
 LOW = (torch.float32, torch.float16, torch.bfloat16)
@@ -277,6 +278,6 @@ def test_no_tensor_grows_with_the_square_of_the_rows(scale: float, monkeypatch: 
         blocked.dual_softmax_backward(
             student, teacher, c, None, stats, one, one, "student||teacher", math.inf, True, True
         )
-        _, lse = blocked.contrast_forward(student, teacher, c, None, True)
-        blocked.contrast_backward(student, teacher, c, None, lse, one, True, True, True)
+        _, lse = blocked.contrast_forward(student, teacher, c, None, Mask(), True)
+        blocked.contrast_backward(student, teacher, c, None, Mask(), lse, one, True, True, True)
     assert 0 < largest.elements <= bound

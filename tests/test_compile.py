@@ -99,20 +99,22 @@ def test_opcheck(dtype: torch.dtype, weighted: bool) -> None:
     a, b, c, weight = samples(7, 5, dtype)
     w = weight if weighted else None
     torch.library.opcheck(dual_softmax, (a, b, c, w, "student||teacher", 10.0, "blocked"))
-    torch.library.opcheck(contrast, (a, b, c, w, True, "blocked"))
+    torch.library.opcheck(contrast, (a, b, c, w, None, None, None, False, True, "blocked"))
     labels = torch.arange(7) % 5
     for teacher, classes in ((b.detach(), labels), (b.detach(), None), (None, labels)):
         torch.library.opcheck(soft_target, (a, teacher, classes, w, 4.0, 0.1, "blocked"))
     a, b, c = a.detach(), b.detach(), c.detach()
     *_, stats = dual_softmax(a, b, c, w, "student||teacher", 10.0, "blocked")
-    _, lse = contrast(a, b, c, w, True, "blocked")
+    _, lse = contrast(a, b, c, w, None, None, None, False, True, "blocked")
     one = torch.ones((), dtype=lse.dtype)
     for need in (True, False):
         torch.library.opcheck(
             dual_softmax_backward,
             (a, b, c, w, stats, one, one, "student||teacher", 10.0, need, True, "blocked"),
         )
-        torch.library.opcheck(contrast_backward, (a, b, c, w, lse, one, True, need, True, "blocked"))
+        torch.library.opcheck(
+            contrast_backward, (a, b, c, w, None, None, None, lse, one, False, True, need, True, "blocked")
+        )
     *_, stats = soft_target(a, b, labels, w, 4.0, 0.1, "blocked")
     torch.library.opcheck(soft_target_backward, (a, b, labels, w, stats, one, one, 4.0, 0.1, "blocked"))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd import dcd_loss, kd_loss
+from fastkd import ckd_loss, dcd_loss, kd_loss, masked_contrast_loss, sup_con_loss
 from fastkd.functional import dcd_terms
 from tests.checks import assert_close, value_and_grads
 
@@ -46,6 +46,47 @@ def test_kd(path: Path, backend: str) -> None:
     assert_close(grad, case["grad_student_logits"], torch.float64)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("ckd_*.npz")), ids=lambda path: path.stem)
+def test_ckd(path: Path, backend: str) -> None:
+    case = load(path)
+    loss, grad, grad_teacher = value_and_grads(
+        lambda s, t: ckd_loss(s, t, case["temperature"].item(), backend=backend),
+        case["student_logits"],
+        case["teacher_logits"],
+    )
+    assert_close(loss, case["loss"], torch.float64)
+    assert_close(grad, case["grad_student_logits"], torch.float64)
+    assert not grad_teacher.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("sup_con_*.npz")), ids=lambda path: path.stem)
+def test_sup_con(path: Path, backend: str) -> None:
+    case = load(path)
+    loss, grad = value_and_grads(
+        lambda z: sup_con_loss(z, case["labels"], case["scale"].item(), backend=backend), case["z"]
+    )
+    assert_close(loss, case["loss"], torch.float64)
+    assert_close(grad, case["grad_z"], torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("masked_*.npz")), ids=lambda path: path.stem)
+def test_masked_contrast(path: Path, backend: str) -> None:
+    case = load(path)
+    labels, scale = case["labels"], case["scale"].item()
+    index = torch.arange(len(labels))
+    loss, *grads = value_and_grads(
+        lambda q, k: masked_contrast_loss(q, k, scale, labels, labels, index, backend=backend),
+        case["query"],
+        case["key"],
+    )
+    assert_close(loss, case["loss"], torch.float64)
+    for grad, name in zip(grads, ("query", "key"), strict=True):
+        assert_close(grad, case[f"grad_{name}"], torch.float64)
+
+
 def test_every_expected_case_is_here() -> None:
-    assert len(list(GOLDEN.glob("dcd_*.npz"))) == 6
-    assert len(list(GOLDEN.glob("kd_*.npz"))) == 2
+    counts = {"dcd": 6, "kd": 2, "ckd": 2, "sup_con": 2, "masked": 1}
+    assert {name: len(list(GOLDEN.glob(f"{name}_*.npz"))) for name in counts} == counts

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastkd.backends.blocked_soft_target import soft_target_backward as soft_target_backward
 from fastkd.backends.blocked_soft_target import soft_target_forward as soft_target_forward
 from fastkd.backends.gemm import product
+from fastkd.backends.masks import Mask
 from fastkd.backends.reference import accumulation_dtype, unit_rows, weighted_sum
 from fastkd.backends.tiles import Workspace, blocks, for_each_tile, pair_rounds, square_rounds
 
@@ -317,7 +318,7 @@ def _rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def contrast_forward(
-    query: Tensor, key: Tensor, logit_scale: Tensor, weight: Tensor | None, normalize: bool
+    query: Tensor, key: Tensor, logit_scale: Tensor, weight: Tensor | None, mask: Mask, normalize: bool
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of InfoNCE over the rows, and each row's loss and positive logit [2, n] for the backward."""
     (q, _), (k, _) = _rows(query, normalize), _rows(key, normalize)
@@ -342,6 +343,7 @@ def contrast_backward(
     key: Tensor,
     logit_scale: Tensor,
     weight: Tensor | None,
+    mask: Mask,
     stats: Tensor,
     grad_loss: Tensor,
     normalize: bool,

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.backends.masks import Mask
+
 NORM_EPS = 1e-12  # rows no longer than this count as zero
 
 
@@ -55,13 +57,25 @@ def dual_softmax(
     return -log_p.diagonal(), (first.exp() * (first - second)).sum(dim=1)
 
 
-def contrast(query: Tensor, key: Tensor, logit_scale: Tensor, normalize: bool = True) -> Tensor:
-    """InfoNCE per row, [n]: ``-log softmax_j(logit_scale q_i . k_j)_i``; rows L2-normalised first if asked."""
+def contrast(
+    query: Tensor, key: Tensor, logit_scale: Tensor, normalize: bool = True, mask: Mask | None = None
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE per query, [n], and how many positives each has, [n].
+
+    ``logsumexp_{j in D_i} x_ij - mean_{j in P_i} x_ij`` with ``x_ij = logit_scale q_i . k_j``, rows L2-normalised first
+    if asked; zero for a query without positives. For P and D see :class:`Mask`; by default, key i and all keys.
+    """
     dtype = accumulation_dtype(query.dtype)
     query, key = query.to(dtype), key.to(dtype)
     if normalize:
         query, key = unit_rows(query)[0], unit_rows(key)[0]
-    return -(logit_scale.to(dtype) * (query @ key.T)).log_softmax(dim=1).diagonal()
+    positive, denominator = (mask or Mask()).dense(len(query), len(key), query.device)
+    logits = logit_scale.to(dtype) * (query @ key.T)
+    count = positive.sum(dim=1)
+    # A query that has no key left is given one, so that its unused row stays free of inf - inf.
+    lse = logits.masked_fill(~denominator & (count > 0)[:, None], -torch.inf).logsumexp(dim=1)
+    loss = lse - logits.masked_fill(~positive, 0).sum(dim=1) / count.clamp_min(1)
+    return loss.masked_fill(count == 0, 0), count
 
 
 def soft_target(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
