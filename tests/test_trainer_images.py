@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from fastkd.trainer.cifar import PIXELS, load_cifar, shift_and_flip
+from fastkd.trainer.data import DataConfig, EpochSampler, train_loader
 from fastkd.trainer.images import IMAGENET_MEAN, IMAGENET_STD, BrokenImagesError, FolderImages, load_images
 from fastkd.trainer.shards import ShardImages
 
@@ -212,6 +213,50 @@ def test_bad_image_options_are_named(tmp_path: Path) -> None:
     (tmp_path / "val" / "dog" / "0.png").write_bytes(encoded(0))
     with pytest.raises(ValueError, match=r"train has 3 classes, val has 4; in one only: \['dog'\]"):
         load_images(str(tmp_path))
+
+
+def test_shards_may_lack_a_class_in_the_validation_set_but_not_add_one(tmp_path: Path) -> None:
+    for part, labels in (("train", (0, 1, 3)), ("val", (1,))):
+        (tmp_path / part).mkdir()
+        with tarfile.open(tmp_path / part / "0.tar", "w") as archive:
+            for label in labels:
+                add(archive, f"{label}.cls", b"%d" % label)
+                add(archive, f"{label}.png", encoded(label))
+    train, _ = load_images(str(tmp_path), format="shards")
+    assert train.classes == ["0", "1", "2", "3"]
+    with pytest.raises(ValueError, match=r"train has 4; in one only: \['2', '3'\]"):
+        load_images(str(tmp_path), format="shards", train="val", val="train")
+
+
+def test_shards_are_read_a_few_at_a_time(tmp_path: Path) -> None:
+    shards = [range(10), range(10, 13), range(13, 20), range(20, 30)]
+    sampler = EpochSampler(30, 0, shards, 2)
+    orders = []
+    for epoch in range(8):
+        sampler.epoch = epoch
+        order = list(sampler)
+        assert sorted(order) == list(range(30))
+        assert order == list(sampler)
+        owners = [next(number for number, shard in enumerate(shards) if index in shard) for index in order]
+        halves = [
+            set(owners[:length]) for length in range(1, 30) if len(set(owners[:length]) & set(owners[length:])) == 0
+        ]
+        assert any(len(half) == 2 for half in halves)
+        orders.append(tuple(order))
+    assert len(set(orders)) == 8
+
+
+def test_a_run_may_ask_for_shards_only_of_data_that_has_them(tmp_path: Path) -> None:
+    config = DataConfig(name="images", batch_size=2, shuffle_shards=1)
+    write_shards(tmp_path / "shards")
+    train, _ = load_images(str(tmp_path / "shards"), format="shards", image_size=8)
+    loader, set_epoch = train_loader(train, config, 0, torch.device("cpu"))
+    set_epoch(3)
+    assert sum(len(labels) for _, labels in loader) == 8
+    write_folder(tmp_path / "folder")
+    train, _ = load_images(str(tmp_path / "folder"), image_size=8)
+    with pytest.raises(ValueError, match=r"data\.shuffle_shards: got FolderImages"):
+        train_loader(train, config, 0, torch.device("cpu"))
 
 
 # CIFAR

@@ -215,7 +215,11 @@ def load_images(
         kind(Path(root) / part, transform, normalization, max_broken)
         for part, transform in ((train, augment), (val, plain))
     )
-    if train_set.classes != eval_set.classes:
+    # Shards name no classes: those without an image in the validation set are unknown there.
+    same = (
+        set(eval_set.classes) <= set(train_set.classes) if format == "shards" else train_set.classes == eval_set.classes
+    )
+    if not same:
         differing = sorted(set(train_set.classes) ^ set(eval_set.classes))
         raise ValueError(
             f"data.options.root: {train} has {len(train_set.classes)} classes, {val} has {len(eval_set.classes)}; in "

@@ -27,7 +27,7 @@ OPEN_SHARDS = 64  # file handles that a process keeps
 
 
 class ShardImages(ImageSamples):
-    """The images of all ``*.tar`` in a folder.
+    """The images of all ``*.tar`` in a folder; classes are the numbers up to the largest label.
 
     A sample is the files of one shard that share everything before the first dot: an image and its label, ``.cls`` (a
     number as text) or ``.json`` (with ``"label"`` or ``"cls"``). Other files are ignored. The index is kept in
