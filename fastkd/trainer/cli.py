@@ -4,6 +4,8 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from json import dumps as dump
+from pathlib import Path
 from typing import Any
 
 USAGE = """\
@@ -140,21 +142,31 @@ def _with_models(config: Any, arguments: list[str]) -> tuple[Any, list[str]]:
 def _eval(arguments: list[str]) -> int:
     import tyro
 
-    from fastkd.trainer.evaluation import evaluate_checkpoint
+    from fastkd.trainer.evaluation import evaluate_checkpoint, hardest
 
-    def command(checkpoint: tyro.conf.Positional[str], device: str = "auto", trust_code: bool = False) -> int:
+    def command(
+        checkpoint: tyro.conf.Positional[str],
+        device: str = "auto",
+        trust_code: bool = False,
+        json: str | None = None,
+    ) -> int:
         """Accuracy of a checkpoint, its model and data rebuilt from its own config.
 
         Args:
             checkpoint: a checkpoint folder, or a run folder for its newest one.
             device: auto, cpu, cuda, ...
             trust_code: allow the config in the checkpoint to import and call package.module:callable.
+            json: a file to write everything to, the accuracy of every class and the confusion matrix included.
         """
         result = evaluate_checkpoint(checkpoint, device=device, trust_code=trust_code)
         print(
-            f"{result.path}: step {result.step}, accuracy {result.accuracy:.4f}, loss {result.loss:.4f} "
-            f"on {result.samples} samples ({result.parameters:,} parameters)"
+            f"{result.path}: step {result.step}, accuracy {result.accuracy:.4f}, top-5 {result.top5:.4f}, "
+            f"loss {result.loss:.4f} on {result.samples} samples ({result.parameters:,} parameters)"
         )
+        for line in hardest(result):
+            print(line)
+        if json is not None:
+            Path(json).write_text(dump(result.to_dict(), indent=1) + "\n")
         return 0
 
     return tyro.cli(command, prog="fastkd eval", args=arguments)
