@@ -14,6 +14,8 @@ usage: fastkd COMMAND ...
   demo               train a teacher and students on scikit-learn's digits, write a report
   train RECIPE ...   run a recipe, its own or package.module:function; every setting is a flag
   eval CHECKPOINT    accuracy of a checkpoint or of the newest one of a run folder
+  export CHECKPOINT OUT   its student as .safetensors or .onnx, checked
+  probe CHECKPOINT   linear probe of its frozen features on other data
 
 fastkd COMMAND --help describes each.
 """
@@ -107,8 +109,6 @@ def _with_models(config: Any, arguments: list[str]) -> tuple[Any, list[str]]:
     ``--PART.options JSON`` replaces all options of the student, the teacher or the data. ``--teacher.name`` (or
     student) begins a model that the recipe lacks, whose other settings are flags from then on.
     """
-    import json
-
     from fastkd.trainer.models import ModelConfig
 
     def value(flag: str) -> str | None:
@@ -127,10 +127,7 @@ def _with_models(config: Any, arguments: list[str]) -> tuple[Any, list[str]]:
         text = value(flag)
         if text is None or getattr(config, part) is None:
             continue
-        try:
-            options = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{flag}: got {text!r}, expected a JSON object ({error})") from None
+        options = _json(flag, text)
         config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), options=options)})
         kept = [argument for argument in arguments if not argument.startswith(flag + "=")]
         if flag in kept:
@@ -172,11 +169,102 @@ def _eval(arguments: list[str]) -> int:
     return tyro.cli(command, prog="fastkd eval", args=arguments)
 
 
+def _export(arguments: list[str]) -> int:
+    import tyro
+
+    from fastkd.trainer.export import export
+    from fastkd.trainer.reopen import reopen
+
+    def command(
+        checkpoint: tyro.conf.Positional[str],
+        out: tyro.conf.Positional[str],
+        image_shape: tuple[int, ...] | None = None,
+        trust_code: bool = False,
+    ) -> int:
+        """The student of a checkpoint as a file that others read, checked against its own outputs.
+
+        Args:
+            checkpoint: a checkpoint folder, or a run folder for its newest one.
+            out: the file to write: .safetensors (the state dict) or .onnx (images to logits, any batch size).
+            image_shape: C H W of an image, where the run's data cannot be read. For ONNX.
+            trust_code: allow the config in the checkpoint to import and call package.module:callable.
+        """
+        with_data = out.endswith(".onnx") and image_shape is None
+        written = export(reopen(checkpoint, with_data=with_data, trust_code=trust_code), out, image_shape=image_shape)
+        how = "bit for bit" if written.path.suffix == ".safetensors" else f"logits within {written.error:.1e}"
+        print(f"{written.path}: {written.bytes:,} bytes, checked {how}")
+        return 0
+
+    return tyro.cli(command, prog="fastkd export", args=arguments)
+
+
+def _probe(arguments: list[str]) -> int:
+    import tyro
+
+    from fastkd.trainer.data import DataConfig, build_datasets
+    from fastkd.trainer.evaluation import choose_device
+    from fastkd.trainer.models import FeatureModel
+    from fastkd.trainer.probe import linear_probe
+    from fastkd.trainer.reopen import reopen
+
+    def command(
+        checkpoint: tyro.conf.Positional[str],
+        data: str,
+        options: str = "{}",
+        batch_size: int = 256,
+        num_workers: int = 0,
+        penalty: float = 1e-4,
+        device: str = "auto",
+        trust_code: bool = False,
+    ) -> int:
+        """Logistic regression on the frozen features of a checkpoint's student, on other data.
+
+        Args:
+            checkpoint: a checkpoint folder, or a run folder for its newest one.
+            data: digits, images, cifar, or package.module:callable.
+            options: of the data, as JSON; without augmentation, such as '{"root": "...", "augment": false}'.
+            batch_size: images at a time.
+            num_workers: processes that read them.
+            penalty: of the squared weights.
+            device: auto, cpu, cuda, ...
+            trust_code: allow the config in the checkpoint to import and call package.module:callable.
+        """
+        reopened = reopen(checkpoint, with_data=False, trust_code=trust_code)
+        config = DataConfig(
+            name=data, options=_json("--options", options), eval_batch_size=batch_size, num_workers=num_workers
+        )
+        classifier = None if reopened.config.student is None else reopened.config.student.classifier
+        model = FeatureModel(reopened.model, classifier)
+        sets = build_datasets(config)
+        result = linear_probe(model, *sets, config, choose_device(device), penalty=penalty)
+        print(
+            f"{reopened.checkpoint.path}: linear probe on {data}: accuracy {result.accuracy:.4f} of "
+            f"{result.eval_samples} samples ({result.train_accuracy:.4f} of the {result.train_samples} it was fitted "
+            f"to), {result.features} features" + ("" if result.converged else "; the fit did not converge")
+        )
+        return 0
+
+    return tyro.cli(command, prog="fastkd probe", args=arguments)
+
+
+def _json(flag: str, text: str) -> dict[str, Any]:
+    """The JSON object in ``text``."""
+    import json
+
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{flag}: got {text!r}, expected a JSON object ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{flag}: got {text!r}, expected a JSON object")
+    return values
+
+
 _TRAIN_NOTE = (
     "Beside the flags below: --student.options '{\"width\": 8}' (teacher, data too) replaces all options, as JSON; "
     "--teacher.name NAME gives a teacher to a recipe that has none."
 )
-_COMMANDS = {"demo": _demo, "train": _train, "eval": _eval}
+_COMMANDS = {"demo": _demo, "train": _train, "eval": _eval, "export": _export, "probe": _probe}
 
 if __name__ == "__main__":
     sys.exit(main())

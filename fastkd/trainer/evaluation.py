@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastkd.trainer import nets
-from fastkd.trainer.checkpoint import STUDENT, CheckpointError, find_checkpoint, load_into, read_checkpoint
-from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.data import DATASETS, build_datasets, eval_loader, first_images
-from fastkd.trainer.models import FeatureModel, build_model, count_parameters, probe
+from fastkd.trainer.data import eval_loader, first_images
+from fastkd.trainer.models import FeatureModel, count_parameters, probe
 from fastkd.trainer.ranks import Ranks
+from fastkd.trainer.reopen import reopen
 from fastkd.validate import check_labels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -121,27 +119,10 @@ def evaluate_checkpoint(
     Raises CheckpointError: missing, damaged, needs ``trust_code``, or its student or data were given to ``train`` as
     objects, which no config names, and are not given here.
     """
-    checkpoint = read_checkpoint(find_checkpoint(path))
-    try:
-        config = TrainConfig.from_dict(checkpoint.manifest["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.path / 'manifest.json'}: its config is not valid ({error})") from error
-    given = checkpoint.manifest.get("given_as_objects", [])
-    if model is None:
-        if config.student is None or "student" in given:
-            raise CheckpointError(f"{checkpoint.path}: its student was given as a module; pass it as model=...")
-        _check_trust(checkpoint.path, config.student.name, _is_known_model(config.student.name), trust_code)
-        model = build_model(replace(config.student, pretrained=False, weights=None))
-    elif isinstance(model, FeatureModel):
-        model = model.model
-    if eval_data is None:
-        if "data" in given:
-            raise CheckpointError(f"{checkpoint.path}: its data was given as objects; pass it as eval_data=...")
-        _check_trust(checkpoint.path, config.data.name, config.data.name in DATASETS, trust_code)
-        _, eval_data = build_datasets(config.data)
-    load_into(model, checkpoint.student, checkpoint.path / STUDENT)
+    reopened = reopen(path, model=model, eval_data=eval_data, trust_code=trust_code)
+    config, eval_data = reopened.config, reopened.eval_data
     target = choose_device(device, config.precision)
-    wrapped = FeatureModel(model, optional=True).to(target)
+    wrapped = FeatureModel(reopened.model, optional=True).to(target)
     if len(eval_data) == 0:
         raise ValueError("eval_data: got an empty dataset, expected at least one sample")
     _, count = probe(wrapped, first_images(eval_data))
@@ -154,10 +135,10 @@ def evaluate_checkpoint(
         loss=values["eval_loss"],
         confusion=confusion,
         classes=class_names(eval_data, count),
-        parameters=count_parameters(model),
+        parameters=count_parameters(reopened.model),
         samples=len(eval_data),
-        step=checkpoint.manifest["step"],
-        path=checkpoint.path,
+        step=reopened.checkpoint.manifest["step"],
+        path=reopened.checkpoint.path,
     )
 
 
@@ -189,17 +170,3 @@ def class_names(dataset: Any, count: int) -> list[str]:
     if isinstance(names, list | tuple) and len(names) == count:
         return [str(name) for name in names]
     return [str(number) for number in range(count)]
-
-
-def _is_known_model(name: str) -> bool:
-    """Whether ``name`` can build nothing but a model of timm or torchvision, or a class defined in our ``nets``."""
-    source, _, attribute = name.rpartition(":")
-    # Looked up without following dots, and not what the module merely imports: nets:nn.functional... reaches anything.
-    found = vars(nets).get(attribute) if source == nets.__name__ else None
-    own = isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == nets.__name__
-    return own or source in ("timm", "torchvision", "")
-
-
-def _check_trust(path: Path, name: str, known: bool, trust_code: bool) -> None:
-    if not known and not trust_code:
-        raise CheckpointError(f"{path}: its config would import and call {name!r}; allow it with trust_code=True")

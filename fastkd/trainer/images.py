@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastkd.validate import check_choice, check_int, check_number
+from fastkd.validate import check_choice, check_int, check_number, check_type
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
@@ -188,12 +188,14 @@ def load_images(
     min_scale: float = 0.08,
     color_jitter: float = 0.0,
     randaugment: int = 0,
+    augment: bool = True,
     max_broken: int = 100,
 ) -> tuple[ImageSamples, ImageSamples]:
     """(training set, validation set) in ``root/train`` and ``root/val``, with ImageNet's usual augmentation.
 
     ``format``: ``"folder"``, a folder a class, or ``"shards"``, WebDataset tar files (see ``fastkd.trainer.shards``).
     ``mean``, ``std``: the normalisation of the student's input; a teacher with another one gets its own.
+    ``augment=False`` gives the training images as those of the validation set, for a linear probe.
 
     Raises ValueError: a folder that is missing or empty, or whose classes differ between training and validation.
     """
@@ -206,14 +208,15 @@ def load_images(
         for value in values:
             check_number(f"data.options.{name}", value, 0.0, exclusive=name == "std")
     normalization = tuple(mean), tuple(std)
-    augment = train_transform(
+    check_type("data.options.augment", augment, bool)
+    plain = eval_transform(image_size, normalization, crop=crop)
+    random = train_transform(
         image_size, normalization, min_scale=min_scale, color_jitter=color_jitter, randaugment=randaugment
     )
-    plain = eval_transform(image_size, normalization, crop=crop)
     kind = FolderImages if format == "folder" else ShardImages
     train_set, eval_set = (
         kind(Path(root) / part, transform, normalization, max_broken)
-        for part, transform in ((train, augment), (val, plain))
+        for part, transform in ((train, random if augment else plain), (val, plain))
     )
     # Shards name no classes: those without an image in the validation set are unknown there.
     same = (
