@@ -40,6 +40,13 @@ def check_pair(
     _check_same_kind(name, first, other_name, second)
 
 
+def check_vector(name: str, x: Tensor, *, may_be_empty: bool = False) -> None:
+    """A number for every sample, at least one unless it may be empty."""
+    _check_floating(name, x)
+    if x.ndim != 1 or (len(x) == 0 and not may_be_empty):
+        raise ValueError(f"{name}: got shape {list(x.shape)}, expected [B]{'' if may_be_empty else ', B >= 1'}")
+
+
 def check_query_and_key(query: Tensor, key: Tensor, *, may_be_empty: bool = False) -> None:
     """Matrices of one width, dtype and device; their numbers of rows may differ."""
     check_rows("query", query, "[n, D]", may_be_empty=may_be_empty)
