@@ -6,6 +6,7 @@ The losses need PyTorch alone. Importing this package compiles nothing and never
 
 from fastkd.functional import dcd_loss, info_nce_loss, kd_loss
 from fastkd.losses import DCDLoss, KDLoss
+from fastkd.pooling import multiscale_pool
 
 __version__ = "0.1.0"
-__all__ = ["DCDLoss", "KDLoss", "dcd_loss", "info_nce_loss", "kd_loss"]
+__all__ = ["DCDLoss", "KDLoss", "dcd_loss", "info_nce_loss", "kd_loss", "multiscale_pool"]
