@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -16,17 +15,23 @@ _PASS_ON = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
 @dataclass(frozen=True)
 class MapSource:
-    """The layer whose output is the map, how that is laid out, and what follows it.
+    """The layer whose output is the map, its ``shape`` (C, H, W) or (L, C) for tokens, its layout, and what follows it.
 
     ``tail``: the layers from there to the logits, which then also classify a single position, and whether they take it
     as a 1x1 map. None where the model does more than average in between (VGG's linear layers see all positions).
     """
 
     layer: str
+    shape: tuple[int, ...]
     channels_last: bool = False
     prefix_tokens: int = 0
     tail: tuple[str, ...] | None = None
     tail_takes_maps: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Channels of the map or width of the tokens."""
+        return self.shape[0] if len(self.shape) == 3 else self.shape[1]
 
     def read(self, value: Tensor) -> Tensor:
         """The layer's output as [B, C, H, W], tokens as [B, L, C]."""
@@ -60,10 +65,8 @@ class _Call:
     value: Tensor
 
 
-def find_map(
-    run: Callable[[], Tensor], model: nn.Module, classifier: str, given: str | None = None
-) -> tuple[MapSource, tuple[int, ...]]:
-    """The last map of ``model`` before its layer ``classifier``, and its shape without the batch, (C, H, W) or (L, C).
+def find_map(run: Callable[[], Tensor], model: nn.Module, classifier: str, given: str | None = None) -> MapSource:
+    """The last map of ``model`` before its layer ``classifier``.
 
     That is the last output with several positions, [B, C, H, W], [B, H, W, C] or tokens [B, L, C], of a layer that is
     called before the classifier. One whose average (or first token) is the features goes before the others.
@@ -90,7 +93,8 @@ def find_map(
     # Looked for near the end alone: far inside, an average may equal the features by accident.
     averaged = [call for call in maps[-4:] if any(_close(pooled, features) for pooled in _pooled(call.value, width))]
     call = (averaged or maps)[-1]
-    source = MapSource(call.name, channels_last=_is_channels_last(call.value, width))
+    source = MapSource(call.name, (), channels_last=_is_channels_last(call.value, width))
+    source = replace(source, shape=tuple(source.read(call.value).shape[1:]))
     if call.value.ndim == 3:
         source = replace(source, prefix_tokens=_prefix_tokens(model, call.value.shape[1]))
     follow = [later.name for later in calls[calls.index(call) + 1 :] if not list(later.layer.children())]
@@ -98,8 +102,8 @@ def find_map(
         for takes_maps in (call.value.ndim == 4, False):
             candidate = replace(source, tail=tail, tail_takes_maps=takes_maps)
             if _classifies(candidate, model, _pooled(call.value, width), output):
-                return candidate, tuple(source.read(call.value).shape[1:])
-    return source, tuple(source.read(call.value).shape[1:])
+                return candidate
+    return source
 
 
 def pool_features(features: Tensor, layer: nn.Module) -> Tensor:

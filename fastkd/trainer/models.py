@@ -68,17 +68,11 @@ class ModelOutput:
 
 @dataclass(kw_only=True, frozen=True)
 class ModelShapes:
-    """What one forward pass tells of a model: widths, and the last map's shape (C, H, W) or (L, C) if asked for."""
+    """What a forward pass tells of a model: the features' width, the classes, the last map if it was asked for."""
 
     features: int
     classes: int
-    feature_map: tuple[int, ...] | None = None
-
-    @property
-    def map_channels(self) -> int:
-        """Channels of the map."""
-        assert self.feature_map is not None
-        return self.feature_map[0] if len(self.feature_map) == 3 else self.feature_map[1]
+    feature_map: MapSource | None = None
 
 
 def build_model(config: ModelConfig) -> nn.Module:
@@ -257,10 +251,8 @@ def probe(model: FeatureModel, images: Tensor, *, feature_map: bool = False) -> 
             return shapes
         assert model.classifier_name is not None
         model.map_source = None
-        model.map_source, shape = find_map(
-            lambda: model(images).features, model.model, model.classifier_name, model.map_name
-        )
-        return replace(shapes, feature_map=shape)
+        model.map_source = find_map(lambda: model(images).features, model.model, model.classifier_name, model.map_name)
+        return replace(shapes, feature_map=model.map_source)
     finally:
         for module, mode in modes:
             module.training = mode

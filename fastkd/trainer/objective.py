@@ -1,29 +1,35 @@
 """The objective: a weighted sum of named terms, ``total = CE + lambda KD + beta DCD``.
 
-A term is a module (or any callable) ``term(student: ModelOutput, teacher: ModelOutput | None, labels) -> dict[str,
-Tensor]`` of named scalars before weights. ``TERMS`` maps a term's name to what builds it; a new method adds one
-entry.
+A term is a module (or any callable): see ``fastkd.trainer.terms``, whose ``TERMS`` maps a term's name to what builds
+it. A new method adds one entry there.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.backends.reference import accumulation_dtype
 from fastkd.functional import ce_kd_terms
-from fastkd.losses import DCDLoss, KDLoss
-from fastkd.trainer.models import ModelOutput
-from fastkd.validate import check_choice, check_int, check_labels, check_number, check_type
-
-TermFunction = Callable[[ModelOutput, ModelOutput | None, Tensor], Mapping[str, Tensor]]
+from fastkd.trainer.models import ModelOutput, ModelShapes
+from fastkd.trainer.terms import (
+    TERMS,
+    CallableTerm,
+    CEConfig,
+    CETerm,
+    CKDConfig,
+    DCDConfig,
+    KDConfig,
+    KDTerm,
+    MSDCRDConfig,
+    PCKDConfig,
+    TermFunction,
+    one_dtype,
+)
+from fastkd.validate import check_type
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -38,11 +44,15 @@ class ObjectiveConfig:
     ce: CEConfig = field(default_factory=CEConfig)
     kd: KDConfig = field(default_factory=KDConfig)
     dcd: DCDConfig = field(default_factory=DCDConfig)
+    ckd: CKDConfig = field(default_factory=CKDConfig)
+    pckd: PCKDConfig = field(default_factory=PCKDConfig)
+    msdcrd: MSDCRDConfig = field(default_factory=MSDCRDConfig)
 
     def __post_init__(self) -> None:
         parse_terms(self.terms)
-        for name, value, kind in (("ce", self.ce, CEConfig), ("kd", self.kd, KDConfig), ("dcd", self.dcd, DCDConfig)):
-            check_type(f"objective.{name}", value, kind)
+        for part in fields(self):
+            if callable(part.default_factory):
+                check_type(f"objective.{part.name}", getattr(self, part.name), type(part.default_factory()))
 
 
 def parse_terms(text: str) -> dict[str, float]:
@@ -90,23 +100,16 @@ def _ce_and_kd(
         return {}
     assert teacher is not None
     ce_value, kd_value = ce_kd_terms(
-        *_one_dtype(student.logits, teacher.logits), labels, kd.loss.temperature, label_smoothing=ce.label_smoothing
+        *one_dtype(student.logits, teacher.logits), labels, kd.loss.temperature, label_smoothing=ce.label_smoothing
     )
     return {"ce": {"ce": ce_value}, "kd": {"kd": kd_value}}
 
 
-def needs_teacher(config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
-    """Whether any term uses the teacher. A user's term does unless its attribute ``needs_teacher`` is False."""
-    given = terms or {}
-    return any(
-        getattr(given[name], "needs_teacher", True) if name in given else name not in _NEEDS_NO_TEACHER
-        for name in parse_terms(config.terms)
-    )
-
-
-def needs_features(config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
-    """Whether any term may read more than logits and labels: all but our cross-entropy and KD."""
-    return any(name in (terms or {}) or name not in _NEEDS_NO_FEATURES for name in parse_terms(config.terms))
+def needs(what: str, config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
+    """Whether any term needs the ``"teacher"``, the ``"features"`` or the ``"maps"``: see ``fastkd.trainer.terms``."""
+    known = {**TERMS, **(terms or {})}
+    default = what != "maps"
+    return any(getattr(known.get(name), f"needs_{what}", default) for name in parse_terms(config.terms))
 
 
 class Objective(nn.Module):
@@ -114,7 +117,7 @@ class Objective(nn.Module):
 
     Args:
         config: which terms, their weights and options.
-        student_dim, teacher_dim: widths of the penultimate features.
+        student, teacher: what ``probe`` found of the models; without a teacher, the student's for both.
         terms: the user's own terms by name: modules (their parameters are trained) or plain functions. They may be
             named, with a weight, in ``config.terms``; one that is not named there is an error.
 
@@ -125,8 +128,8 @@ class Objective(nn.Module):
     def __init__(
         self,
         config: ObjectiveConfig,
-        student_dim: int,
-        teacher_dim: int,
+        student: ModelShapes,
+        teacher: ModelShapes,
         terms: Mapping[str, nn.Module | TermFunction] | None = None,
     ) -> None:
         super().__init__()
@@ -143,7 +146,7 @@ class Objective(nn.Module):
                 term = given[name]
                 built[name] = term if isinstance(term, nn.Module) else CallableTerm(term)
             elif name in TERMS:
-                built[name] = TERMS[name](config, student_dim, teacher_dim)
+                built[name] = TERMS[name](config, student, teacher)
             else:
                 known = sorted({*TERMS, *given})
                 raise ValueError(f"objective.terms: got {name!r} in {config.terms!r}, expected terms among {known}")
@@ -179,6 +182,12 @@ class Objective(nn.Module):
                 total = weighted if total is None else total + weighted
         assert total is not None
         return total, named
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the terms that have a method ``set_epoch``; the loop calls this before every epoch, counted from 0."""
+        for term in self.terms.values():
+            if hasattr(term, "set_epoch"):
+                term.set_epoch(epoch)  # type: ignore[operator]
 
     def scalars(self) -> dict[str, Tensor]:
         """Further values to log (``dcd/tau``, ``dcd/scale``), of the terms that have a method ``scalars``."""
