@@ -17,6 +17,8 @@ logits from the forward: only those of the same product agree with the other log
 import torch
 from torch import Tensor
 
+from fastkd.backends.blocked_pool import multiscale_pool_backward as multiscale_pool_backward
+from fastkd.backends.blocked_pool import multiscale_pool_forward as multiscale_pool_forward
 from fastkd.backends.blocked_soft_target import soft_target_backward as soft_target_backward
 from fastkd.backends.blocked_soft_target import soft_target_forward as soft_target_forward
 from fastkd.backends.gemm import product

@@ -41,9 +41,10 @@ from fastkd.trainer.data import DataConfig, build_datasets
 from fastkd.trainer.log import versions
 from fastkd.trainer.loop import train
 from fastkd.trainer.models import ModelConfig
-from fastkd.trainer.objective import TERMS, ObjectiveConfig, needs_teacher, parse_terms
+from fastkd.trainer.objective import ObjectiveConfig, needs, parse_terms
 from fastkd.trainer.optim import OptimConfig
 from fastkd.trainer.report import Results, Run, Teacher, console_table, display_name, verdicts, write_report
+from fastkd.trainer.terms import TERMS
 from fastkd.validate import check_int
 
 TEST_IMAGES, TRAIN_IMAGES, LABELLED = 600, 1197, 200
@@ -120,7 +121,7 @@ def student_config(config: DemoConfig, folder: Path, method: str, seed: int) -> 
     name = re.sub(r"[^\w.+]+", "-", method)
     return TrainConfig(
         student=ModelConfig(name=NET, options=STUDENT_NET),
-        teacher=teacher if needs_teacher(objective) else None,
+        teacher=teacher if needs("teacher", objective) else None,
         data=DataConfig(
             name="digits",
             options=DIGITS,
