@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.trainer.accumulate import cached_step, join_outputs
-from fastkd.trainer.models import FeatureModel
+from fastkd.trainer.models import FeatureModel, ModelShapes
 from fastkd.trainer.objective import Objective, ObjectiveConfig
 from tests.checks import assert_close
 
@@ -27,11 +27,15 @@ class Net(nn.Module):
         return self.head(nn.functional.dropout(features, 0.2, self.training))
 
 
+def shapes(features: int) -> ModelShapes:
+    return ModelShapes(features=features, classes=5)
+
+
 def models(dtype: torch.dtype = torch.float64) -> tuple[FeatureModel, FeatureModel, Objective]:
     torch.manual_seed(0)
     student, teacher = FeatureModel(Net(16).to(dtype), "head"), FeatureModel(Net(24).to(dtype).eval(), "head")
     teacher.requires_grad_(False)
-    return student, teacher, Objective(ObjectiveConfig(terms="dcd+kd"), 16, 24).to(dtype)
+    return student, teacher, Objective(ObjectiveConfig(terms="dcd+kd"), shapes(16), shapes(24)).to(dtype)
 
 
 def gradients(*modules: nn.Module) -> dict[str, Tensor]:

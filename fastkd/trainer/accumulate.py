@@ -72,7 +72,9 @@ def cached_step(
 def join_outputs(outputs: list[ModelOutput]) -> ModelOutput:
     """The outputs of consecutive chunks as those of one batch; what is no tensor is taken from the first."""
     first = outputs[0]
-    joined = {name: torch.cat([getattr(output, name) for output in outputs]) for name in _tensors(first)}
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(output, name) for output in outputs]) for name in _tensors(first)
+    }
     return dataclasses.replace(first, **joined)
 
 

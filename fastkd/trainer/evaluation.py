@@ -125,7 +125,7 @@ def evaluate_checkpoint(
     wrapped = FeatureModel(reopened.model, optional=True).to(target)
     if len(eval_data) == 0:
         raise ValueError("eval_data: got an empty dataset, expected at least one sample")
-    _, count = probe(wrapped, first_images(eval_data))
+    count = probe(wrapped, first_images(eval_data)).classes
     confusion = torch.zeros((count, count), dtype=torch.long)
     loader = eval_loader(eval_data, config.data, target)
     values = evaluate(wrapped, loader, target, config.precision, confusion=confusion)
