@@ -16,7 +16,7 @@ from fastkd.validate import check_choice, check_int, check_type
 
 # What may differ between a run and its resumption: nothing that changes what it computes. The teacher's file may have
 # moved, because the hash of its weights is compared.
-FREE_TO_CHANGE = ("run_dir", "resume", "keep", "tensorboard", "progress", "quiet", "device", "teacher.weights")
+FREE_TO_CHANGE = ("run_dir", "resume", "keep", "tensorboard", "progress", "quiet", "device", "teacher.weights", "teacher.min_accuracy")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -28,6 +28,9 @@ class TrainConfig:
     epochs (0: not), at the start and at the end; the last ``keep`` stay. ``log_every`` is in steps, ``eval_every`` in
     epochs (the last epoch is always evaluated). ``device`` is ``auto`` (CUDA when present) or a torch device.
     ``progress`` shows a bar on terminals; ``quiet`` prints nothing.
+
+    ``channels_last`` is the memory layout of both models and their input; ``compile`` runs both through
+    ``torch.compile``. ``sync_batchnorm`` normalises with the rows of all ranks (several, on CUDA).
     """
 
     student: ModelConfig | None = None
@@ -38,6 +41,9 @@ class TrainConfig:
     epochs: int = 30
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    sync_batchnorm: bool = False
     device: str = "auto"
     run_dir: str | None = None
     resume: bool = False
@@ -60,6 +66,10 @@ class TrainConfig:
             check_type(name, part, kind)
         for name, model in (("student", self.student), ("teacher", self.teacher)):
             check_type(name, model, (ModelConfig, type(None)))
+        if self.student is not None:
+            check_choice("student.dtype", self.student.dtype, ("fp32",))
+            if self.student.min_accuracy is not None:
+                raise ValueError(f"student.min_accuracy: got {self.student.min_accuracy}, expected None")
         check_seed("seed", self.seed)
         check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
         check_type("device", self.device, str)
@@ -68,7 +78,7 @@ class TrainConfig:
         check_int("keep", self.keep, 1)
         check_int("log_every", self.log_every, 1)
         check_int("eval_every", self.eval_every, 1)
-        for name in ("resume", "tensorboard", "progress", "quiet"):
+        for name in ("channels_last", "compile", "sync_batchnorm", "resume", "tensorboard", "progress", "quiet"):
             check_type(name, getattr(self, name), bool)
         if self.resume and self.run_dir is None:
             raise ValueError("run_dir: got None with resume=True, expected the folder of the run to resume")
