@@ -87,6 +87,7 @@ def tiny_config(folder: Path, **changes: Any) -> TrainConfig:
         tensorboard=False,
         progress=False,
         quiet=True,
+        max_skipped=0,
     )
     return dataclasses.replace(config, **changes)
 
