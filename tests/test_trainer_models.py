@@ -276,7 +276,8 @@ def test_probe_changes_no_state():
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         modes = [module.training for module in model.modules()]
         generator = torch.get_rng_state()
-        assert probe(FeatureModel(model), torch.randn(2, 4, generator=torch.Generator())) == ModelShapes(features=4, classes=2)
+        images = torch.randn(2, 4, generator=torch.Generator())
+        assert probe(FeatureModel(model), images) == ModelShapes(features=4, classes=2)
         assert [module.training for module in model.modules()] == modes
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
         assert torch.equal(torch.get_rng_state(), generator)
