@@ -32,9 +32,10 @@ def preview_weight(ce_per_sample: Tensor, threshold: float, *, group: Group = No
     """
     process_group = resolve_group(group)
 
-    def check() -> None:
+    def check() -> dict[str, float]:
         check_vector("ce_per_sample", ce_per_sample, may_be_empty=process_group is not None)
         check_number("threshold", threshold, minimum=0)
+        return {"threshold": threshold}
 
     if process_group is None:
         check()
@@ -42,7 +43,7 @@ def preview_weight(ce_per_sample: Tensor, threshold: float, *, group: Group = No
     # Imported here because it loads torch's compiler, to keep it out.
     from fastkd.rank_terms import agree_on_rows
 
-    peers = agree_on_rows(process_group, "preview_weight", check, ce_per_sample, threshold=threshold)
+    peers = agree_on_rows(process_group, "preview_weight", check, ce_per_sample)
     return weights_by_difficulty(ce_per_sample, threshold, peers)
 
 

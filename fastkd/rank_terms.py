@@ -12,14 +12,14 @@ from fastkd.distributed import Call, Peers, agree
 
 
 @torch.compiler.disable
-def agree_on_rows(group: ProcessGroup, name: str, check: Callable[[], None], rows: Tensor, **options: Any) -> Peers:
+def agree_on_rows(group: ProcessGroup, name: str, check: Callable[[], dict[str, Any]], rows: Tensor) -> Peers:
     """Who holds how many ``rows``, once ``check`` passed on every rank; what it raises on one is raised on all.
 
-    ``options`` must be equal on all ranks; an error gives them their names.
+    ``check`` returns what must be equal on all ranks, by the name that an error gives it.
     """
 
     def describe() -> Call:
-        check()
+        options = check()
         return Call(rows=len(rows), options={"device": rows.device.type, **options})
 
     return agree(group, name, describe)

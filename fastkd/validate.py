@@ -194,7 +194,7 @@ def check_row_labels(name: str, labels: Tensor, rows: Tensor) -> None:
 def check_labels(labels: Tensor, logits: Tensor) -> None:
     """Class indices: an int64 in [0, C) for every row of the logits."""
     check_row_labels("labels", labels, logits)
-    if _may_read(labels):
+    if _may_read(labels) and labels.shape[0] > 0:
         classes = logits.shape[1]
         for label in labels.aminmax():
             if not 0 <= label.item() < classes:

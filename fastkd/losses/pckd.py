@@ -1,15 +1,17 @@
 """Preview-based category contrastive distillation (arXiv 2410.14143): the module with its heads."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import backends
-from fastkd.backends.reference import accumulation_dtype, unit_rows
+from fastkd.backends.reference import accumulation_dtype, cross_entropy, unit_rows
 from fastkd.contrastive import sup_con_loss
 from fastkd.distributed import Group, Peers, check_group, resolve_group
 from fastkd.functional import kd_loss
-from fastkd.losses.classifier import Classifier, weight_and_bias
+from fastkd.losses.inputs import Classifier, check_layer_input, check_part_weights, weight_and_bias
 from fastkd.preview import weights_by_difficulty
 from fastkd.validate import check_int, check_labels, check_number, check_pair, check_rows
 
@@ -34,10 +36,10 @@ class PCKDLoss(nn.Module):
     teacher's classifier, features and logits get no gradient; the student's classifier gets one.
 
     Source: arXiv 2410.14143 as in the authors' public code (MuHeDing/PCKD). That code multiplies the category term by
-    4 / 0.07 beside its weight; here the constant belongs to ``category_weight``. It fixes no weights (its options default
-    to 0) and the form of the MLP is not published; our reading is weights of 1, and two linear layers with a ReLU,
-    ``min(16 * teacher_dim, 4096)`` wide: the width in the authors' code for teachers of up to 256 features. There is no
-    batch norm in it, so that several ranks compute what one does.
+    4 / 0.07 beside its weight; here the constant belongs to ``category_weight``. It fixes no weights (its
+    options default to 0) and the form of the MLP is not published; our reading is weights of 1, and two linear layers
+    with a ReLU, ``min(16 * teacher_dim, 4096)`` wide: the authors' width for teachers of up to 256 features. There is
+    no batch norm in it, so that several ranks compute what one does.
 
     All parameters of this module belong in the optimiser, and with several ranks inside the module that
     DistributedDataParallel wraps, as for :class:`fastkd.DCDLoss`. Every term contains the scaling by W n / N that
@@ -47,8 +49,8 @@ class PCKDLoss(nn.Module):
         student_dim, teacher_dim: widths of the features, which are those of the classifiers.
         temperature: of KD; 4 in the authors' code.
         relation_scale: multiplies the products of relations; 1 / 4 in the authors' code.
-        category_weight, center_weight, feature_weight, kd_weight: >= 0. A part of weight zero is left out: not computed,
-            not among the terms, without parameters.
+        category_weight, center_weight, feature_weight, kd_weight: >= 0. A part of weight zero is left out: it
+            is not computed, not among the terms, and has no parameters.
         preview_base: > 0; of the preview's threshold. 1.005 in the authors' code.
         hidden_dim: of the MLP.
         group, backend: see :func:`fastkd.dcd_loss`.
@@ -74,15 +76,19 @@ class PCKDLoss(nn.Module):
         hidden_dim = min(16 * teacher_dim, 4096) if hidden_dim is None else hidden_dim
         for name, size in (("student_dim", student_dim), ("teacher_dim", teacher_dim), ("hidden_dim", hidden_dim)):
             check_int(name, size, minimum=1)
-        for name, value in (
-            ("temperature", temperature), ("relation_scale", relation_scale), ("preview_base", preview_base)
-        ):  # fmt: skip
+        for name, value in {
+            "temperature": temperature,
+            "relation_scale": relation_scale,
+            "preview_base": preview_base,
+        }.items():
             check_number(name, value, minimum=0, exclusive=True)
         self.weights = {
-            "category": category_weight, "center": center_weight, "feature": feature_weight, "kd": kd_weight
-        }  # fmt: skip
-        for name, value in self.weights.items():
-            check_number(f"{name}_weight", value, minimum=0)
+            "category": category_weight,
+            "center": center_weight,
+            "feature": feature_weight,
+            "kd": kd_weight,
+        }
+        check_part_weights(self.weights)
         check_group(group)
         backends.check_name(backend)
         self.student_dim = student_dim
@@ -111,7 +117,7 @@ class PCKDLoss(nn.Module):
         teacher_classifier: Classifier,
         epoch: float,
     ) -> dict[str, Tensor]:
-        """The terms ``category``, ``center``, ``feature`` and ``kd``, their weights applied; their sum is the PCKD loss.
+        """The terms ``category``, ``center``, ``feature`` and ``kd``, weights applied; their sum is the PCKD loss.
 
         student_features: [B, student_dim]; teacher_features: [B, teacher_dim]; student_logits, teacher_logits: [B, C];
         labels: [B], int64, in [0, C). student_classifier, teacher_classifier: the layers between features and logits,
@@ -121,7 +127,7 @@ class PCKDLoss(nn.Module):
         """
         process_group = resolve_group(self.group)
 
-        def check() -> None:
+        def check() -> dict[str, Any]:
             may_be_empty = process_group is not None
             check_pair(
                 "student_logits", student_logits, "teacher_logits", teacher_logits, "[B, C]", may_be_empty=may_be_empty
@@ -129,10 +135,14 @@ class PCKDLoss(nn.Module):
             check_labels(labels, student_logits)
             check_number("epoch", epoch, minimum=0)
             self._check_features("student_features", student_features, self.student_dim, student_logits)
+            for layer in (self.student_head, self.mlp and self.mlp[0]):
+                if layer is not None:
+                    check_layer_input("student_features", student_features, layer)
             self._check_features("teacher_features", teacher_features, self.teacher_dim, student_logits)
             classes = student_logits.shape[1]
             weight_and_bias("student_classifier", student_classifier, self.student_dim, classes)
             weight_and_bias("teacher_classifier", teacher_classifier, self.teacher_dim, classes)
+            return {"dtype": student_logits.dtype, "epoch": epoch, "module": self.extra_repr()}
 
         n, peers = len(student_logits), None
         if process_group is None:
@@ -142,7 +152,7 @@ class PCKDLoss(nn.Module):
             # Imported here because it loads torch's compiler, to keep it out.
             from fastkd.rank_terms import agree_on_rows
 
-            peers = agree_on_rows(process_group, "PCKDLoss", check, student_logits, epoch=epoch)
+            peers = agree_on_rows(process_group, "PCKDLoss", check, student_logits)
             per_sample = peers.world_size / peers.total
         student = weight_and_bias("student_classifier", student_classifier, self.student_dim)
         teacher = weight_and_bias("teacher_classifier", teacher_classifier, self.teacher_dim)
@@ -176,7 +186,7 @@ class PCKDLoss(nn.Module):
 
     def _preview(self, logits: Tensor, labels: Tensor, epoch: float, peers: Peers | None) -> Tensor:
         with torch.no_grad():
-            ce = F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), labels, reduction="none")
+            ce = cross_entropy(logits, labels)
         return weights_by_difficulty(ce, self.preview_base**epoch, peers)
 
     def _kd_sum(self, student_logits: Tensor, teacher_logits: Tensor, weight: Tensor) -> Tensor:
@@ -187,7 +197,10 @@ class PCKDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         weights = ", ".join(f"{name}_weight={value}" for name, value in self.weights.items())
-        return f"temperature={self.temperature}, relation_scale={self.relation_scale}, {weights}"
+        options = (
+            f"temperature={self.temperature}, relation_scale={self.relation_scale}, preview_base={self.preview_base}"
+        )
+        return f"{self.student_dim}, {self.teacher_dim}, {options}, {weights}"
 
 
 def _relations(head: nn.Linear, features: Tensor, centers: Tensor) -> Tensor:

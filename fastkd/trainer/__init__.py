@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from fastkd.trainer.distiller import Distiller, weights_hash
     from fastkd.trainer.evaluation import EvalResult, evaluate, evaluate_checkpoint
     from fastkd.trainer.log import NonFiniteLossError
-    from fastkd.trainer.loop import TrainResult, train
+    from fastkd.trainer.loop import train
     from fastkd.trainer.models import FeatureModel, ModelConfig, ModelOutput, ModelShapes, build_model, find_classifier
     from fastkd.trainer.objective import Objective, ObjectiveConfig
     from fastkd.trainer.optim import OptimConfig
     from fastkd.trainer.recipes import RECIPES
+    from fastkd.trainer.state import TrainResult
     from fastkd.trainer.terms import TERMS, CEConfig, CKDConfig, DCDConfig, KDConfig, MSDCRDConfig, PCKDConfig
 
 _HOME = {
@@ -29,11 +30,12 @@ _HOME = {
     "distiller": ("Distiller", "weights_hash"),
     "evaluation": ("EvalResult", "evaluate", "evaluate_checkpoint"),
     "log": ("NonFiniteLossError",),
-    "loop": ("TrainResult", "train"),
+    "loop": ("train",),
     "models": ("FeatureModel", "ModelConfig", "ModelOutput", "ModelShapes", "build_model", "find_classifier"),
     "objective": ("Objective", "ObjectiveConfig"),
     "optim": ("OptimConfig",),
     "recipes": ("RECIPES",),
+    "state": ("TrainResult",),
     "terms": ("TERMS", "CEConfig", "CKDConfig", "DCDConfig", "KDConfig", "MSDCRDConfig", "PCKDConfig"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -32,8 +32,9 @@ def cached_step(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and terms over all images; the gradients are added to the parameters' as ``backward(loss)`` would.
 
-    ``buffers``: the student's, which a forward pass may change. ``chunks`` is at most the number of images, or less
-    are made.
+    ``student``, ``teach`` and ``objective`` each enter autocast by themselves: it would keep the weights converted in
+    the first pass, which lead to no gradient. ``buffers``: the student's, which a forward pass may change. There are at
+    most as many chunks as images.
     """
     parts = images.tensor_split(min(chunks, len(images)))
     before = [buffer.clone() for buffer in buffers]
@@ -45,15 +46,12 @@ def cached_step(
             outputs.append(student(part))
         taught = [teach(part) for part in parts]
     afterwards = _generators(images.device)
-    # Autocast keeps the weights it has converted; those of a pass without gradients would lead to none.
-    torch.clear_autocast_cache()
 
     joined = join_outputs(outputs)
     leaves = {name: value.requires_grad_() for name, value in _tensors(joined).items() if value.is_floating_point()}
     teacher = None if taught[0] is None else join_outputs([output for output in taught if output is not None])
     loss, terms = objective(joined, teacher, labels, share)
     backward(loss)
-    torch.clear_autocast_cache()
 
     for buffer, value in zip(buffers, before, strict=True):
         buffer.copy_(value)

@@ -86,6 +86,8 @@ def _train(arguments: list[str]) -> int:
     # AvoidSubcommands: an optional teacher is --teacher.name ..., not a further subcommand.
     config = tyro.cli(configs, prog="fastkd train", args=arguments, config=(tyro.conf.AvoidSubcommands,))
     result = train(config)
+    if result.stopped_by is not None:
+        return 128 + result.stopped_by  # what a shell reports for a process that a signal ended
     if not config.quiet and not result.already_finished and os.environ.get("RANK", "0") == "0":
         print(f"accuracy {result.accuracy:.4f} in {result.seconds:.1f} s; checkpoint {result.path}")
     return 0

@@ -105,12 +105,13 @@ def evaluate(
 def evaluate_checkpoint(
     path: str | Path,
     *,
+    best: bool = False,
     model: nn.Module | None = None,
     eval_data: Any = None,
     device: str = "auto",
     trust_code: bool = False,
 ) -> EvalResult:
-    """Evaluate the student of a checkpoint (or of the newest one of a run folder).
+    """Evaluate the student of a checkpoint (or of the newest, or ``best``, one of a run folder).
 
     Model and data are rebuilt from the config in the checkpoint unless given. A config may name any
     ``package.module:callable``, which would be imported and called: from a checkpoint that needs ``trust_code=True``,
@@ -119,7 +120,7 @@ def evaluate_checkpoint(
     Raises CheckpointError: missing, damaged, needs ``trust_code``, or its student or data were given to ``train`` as
     objects, which no config names, and are not given here.
     """
-    reopened = reopen(path, model=model, eval_data=eval_data, trust_code=trust_code)
+    reopened = reopen(path, best=best, model=model, eval_data=eval_data, trust_code=trust_code)
     config, eval_data = reopened.config, reopened.eval_data
     target = choose_device(device, config.precision)
     wrapped = FeatureModel(reopened.model, optional=True).to(target)

@@ -9,7 +9,15 @@ from typing import Any
 from torch import nn
 
 from fastkd.trainer import nets
-from fastkd.trainer.checkpoint import STUDENT, Checkpoint, CheckpointError, find_checkpoint, load_into, read_checkpoint
+from fastkd.trainer.checkpoint import (
+    EMA,
+    STUDENT,
+    Checkpoint,
+    CheckpointError,
+    find_checkpoint,
+    load_into,
+    read_checkpoint,
+)
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data import DATASETS, build_datasets
 from fastkd.trainer.models import FeatureModel, build_model
@@ -17,7 +25,7 @@ from fastkd.trainer.models import FeatureModel, build_model
 
 @dataclass
 class Reopened:
-    """``model``: the student with the checkpoint's weights, on the CPU.
+    """``model``: the student with the checkpoint's weights (their moving average if the run keeps one), on the CPU.
 
     ``train_data`` and ``eval_data`` are None where no data were asked for, the first also where the second was given.
     """
@@ -32,12 +40,13 @@ class Reopened:
 def reopen(
     path: str | Path,
     *,
+    best: bool = False,
     model: nn.Module | None = None,
     eval_data: Any = None,
     with_data: bool = True,
     trust_code: bool = False,
 ) -> Reopened:
-    """The student of a checkpoint (or of the newest one of a run folder), and the data of its run.
+    """The student of a checkpoint (or of the newest, or ``best``, one of a run folder), and the data of its run.
 
     Model and data are rebuilt from the config in the checkpoint unless given. A config may name any
     ``package.module:callable``, which would be imported and called: from a checkpoint that needs ``trust_code=True``,
@@ -46,7 +55,7 @@ def reopen(
     Raises CheckpointError: missing, damaged, needs ``trust_code``, or its student or data were given to ``train`` as
     objects, which no config names, and are not given here.
     """
-    checkpoint = read_checkpoint(find_checkpoint(path))
+    checkpoint = read_checkpoint(find_checkpoint(path, best=best))
     try:
         config = TrainConfig.from_dict(checkpoint.manifest["config"])
     except (KeyError, TypeError, ValueError) as error:
@@ -65,7 +74,7 @@ def reopen(
             raise CheckpointError(f"{checkpoint.path}: its data was given as objects; pass it as eval_data=...")
         _check_trust(checkpoint.path, config.data.name, config.data.name in DATASETS, trust_code)
         train_data, eval_data = build_datasets(config.data)
-    load_into(model, checkpoint.student, checkpoint.path / STUDENT)
+    load_into(model, checkpoint.deployed, checkpoint.path / (STUDENT if checkpoint.ema is None else EMA))
     return Reopened(checkpoint, config, model, train_data, eval_data)
 
 
