@@ -25,8 +25,9 @@ class ModelConfig:
 
     ``name`` is ``timm:NAME``, ``torchvision:NAME``, ``package.module:callable``, or a bare name that is looked up in
     timm first and then in torchvision. Which published weights is part of it: ``timm:resnet50.tv_in1k``,
-    ``torchvision:resnet50.IMAGENET1K_V1``; without, the library's default. ``classifier`` names the classifier layer (``head.fc``), ``feature_map`` the
-    layer whose output is the last map (``layer4``), for terms that use it; None finds them.
+    ``torchvision:resnet50.IMAGENET1K_V1``; without, the library's default. ``classifier`` names the classifier layer
+    (``head.fc``), ``feature_map`` the layer whose output is the last map (``layer4``), for terms that use it; None
+    finds them.
     ``weights`` is a ``.safetensors`` file, a ``.pt`` / ``.pth`` state dict, a fastkd checkpoint or a fastkd run
     folder. ``pretrained`` asks timm / torchvision for their published weights (a download). ``options`` are further
     keyword arguments of the builder.

@@ -62,7 +62,7 @@ def prepare(
 
 def _place(model: FeatureModel, config: TrainConfig) -> None:
     if config.channels_last:
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.channels_last = True
     if config.compile:
         model.compile()
@@ -82,7 +82,9 @@ def _convert_input(distiller: Distiller, config: TrainConfig, data: Normalizatio
         )
     check_normalization("data.normalization", data)
     if len(own[0]) != len(data[0]):
-        raise ValueError(f"teacher.normalization: got {len(own[0])} channels, expected {len(data[0])}, as the data have")
+        raise ValueError(
+            f"teacher.normalization: got {len(own[0])} channels, expected {len(data[0])}, as the data have"
+        )
     distiller.teacher.convert_input(data, own)
     shown = [f"mean {_numbers(mean)}, std {_numbers(std)}" for mean, std in (data, own)]
     return [f"teacher input: the data's normalization ({shown[0]}) is converted to its own ({shown[1]})"]
@@ -110,8 +112,8 @@ def check_teacher(
     accuracy = evaluate(distiller.teacher, loader, device, precision, ranks)["accuracy"]
     if accuracy < floor:
         raise ValueError(
-            f"teacher.min_accuracy: the teacher reaches {accuracy:.4f} on the evaluation set, expected at least {floor}; "
-            "are its weights those of these classes, in this order, and of this normalization?"
+            f"teacher.min_accuracy: the teacher reaches {accuracy:.4f} on the evaluation set, expected at least "
+            f"{floor}; are its weights those of these classes, in this order, and of this normalization?"
         )
     if ranks.is_main and not config.quiet:
         print(f"teacher accuracy {accuracy:.4f} (at least {floor})")
