@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastkd.trainer import (
@@ -17,6 +19,8 @@ from fastkd.trainer import (
     TensorImages,
     TrainConfig,
     build_model,
+    evaluate_checkpoint,
+    train,
 )
 from fastkd.trainer.data import eval_loader, normalization_of
 from fastkd.trainer.distiller import build_distiller, weights_hash
@@ -330,3 +334,58 @@ def test_maps_and_tokens_of_families_in_msdcrd(name):
     assert loss.isfinite()
     assert set(terms) == {"ce", "msdcrd/sample", "msdcrd/feature"}
     assert student.model.conv.weight.grad.abs().sum() > 0
+
+
+def data() -> tuple[Images, Images]:
+    centres = 3 * torch.randn(5, 3, 1, 1, generator=torch.Generator().manual_seed(4))
+    labels = torch.arange(40) % 5
+    made = Images(centres[labels] + images(40), labels)
+    return made, made
+
+
+@pytest.mark.timeout(300)
+def test_a_run_with_every_option_is_saved_under_plain_names_and_resumed(tmp_path, capsys, compilations):
+    weights = tmp_path / "teacher.safetensors"
+    torch.manual_seed(1)
+    save_file(Net(6).state_dict(), weights)
+    settings = dataclasses.replace(
+        config(
+            teacher={"weights": str(weights), "normalization": OWN, "dtype": "bf16", "min_accuracy": 0.0},
+            compile=True,
+            channels_last=True,
+        ),
+        data=DataConfig(name="tests.test_trainer_prepare:data", batch_size=8),
+        epochs=2,
+        device="cpu",
+        run_dir=str(tmp_path / "run"),
+        tensorboard=False,
+        progress=False,
+        quiet=False,
+    )
+    whole = train(settings)
+    out = capsys.readouterr().out
+    for line in ("teacher accuracy", "teacher input: the data's", "teacher in bf16", "models: channels_last, compile"):
+        assert line in out
+    saved = load_file(whole.path / "student.safetensors")
+    assert saved.keys() == Net().state_dict().keys()
+    assert evaluate_checkpoint(whole.path, trust_code=True).accuracy == whole.accuracy
+    shutil.rmtree(whole.path)
+    resumed = train(dataclasses.replace(settings, resume=True))
+    assert resumed.resumed_from == 5
+    for name, tensor in load_file(resumed.path / "student.safetensors").items():
+        assert_close(tensor, saved[name], torch.float32, floor=1e-2)
+
+
+def test_a_run_whose_teacher_misses_its_floor_leaves_nothing_behind(tmp_path):
+    weights = tmp_path / "teacher.safetensors"
+    torch.manual_seed(1)
+    save_file(Net(6).state_dict(), weights)
+    settings = dataclasses.replace(
+        config(teacher={"weights": str(weights), "min_accuracy": 1.0}),
+        data=DataConfig(name="tests.test_trainer_prepare:data", batch_size=8),
+        run_dir=str(tmp_path / "run"),
+        device="cpu",
+    )
+    with pytest.raises(ValueError, match=r"teacher\.min_accuracy: the teacher reaches 0\.\d+ "):
+        train(settings)
+    assert not (tmp_path / "run").exists()
