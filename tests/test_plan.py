@@ -169,3 +169,13 @@ def test_dry_run_on_the_command_line_trains_nothing(capsys, monkeypatch, tmp_pat
     assert list(tmp_path.iterdir()) == []
     assert main(["train", "digits", "--dry-run", "--ranks", "none"]) == 1
     assert "--ranks: got 'none', expected a number of ranks" in capsys.readouterr().err
+
+
+def test_the_settings_of_a_model_are_flags(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    flags = "--teacher.dtype bf16 --teacher.normalization 0.5 0.5 0.5 0.5 0.5 0.5 --teacher.min-accuracy 0.7"
+    weights = "--teacher.weights teacher.pt --teacher.no-pretrained --no-channels-last --compile --sync-batchnorm"
+    assert main(["train", "imagenet-r50-mv2-dcd", "--dry-run", *flags.split(), *weights.split()]) == 0
+    out = capsys.readouterr().out
+    assert "in bf16, weights teacher.pt (not found), accuracy at least 0.7" in out
+    assert "precision bf16, compile, sync_batchnorm, images" in out

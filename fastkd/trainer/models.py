@@ -44,7 +44,7 @@ class ModelConfig:
     feature_map: str | None = None
     weights: str | None = None
     pretrained: bool = False
-    normalization: Normalization | None = None
+    normalization: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     min_accuracy: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -258,6 +258,7 @@ class FeatureModel(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+            # Empty on entering: a compiled graph is valid for lists of the length that it was traced with.
             self._inputs.clear()
             self._maps.clear()
         if len(captured) != 1 and not self.optional:
@@ -289,12 +290,7 @@ class FeatureModel(nn.Module):
 
     def _traced(self, images: Tensor) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The model's output, and what the hooks caught meanwhile."""
-        output = self._run(images)
-        found = output, tuple(self._inputs), tuple(self._maps)
-        # Within what is compiled: their length on entering is part of what a compiled graph is valid for.
-        self._inputs.clear()
-        self._maps.clear()
-        return found
+        return self._run(images), tuple(self._inputs), tuple(self._maps)
 
     def _note_input(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
         self._inputs.extend(args[:1])
