@@ -179,3 +179,15 @@ def test_the_settings_of_a_model_are_flags(capsys, monkeypatch, tmp_path):
     out = capsys.readouterr().out
     assert "in bf16, weights teacher.pt (not found), accuracy at least 0.7" in out
     assert "precision bf16, compile, sync_batchnorm, images" in out
+
+
+def test_a_plan_names_the_published_weights_that_it_would_take(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    teacher = ModelConfig(name="timm:resnet10t.c3_in1k", pretrained=True)
+    settings = dataclasses.replace(RECIPES["imagenet-r34-r18-dcd"](), teacher=teacher)
+    assert "weights timm timm/resnet10t.c3_in1k (to be downloaded)" in plan(settings)[1]
+    settings = RECIPES["imagenet-r34-r18-dcd"]()
+    assert "ResNet34_Weights.IMAGENET1K_V1 (to be downloaded)" in plan(settings)[1]
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / "resnet34-b627a593.pth").touch()
+    assert "ResNet34_Weights.IMAGENET1K_V1 (found in the cache)" in plan(settings)[1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,11 +124,13 @@ def _weights(config: ModelConfig, model: nn.Module) -> str:
         except CheckpointError:
             found = False
         return f"{path} ({'found' if found else 'not found'})"
-    if hasattr(model, "pretrained_cfg"):
+    published: Any = getattr(model, "pretrained_cfg", None)
+    if published is not None:
         from huggingface_hub import try_to_load_from_cache
 
-        source = f"timm {model.pretrained_cfg['hf_hub_id']}"
-        found = isinstance(try_to_load_from_cache(model.pretrained_cfg["hf_hub_id"], "model.safetensors"), str)
+        repository = published.get("hf_hub_id") or "?"
+        source = f"timm {repository}"
+        found = "/" in repository and isinstance(try_to_load_from_cache(repository, "model.safetensors"), str)
     else:
         weights = torchvision_weights(config.name.rpartition(":")[2])
         source = f"torchvision {weights}"
