@@ -101,7 +101,7 @@ def loss_and_gradients(
     }
 
 
-def several_cases(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+def several_cases(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any] | None]:
     """``loss_and_gradients`` of each case in turn: for processes that start slowly."""
     return [loss_and_gradients(rank, *arguments) for arguments in cases]
 

@@ -27,9 +27,7 @@ def one_process(name: str, total: int, options: dict[str, Any], settings: dict[s
 def check_against_one_process(
     name: str, sizes: tuple[int, ...], options: dict[str, Any], settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    world_size = 1 + max(settings.get("members", [len(sizes) - 1]))
-    results = succeeded(run_ranks(world_size, programs.loss_and_gradients, name, sizes, options, settings))
-    results = [result for result in results if result is not None]
+    results = succeeded(run_ranks(len(sizes), programs.loss_and_gradients, name, sizes, options, settings))
     compare_with_one_process(results, name, sizes, options, settings)
     return results
 

@@ -13,7 +13,7 @@ from tests import rank_programs as programs
 from tests.building import ROOT
 from tests.checks import assert_close, embeddings
 from tests.ranks import run_ranks, succeeded
-from tests.test_distributed import check_against_one_process
+from tests.test_distributed import compare_with_one_process
 
 
 @pytest.fixture(params=["extension", "python"])
@@ -57,18 +57,22 @@ def test_the_number_of_chunks_follows_the_bytes_received() -> None:
 def test_chunks_equal_one_process_and_both_paths_give_the_same_bits(
     name: str, sizes: tuple[int, ...], settings: dict[str, Any], library: Any
 ) -> None:
-    sent = []
-    for chunks in (1, 2, 4):
-        runs = [
-            check_against_one_process(name, sizes, {}, {**settings, "chunks": chunks, "extension": path})
-            for path in (str(library), None)
-        ]
-        for fast, plain in zip(*runs, strict=True):
+    cases = [
+        (name, sizes, {}, {**settings, "chunks": chunks, "extension": path})
+        for chunks in (1, 2, 4)
+        for path in (str(library), None)
+    ]
+    world_size = 1 + max(settings.get("members", [len(sizes) - 1]))
+    by_rank = succeeded(run_ranks(world_size, programs.several_cases, cases))
+    by_case = [[result for result in results if result is not None] for results in zip(*by_rank, strict=True)]
+    for case, results in zip(cases, by_case, strict=True):
+        compare_with_one_process(results, *case)
+    for fast, plain in zip(by_case[::2], by_case[1::2], strict=True):
+        for one, other in zip(fast, plain, strict=True):
             for key in ("loss", "first", "second", "scale"):
-                assert torch.equal(fast[key], plain[key]), key
-            assert fast["bytes"] == plain["bytes"]
-        sent.append([result["bytes"] for result in runs[0]])
-    assert sent[0] == sent[1] == sent[2]
+                assert torch.equal(one[key], other[key]), key
+    for results in by_case[1:]:
+        assert [result["bytes"] for result in results] == [result["bytes"] for result in by_case[0]]
 
 
 @pytest.mark.parametrize(("sizes", "last"), [((4, 4), 2), ((4, 4, 4), 2), ((4, 3, 5), 3)], ids=str)
