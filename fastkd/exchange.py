@@ -87,10 +87,10 @@ class Exchange:
             self._wait(index)
             pending.append(parts[holder].view(k, -1, D))
             if sum(block.shape[1] for block in pending) >= MERGED_COLUMNS:
-                yield torch.cat(pending, dim=1)
+                yield _joined(pending)
                 pending = []
         if pending:
-            yield torch.cat(pending, dim=1)
+            yield _joined(pending)
 
     def _passed_on(self, units: Tensor) -> Iterator[Tensor]:
         """Passes blocks to the next rank; while one is being computed with, it is sent on and the next one arrives."""
@@ -233,6 +233,10 @@ def start_gather(
 def _holders(peers: Peers) -> list[int]:
     """The ranks that hold rows."""
     return [rank for rank, size in enumerate(peers.sizes) if size]
+
+
+def _joined(blocks: list[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -265,6 +265,23 @@ def exchanged(rank: int, library: str | None, chunks: int, ring: bool) -> dict[s
     return result
 
 
+def gathered_alone(rank: int, backend: str, device: str, library: str | None) -> Tensor | None:
+    """On one rank, what a backend brings back of 7 rows in chunks; None where the extension lacks the device."""
+    use_extension(library)
+    if library is not None and not pack.extension_gathers(device):
+        return None
+    group = dist.new_group([0], backend=backend)
+    peers = fastkd_distributed.Peers(group, 0, (7,), (7,), has_weight=False, needs_grad=False, all_need_grad=False)
+    rows = [x.to(device) for x in embeddings(7, D)]
+    for bounds in ([0, 7], [0, 2, 4, 7], []):
+        units, _, gathered, works = exchange.start_gather(peers, rows, torch.float64, True, bounds)
+        for work in works:
+            work.wait()
+        sizes = [2 * D * (b - a) for a, b in itertools.pairwise(bounds)] or [2 * D * 7]
+        assert torch.equal(torch.cat([chunk.view(2, -1, D) for chunk in gathered.split(sizes)], dim=1), units)
+    return units.cpu()
+
+
 def forwards_alone(rank: int, library: str | None) -> list[Tensor]:
     """Losses that no backward follows, one without gradients on rank 0 only; then one with its backward."""
     use_extension(library)

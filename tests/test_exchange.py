@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastkd.backends.reference import unit_rows
 from fastkd.distributed import Peers
 from fastkd.exchange import CHUNK_BYTES, MAX_CHUNKS, chunk_bounds
 from tests import rank_programs as programs
@@ -41,7 +42,7 @@ def test_the_number_of_chunks_follows_the_bytes_received() -> None:
 @pytest.mark.parametrize(
     ("sizes", "settings"),
     [
-        ((5, 5), {}),
+        ((5, 5), {"case": {"d": 40}}),
         ((4, 4, 4), {"case": {"weighted": True}}),
         ((3, 3, 3, 3), {"case": {"d": 1}}),
         ((5, 2), {"case": {"weighted": True}}),
@@ -102,6 +103,18 @@ def test_stacks_of_one_and_two_keys_of_another_number_and_labels(chunks: int, ri
             if not ring and "equal" in name.split():
                 n = totals[kind] // 3
                 assert len(stops) == 2 * (1 + 2 * min(chunks, n)), "blocks of a chunk were joined"
+
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize(("backend", "device"), [("gloo", "cpu"), pytest.param("nccl", "cuda", marks=needs_gpu)])
+def test_every_backend_brings_back_what_was_packed(backend: str, device: str, path: str | None) -> None:
+    (units,) = succeeded(run_ranks(1, programs.gathered_alone, backend, device, path, timeout=120))
+    if units is None:
+        pytest.skip("the extension has no CUDA part here")
+    for side, rows in enumerate(embeddings(7, programs.D)):
+        assert_close(units[side], unit_rows(rows)[0], torch.float64)
 
 
 def test_forwards_that_no_backward_follows(path: str | None) -> None:
