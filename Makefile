@@ -8,7 +8,8 @@ BIN := .venv/bin
 PY := $(BIN)/python
 SETUP := $(if $(filter command,$(origin BIN) $(origin PY)),,setup)
 
-GPU_TESTS := tests/test_triton_dual_softmax.py tests/test_triton_soft_target.py tests/test_pack.py
+GPU_TESTS := tests/test_triton_dual_softmax.py tests/test_triton_soft_target.py tests/test_pack.py \
+	tests/test_exchange.py
 # Small cases of both operations: compute-sanitizer makes a kernel tens of times slower.
 DUAL_CASES := gpu_equals_the_definition and highest and (63-16 or 129-128)
 SOFT_CASES := definition_on_a_gpu and 3.0 and (64-10- or 33-1001)
