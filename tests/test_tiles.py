@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastkd import dcd_loss, info_nce_loss
-from fastkd.backends import blocked, tiles
+from fastkd.backends import blocked, blocked_contrast, tiles
 from tests.checks import assert_close, embeddings, value_and_grads
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8])
 def test_rounds_cover_every_tile_once_without_conflicts(count: int) -> None:
     row_blocks = [slice(i, i + 1) for i in range(count)]
-    pairs, square = list(tiles.pair_rounds(row_blocks)), list(tiles.square_rounds(row_blocks))
+    pairs, square = list(tiles.pair_rounds(row_blocks)), list(tiles.rectangle_rounds(row_blocks, row_blocks))
     assert sorted((i.start, j.start) for tile_round in pairs for i, j in tile_round) == [
         (i, j) for i in range(count) for j in range(i, count)
     ]
@@ -47,8 +47,8 @@ def test_results_are_the_same_bits_for_any_number_of_workers(scale: float, monke
     student, teacher = embeddings(n, 24, dtype=torch.float32)
     inputs = student, teacher, torch.tensor(scale)
     row_blocks = tiles.blocks(n, CPU)
-    monkeypatch.setattr(blocked, "blocks", lambda *_: row_blocks)
-    monkeypatch.setattr(tiles, "blocks", lambda *_: row_blocks)
+    for module in (blocked, blocked_contrast, tiles):
+        monkeypatch.setattr(module, "blocks", lambda *_: row_blocks)
     results = []
     for workers in (2, 3, 4):
         monkeypatch.setattr(tiles, "worker_count", lambda *_, workers=workers: workers)
