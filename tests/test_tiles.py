@@ -32,6 +32,20 @@ def test_rounds_cover_every_tile_once_without_conflicts(count: int) -> None:
             assert len(touched) == len(set(touched))
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 5), (5, 1), (3, 4), (4, 3), (2, 7)])
+def test_rectangles_are_covered_once_without_conflicts(rows: int, cols: int) -> None:
+    row_blocks, col_blocks = ([slice(i, i + 1) for i in range(count)] for count in (rows, cols))
+    rounds = list(tiles.rectangle_rounds(row_blocks, col_blocks))
+    assert len(rounds) == max(rows, cols)
+    assert sorted((i.start, j.start) for tile_round in rounds for i, j in tile_round) == [
+        (i, j) for i in range(rows) for j in range(cols)
+    ]
+    for tile_round in rounds:
+        for side in range(2):
+            touched = [tile[side].start for tile in tile_round]
+            assert len(touched) == len(set(touched)) == min(rows, cols)
+
+
 @pytest.mark.parametrize("n", [1, 255, 512, 513, 1023, 1024, 1025, 4097])
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
 def test_blocks_cover_all_rows(n: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,8 +71,8 @@ def bounded_logits(q: Tensor, k: Tensor, scale: Tensor, normalize: bool) -> bool
         return False
     bound = abs(scale.item())
     if not normalize:
-        for rows in (q,) if q is k else (q, k):
-            bound *= torch.linalg.vector_norm(rows, dim=1).amax().item()
+        longest = [torch.linalg.vector_norm(rows, dim=1).amax().item() for rows in ((q,) if q is k else (q, k))]
+        bound *= longest[0] * longest[-1]
     return bound <= MAX_SHARED_SCALE
 
 
