@@ -19,7 +19,7 @@ import torch.distributed as dist
 Group = dist.ProcessGroup | str | None
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_FAILED, _HAS_WEIGHT, _NEEDS_GRAD = 1, 2, 4
+_FAILED, _HAS_WEIGHT, _NEEDS_GRAD, _NEEDS_KEY_GRAD = 1, 2, 4, 8
 SCALE_TOLERANCE = 1e-4  # relative; ranks whose scales differ by more are not computing one loss
 
 
@@ -86,6 +86,7 @@ class Call:
 
     ``options``: everything that must be equal on all ranks, by the name that an error gives it. ``scale``: NaN where
     reading it would wait for a device. ``key_rows``: None where there are as many keys as other rows.
+    ``needs_key_grad``: of the keys, where they are exchanged apart.
     """
 
     rows: int = 0
@@ -94,6 +95,7 @@ class Call:
     scale: float = float("nan")
     has_weight: bool = False
     needs_grad: bool = False
+    needs_key_grad: bool = False
     error: Exception | None = None
 
 
@@ -108,6 +110,7 @@ class Peers:
     has_weight: bool
     needs_grad: bool
     all_need_grad: bool
+    needs_key_grad: bool
 
     @property
     def world_size(self) -> int:
@@ -142,7 +145,8 @@ def agree(group: dist.ProcessGroup, operation: str, describe: Callable[[], Call]
     except Exception as error:
         call = Call(error=error)
     call.options = {"operation": operation, **call.options, "configure": repr(_config)}
-    flags = _FAILED * (call.error is not None) + _HAS_WEIGHT * call.has_weight + _NEEDS_GRAD * call.needs_grad
+    flags = _FAILED * (call.error is not None) + _HAS_WEIGHT * call.has_weight
+    flags += _NEEDS_GRAD * call.needs_grad + _NEEDS_KEY_GRAD * call.needs_key_grad
     digest = hashlib.sha256(repr(call.options).encode()).digest()
     (scale_bits,) = struct.unpack("<q", struct.pack("<d", call.scale))
     # Two numbers of rows in one: what the ranks agree on stays at 32 bytes.
@@ -169,6 +173,7 @@ def agree(group: dist.ProcessGroup, operation: str, describe: Callable[[], Call]
         has_weight=bool((all_flags & _HAS_WEIGHT).any()),
         needs_grad=bool((all_flags & _NEEDS_GRAD).any()),
         all_need_grad=bool((all_flags & _NEEDS_GRAD).all()),
+        needs_key_grad=bool((all_flags & _NEEDS_KEY_GRAD).any()),
     )
 
 

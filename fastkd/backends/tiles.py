@@ -48,6 +48,12 @@ def blocks(n: int, device: torch.device) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
+def tile_slices(n: int, device: torch.device) -> list[slice]:
+    """The numbers below ``n`` in slices of a tile's size, the largest first; for one worker."""
+    size = MAX_ROWS if device.type == "cpu" else MAX_ROWS_ACCELERATOR
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
 def pair_rounds(row_blocks: list[slice]) -> Iterator[Round]:
     """Every unordered pair of blocks once: the diagonal first, then a round-robin tournament."""
     yield [(block, block) for block in row_blocks]

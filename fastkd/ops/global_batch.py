@@ -1,4 +1,4 @@
-"""``dual_softmax`` and ``contrast`` over the rows of several ranks; every rank returns the sums over its own rows.
+"""``dual_softmax`` over the rows of several ranks; every rank returns the sums over its own rows.
 
 The upstream gradients of these sums must be equal on all ranks, as they are when every rank calls ``backward`` on its
 loss: an owner computes the complete gradient of its rows from the other ranks' numbers and its own upstream gradient.
@@ -11,9 +11,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastkd.backends import STREAMING
-from fastkd.backends.blocked import finish, row_weights
-from fastkd.backends.blocked_rows import ContrastGradients, ContrastStatistics
-from fastkd.backends.reference import weighted_sum
 from fastkd.distributed import Peers, exchange_dtype
 from fastkd.exchange import Numbers, start, start_numbers
 
@@ -32,15 +29,6 @@ def global_dual_softmax(
     if peers.has_weight and weight is None:
         weight = student.new_ones(len(student))
     return _DualSoftmax.apply(student, teacher, logit_scale, weight, consistency, scale_bound, peers, backend)
-
-
-def global_contrast(
-    query: Tensor, key: Tensor, logit_scale: Tensor, weight: Tensor | None, normalize: bool, peers: Peers
-) -> Tensor:
-    """``sum_i w_i (-log softmax_j(logit_scale q_i . k_j)_i)`` over this rank's rows i, all ranks' keys j."""
-    if peers.has_weight and weight is None:
-        weight = query.new_ones(len(query))
-    return _Contrast.apply(query, key, logit_scale, weight, normalize, peers)
 
 
 class _DualSoftmax(torch.autograd.Function):
@@ -103,51 +91,6 @@ class _DualSoftmax(torch.autograd.Function):
             grad_scale.to(logit_scale.dtype) if need_scale and grad_scale is not None else None,
             None,
             None,
-            None,
-            None,
-            None,
-        )
-
-
-class _Contrast(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, logit_scale: Tensor, weight: Tensor | None, normalize: bool, peers: Peers
-    ) -> Tensor:
-        with torch.autocast(query.device.type, enabled=False):
-            ctx.normalize, ctx.dtype, ctx.weighted = normalize, query.dtype, weight is not None
-            dtype = exchange_dtype(query.dtype)
-            exchange, units, inverse_norm, gathered = start(peers, (query, key), dtype, normalize)
-            state = ContrastStatistics(units, logit_scale.to(inverse_norm.dtype))
-            for cols, block in exchange.columns(units, gathered):
-                state.add(block, is_own=cols == exchange.own)
-            loss, positive = state.stats()
-            ctx.exchange, ctx.numbers = exchange, _start_numbers(peers, (loss + positive)[None], weight)
-            ctx.save_for_backward(logit_scale, units, inverse_norm, gathered, loss)
-            return weighted_sum(loss, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        logit_scale, units, inverse_norm, gathered, loss = ctx.saved_tensors
-        own = ctx.exchange.own
-        with torch.autocast(units.device.type, enabled=False):
-            numbers, weight = _numbers_and_weight(ctx)
-            scale, lse = logit_scale.to(inverse_norm.dtype), numbers[0]
-            w = row_weights(weight, grad_loss, lse)
-            need_query, need_key, need_scale = ctx.needs_input_grad[:3]
-            # On every rank the queries yield the gradient of logit_scale, as above.
-            sums = ContrastGradients(units, scale, own, lse, w, need_query or need_scale, need_key)
-            for cols, block in ctx.exchange.columns(units, gathered):
-                sums.add(block, cols)
-            diagonal, like = (w[own] * (-loss).expm1())[:, None], units.new_empty(0, dtype=ctx.dtype)
-            inverse_q, inverse_k = inverse_norm if ctx.normalize else (None, None)
-            grad_query, grad_scale = finish(like, sums.grad_a, sums.a, diagonal * sums.b, inverse_q, scale)
-            grad_key, _ = finish(like, sums.grad_b, sums.b, diagonal * sums.a, inverse_k, scale)
-        return (
-            grad_query if need_query else None,
-            grad_key if need_key else None,
-            grad_scale.to(logit_scale.dtype) if need_scale and grad_scale is not None else None,
             None,
             None,
             None,
