@@ -289,6 +289,14 @@ def test_non_finite_inputs_give_a_non_finite_loss(
     assert not make_loss(mask, None, normalize, "blocked")(*finite).isfinite()
 
 
+def test_an_infinite_positive_beside_finite_negatives_gives_a_non_finite_loss() -> None:
+    query, key = torch.ones(1, 2), torch.tensor([[math.inf, 1.0], [1.0, 2.0]])
+    mask = Mask(positive_index=torch.tensor([0]))
+    scale = torch.tensor(1.0)
+    assert not make_loss(mask, None, False, "reference")(query, key, scale).isfinite()
+    assert not make_loss(mask, None, False, "blocked")(query, key, scale).isfinite()
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("mode", MODES)
 def test_running_maxima_change_nothing(mode: str, normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
