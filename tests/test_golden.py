@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd import dcd_loss, kd_loss
+from fastkd import dcd_loss, kd_loss, multiscale_pool
 from fastkd.functional import dcd_terms
 from tests.checks import assert_close, value_and_grads
 
@@ -46,6 +46,19 @@ def test_kd(path: Path, backend: str) -> None:
     assert_close(grad, case["grad_student_logits"], torch.float64)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("pool_*.npz")), ids=lambda path: path.stem)
+def test_pool(path: Path, backend: str, memory_format: torch.memory_format) -> None:
+    case = load(path)
+    leaf = case["x"].contiguous(memory_format=memory_format).requires_grad_()
+    out = multiscale_pool(leaf, case["windows"].tolist(), case["strides"].tolist(), backend=backend)
+    out.backward(case["grad_out"])
+    assert_close(out, case["out"], torch.float64)
+    assert_close(leaf.grad, case["grad_x"], torch.float64)
+
+
 def test_every_expected_case_is_here() -> None:
     assert len(list(GOLDEN.glob("dcd_*.npz"))) == 6
     assert len(list(GOLDEN.glob("kd_*.npz"))) == 2
+    assert len(list(GOLDEN.glob("pool_*.npz"))) == 2
