@@ -6,16 +6,23 @@ The losses need PyTorch alone. Importing this package compiles nothing and never
 
 from fastkd.contrastive import ckd_loss, info_nce_loss, masked_contrast_loss, sup_con_loss
 from fastkd.functional import dcd_loss, kd_loss
-from fastkd.losses import DCDLoss, KDLoss
+from fastkd.losses import CKDLoss, DCDLoss, KDLoss, MSDCRDLoss, PCKDLoss
+from fastkd.pooling import multiscale_pool
+from fastkd.preview import preview_weight
 
 __version__ = "0.1.0"
 __all__ = [
+    "CKDLoss",
     "DCDLoss",
     "KDLoss",
+    "MSDCRDLoss",
+    "PCKDLoss",
     "ckd_loss",
     "dcd_loss",
     "info_nce_loss",
     "kd_loss",
     "masked_contrast_loss",
+    "multiscale_pool",
+    "preview_weight",
     "sup_con_loss",
 ]

@@ -67,7 +67,11 @@ def global_contrast_mean(
         nonlocal x
         x = check()
         key = x.query if x.key is None else x.key
-        options: dict[str, object] = {"normalize": x.normalize, "positives by label": x.by_label, "labels": x.query_labels is not None}
+        options: dict[str, object] = {
+            "normalize": x.normalize,
+            "positives by label": x.by_label,
+            "labels": x.query_labels is not None,
+        }
         call = _call(x.query, key, x.scale, x.weight, "contrast", backend, options)
         call.key_rows = len(key)
         call.needs_key_grad = torch.is_grad_enabled() and key.requires_grad

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Collection
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -40,6 +41,13 @@ def check_pair(
     _check_same_kind(name, first, other_name, second)
 
 
+def check_vector(name: str, x: Tensor, *, may_be_empty: bool = False) -> None:
+    """A number for every sample, at least one unless it may be empty."""
+    _check_floating(name, x)
+    if x.ndim != 1 or (len(x) == 0 and not may_be_empty):
+        raise ValueError(f"{name}: got shape {list(x.shape)}, expected [B]{'' if may_be_empty else ', B >= 1'}")
+
+
 def check_query_and_key(query: Tensor, key: Tensor, *, may_be_empty: bool = False) -> None:
     """Matrices of one width, dtype and device; their numbers of rows may differ."""
     check_rows("query", query, "[n, D]", may_be_empty=may_be_empty)
@@ -59,8 +67,13 @@ def _check_same_kind(name: str, first: Tensor, other_name: str, second: Tensor) 
 def _check_floating(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
-    if value.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"{name}: got {value.dtype}, expected float64, float32, bfloat16 or float16")
+    check_float_dtype(name, value.dtype)
+
+
+def check_float_dtype(name: str, value: Any) -> torch.dtype:
+    if value not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"{name}: got {value}, expected float64, float32, bfloat16 or float16")
+    return value
 
 
 def check_number(
@@ -181,7 +194,7 @@ def check_row_labels(name: str, labels: Tensor, rows: Tensor) -> None:
 def check_labels(labels: Tensor, logits: Tensor) -> None:
     """Class indices: an int64 in [0, C) for every row of the logits."""
     check_row_labels("labels", labels, logits)
-    if _may_read(labels):
+    if _may_read(labels) and labels.shape[0] > 0:
         classes = logits.shape[1]
         for label in labels.aminmax():
             if not 0 <= label.item() < classes:
@@ -207,6 +220,47 @@ def check_positive_index(
             if not 0 <= index.item() < N:
                 raise ValueError(f"positive_index: got {index.item()}, expected rows of key, in [0, {N})")
     return weight
+
+
+def check_feature_map(name: str, value: Tensor) -> None:
+    """[B, C, H, W], of which B alone may be 0."""
+    _check_floating(name, value)
+    if value.ndim != 4:
+        raise ValueError(f"{name}: got shape {list(value.shape)}, expected [B, C, H, W]")
+    if 0 in value.shape[1:]:
+        raise ValueError(f"{name}: got shape {list(value.shape)}, expected at least one channel, row and column")
+
+
+def check_sides(name: str, values: Any) -> list[int]:
+    """Height and width of every scale in turn; an entry is an int >= 1 for both, or a pair."""
+    if isinstance(values, Tensor) or type(values).__module__ == "numpy":
+        values = values.tolist()
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{name}: got {values!r} of type {type(values).__name__}, expected one int or pair a scale")
+    sides: list[int] = []
+    for entry in values:
+        pair = tuple(entry) if isinstance(entry, list | tuple) else (entry, entry)
+        if len(pair) != 2:
+            raise ValueError(f"{name}: got the entry {entry!r}, expected an int or a pair (height, width)")
+        for side in pair:
+            if isinstance(side, bool) or not isinstance(side, Integral):
+                raise TypeError(f"{name}: got {side!r} of type {type(side).__name__}, expected an int >= 1")
+            if side < 1:
+                raise ValueError(f"{name}: got {side}, expected an int >= 1")
+            sides.append(int(side))
+    return sides
+
+
+def check_windows(windows: list[int], strides: list[int], features: Tensor) -> None:
+    """At least one scale, as many strides as windows, and every window inside the map."""
+    if not windows:
+        raise ValueError("windows: got no entry, expected one a scale")
+    if len(strides) != len(windows):
+        raise ValueError(f"strides: got {len(strides) // 2} entries, expected one a window, {len(windows) // 2}")
+    height, width = features.shape[2:]
+    for h, w in zip(windows[::2], windows[1::2], strict=True):
+        if h > height or w > width:
+            raise ValueError(f"windows: got {h} x {w}, expected at most the map's {height} x {width}")
 
 
 def _may_read(value: Tensor) -> bool:

@@ -109,6 +109,12 @@ _SOFT_TARGET: dict[str, tuple[LaunchConfig, ...]] = {
 }
 _SOFT_TARGET_INTERPRETER = (LaunchConfig(4, 32, 4, 1), LaunchConfig(2, 64, 4, 1))
 
+# Windows or positions (BLOCK_M) x channels (BLOCK_N) of an accumulator.
+_POOL = {
+    "multiscale_pool_forward": LaunchConfig(64, 64, 8, 1),
+    "multiscale_pool_backward": LaunchConfig(64, 64, 8, 1),
+}
+
 
 def launch_config(kernel: str, *, dtype: torch.dtype, block_d: int, bounded: bool, hardware: str) -> LaunchConfig:
     """The entry of ``kernel`` ("dual_softmax_forward", "dual_softmax_backward"); KeyError where there is none."""
@@ -133,6 +139,11 @@ def soft_target_config(kernel: str, *, classes: int, hardware: str) -> LaunchCon
 
 def soft_target_entries(kernel: str, hardware: str) -> tuple[LaunchConfig, ...]:
     return _SOFT_TARGET_INTERPRETER if hardware == "interpreter" else _SOFT_TARGET[kernel]
+
+
+def pool_config(kernel: str, hardware: str) -> LaunchConfig:
+    """The entry of "multiscale_pool_forward" or "multiscale_pool_backward"."""
+    return _INTERPRETER if hardware == "interpreter" else _POOL[kernel]
 
 
 def fits(dtype: torch.dtype, block_d: int, hardware: str) -> bool:

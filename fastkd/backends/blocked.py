@@ -19,6 +19,8 @@ from torch import Tensor
 
 from fastkd.backends.blocked_contrast import contrast_backward as contrast_backward
 from fastkd.backends.blocked_contrast import contrast_forward as contrast_forward
+from fastkd.backends.blocked_pool import multiscale_pool_backward as multiscale_pool_backward
+from fastkd.backends.blocked_pool import multiscale_pool_forward as multiscale_pool_forward
 from fastkd.backends.blocked_shared import MAX_SHARED_SCALE as MAX_SHARED_SCALE
 from fastkd.backends.blocked_shared import (
     OnlineSums,

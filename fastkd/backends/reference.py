@@ -98,3 +98,30 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
         loss = (1 - label_smoothing) * loss - label_smoothing * log_p.mean(dim=1)
     is_label = (labels >= 0) & (labels < classes)
     return loss * torch.ones_like(loss).masked_fill(~is_label, torch.nan)
+
+
+def window_counts(height: int, width: int, windows: list[int], strides: list[int]) -> list[tuple[int, int]]:
+    """How many windows of each scale lie below and beside each other; windows, strides: height and width in turn."""
+    return [
+        ((height - windows[k]) // strides[k] + 1, (width - windows[k + 1]) // strides[k + 1] + 1)
+        for k in range(0, len(windows), 2)
+    ]
+
+
+def multiscale_pool(
+    features: Tensor, windows: list[int], strides: list[int], normalize: bool = False, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The average of every window of every scale, [B, M, C]: scales in order, a scale's windows row by row.
+
+    ``normalize``: each row of C channels divided by its norm. Rounded to ``dtype`` (None: that of the features) last.
+    """
+    C = features.shape[1]
+    x = features.to(accumulation_dtype(features.dtype))
+    scales = [
+        F.avg_pool2d(x, windows[k : k + 2], strides[k : k + 2]).flatten(2)  # [B, C, M_k]
+        for k in range(0, len(windows), 2)
+    ]
+    rows = torch.cat(scales, dim=2).transpose(1, 2)
+    if normalize:
+        rows = unit_rows(rows.reshape(-1, C))[0].view(rows.shape)
+    return rows.to(features.dtype if dtype is None else dtype).contiguous()

@@ -11,6 +11,7 @@ from fastkd.backends.blocked import MAX_SHARED_SCALE
 from fastkd.kernels import dual_softmax, dual_softmax_wide
 from fastkd.kernels.dual_softmax_rows import coefficients, gradients, statistics
 from fastkd.kernels.launch import fits, hardware_of
+from fastkd.kernels.multiscale_pool import pooled, spread_gradients
 from fastkd.kernels.normalize import padded_width, unit_rows
 from fastkd.kernels.soft_target import soft_target_gradient, soft_target_losses
 
@@ -147,3 +148,20 @@ def soft_target_backward(
             temperature=temperature,
             smoothing=label_smoothing,
         )
+
+
+def multiscale_pool_forward(
+    features: Tensor, windows: list[int], strides: list[int], normalize: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As :func:`fastkd.backends.blocked.multiscale_pool_forward`."""
+    with torch.cuda.device_of(features):
+        return pooled(features, windows, strides, normalize=normalize, dtype=dtype)
+
+
+def multiscale_pool_backward(
+    grad: Tensor, unit: Tensor | None, inverse_norm: Tensor, windows: list[int], strides: list[int],
+    grad_features: Tensor,
+) -> None:  # fmt: skip
+    """As :func:`fastkd.backends.blocked.multiscale_pool_backward`."""
+    with torch.cuda.device_of(grad):
+        spread_gradients(grad.contiguous(), unit, inverse_norm, windows, strides, grad_features)

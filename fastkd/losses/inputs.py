@@ -1,0 +1,57 @@
+"""Checks of what the modules share: the weights of their parts, classifiers, and what goes into a layer."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.validate import check_number
+
+Classifier = nn.Linear | tuple[Tensor, Tensor | None]
+
+
+def check_part_weights(weights: Mapping[str, float]) -> None:
+    """Each >= 0, one at least above."""
+    for name, value in weights.items():
+        check_number(f"{name}_weight", value, minimum=0)
+    if not any(weights.values()):
+        raise ValueError(
+            f"{', '.join(f'{name}_weight' for name in weights)}: got 0 for all, expected one part at least"
+        )
+
+
+def check_layer_input(name: str, x: Tensor, layer: nn.Module) -> None:
+    """That ``x`` and the weight of ``layer``, a linear one or a convolution, can be multiplied: autocast converts."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if x.dtype != weight.dtype and (not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64):
+        raise TypeError(f"{name}: got {x.dtype}, expected the dtype of the module's parameters, {weight.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"{name}: got device {x.device}, expected that of the module's parameters, {weight.device}")
+
+
+def weight_and_bias(
+    name: str, classifier: Classifier, width: int, classes: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The weight [classes, width] and the bias [classes] or None.
+
+    Raises:
+        TypeError, ValueError: not a linear layer or a pair (weight, bias) of these shapes.
+    """
+    weight: Tensor
+    bias: Tensor | None
+    if isinstance(classifier, nn.Linear):
+        weight, bias = classifier.weight, classifier.bias
+    elif isinstance(classifier, tuple) and len(classifier) == 2:
+        weight, bias = classifier
+    else:
+        raise TypeError(f"{name}: got {type(classifier).__name__}, expected an nn.Linear or a pair (weight, bias)")
+    if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
+        kinds = f"({type(weight).__name__}, {type(bias).__name__})"
+        raise TypeError(f"{name}: got a pair {kinds}, expected tensors, the bias may be None")
+    if weight.ndim != 2 or weight.shape[1] != width or classes not in (None, weight.shape[0]):
+        expected = f"[{'classes' if classes is None else classes}, {width}]"
+        raise ValueError(f"{name}: got a weight of shape {list(weight.shape)}, expected {expected}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}: got a bias of shape {list(bias.shape)}, expected [{weight.shape[0]}]")
+    return weight, bias

@@ -1,0 +1,236 @@
+"""Contrastive representation distillation of multi-scale local features (arXiv 2502.05835)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd import backends
+from fastkd.backends.reference import NORM_EPS, accumulation_dtype
+from fastkd.contrastive import POSITIVES, masked_contrast_loss
+from fastkd.distributed import Group, Peers, check_group, resolve_group
+from fastkd.losses.inputs import Classifier, check_layer_input, check_part_weights, weight_and_bias
+from fastkd.pooling import multiscale_pool
+from fastkd.validate import check_choice, check_feature_map, check_int, check_number, check_sides, check_windows
+
+MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens that are looked for in front of a square grid
+
+
+class MSDCRDLoss(nn.Module):
+    r"""Contrast of the local samples of student and teacher at several scales, sample by sample and channel by channel.
+
+    .. code-block:: text
+
+        s, t = the averages of every window of every scale of the two maps, [B * M, C]      one row a local sample
+        label_r = argmax(teacher_classifier(t_r))
+
+        sample  = mean_r -log( exp(x_rr) / (exp(x_rr) + sum_{k: label_k != label_r} exp(x_rk)) )
+                  x_rk = cos(s_r, t_k) / temperature
+        feature = mean_c -log softmax_d(cos(s^c, t^d) / temperature)_c          s^c: channel c of all local samples
+
+    The student's map is brought to the teacher's channels by a 1x1 convolution where these differ, and to its grid by
+    adaptive average pooling. The teacher's map and classifier get no gradient. Sample-wise this is
+    :func:`fastkd.masked_contrast_loss`: a region of the same class is no negative. Feature-wise all comes from the
+    products of the channels, [C, C], and their norms, so no sample is copied; channels no longer than 1e-12 count as
+    zero, and float32 squares must not overflow (1e19).
+
+    From the paper (arXiv 2502.05835): the multi-scale sliding-window pooling, the categorization of local samples, the
+    sample-wise and the feature-wise contrast within one batch, without a memory of samples. Our reading: the scales and
+    strides, the temperature, that the teacher's own classifier categorizes, the channels' vectors, equal weights.
+
+    All parameters of this module belong in the optimiser, and with several ranks inside the module that
+    DistributedDataParallel wraps, as for :class:`fastkd.DCDLoss`. Samples and channels then span all ranks: the average
+    of either term over the ranks is that of the global batch, and so is the average of its gradients.
+
+    Args:
+        student_channels, teacher_channels: channels of the maps (widths of the tokens).
+        windows: the scales, each the side of a square window, or None for the whole map. Default: the whole map, half
+            of its side and a quarter of it, rounded up: 7, 4, 2 for a side of 7, and 14, 7, 4 for 14.
+        strides: of every scale, default half of its window.
+        temperature: > 0; divides the cosines.
+        positives: ``"index"``, as above; ``"label"``: all teacher samples of the label are positives, their mean is
+            taken, and the denominator is over all samples.
+        sample_weight, feature_weight: >= 0, of the two terms. A term of weight zero is left out.
+        student_prefix_tokens, teacher_prefix_tokens: how many tokens precede the grid's (class, registers), dropped.
+            Default: the smallest number that leaves a square grid.
+        group, backend: see :func:`fastkd.dcd_loss`.
+    """
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        *,
+        windows: Sequence[int | None] | None = None,
+        strides: Sequence[int] | None = None,
+        temperature: float = 0.1,
+        positives: str = "index",
+        sample_weight: float = 1.0,
+        feature_weight: float = 1.0,
+        student_prefix_tokens: int | None = None,
+        teacher_prefix_tokens: int | None = None,
+        group: Group = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_int("student_channels", student_channels, minimum=1)
+        check_int("teacher_channels", teacher_channels, minimum=1)
+        check_number("temperature", temperature, minimum=0, exclusive=True)
+        check_choice("positives", positives, POSITIVES)
+        self.weights = {"sample": sample_weight, "feature": feature_weight}
+        check_part_weights(self.weights)
+        for name, tokens in (("student", student_prefix_tokens), ("teacher", teacher_prefix_tokens)):
+            if tokens is not None:
+                check_int(f"{name}_prefix_tokens", tokens, minimum=0)
+        for name, sides in (("windows", windows), ("strides", strides)):
+            for side in sides or ():
+                if side is not None or name == "strides":
+                    check_int(name, side, minimum=1)
+        check_group(group)
+        backends.check_name(backend)
+        self.student_channels = student_channels
+        self.teacher_channels = teacher_channels
+        self.windows = None if windows is None else tuple(windows)
+        self.strides = None if strides is None else tuple(strides)
+        self.temperature = temperature
+        self.positives = positives
+        self.student_prefix_tokens = student_prefix_tokens
+        self.teacher_prefix_tokens = teacher_prefix_tokens
+        self.group = group
+        self.backend = backend
+        differ = student_channels != teacher_channels
+        self.adapter = nn.Conv2d(student_channels, teacher_channels, kernel_size=1) if differ else None
+
+    def forward(self, student_map: Tensor, teacher_map: Tensor, teacher_classifier: Classifier) -> dict[str, Tensor]:
+        """The terms ``sample`` and ``feature``, their weights applied; their sum is the MSDCRD loss.
+
+        student_map, teacher_map: [B, C, H, W] or tokens [B, L, C], one of each kind if need be; their dtypes may
+        differ. teacher_classifier: an nn.Linear or a pair (weight [classes, teacher_channels], bias or None).
+        """
+        process_group = resolve_group(self.group)
+        student = teacher = student_map
+
+        def check() -> dict[str, Any]:
+            nonlocal student, teacher
+            student = _as_grid("student", student_map, self.student_channels, self.student_prefix_tokens)
+            teacher = _as_grid("teacher", teacher_map, self.teacher_channels, self.teacher_prefix_tokens).detach()
+            if len(student) != len(teacher):
+                raise ValueError(
+                    f"teacher_map: got {len(teacher)} samples, expected those of student_map, {len(student)}"
+                )
+            if student.device != teacher.device:
+                raise ValueError(f"teacher_map: got device {teacher.device}, expected {student.device}")
+            if len(student) == 0 and process_group is None:
+                raise ValueError(f"student_map: got shape {list(student_map.shape)}, expected at least one sample")
+            if self.adapter is not None:
+                check_layer_input("student_map", student, self.adapter)
+            weight_and_bias("teacher_classifier", teacher_classifier, self.teacher_channels)
+            windows, strides = self.scales(teacher.shape[2], teacher.shape[3])
+            check_windows(check_sides("windows", windows), check_sides("strides", strides), teacher)
+            dtypes = (student.dtype, teacher.dtype)
+            return {"grid": tuple(teacher.shape[2:]), "dtypes": dtypes, "module": self.extra_repr()}
+
+        peers = None
+        if process_group is None:
+            check()
+        else:
+            # Imported here because it loads torch's compiler, to keep it out.
+            from fastkd.rank_terms import agree_on_rows
+
+            peers = agree_on_rows(process_group, "MSDCRDLoss", check, student_map)
+        if self.adapter is not None:
+            student = self.adapter(student)
+        height, width = teacher.shape[2:]
+        if student.shape[2:] != teacher.shape[2:]:
+            student = F.adaptive_avg_pool2d(student, (height, width))
+        windows, strides = self.scales(height, width)
+        dtype = torch.promote_types(student.dtype, teacher.dtype)
+        s, t = (
+            multiscale_pool(x, windows, strides, dtype=dtype, backend=self.backend).flatten(0, 1)
+            for x in (student, teacher)
+        )
+        terms = {}
+        if self.weights["sample"] > 0:
+            labels = _labels(t, *weight_and_bias("teacher_classifier", teacher_classifier, self.teacher_channels))
+            terms["sample"] = masked_contrast_loss(
+                s,
+                t,
+                1 / self.temperature,
+                labels,
+                labels,
+                positives=self.positives,
+                group=self.group,
+                backend=self.backend,
+            )
+        if self.weights["feature"] > 0:
+            terms["feature"] = _channel_contrast(s, t, 1 / self.temperature, peers)
+        return {name: self.weights[name] * term for name, term in terms.items()}
+
+    def scales(self, height: int, width: int) -> tuple[list[int | tuple[int, int]], list[int]]:
+        """The windows of a map of this grid, None filled in, and their strides."""
+        side = min(height, width)
+        windows: Sequence[int | None]
+        if self.windows is not None:
+            windows = self.windows
+        else:  # a scale once, also on a grid as small as 2 x 2
+            windows = [None, *dict.fromkeys(part for part in (-(-side // 2), -(-side // 4)) if part < side)]
+        halves = [1 if window is None else max(1, window // 2) for window in windows]
+        filled = [(height, width) if window is None else window for window in windows]
+        return filled, halves if self.strides is None else list(self.strides)
+
+    def extra_repr(self) -> str:
+        weights = ", ".join(f"{name}_weight={value}" for name, value in self.weights.items())
+        return (
+            f"{self.student_channels}, {self.teacher_channels}, windows={self.windows}, strides={self.strides}, "
+            f"temperature={self.temperature}, positives={self.positives!r}, {weights}"
+        )
+
+
+def _as_grid(whose: str, x: Tensor, channels: int, prefix_tokens: int | None) -> Tensor:
+    """The map [B, C, H, W]; tokens [B, L, C] become a view of their square grid, without the prefix."""
+    name = f"{whose}_map"
+    if isinstance(x, Tensor) and x.ndim == 3 and x.shape[2] == channels:
+        count = x.shape[1]
+        prefixes = range(MAX_PREFIX_TOKENS + 1) if prefix_tokens is None else (prefix_tokens,)
+        square = [k for k in prefixes if k < count and math.isqrt(count - k) ** 2 == count - k]
+        if not square:
+            expected = f"at most {MAX_PREFIX_TOKENS}" if prefix_tokens is None else prefix_tokens
+            raise ValueError(
+                f"{name}: got {count} tokens, expected a square number after {expected} prefix tokens; "
+                f"see {whose}_prefix_tokens"
+            )
+        side = math.isqrt(count - square[0])
+        x = x[:, square[0] :].transpose(1, 2).unflatten(2, (side, side))
+    elif isinstance(x, Tensor) and (x.ndim != 4 or x.shape[1] != channels):
+        raise ValueError(
+            f"{name}: got shape {list(x.shape)}, expected [B, {channels}, H, W] or tokens [B, L, {channels}]"
+        )
+    check_feature_map(name, x)
+    return x
+
+
+@torch.no_grad()
+def _labels(samples: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The class that the teacher's classifier gives each of its local samples."""
+    return F.linear(samples.to(weight.dtype), weight, bias).argmax(dim=1)
+
+
+def _channel_contrast(s: Tensor, t: Tensor, scale: float, peers: Peers | None) -> Tensor:
+    """InfoNCE of the channels of s against those of t, both [samples, C]; over the samples of all ``peers``."""
+    dtype = accumulation_dtype(s.dtype)
+    with torch.autocast(s.device.type, enabled=False):
+        s, t = s.to(dtype), t.to(dtype)
+        norms = [torch.linalg.vector_norm(x, dim=0) for x in (s, t)]
+        sums = torch.cat([s.T @ t, torch.stack(norms).square()])
+        if peers is not None:
+            from fastkd.rank_terms import sum_over_ranks
+
+            sums = sum_over_ranks(sums, peers)
+        squares = sums[-2:]
+        is_zero = squares <= NORM_EPS**2
+        inverse_s, inverse_t = squares.masked_fill(is_zero, 1).rsqrt().masked_fill(is_zero, 0)
+        cosines = sums[:-2] * inverse_s[:, None] * inverse_t
+        return F.cross_entropy(scale * cosines, torch.arange(len(cosines), device=s.device))

@@ -1,0 +1,232 @@
+"""Preview-based category contrastive distillation (arXiv 2410.14143): the module with its heads."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd import backends
+from fastkd.backends.reference import accumulation_dtype, cross_entropy, unit_rows
+from fastkd.contrastive import sup_con_loss
+from fastkd.distributed import Group, Peers, check_group, resolve_group
+from fastkd.functional import kd_loss
+from fastkd.losses.inputs import Classifier, check_layer_input, check_part_weights, weight_and_bias
+from fastkd.preview import weights_by_difficulty
+from fastkd.validate import check_int, check_labels, check_number, check_pair, check_rows
+
+
+class PCKDLoss(nn.Module):
+    r"""Contrast of samples by their relations to the class centres, alignment of centres and features, and KD.
+
+    .. code-block:: text
+
+        r1_i = W_s norm(L1 f_i)     r2_i = W_t norm(L2 f_i)          f: student features; W: the classifiers' weights
+        Z = [r1; r2]     x_ab = relation_scale * Z_a . Z_b           2 B anchors, each with the label of its sample
+        anchor_a = logsumexp_{b != a} x_ab - mean_{p != a of a's label} x_ap
+
+        category = category_weight * mean_i w_i (anchor_i + anchor_{B + i})
+        center   = center_weight   * mean of the squares of [W_s | b_s] - [W_t | b_t]
+        feature  = feature_weight  * mean_i (2 - 2 cos(MLP(f_i), teacher feature_i))
+        kd       = kd_weight       * mean_i w_i temperature^2 KL(teacher_i || student_i), logits / temperature
+        w        = preview_weight(cross-entropy of the student, preview_base^epoch)
+
+    norm is L2; L1 and L2 are linear layers to the widths of the two classifiers. The category term is twice
+    :func:`fastkd.sup_con_loss`, whose mean is over the 2 B anchors: each has its counterpart as a positive. The
+    teacher's classifier, features and logits get no gradient; the student's classifier gets one.
+
+    Source: arXiv 2410.14143 as in the authors' public code (MuHeDing/PCKD). That code multiplies the category term by
+    4 / 0.07 beside its weight; here the constant belongs to ``category_weight``. It fixes no weights (its
+    options default to 0) and the form of the MLP is not published; our reading is weights of 1, and two linear layers
+    with a ReLU, ``min(16 * teacher_dim, 4096)`` wide: the authors' width for teachers of up to 256 features. There is
+    no batch norm in it, so that several ranks compute what one does.
+
+    All parameters of this module belong in the optimiser, and with several ranks inside the module that
+    DistributedDataParallel wraps, as for :class:`fastkd.DCDLoss`. Every term contains the scaling by W n / N that
+    :func:`fastkd.dcd_loss` describes.
+
+    Args:
+        student_dim, teacher_dim: widths of the features, which are those of the classifiers.
+        temperature: of KD; 4 in the authors' code.
+        relation_scale: multiplies the products of relations; 1 / 4 in the authors' code.
+        category_weight, center_weight, feature_weight, kd_weight: >= 0. A part of weight zero is left out: it
+            is not computed, not among the terms, and has no parameters.
+        preview_base: > 0; of the preview's threshold. 1.005 in the authors' code.
+        hidden_dim: of the MLP.
+        group, backend: see :func:`fastkd.dcd_loss`.
+    """
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        *,
+        temperature: float = 4.0,
+        relation_scale: float = 0.25,
+        category_weight: float = 1.0,
+        center_weight: float = 1.0,
+        feature_weight: float = 1.0,
+        kd_weight: float = 1.0,
+        preview_base: float = 1.005,
+        hidden_dim: int | None = None,
+        group: Group = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        hidden_dim = min(16 * teacher_dim, 4096) if hidden_dim is None else hidden_dim
+        for name, size in (("student_dim", student_dim), ("teacher_dim", teacher_dim), ("hidden_dim", hidden_dim)):
+            check_int(name, size, minimum=1)
+        for name, value in {
+            "temperature": temperature,
+            "relation_scale": relation_scale,
+            "preview_base": preview_base,
+        }.items():
+            check_number(name, value, minimum=0, exclusive=True)
+        self.weights = {
+            "category": category_weight,
+            "center": center_weight,
+            "feature": feature_weight,
+            "kd": kd_weight,
+        }
+        check_part_weights(self.weights)
+        check_group(group)
+        backends.check_name(backend)
+        self.student_dim = student_dim
+        self.teacher_dim = teacher_dim
+        self.temperature = temperature
+        self.relation_scale = relation_scale
+        self.preview_base = preview_base
+        self.group = group
+        self.backend = backend
+        self.student_head = nn.Linear(student_dim, student_dim) if category_weight > 0 else None
+        self.teacher_head = nn.Linear(student_dim, teacher_dim) if category_weight > 0 else None
+        self.mlp = (
+            nn.Sequential(nn.Linear(student_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, teacher_dim))
+            if feature_weight > 0
+            else None
+        )
+
+    def forward(
+        self,
+        student_features: Tensor,
+        teacher_features: Tensor,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor,
+        student_classifier: Classifier,
+        teacher_classifier: Classifier,
+        epoch: float,
+    ) -> dict[str, Tensor]:
+        """The terms ``category``, ``center``, ``feature`` and ``kd``, weights applied; their sum is the PCKD loss.
+
+        student_features: [B, student_dim]; teacher_features: [B, teacher_dim]; student_logits, teacher_logits: [B, C];
+        labels: [B], int64, in [0, C). student_classifier, teacher_classifier: the layers between features and logits,
+        each an nn.Linear or a pair (weight, bias or None). epoch: >= 0, from which the preview's threshold follows.
+
+        ``center`` is absent if the two [weight | bias] differ in shape, as those of models of unequal widths do.
+        """
+        process_group = resolve_group(self.group)
+
+        def check() -> dict[str, Any]:
+            may_be_empty = process_group is not None
+            check_pair(
+                "student_logits", student_logits, "teacher_logits", teacher_logits, "[B, C]", may_be_empty=may_be_empty
+            )
+            check_labels(labels, student_logits)
+            check_number("epoch", epoch, minimum=0)
+            self._check_features("student_features", student_features, self.student_dim, student_logits)
+            for layer in (self.student_head, self.mlp and self.mlp[0]):
+                if layer is not None:
+                    check_layer_input("student_features", student_features, layer)
+            self._check_features("teacher_features", teacher_features, self.teacher_dim, student_logits)
+            classes = student_logits.shape[1]
+            weight_and_bias("student_classifier", student_classifier, self.student_dim, classes)
+            weight_and_bias("teacher_classifier", teacher_classifier, self.teacher_dim, classes)
+            return {"dtype": student_logits.dtype, "epoch": epoch, "module": self.extra_repr()}
+
+        n, peers = len(student_logits), None
+        if process_group is None:
+            check()
+            per_sample = 1 / n
+        else:
+            # Imported here because it loads torch's compiler, to keep it out.
+            from fastkd.rank_terms import agree_on_rows
+
+            peers = agree_on_rows(process_group, "PCKDLoss", check, student_logits)
+            per_sample = peers.world_size / peers.total
+        student = weight_and_bias("student_classifier", student_classifier, self.student_dim)
+        teacher = weight_and_bias("teacher_classifier", teacher_classifier, self.teacher_dim)
+        preview = self._preview(student_logits, labels, epoch, peers)
+        terms = {}
+        if self.student_head is not None and self.teacher_head is not None:
+            own = _relations(self.student_head, student_features, student[0])
+            other = _relations(self.teacher_head, student_features, teacher[0].detach())
+            terms["category"] = 2 * sup_con_loss(
+                torch.cat([own, other.to(own.dtype)]),
+                torch.cat([labels, labels]),
+                self.relation_scale,
+                sample_weight=torch.cat([preview, preview]),
+                group=self.group,
+                backend=self.backend,
+            )
+        if self.weights["center"] > 0 and _shape(*student) == _shape(*teacher):
+            terms["center"] = _mean_square(student, teacher)
+        if self.mlp is not None:
+            terms["feature"] = per_sample * _cosine_distances(self.mlp(student_features), teacher_features).sum()
+        if self.weights["kd"] > 0:
+            terms["kd"] = per_sample * self._kd_sum(student_logits, teacher_logits, preview)
+        return {name: self.weights[name] * term for name, term in terms.items()}
+
+    def _check_features(self, name: str, features: Tensor, width: int, logits: Tensor) -> None:
+        check_rows(name, features, "[B, D]", may_be_empty=True)
+        if features.shape != (len(logits), width):
+            raise ValueError(f"{name}: got shape {list(features.shape)}, expected [{len(logits)}, {width}]")
+        if features.device != logits.device:
+            raise ValueError(f"{name}: got device {features.device}, expected that of the logits, {logits.device}")
+
+    def _preview(self, logits: Tensor, labels: Tensor, epoch: float, peers: Peers | None) -> Tensor:
+        with torch.no_grad():
+            ce = cross_entropy(logits, labels)
+        return weights_by_difficulty(ce, self.preview_base**epoch, peers)
+
+    def _kd_sum(self, student_logits: Tensor, teacher_logits: Tensor, weight: Tensor) -> Tensor:
+        n = len(student_logits)
+        if n == 0:
+            return student_logits.sum().to(weight.dtype)
+        return n * kd_loss(student_logits, teacher_logits, self.temperature, sample_weight=weight, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        weights = ", ".join(f"{name}_weight={value}" for name, value in self.weights.items())
+        options = (
+            f"temperature={self.temperature}, relation_scale={self.relation_scale}, preview_base={self.preview_base}"
+        )
+        return f"{self.student_dim}, {self.teacher_dim}, {options}, {weights}"
+
+
+def _relations(head: nn.Linear, features: Tensor, centers: Tensor) -> Tensor:
+    """``W norm(L f)``, [B, C]; normalised in the accumulation dtype."""
+    projected = head(features)
+    units = unit_rows(projected.to(accumulation_dtype(projected.dtype)))[0]
+    return F.linear(units.to(centers.dtype), centers)
+
+
+def _cosine_distances(x: Tensor, teacher: Tensor) -> Tensor:
+    """``2 - 2 cos`` of the rows, [B]."""
+    dtype = torch.promote_types(accumulation_dtype(x.dtype), accumulation_dtype(teacher.dtype))
+    return 2 - 2 * (unit_rows(x.to(dtype))[0] * unit_rows(teacher.detach().to(dtype))[0]).sum(dim=1)
+
+
+def _shape(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """That of [weight | bias]."""
+    return weight.shape[0], weight.shape[1] + (bias is not None)
+
+
+def _mean_square(student: tuple[Tensor, Tensor | None], teacher: tuple[Tensor, Tensor | None]) -> Tensor:
+    total, count = None, 0
+    for own, other in zip(student, teacher, strict=True):
+        if own is not None and other is not None:
+            difference = own.to(accumulation_dtype(own.dtype)) - other.detach()
+            square = difference.square().sum()
+            total, count = square if total is None else total + square, count + difference.numel()
+    assert total is not None
+    return total / count

@@ -1,0 +1,72 @@
+"""The public function of multi-scale pooling: validate, choose a backend, call the operation."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd import backends
+from fastkd.backends import reference
+from fastkd.ops.multiscale_pool import multiscale_pool as pool
+from fastkd.validate import (
+    check_bool,
+    check_feature_map,
+    check_float_dtype,
+    check_no_tangent,
+    check_sides,
+    check_windows,
+)
+
+Sides = Sequence[int | tuple[int, int]]
+
+
+def multiscale_pool(
+    features: Tensor,
+    windows: Sides,
+    strides: Sides,
+    *,
+    normalize: bool = False,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Averages of every window of every scale of a feature map: one read of the map, one row of channels a window.
+
+    .. code-block:: text
+
+        out[b, m, c] = mean over (y, x) in window m of features[b, c, y, x]
+        windows of scale k: height_k x width_k, at every multiple of its stride that leaves them inside the map
+        m: scales in the order given, the windows of a scale row by row; no padding
+        out[b, m] / |out[b, m]|                                            if ``normalize``
+
+    The same as ``avg_pool2d`` at each scale, flattened and concatenated. Source: the multi-scale pooling of MSDCRD
+    (arXiv 2502.05835).
+
+    Args:
+        features: [B, C, H, W], float64, float32, bf16 or fp16; NCHW or channels-last are read as they are, slices of
+            either may be copied. Sums are taken in float32 (float64 for float64).
+        windows: the windows' sides, one entry a scale: an int (a square) or a pair (height, width), at most H and W.
+            The window of the whole of a rectangular map is the pair (H, W).
+        strides: the windows' distances, one entry a scale: an int or a pair (vertical, horizontal), >= 1.
+        normalize: L2-normalise each row of C channels; rows no longer than 1e-12 give zero and get no gradient.
+        dtype: of the result; None is that of the features.
+        backend: ``None`` (the fastest), ``"blocked"``, ``"triton"`` or ``"reference"`` (the definition).
+
+    Returns:
+        [B, M, C], contiguous. The gradient has the dtype and the memory format of the features. A value that is not
+        finite reaches the windows that contain it, and with ``normalize`` all channels of these. Differentiable once,
+        backwards; ``"reference"`` also twice, and forwards.
+
+    Raises:
+        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+    """
+    check_feature_map("features", features)
+    sides, steps = check_sides("windows", windows), check_sides("strides", strides)
+    check_windows(sides, steps, features)
+    check_bool("normalize", normalize)
+    out_dtype = features.dtype if dtype is None else check_float_dtype("dtype", dtype)
+    backend = backends.resolve(backend, "multiscale_pool", features)
+    if backend == "reference":
+        with torch.autocast(features.device.type, enabled=False):
+            return reference.multiscale_pool(features, sides, steps, normalize, out_dtype)
+    check_no_tangent(features)
+    return pool(features, sides, steps, normalize, out_dtype, backend)[0]
