@@ -65,7 +65,8 @@ def measure_case(shape: tuple[int, ...], windows: list[int], strides: list[int],
     upstream = torch.randn(expected.shape, generator=generator)
     (exact,) = torch.autograd.grad(expected, features, upstream)
     del expected
-    steps, rows = {}, []
+    steps: dict[str, Callable[[], None]] = {}
+    rows: list[dict[str, Any]] = []
     for provider, build in PROVIDERS.items():
         pool = build()
 
