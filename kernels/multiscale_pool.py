@@ -1,7 +1,7 @@
 """``multiscale_pool`` on a GPU: a tile of windows x channels at a time, as a product with a matrix of zeros and ones.
 
 Bytes a channel, for H W positions, M windows and e bytes an element: the forward reads H W e and writes M e. With
-NORMALIZE it visits the channels twice, first for the norms; the second visit finds the map in the L2 cache. The backward
+NORMALIZE it visits the channels twice, first for the norms; the second finds the map in the L2 cache. The backward
 reads M e (2 M e with NORMALIZE: the unit rows too) and writes H W e. Not measured on a GPU yet.
 
 Legend. ``X`` [B, C, H, W], ``GRAD_X`` likewise; ``Y`` [B, M, C] the averages or unit rows, ``G`` their gradient.
