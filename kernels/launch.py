@@ -109,10 +109,13 @@ _SOFT_TARGET: dict[str, tuple[LaunchConfig, ...]] = {
 }
 _SOFT_TARGET_INTERPRETER = (LaunchConfig(4, 32, 4, 1), LaunchConfig(2, 64, 4, 1))
 
-# Windows or positions (BLOCK_M) x channels (BLOCK_N) of an accumulator.
+# Windows or positions (BLOCK_M) x channels (BLOCK_N) of an accumulator of multiscale_pool, forward and backward.
+# On sm_100 64 rows would go through tensor memory, where Triton 3.6 fails to compile.
 _POOL = {
-    "multiscale_pool_forward": LaunchConfig(64, 64, 8, 1),
-    "multiscale_pool_backward": LaunchConfig(64, 64, 8, 1),
+    "sm_80": LaunchConfig(32, 64, 8, 1),
+    "sm_90": LaunchConfig(64, 64, 8, 1),
+    "sm_100": LaunchConfig(32, 64, 8, 1),
+    "gfx942": LaunchConfig(32, 32, 4, 1),
 }
 
 
@@ -141,9 +144,9 @@ def soft_target_entries(kernel: str, hardware: str) -> tuple[LaunchConfig, ...]:
     return _SOFT_TARGET_INTERPRETER if hardware == "interpreter" else _SOFT_TARGET[kernel]
 
 
-def pool_config(kernel: str, hardware: str) -> LaunchConfig:
-    """The entry of "multiscale_pool_forward" or "multiscale_pool_backward"."""
-    return _INTERPRETER if hardware == "interpreter" else _POOL[kernel]
+def pool_config(hardware: str) -> LaunchConfig:
+    """The entry of multiscale_pool's kernels."""
+    return _INTERPRETER if hardware == "interpreter" else _POOL[hardware]
 
 
 def fits(dtype: torch.dtype, block_d: int, hardware: str) -> bool:

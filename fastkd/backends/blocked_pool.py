@@ -151,7 +151,7 @@ def _spread(rows: Tensor, windows: list[int], strides: list[int], grad: Tensor) 
 
 
 def _pool_windows(x: Tensor, windows: list[int], strides: list[int], rows: Tensor) -> None:
-    for k, (i, _) in enumerate(_slices(*x.shape[2:], windows, strides)):
+    for k, (i, _) in enumerate(_slices(x.shape[2], x.shape[3], windows, strides)):
         part = slice(2 * k, 2 * k + 2)
         rows[:, i] = F.avg_pool2d(x, windows[part], strides[part]).flatten(2).transpose(1, 2)
 
