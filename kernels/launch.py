@@ -109,6 +109,37 @@ _SOFT_TARGET: dict[str, tuple[LaunchConfig, ...]] = {
 }
 _SOFT_TARGET_INTERPRETER = (LaunchConfig(4, 32, 4, 1), LaunchConfig(2, 64, 4, 1))
 
+# As _TABLE; "contrast_forward" and "contrast_backward" take one entry for every mask.
+_CONTRAST_SM80: dict[tuple[str, int, int], LaunchConfig] = {
+    ("contrast_forward", 2, 64): LaunchConfig(64, 64, 4, 2),
+    ("contrast_forward", 2, 128): LaunchConfig(64, 64, 4, 2),
+    ("contrast_forward", 4, 64): LaunchConfig(64, 32, 4, 2),
+    ("contrast_forward", 4, 128): LaunchConfig(64, 32, 4, 2),
+    ("contrast_backward", 2, 64): LaunchConfig(64, 64, 4, 2),
+    ("contrast_backward", 2, 128): LaunchConfig(64, 64, 4, 2),
+    ("contrast_backward", 4, 64): LaunchConfig(64, 32, 4, 2),
+    ("contrast_backward", 4, 128): LaunchConfig(64, 32, 4, 2),
+}
+_CONTRAST_SM90 = {
+    ("contrast_forward", 2, 64): LaunchConfig(128, 128, 8, 2),
+    ("contrast_forward", 2, 128): LaunchConfig(128, 128, 8, 2),
+    ("contrast_forward", 2, 256): LaunchConfig(128, 64, 8, 2),
+    ("contrast_forward", 4, 64): LaunchConfig(128, 64, 8, 2),
+    ("contrast_forward", 4, 128): LaunchConfig(128, 64, 8, 2),
+    ("contrast_backward", 2, 64): LaunchConfig(128, 64, 8, 2),
+    ("contrast_backward", 2, 128): LaunchConfig(128, 64, 8, 2),
+    ("contrast_backward", 2, 256): LaunchConfig(128, 64, 8, 2),
+    ("contrast_backward", 4, 64): LaunchConfig(128, 64, 8, 2),
+    ("contrast_backward", 4, 128): LaunchConfig(128, 32, 8, 2),
+}
+_CONTRAST_GFX942 = {
+    (kernel, itemsize, block_d): LaunchConfig(64, 16, 4, 1)
+    for kernel in ("contrast_forward", "contrast_backward")
+    for itemsize in (2, 4)
+    for block_d in (64, 128)
+}
+_CONTRAST = {"sm_80": _CONTRAST_SM80, "sm_90": _CONTRAST_SM90, "sm_100": _CONTRAST_SM90, "gfx942": _CONTRAST_GFX942}
+
 
 def launch_config(kernel: str, *, dtype: torch.dtype, block_d: int, bounded: bool, hardware: str) -> LaunchConfig:
     """The entry of ``kernel`` ("dual_softmax_forward", "dual_softmax_backward"); KeyError where there is none."""
@@ -139,6 +170,33 @@ def fits(dtype: torch.dtype, block_d: int, hardware: str) -> bool:
     """Whether rows this wide fit the streaming kernels; wider ones go through matrix products."""
     table = _SM90 if hardware == "interpreter" else _TABLE[hardware]
     return (_BACKWARD, dtype.itemsize, max(block_d, 64)) in table
+
+
+def contrast_config(kernel: str, *, dtype: torch.dtype, block_d: int, hardware: str) -> LaunchConfig:
+    """The entry of "contrast_forward" or "contrast_backward"; KeyError where there is none."""
+    if hardware == "interpreter":
+        return _INTERPRETER
+    return _CONTRAST[hardware][kernel, dtype.itemsize, max(block_d, 64)]
+
+
+def contrast_entries(hardware: str) -> Iterator[tuple[str, int, int, LaunchConfig]]:
+    """(kernel, bytes an element, padded D, config) of every entry."""
+    for (kernel, itemsize, block_d), config in _CONTRAST[hardware].items():
+        yield kernel, itemsize, block_d, config
+
+
+def contrast_fits(dtype: torch.dtype, block_d: int, hardware: str) -> bool:
+    """As :func:`fits`, for contrast."""
+    table = _CONTRAST_SM90 if hardware == "interpreter" else _CONTRAST[hardware]
+    return ("contrast_backward", dtype.itemsize, max(block_d, 64)) in table
+
+
+def allows_tf32() -> bool:
+    """Whether fp32 products on a GPU may be tf32, by whichever of PyTorch's settings the user chose it.
+
+    ``torch.get_float32_matmul_precision()`` would raise after an assignment to ``torch.backends.*.fp32_precision``.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def hardware_of(device: torch.device) -> str:
