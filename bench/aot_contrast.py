@@ -36,12 +36,12 @@ def jobs(hardware: str) -> Iterator[Job]:
             for mask, flags in masks.items():
                 for role, sides in _roles(kernel, flags).items():
                     constants = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "PRECISION": "tf32"}
-                    if kernel == "contrast_backward":
+                    if kernel != "contrast_forward":
                         constants["BLOCK_D"] = width
                     yield Job(
                         name=f"{kernel} {dtype} D={width} {mask}{role}",
                         hardware=hardware,
-                        kernel=getattr(contrast, f"_{kernel.removeprefix('contrast_')}_kernel"),
+                        kernel=contrast._forward_kernel if kernel == "contrast_forward" else contrast._backward_kernel,
                         constants=constants | flags | sides | _absent(kernel, flags, sides),
                         types=types,
                         num_warps=config.num_warps,
@@ -53,11 +53,13 @@ def jobs(hardware: str) -> Iterator[Job]:
 
 
 def _roles(kernel: str, flags: dict[str, bool]) -> dict[str, dict[str, bool]]:
-    """The forward; the gradient of queries, of keys, or, where queries are contrasted with themselves, of both."""
+    """The gradient of queries, of keys, or, where queries are contrasted with themselves, of both in one."""
     if kernel == "contrast_forward":
-        return {"": {"HAS_CARRY": False}}
-    if flags["EXCLUDE_SELF"]:
-        return {" both": {"BY_ROW": True, "BY_COLUMN": True}}
+        return {"": {"HAS_CARRY": False}, " carry": {"HAS_CARRY": True}} if flags is _INDEX else {"": {"HAS_CARRY": False}}
+    if flags["EXCLUDE_SELF"] != (kernel == "contrast_self"):
+        return {}
+    if kernel == "contrast_self":
+        return {"": {"BY_ROW": True, "BY_COLUMN": True}}
     return {" q": {"BY_ROW": True, "BY_COLUMN": False}, " k": {"BY_ROW": False, "BY_COLUMN": True}}
 
 
@@ -97,7 +99,7 @@ def _row_jobs(hardware: str) -> Iterator[Job]:
             BY_LABEL=by_label,
         )  # fmt: skip
     yield job(
-        "wide accumulate", contrast_wide._accumulate_kernel, single, BLOCK_M=8, BLOCK_N=256, HAS_CARRY=True, **masked
+        "wide accumulate", contrast_wide._accumulate_kernel, single, BLOCK_M=4, BLOCK_N=256, HAS_CARRY=True, **masked
     )
     yield job(
         "wide gradient", contrast_wide._gradient_kernel, single, BLOCK_M=16, BLOCK_N=128, BY_ROW=True, BY_COLUMN=True,

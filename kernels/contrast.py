@@ -226,9 +226,8 @@ def gradient_sums(
 
     ``partial``: that of the columns before these; it is updated in place and returned.
     """
-    config, splits, arguments = _launch(
-        "contrast_backward", rows, columns, None if partial is None else partial.shape[0]
-    )
+    kernel = "contrast_backward" if rows.coef is None or columns.coef is None else "contrast_self"
+    config, splits, arguments = _launch(kernel, rows, columns, None if partial is None else partial.shape[0])
     n, BLOCK_D = rows.vectors.shape
     sums = torch.empty(splits, n, BLOCK_D, dtype=torch.float32, device=rows.vectors.device)
     _backward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](

@@ -132,9 +132,9 @@ def _statistics_kernel(
         loss = tl.where(has_positive, loss, 0.0)
         first, second = tl.where(has_positive, (m + tl.log2(s)) * LN2, 0.0), count.to(tl.float32)
     else:
-        # The negatives' log-sum-exp less the positive's logit: near convergence far below 0, and its exponential is the loss.
-        others = ((m - xp) + tl.log2(s)) * LN2
-        loss = tl.maximum(others, 0.0) + _log1p(tl.exp2(-tl.abs(others) * LOG2E))
+        # The negatives' log-sum-exp less the positive's logit: far below 0 near convergence, its exponential the loss.
+        others = (m - xp) + tl.log2(s)
+        loss = tl.maximum(others, 0.0) * LN2 + _log1p(tl.exp2(-tl.abs(others)))
         first, second = loss, xp * LN2
     tl.store(STATS + offs_m, first, mask=in_rows)
     tl.store(STATS + stride_k + offs_m, second, mask=in_rows)

@@ -88,7 +88,7 @@ def running_statistics(
             a = queries.part(rows)
             X = _product(a.vectors, b.vectors.T)
             m, k = X.shape
-            _accumulate_kernel[(triton.cdiv(m, 8),)](
+            _accumulate_kernel[(triton.cdiv(m, 4),)](
                 X=X,
                 SCALE=scale,
                 POSITIVE=a.positive,
@@ -100,7 +100,7 @@ def running_statistics(
                 k=k,
                 first_row=a.first,
                 first_col=b.first,
-                BLOCK_M=8,
+                BLOCK_M=4,
                 BLOCK_N=256,
                 HAS_LABELS=a.labels is not None,
                 BY_LABEL=by_label,

@@ -109,36 +109,55 @@ _SOFT_TARGET: dict[str, tuple[LaunchConfig, ...]] = {
 }
 _SOFT_TARGET_INTERPRETER = (LaunchConfig(4, 32, 4, 1), LaunchConfig(2, 64, 4, 1))
 
-# As _TABLE; "contrast_forward" and "contrast_backward" take one entry for every mask.
+# As _TABLE, one entry for every mask; contrast_self is the backward of queries contrasted with themselves.
 _CONTRAST_SM80: dict[tuple[str, int, int], LaunchConfig] = {
-    ("contrast_forward", 2, 64): LaunchConfig(64, 64, 4, 2),
-    ("contrast_forward", 2, 128): LaunchConfig(64, 64, 4, 2),
-    ("contrast_forward", 4, 64): LaunchConfig(64, 32, 4, 2),
-    ("contrast_forward", 4, 128): LaunchConfig(64, 32, 4, 2),
-    ("contrast_backward", 2, 64): LaunchConfig(64, 64, 4, 2),
-    ("contrast_backward", 2, 128): LaunchConfig(64, 64, 4, 2),
-    ("contrast_backward", 4, 64): LaunchConfig(64, 32, 4, 2),
-    ("contrast_backward", 4, 128): LaunchConfig(64, 32, 4, 2),
+    ("contrast_forward", 2, 64): LaunchConfig(64, 32, 8, 2),
+    ("contrast_forward", 2, 128): LaunchConfig(64, 32, 8, 2),
+    ("contrast_forward", 4, 64): LaunchConfig(32, 32, 8, 2),
+    ("contrast_forward", 4, 128): LaunchConfig(32, 32, 8, 2),
+    ("contrast_backward", 2, 64): LaunchConfig(64, 32, 8, 2),
+    ("contrast_backward", 2, 128): LaunchConfig(64, 32, 8, 2),
+    ("contrast_backward", 4, 64): LaunchConfig(32, 32, 8, 2),
+    ("contrast_backward", 4, 128): LaunchConfig(32, 32, 8, 2),
+    ("contrast_self", 2, 64): LaunchConfig(64, 32, 8, 2),
+    ("contrast_self", 2, 128): LaunchConfig(32, 32, 8, 2),
+    ("contrast_self", 4, 64): LaunchConfig(32, 32, 8, 2),
+    ("contrast_self", 4, 128): LaunchConfig(32, 32, 8, 2),
 }
 _CONTRAST_SM90 = {
-    ("contrast_forward", 2, 64): LaunchConfig(128, 128, 8, 2),
-    ("contrast_forward", 2, 128): LaunchConfig(128, 128, 8, 2),
+    ("contrast_forward", 2, 64): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
+    ("contrast_forward", 2, 128): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
     ("contrast_forward", 2, 256): LaunchConfig(128, 64, 8, 2),
-    ("contrast_forward", 4, 64): LaunchConfig(128, 64, 8, 2),
+    ("contrast_forward", 4, 64): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
     ("contrast_forward", 4, 128): LaunchConfig(128, 64, 8, 2),
-    ("contrast_backward", 2, 64): LaunchConfig(128, 64, 8, 2),
-    ("contrast_backward", 2, 128): LaunchConfig(128, 64, 8, 2),
-    ("contrast_backward", 2, 256): LaunchConfig(128, 64, 8, 2),
-    ("contrast_backward", 4, 64): LaunchConfig(128, 64, 8, 2),
-    ("contrast_backward", 4, 128): LaunchConfig(128, 32, 8, 2),
+    ("contrast_backward", 2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=3),
+    ("contrast_backward", 2, 128): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_backward", 2, 256): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
+    ("contrast_backward", 4, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_backward", 4, 128): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
+    ("contrast_self", 2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_self", 2, 128): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_self", 2, 256): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
+    ("contrast_self", 4, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_self", 4, 128): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
+}
+_CONTRAST_SM100 = _CONTRAST_SM90 | {
+    ("contrast_forward", 2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_forward", 2, 128): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_forward", 2, 256): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_forward", 4, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_forward", 4, 128): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_backward", 2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_backward", 2, 256): LaunchConfig(64, 64, 8, 2),
+    ("contrast_self", 2, 256): LaunchConfig(64, 64, 8, 2),
 }
 _CONTRAST_GFX942 = {
     (kernel, itemsize, block_d): LaunchConfig(64, 16, 4, 1)
-    for kernel in ("contrast_forward", "contrast_backward")
+    for kernel in ("contrast_forward", "contrast_backward", "contrast_self")
     for itemsize in (2, 4)
     for block_d in (64, 128)
 }
-_CONTRAST = {"sm_80": _CONTRAST_SM80, "sm_90": _CONTRAST_SM90, "sm_100": _CONTRAST_SM90, "gfx942": _CONTRAST_GFX942}
+_CONTRAST = {"sm_80": _CONTRAST_SM80, "sm_90": _CONTRAST_SM90, "sm_100": _CONTRAST_SM100, "gfx942": _CONTRAST_GFX942}
 
 
 def launch_config(kernel: str, *, dtype: torch.dtype, block_d: int, bounded: bool, hardware: str) -> LaunchConfig:
@@ -173,7 +192,7 @@ def fits(dtype: torch.dtype, block_d: int, hardware: str) -> bool:
 
 
 def contrast_config(kernel: str, *, dtype: torch.dtype, block_d: int, hardware: str) -> LaunchConfig:
-    """The entry of "contrast_forward" or "contrast_backward"; KeyError where there is none."""
+    """The entry of "contrast_forward", "contrast_backward" or "contrast_self"; KeyError where there is none."""
     if hardware == "interpreter":
         return _INTERPRETER
     return _CONTRAST[hardware][kernel, dtype.itemsize, max(block_d, 64)]
