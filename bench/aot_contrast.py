@@ -1,4 +1,4 @@
-"""Ahead-of-time jobs of ``contrast`` for bench/aot.py: every entry with every mask that holds registers of its own."""
+"""Ahead-of-time jobs of ``contrast`` for bench/aot.py: every entry with every mask, fewer beyond sm_90."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +16,7 @@ MASKS: dict[str, dict[str, bool]] = {
     "self index": _INDEX | {"HAS_INDEX": True, "EXCLUDE_SELF": True},
     "self masked": _INDEX | {"HAS_LABELS": True, "HAS_INDEX": True, "EXCLUDE_SELF": True},
 }
+_LARGEST = {name: MASKS[name] for name in ("index", "masked", "label", "self masked")}  # hold the most registers
 _INTEGERS = dict.fromkeys(("ROW_LABELS", "COL_LABELS", "COUNT"), "*i32")
 _INTEGERS |= dict.fromkeys(("POSITIVE", "ROW_POSITIVE", "COL_POSITIVE"), "*i64")
 
@@ -23,7 +24,7 @@ _INTEGERS |= dict.fromkeys(("POSITIVE", "ROW_POSITIVE", "COL_POSITIVE"), "*i64")
 def jobs(hardware: str) -> Iterator[Job]:
     for kernel, itemsize, block_d, config in launch.contrast_entries(hardware):
         dtype = "bf16" if itemsize == 2 else "fp32"
-        uses = [(dtype, block_d, MASKS)]
+        uses = [(dtype, block_d, MASKS if hardware == "sm_90" else _LARGEST)]
         if hardware == "sm_90" and itemsize == 2:
             uses.append(("fp16", block_d, {"index": _INDEX}))
         if hardware == "sm_90" and block_d == 64:
@@ -55,7 +56,9 @@ def jobs(hardware: str) -> Iterator[Job]:
 def _roles(kernel: str, flags: dict[str, bool]) -> dict[str, dict[str, bool]]:
     """The gradient of queries, of keys, or, where queries are contrasted with themselves, of both in one."""
     if kernel == "contrast_forward":
-        return {"": {"HAS_CARRY": False}, " carry": {"HAS_CARRY": True}} if flags is _INDEX else {"": {"HAS_CARRY": False}}
+        return (
+            {"": {"HAS_CARRY": False}, " carry": {"HAS_CARRY": True}} if flags is _INDEX else {"": {"HAS_CARRY": False}}
+        )
     if flags["EXCLUDE_SELF"] != (kernel == "contrast_self"):
         return {}
     if kernel == "contrast_self":
@@ -85,9 +88,7 @@ def _row_jobs(hardware: str) -> Iterator[Job]:
     for width in (128, contrast_rows.BLOCK_ELEMENTS):
         BLOCK_M, BLOCK_D = contrast_rows._tile(width)
         tile: dict[str, Any] = {"BLOCK_M": BLOCK_M, "BLOCK_D": BLOCK_D, "NORMALIZE": True}
-        yield job(
-            f"vectors D={width}", contrast_rows._vectors_kernel, types | {"X": "*bf16"}, **tile, TO_TF32=False
-        )
+        yield job(f"vectors D={width}", contrast_rows._vectors_kernel, types | {"X": "*bf16"}, **tile, TO_TF32=False)
         yield job(f"finish D={width}", contrast_rows._finish_kernel, types, **tile)
     rows: dict[str, Any] = {"BLOCK_M": contrast_rows.BLOCK_ROWS, "HAS_WEIGHT": True}
     single = types | {"X": "*fp32"}

@@ -2,9 +2,9 @@
 
 Legend. Rows are what a launch owns, columns what they are compared with; either may be queries, keys, or both at once.
 Their vectors [n, BLOCK_D] are in the dtype they are multiplied in, ``x_ij = scale q_i . k_j``. ``first_row`` and
-``first_col`` number them: query i's own key, which is its positive where there is no POSITIVE and is left out under
-EXCLUDE_SELF, is the one of the same number. POSITIVE: number of the key that is a query's positive. LABELS: int32, equal
-where labels are; NO_LABEL matches nothing. ``P``, ``D``, BY_LABEL: as :class:`fastkd.backends.masks.Mask` says.
+``first_col`` number them: the key of query i's number is its positive where there is no POSITIVE, and is left out
+under EXCLUDE_SELF. POSITIVE: number of the key that is a query's positive. LABELS: int32, equal where labels are;
+NO_LABEL matches nothing. ``P``, ``D``, BY_LABEL: as :class:`fastkd.backends.masks.Mask` says.
 
 STATE [SPLITS, 3, n]: what a split of the columns has seen so far: maximum, ``sum exp2``, and the positive's logit or,
 BY_LABEL, the sum of theirs; in units of log 2. By index the maximum and the sum are those of the negatives alone, so
@@ -192,9 +192,7 @@ def running_statistics(
 
     ``state``: that of the keys before these; it is updated in place and returned.
     """
-    config, splits, arguments = _launch(
-        "contrast_forward", queries, keys, None if state is None else state.shape[0]
-    )
+    config, splits, arguments = _launch("contrast_forward", queries, keys, None if state is None else state.shape[0])
     n = queries.vectors.shape[0]
     has_carry = state is not None
     if state is None:

@@ -93,7 +93,6 @@ def contrast_backward(
     weight = None if weight is None else weight.contiguous()
     options = {"by_label": mask.by_label, "exclude_self": mask.exclude_self}
     grad_query, grad_key = query.new_empty(0), query.new_empty(0)
-    dots = None
     with torch.cuda.device_of(query):
         kernels, queries, keys, inverse_q, inverse_k, _ = _sides(query, key, mask, normalize)
         coef, unscale = coefficients(stats, weight, grad_loss, by_label=mask.by_label)
@@ -105,16 +104,16 @@ def contrast_backward(
                 partial, rows.vectors, inverse_norm, logit_scale, unscale, D=query.shape[1], dtype=query.dtype
             )
 
+        # The gradient of logit_scale falls out of either side's, so one side is always computed.
         if key is None:
-            # Each row is query and key; every logit counts at both of its rows, so the scale's gradient comes twice.
             grad_query, dots = gradient_of(queries, queries, inverse_q)
-            dots = dots / 2
-        else:
-            # The gradient of logit_scale falls out of either side's, so one side is always computed.
-            if need_query or not need_key:
-                grad_query, dots = gradient_of(queries, keys, inverse_q)
+            dots = dots / 2  # a logit counts in both of its rows
+        elif need_query or not need_key:
+            grad_query, dots = gradient_of(queries, keys, inverse_q)
             if need_key:
-                grad_key, dots = gradient_of(keys, queries, inverse_k)
+                grad_key, _ = gradient_of(keys, queries, inverse_k)
+        else:
+            grad_key, dots = gradient_of(keys, queries, inverse_k)
         grad_scale = dots.sum().to(logit_scale.dtype)
     if not need_query:
         grad_query = query.new_empty(0)
