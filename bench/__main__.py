@@ -15,6 +15,7 @@ from bench import breakdown, report
 TITLES = {
     "dcd": ("dcd_loss, forward + backward, float32, D = 128", "n"),
     "contrast": ("Losses over one softmax a row, forward + backward, float32", "case"),
+    "pool": ("multiscale_pool with normalisation, forward + backward, float32", "case"),
 }
 
 

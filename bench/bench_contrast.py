@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench.contrast_providers import CONTRAST_PROVIDERS
 from bench.measure import peak_resident_mib
-from bench.providers import CONTRAST_PROVIDERS
 
 ROWS, CLASSES = 8192, 100
 WIDTHS = {"ckd_loss": 1000}  # others: 128
