@@ -72,7 +72,6 @@ def render(runs: Sequence[RecordedRun]) -> str:
         title=f"Training run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} training runs compared",
         runs=runs,
         looks=[look(index) for index in range(len(runs))],
-        status={run.name: status(run) for run in runs},
         comparison=comparison(runs),
         epochs={run.name: epoch_table(run) for run in runs},
         sections=draw_sections(runs),
@@ -145,6 +144,8 @@ def facts(run: RecordedRun) -> dict[str, str]:
     weights = " + ".join(f"{weight:g} x {name}" for name, weight in info["loss_weights"].items())
     return {
         "status": status(run),
+        "records": f"{counted(len(run.steps), 'step')}, {counted(len(run.epochs), 'epoch')}"
+        + ("; the last line of metrics.jsonl is incomplete and left out" if run.cut else ""),
         "student": _model(info["student"]),
         "teacher": "none" if info["teacher"] is None else _model(info["teacher"]),
         "teacher, sha256 of its weights": info["teacher_sha256"] or "none",
@@ -222,16 +223,17 @@ def epoch_table(run: RecordedRun) -> tuple[list[str], list[tuple[str, list[Cell]
 
 def comparison(runs: Sequence[RecordedRun]) -> tuple[list[str], list[list[Cell]]]:
     """Headings and a row a run: the last evaluated epoch, and the best accuracy."""
-    chosen = [
-        item for item in (ACCURACY, TOP5, EVAL_LOSS, LOSS, SPEED) if any(item.name in run.quantities for run in runs)
-    ]
+    recorded = {name for run in runs for name in run.quantities}
+    chosen = [item for item in (ACCURACY, TOP5, EVAL_LOSS, LOSS, SPEED) if item.name in recorded]
+    sizes = [run.info["student"]["parameters"] for run in runs]
     rows = []
-    for run in runs:
+    for run, size in zip(runs, sizes, strict=True):
         last = run.evaluated or (run.epochs[-1] if run.epochs else None)
-        row = [_epoch(last), *(cell(item, last) for item in chosen), cell(ACCURACY, run.best), _epoch(run.best)]
-        rows.append([Cell(run.info["student"]["parameters"], f"{run.info['student']['parameters']:,}"), *row])
-    headings = ["Student parameters", "Epoch", *(item.title for item in chosen), "Best accuracy (%)", "In epoch"]
-    return headings, rows
+        row = [Cell(None, f"{run.last_step:,} of {run.info['steps']:,}"), _epoch(last)]
+        row += [*(cell(item, last) for item in chosen), cell(ACCURACY, run.best), _epoch(run.best)]
+        rows.append([Cell(size, f"{size:,}"), *row] if len(set(sizes)) > 1 else row)
+    headings = ["Steps", "Epoch", *(item.title for item in chosen), "Best accuracy (%)", "In epoch"]
+    return ["Student parameters", *headings] if len(set(sizes)) > 1 else headings, rows
 
 
 def _epoch(record: dict[str, Any] | None) -> Cell:
