@@ -248,11 +248,11 @@ def test_thinning_keeps_gaps_and_short_curves():
 
 
 def test_throughput_is_shown_where_it_was_recorded(run):
-    recorded = lines(run)
-    for record in recorded:
-        if record["kind"] == "epoch":
-            record |= {"images_per_second": 1234.5, "data_wait": 0.25}
-    write_lines(run, recorded)
+    steps = [record["step"] for record in lines(run) if record["kind"] == "epoch"]
+    speeds = [{"kind": "speed", "step": step, "images_per_second": 1234.5, "data_wait": 0.25} for step in steps]
+    broken_off = {**speeds[0], "step": 1, "images_per_second": 7.0}
+    text = "".join(json.dumps(speed) + "\n" for speed in (broken_off, *speeds))
+    (Path(run) / "speed.jsonl").write_text(text + '{"kind": "sp')
     page = page_of(run)
     assert page.numbers("Images a second") == [1234.5, 1234.5]
     assert page.numbers("Time spent waiting for data (%)") == [0.25, 0.25]

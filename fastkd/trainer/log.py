@@ -140,8 +140,8 @@ class RunLog:
 
     ``metrics.jsonl`` has one object a line: ``{"kind": "step", "step", "epoch", "lr", "loss", ...}`` every
     ``log_every`` steps and ``{"kind": "epoch", ...}`` after each epoch; all values are before weights except
-    ``loss``. ``speed.jsonl`` has what differs between two equal runs, a line an epoch: images a second, and the share of
-    the time in which data were waited for.
+    ``loss``. ``speed.jsonl`` has what differs between two equal runs, a line an epoch: images a second, and the share
+    of the time in which data were waited for.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class RunLog:
         """One line of ``speed.jsonl``; the epoch that ended, or was broken off, at ``step``."""
         if self._folder is not None:
             with (self._folder / SPEED).open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(json.dumps({"kind": "speed", "step": step, **values}) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"speed/{name}", value, step)

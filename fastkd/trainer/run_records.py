@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.trainer.checkpoint import MANIFEST, list_checkpoints
-from fastkd.trainer.log import METRICS, RUN
+from fastkd.trainer.log import METRICS, RUN, SPEED
 
 _RUN_KEYS = {
     *("student", "teacher", "teacher_sha256", "train_samples", "eval_samples", "global_batch", "ranks", "steps"),
@@ -25,7 +25,8 @@ class RecordedRun:
     """One run as its files tell it.
 
     ``info`` is ``run.json``, ``manifest`` that of the newest checkpoint (None: there is none). ``steps`` and ``epochs``
-    are the records of ``metrics.jsonl`` in the order of their steps, null as NaN. ``cut``: its last line is incomplete.
+    are the records of ``metrics.jsonl`` in the order of their steps, null as NaN, the latter with the values of
+    ``speed.jsonl``. ``cut``: its last line is incomplete.
     """
 
     name: str
@@ -98,6 +99,10 @@ def read_run(folder: Path, name: str) -> RecordedRun:
     by_kind: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "epoch": {}}
     for record in records:
         by_kind.get(record["kind"], {})[record["step"]] = record
+    for record in read_metrics(folder / SPEED)[0] if (folder / SPEED).exists() else []:
+        # An epoch that was broken off has a line too, and no record.
+        if record["step"] in by_kind["epoch"]:
+            by_kind["epoch"][record["step"]] |= {key: record[key] for key in record if key not in _NOT_A_QUANTITY}
     ordered = {kind: [found[step] for step in sorted(found)] for kind, found in by_kind.items()}
     return RecordedRun(
         name=name,
