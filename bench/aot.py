@@ -35,6 +35,8 @@ from fastkd.kernels import dual_softmax, dual_softmax_rows, dual_softmax_wide, l
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import aot_pool
+
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -148,6 +150,7 @@ def jobs(hardware: str) -> Iterator[Job]:
                 )
     yield from _row_jobs(hardware)
     yield from _soft_target_jobs(hardware)
+    yield from (Job(hardware=hardware, **case) for case in aot_pool.cases(hardware))
 
 
 def _uses(hardware: str, itemsize: int, block_d: int) -> Iterator[tuple[str, int, bool]]:

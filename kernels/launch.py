@@ -111,8 +111,8 @@ _SOFT_TARGET_INTERPRETER = (LaunchConfig(4, 32, 4, 1), LaunchConfig(2, 64, 4, 1)
 
 # Windows or positions (BLOCK_M) x channels (BLOCK_N) of an accumulator.
 _POOL = {
-    "multiscale_pool_forward": LaunchConfig(64, 64, 4, 2, ctas_per_sm=3),
-    "multiscale_pool_backward": LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    "multiscale_pool_forward": LaunchConfig(64, 64, 8, 1),
+    "multiscale_pool_backward": LaunchConfig(64, 64, 8, 1),
 }
 
 
