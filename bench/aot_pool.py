@@ -17,6 +17,7 @@ def cases(hardware: str) -> Iterator[dict[str, Any]]:
     """The fields of a Job, but for its hardware."""
     precision = pool._precision(hardware)
     is_tf32 = precision == "tf32"
+    config = launch.pool_config(hardware)
     dtypes = ("bf16", "fp32", "fp16") if hardware == "sm_90" else ("bf16", "fp32")
     for dtype in dtypes:
         is_single = dtype == "fp32"
@@ -35,7 +36,6 @@ def cases(hardware: str) -> Iterator[dict[str, Any]]:
                         "NORMALIZE": normalize,
                         "PRECISION": precision,
                     }
-                    config = launch.pool_config("multiscale_pool_forward", hardware)
                     yield {
                         "name": f"pool_forward {name}",
                         "kernel": pool._forward_kernel,
@@ -51,7 +51,6 @@ def cases(hardware: str) -> Iterator[dict[str, Any]]:
                         "types": {"X": f"*{dtype}", "Y": f"*{dtype}"},
                         **_launched(config),
                     }
-                    config = launch.pool_config("multiscale_pool_backward", hardware)
                     BLOCK_M, BLOCK_P = pool._block(M, config.BLOCK_M), pool._block(side * side, config.BLOCK_M)
                     has_dots = normalize and (M > BLOCK_M or side * side > BLOCK_P)
                     absent = ({} if normalize else {"U": None}) | ({} if has_dots else {"DOTS": None})

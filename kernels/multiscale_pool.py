@@ -1,15 +1,15 @@
 """``multiscale_pool`` on a GPU: a tile of windows x channels at a time, as a product with a matrix of zeros and ones.
 
-Bytes a channel, for H W positions, M windows and e bytes an element: the forward reads H W e and writes M e. With NORMALIZE
-it visits the channels twice, first for the norms, and the second visit finds the map in the L2 cache. The backward
-reads M e (2 M e with NORMALIZE: the unit rows too) and writes H W e.
+Bytes a channel, for H W positions, M windows and e bytes an element: the forward reads H W e and writes M e. With
+NORMALIZE it visits the channels twice, first for the norms; the second finds the map in the L2 cache. The backward
+reads M e (2 M e with NORMALIZE: the unit rows too) and writes H W e. Not measured on a GPU yet.
 
 Legend. ``X`` [B, C, H, W], ``GRAD_X`` likewise; ``Y`` [B, M, C] the averages or unit rows, ``G`` their gradient.
-``P`` [m, p]: whether window m contains position p, made from indices; the sums ``P X`` and ``P^T G`` are fp32. Zeros and ones
-are exact in every dtype, and so are products with fp16 and bf16. fp32 operands are the sum of two that tf32 holds
-(IS_SPLIT): all but the last bit or two survive. 0 * inf would be NaN: a tile that holds values that are not finite takes two
-more products, which count them in each window. SCALES: for every scale its first window, its windows a row and a column, and
-height, width, vertical and horizontal stride. ALIGN divides the map's strides, so that loads are as wide as that allows.
+``P`` [m, p]: whether window m contains position p, made from indices; the sums ``P X`` and ``P^T G`` are fp32. Zeros
+and ones are exact in every dtype, and so are products with fp16 and bf16. fp32 operands are the sum of two that tf32
+holds (IS_SPLIT): all but the last bit or two survive. 0 * inf is NaN: a tile of sums that are not all finite is summed
+again, one position or window at a time. SCALES: for every scale its first window, its windows a row and a column, and
+height, width, vertical and horizontal stride. ALIGN divides the map's strides, so that loads are as wide as it allows.
 """
 
 import math
@@ -106,8 +106,11 @@ def _forward_kernel(
     m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     in_m = m < M
     C = C // ALIGN * ALIGN
-    stride_xc = stride_xc.to(tl.int64) // ALIGN * ALIGN
-    stride_xp = stride_xp.to(tl.int64) // ALIGN * ALIGN
+    # One of the two is 1, which nothing else divides.
+    if CHANNELS_LAST:
+        stride_xp = stride_xp.to(tl.int64) // ALIGN * ALIGN
+    else:
+        stride_xc = stride_xc.to(tl.int64) // ALIGN * ALIGN
     X += sample * (stride_xb.to(tl.int64) // ALIGN * ALIGN)
     y0, x0, h, w = _windows(m, SCALES)
     per_area = 1.0 / (h * w).to(tl.float32)
@@ -231,7 +234,7 @@ def _backward_kernel(
         in_c = offs_c < C
         acc = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
         # One tile of windows may hold several scales; several are taken scale by scale.
-        for k in range(0, 1 if M <= BLOCK_M else len(SCALES)):
+        for k in range(1 if M <= BLOCK_M else len(SCALES)):
             m_first, m_last = 0, M
             if M > BLOCK_M:
                 m_first, m_last = _scale_range(k, first, last, W=W, SCALES=SCALES)
@@ -251,7 +254,7 @@ def _backward_kernel(
                 acc = _add_product(acc, contains, g, IS_SPLIT=IS_SPLIT, PRECISION=PRECISION)
         if not _is_finite(acc):
             acc = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-            for m in range(0, M):
+            for m in range(M):
                 y0, x0, h, w = _windows(m, SCALES)
                 dot = 0.0
                 if NORMALIZE and not HAS_DOTS:
@@ -313,7 +316,7 @@ def pooled(
     X, stride_xc, stride_xp = _strides(features)
     channels_last = stride_xp != 1
     hardware = hardware_of(X.device)
-    config = pool_config("multiscale_pool_forward", hardware)
+    config = pool_config(hardware)
     BLOCK_M = _block(M, config.BLOCK_M)
     programs = B * triton.cdiv(M, BLOCK_M)
     splits = 1 if normalize else _splits(programs, C, config.BLOCK_N, X.device)
@@ -355,7 +358,7 @@ def spread_gradients(
     B, C, H, W = grad_features.shape
     M = grad.shape[1]
     hardware = hardware_of(grad.device)
-    config = pool_config("multiscale_pool_backward", hardware)
+    config = pool_config(hardware)
     BLOCK_M, BLOCK_P = _block(M, config.BLOCK_M), _block(H * W, config.BLOCK_M)
     ALIGN = math.gcd(16 // grad.element_size(), C)
     programs = B * triton.cdiv(H * W, BLOCK_P)

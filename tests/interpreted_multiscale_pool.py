@@ -17,8 +17,8 @@ from tests.test_multiscale_pool import FORMATS, feature_map, out_and_grad
 # One interpreted tile holds 16 positions, 16 windows and 16 channels.
 CASES = {
     "one tile": ((2, 20, 3, 3), [3, 2], [1, 1]),
-    "usual": ((2, 5, 7, 7), [7, 4, 2], [1, 1, 1]),
-    "rectangular": ((1, 17, 5, 8), [(5, 8), (3, 2), 2], [1, (2, 1), 3]),
+    "usual": ((1, 5, 7, 7), [7, 4, 2], [1, 1, 1]),
+    "rectangular": ((1, 17, 4, 6), [(4, 6), (3, 2), 2], [1, (1, 2), 3]),
     "gaps between windows": ((2, 3, 8, 7), [2, 1], [5, 3]),
     "one row": ((1, 4, 1, 40), [(1, 9), (1, 40)], [1, 1]),
     "one column, one channel": ((3, 1, 20, 1), [(3, 1), (20, 1)], [(2, 1), 1]),
@@ -64,48 +64,47 @@ def test_equals_the_definition(
     assert leaf.grad.stride() == torch.empty_like(x).stride()
 
 
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_rows_of_another_dtype(out_dtype: torch.dtype, dtype: torch.dtype, normalize: bool) -> None:
-    check(feature_map(1, 18, 5, 5, dtype=dtype), [5, 2], [1, 2], normalize=normalize, dtype=out_dtype)
+    check(feature_map(1, 18, 4, 4, dtype=dtype), [4, 2], [1, 2], normalize=normalize, dtype=out_dtype)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_products_of_fp32_itself_as_on_amd(normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_precision", lambda hardware: "ieee")
-    check(feature_map(1, 18, 5, 5, dtype=torch.float32), [5, 2], [1, 2], normalize=normalize)
+    check(feature_map(1, 18, 4, 4, dtype=torch.float32), [4, 2], [1, 2], normalize=normalize)
 
 
 def test_channels_over_several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "multiprocessors", lambda device: 4)
-    check(feature_map(2, 70, 5, 5, dtype=torch.float32), [5, 2], [1, 1])
-    check(feature_map(2, 70, 5, 5, dtype=torch.float32), [5, 2], [1, 1], normalize=True)
+    check(feature_map(1, 70, 4, 4, dtype=torch.float32), [4, 2], [1, 1])
+    check(feature_map(1, 70, 4, 4, dtype=torch.float32), [4, 2], [1, 1], normalize=True)
 
 
 def test_both_formats_and_slices_of_rows_or_channels_are_read_without_a_copy() -> None:
-    x = feature_map(4, 8, 5, 6, dtype=torch.float32)
+    x = feature_map(3, 8, 4, 5, dtype=torch.float32)
     last = x.contiguous(memory_format=torch.channels_last)
     for view in (x, x[1:3], x[:, 2:7], x[:, :, 1:4], last, last[::2], last[:, 3:5], last[:, :, :3]):
         assert kernels._strides(view)[0] is view
-        check(view, [3, 2], [1, 1])
-    for view in (x[..., 1:4], x[:, ::2, ::2], last[..., 2:], x.transpose(2, 3), x[:1, :1, :1, :1].expand(2, 3, 5, 5)):
-        check(view, [3, 2], [1, 1])
+        check(view, [2], [1])
+    for view in (x[..., 1:4], x[:, ::2, ::2], last[..., 2:], x.transpose(2, 3), x[:1, :1, :1, :1].expand(2, 3, 4, 4)):
+        check(view, [2], [1])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("dtype", "normalize"), [(torch.float32, True), (torch.float16, False)], ids=str)
 def test_a_value_that_is_not_finite_reaches_its_windows_only(
     bad: float, memory_format: torch.memory_format, dtype: torch.dtype, normalize: bool
 ) -> None:
-    x = feature_map(2, 4, 7, 7, dtype=dtype).contiguous(memory_format=memory_format)
-    x[1, 2, 3, 0] = bad
+    x = feature_map(1, 4, 6, 6, dtype=dtype).contiguous(memory_format=memory_format)
+    x[0, 2, 3, 0] = bad
     expected = multiscale_pool(x, [4, 2, 1], [1, 2, 3], normalize=normalize, backend="reference")
     actual = multiscale_pool(x, [4, 2, 1], [1, 2, 3], normalize=normalize, backend="triton")
     finite = expected.isfinite()
-    assert 0 < (~finite).sum() < 48
+    assert 0 < (~finite).sum() < 24
     assert torch.equal(actual.isfinite(), finite)
     if not normalize:
         assert torch.equal(actual.isnan(), expected.isnan())
@@ -115,17 +114,17 @@ def test_a_value_that_is_not_finite_reaches_its_windows_only(
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-@pytest.mark.parametrize(("windows", "side"), [([4, 2], 7), ([3, 2], 4)], ids=["tiles", "one tile"])
+@pytest.mark.parametrize(("windows", "side"), [([4, 2], 6), ([3, 2], 4)], ids=["tiles", "one tile"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_gradient_that_is_not_finite_reaches_its_windows_only(
     bad: float, memory_format: torch.memory_format, windows: list[int], side: int, normalize: bool
 ) -> None:
     grads = []
     for backend in ("reference", "triton"):
-        x = feature_map(2, 4, side, side, dtype=torch.float32).contiguous(memory_format=memory_format)
+        x = feature_map(1, 4, side, side, dtype=torch.float32).contiguous(memory_format=memory_format)
         out = multiscale_pool(x.requires_grad_(), windows, [1, 2], normalize=normalize, backend=backend)
         upstream = torch.ones_like(out)
-        upstream[1, 1, 3] = bad
+        upstream[0, 1, 3] = bad
         out.backward(upstream)
         grads.append(x.grad)
     finite = grads[0].isfinite()
@@ -136,10 +135,10 @@ def test_a_gradient_that_is_not_finite_reaches_its_windows_only(
 
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-30, 1e-13, 1e-10, 1e18, 1e37])
 def test_zero_tiny_and_huge_rows_normalise_as_in_the_definition(scale: float) -> None:
-    x = scale * feature_map(2, 40, 4, 4, dtype=torch.float32)
+    x = scale * feature_map(1, 20, 3, 3, dtype=torch.float32)
     x[0, :16] *= 1e-3  # the largest magnitude comes in a later tile of channels
-    out, grad = out_and_grad(x, [4, 2], [1, 1], normalize=True, backend="triton")
-    exact = out_and_grad(x.double(), [4, 2], [1, 1], normalize=True, backend="reference")
+    out, grad = out_and_grad(x, [3, 2], [1, 1], normalize=True, backend="triton")
+    exact = out_and_grad(x.double(), [3, 2], [1, 1], normalize=True, backend="reference")
     assert_close(out, exact[0], torch.float32)
     assert_close(grad, exact[1], torch.float32, floor=1e-30)
 

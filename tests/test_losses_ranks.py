@@ -25,13 +25,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "msdcrd by label": ("msdcrd", {"positives": "label", "same": True}),
     "msdcrd of channels": ("msdcrd", {"sample_weight": 0, "feature_weight": 0.5}),
 }
-# What these need is not there yet: contrast by label, and of queries with themselves, over several ranks.
-_WAITING = {"pckd", "pckd of other widths", "msdcrd", "msdcrd by label"}
-
-
-def cases(*names: str) -> list[Any]:
-    waiting = pytest.mark.xfail(strict=True, reason="contrast by label over several ranks")
-    return [pytest.param(name, marks=[waiting] if name in _WAITING else []) for name in names]
 
 
 def check(case: str, sizes: tuple[int, ...], how: str = "bare") -> None:
@@ -56,17 +49,17 @@ def check(case: str, sizes: tuple[int, ...], how: str = "bare") -> None:
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("case", cases(*CASES))
+@pytest.mark.parametrize("case", CASES)
 def test_ranks_equal_one_process(case: str, sizes: tuple[int, ...]) -> None:
     check(case, sizes)
 
 
-@pytest.mark.parametrize("case", cases("pckd", "msdcrd", "pckd without category", "msdcrd of channels"))
+@pytest.mark.parametrize("case", ["pckd", "msdcrd", "pckd without category", "msdcrd of channels"])
 def test_gradients_under_ddp_are_those_of_the_global_batch(case: str) -> None:
     check(case, (2, 1, 3), "ddp")
 
 
-@pytest.mark.parametrize("case", cases("pckd", "msdcrd", "pckd without category", "msdcrd of channels"))
+@pytest.mark.parametrize("case", ["pckd", "msdcrd", "pckd without category", "msdcrd of channels"])
 def test_compiled_modules_leave_the_exchange_to_eager_code(case: str) -> None:
     check(case, (4, 1), "compile")
 

@@ -251,7 +251,11 @@ def test_a_large_map_needs_memory_in_proportion() -> None:
         ({"features": [1.0]}, TypeError, "features: got list, expected a torch.Tensor"),
         ({"features": torch.zeros(2, 3, 7, 7, dtype=torch.int64)}, TypeError, "features: got torch.int64"),
         ({"features": torch.zeros(2, 3, 49)}, ValueError, r"features: got shape \[2, 3, 49\], expected \[B, C, H, W\]"),
-        ({"features": torch.zeros(2, 0, 7, 7)}, ValueError, r"features: got shape \[2, 0, 7, 7\], expected at least one"),
+        (
+            {"features": torch.zeros(2, 0, 7, 7)},
+            ValueError,
+            r"features: got shape \[2, 0, 7, 7\], expected at least one",
+        ),
         ({"windows": 7}, TypeError, "windows: got 7 of type int, expected one int or pair a scale"),
         ({"windows": []}, ValueError, "windows: got no entry, expected one a scale"),
         ({"windows": [7, 0]}, ValueError, "windows: got 0, expected an int >= 1"),
