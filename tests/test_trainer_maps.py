@@ -114,6 +114,8 @@ def test_another_map_can_be_named() -> None:
     assert source is not None
     assert (source.shape, source.tail) == ((8, 4, 4), None)  # the classifier takes 16 channels
     assert model(images).feature_map.shape == (2, 8, 4, 4)
+    probe(model, images)  # for a run without such terms
+    assert model(images).feature_map is None
     with pytest.raises(ValueError, match=r"feature_map: got 'nothing', expected a layer of SmallConv.*features\.2 \("):
         probe(FeatureModel(SmallConvNet(), feature_map="nothing"), images, feature_map=True)
     flat = FeatureModel(MLP(), feature_map="body")
