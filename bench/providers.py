@@ -2,8 +2,8 @@
 
 ``PROVIDERS``: the DCD loss on a CPU. A provider takes (student [N, D], teacher [N, D], logit_scale 0-dim) and returns
 the loss of ``fastkd.dcd_loss`` with its defaults. ``GPU_PROVIDERS``: the losses of bench/gpu.py, by case; those on
-logits take (student [B, C], teacher [B, C], labels [B]). What builds a provider raises ImportError where the peer is not
-installed; a provider raises Unsupported where our backend has no kernel.
+logits take (student [B, C], teacher [B, C], labels [B]). What builds a provider raises ImportError where the peer is
+not installed; a provider raises Unsupported where our backend has no kernel.
 """
 
 from collections.abc import Callable

@@ -10,7 +10,8 @@ class CountedBytes(TorchDispatchMode):
     """``sent``: bytes that this rank sends to the others of a group, by collective.
 
     Counted where c10d dispatches a collective to its backend, whether Python or C++ issued it. A sender of n bytes to
-    all W ranks sends ``(W - 1) n``; of what is reduced and scattered, ``(W - 1)`` parts of W.
+    all W ranks sends ``(W - 1) n``; of what is reduced and scattered, ``(W - 1)`` parts of W, and twice that of what is
+    reduced for all.
     """
 
     def __init__(self) -> None:
@@ -26,12 +27,14 @@ class CountedBytes(TorchDispatchMode):
                 self._count(name, args[0].nbytes, args[2])
             elif name == "broadcast" and args[2] == dist.ProcessGroup.unbox(args[1]).rank():
                 self._count(name, args[0][0].nbytes, args[1])
+            elif name == "allreduce":
+                self._count(name, 2 * args[0][0].nbytes / dist.ProcessGroup.unbox(args[1]).size(), args[1])
             elif name == "send":
                 self.sent[name] = self.sent.get(name, 0) + args[0][0].nbytes
             elif name not in ("broadcast", "recv", "barrier"):
                 raise NotImplementedError(f"CountedBytes: got {func}, of which it cannot tell the bytes")
         return func(*args, **(kwargs or {}))
 
-    def _count(self, name: str, to_each: int, group: Any) -> None:
+    def _count(self, name: str, to_each: float, group: Any) -> None:
         others = dist.ProcessGroup.unbox(group).size() - 1
-        self.sent[name] = self.sent.get(name, 0) + to_each * others
+        self.sent[name] = self.sent.get(name, 0) + round(to_each * others)

@@ -85,7 +85,7 @@ def global_contrast_mean(
     if not x.by_label:
         return _global_mean(own_sum, peers)
     dist.all_reduce(has_positive, group=group)
-    return own_sum * (peers.world_size / has_positive.clamp_min(1))
+    return own_sum * peers.world_size / has_positive.clamp_min(1)
 
 
 def _call(
