@@ -119,7 +119,7 @@ def test_the_page_holds_every_value_of_the_last_and_the_best_epoch(run):
         assert title in page.captions
     assert "Gradient norm before clipping" in page.captions
     assert f"{100 * epochs[-1]['accuracy']:.2f}</data>" in page.text
-    assert len(page.pictures) == len(page.captions) == len(epochs[-1]) - 3 + 1  # each value, and the gradient norm
+    assert len(page.pictures) == len(page.captions) == len(epochs[-1]) - 3 + 3  # each value, gradient norm, speed
 
 
 def test_the_page_says_what_the_run_was(run):
@@ -160,7 +160,6 @@ def test_one_epoch_without_a_teacher(tmp_path):
     page = page_of(tmp_path / "run")
     assert "1 epoch of 13 steps" in page.text
     assert "Temperature" not in page.text
-    assert "Throughput" not in page.text
     colour = f"stroke: {COLOURS[0]}"
     dots = [figure for figure in page.text.split("<figure>")[1:] if re.search(f"<use [^>]*{colour}", figure)]
     assert len(dots) == len(page.pictures), "a curve of one point is not visible"
