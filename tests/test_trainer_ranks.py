@@ -41,6 +41,12 @@ def test_every_number_of_ranks_takes_the_same_steps(world_size: int, one_process
     check_same_run(succeeded(run(world_size, {"quiet": True})), one_process)
 
 
+@pytest.mark.parametrize("terms", ["10*ckd", "pckd", "msdcrd+kd"])
+def test_every_method_takes_the_same_steps_on_ranks(terms: str) -> None:
+    changes = {"quiet": True, "terms": terms, "epochs": 2}
+    check_same_run(succeeded(run(2, changes)), succeeded(run(1, changes))[0])
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 3), (3, 1), (1, 2)])
 def test_a_run_resumes_on_another_number_of_ranks(
     before: int, after: int, tmp_path: Path, one_process: dict[str, Any]

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from fastkd.trainer.evaluation import EvalResult, evaluate, evaluate_checkpoint
     from fastkd.trainer.log import NonFiniteLossError
     from fastkd.trainer.loop import TrainResult, train
-    from fastkd.trainer.models import FeatureModel, ModelConfig, ModelOutput, build_model, find_classifier
-    from fastkd.trainer.objective import TERMS, CEConfig, DCDConfig, KDConfig, Objective, ObjectiveConfig
+    from fastkd.trainer.models import FeatureModel, ModelConfig, ModelOutput, ModelShapes, build_model, find_classifier
+    from fastkd.trainer.objective import Objective, ObjectiveConfig
     from fastkd.trainer.optim import OptimConfig
     from fastkd.trainer.recipes import RECIPES
+    from fastkd.trainer.terms import TERMS, CEConfig, CKDConfig, DCDConfig, KDConfig, MSDCRDConfig, PCKDConfig
 
 _HOME = {
     "checkpoint": ("CheckpointError", "find_checkpoint", "load_weights"),
@@ -29,10 +30,11 @@ _HOME = {
     "evaluation": ("EvalResult", "evaluate", "evaluate_checkpoint"),
     "log": ("NonFiniteLossError",),
     "loop": ("TrainResult", "train"),
-    "models": ("FeatureModel", "ModelConfig", "ModelOutput", "build_model", "find_classifier"),
-    "objective": ("TERMS", "CEConfig", "DCDConfig", "KDConfig", "Objective", "ObjectiveConfig"),
+    "models": ("FeatureModel", "ModelConfig", "ModelOutput", "ModelShapes", "build_model", "find_classifier"),
+    "objective": ("Objective", "ObjectiveConfig"),
     "optim": ("OptimConfig",),
     "recipes": ("RECIPES",),
+    "terms": ("TERMS", "CEConfig", "CKDConfig", "DCDConfig", "KDConfig", "MSDCRDConfig", "PCKDConfig"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -40,6 +42,7 @@ __all__ = [
     "RECIPES",
     "TERMS",
     "CEConfig",
+    "CKDConfig",
     "CheckpointError",
     "DCDConfig",
     "DataConfig",
@@ -47,12 +50,15 @@ __all__ = [
     "EvalResult",
     "FeatureModel",
     "KDConfig",
+    "MSDCRDConfig",
     "ModelConfig",
     "ModelOutput",
+    "ModelShapes",
     "NonFiniteLossError",
     "Objective",
     "ObjectiveConfig",
     "OptimConfig",
+    "PCKDConfig",
     "TensorImages",
     "TrainConfig",
     "TrainResult",

@@ -177,7 +177,12 @@ def describe(
         name = type(model.model).__name__
         if named is not None and role not in identity["given_as_objects"]:
             name = named.name
-        return {"name": name, "classifier": model.classifier_name, "parameters": count_parameters(model.model)}
+        return {
+            "name": name,
+            "classifier": model.classifier_name,
+            "feature_map": None if model.map_source is None else model.map_source.layer,
+            "parameters": count_parameters(model.model),
+        }
 
     return {
         "student": model("student", distiller.student, config.student),

@@ -18,7 +18,6 @@ from fastkd.trainer.data import choose_data, eval_loader, first_images, labels_h
 from fastkd.trainer.distiller import Distiller, build_distiller, weights_hash
 from fastkd.trainer.evaluation import DTYPES, choose_device, evaluate
 from fastkd.trainer.log import Meter, NonFiniteLossError, RunLog, check_finite, describe, header
-from fastkd.trainer.objective import TermFunction
 from fastkd.trainer.optim import Schedule, build_optimizer, set_learning_rate
 from fastkd.trainer.ranks import join_ranks
 from fastkd.trainer.state import (
@@ -33,6 +32,7 @@ from fastkd.trainer.state import (
     unpack,
     write_run_file,
 )
+from fastkd.trainer.terms import TermFunction
 
 
 @dataclass
@@ -190,7 +190,7 @@ def train(
                 meter.reset()
             progress.loader = None
             set_epoch(epoch)
-            distiller.train()
+            distiller.begin_epoch(epoch)
             for images, labels in loader:
                 lr = schedule(progress.step)
                 share = ranks.share(len(labels), loader.batch_sampler.rows(progress.step % per_epoch))

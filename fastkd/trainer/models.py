@@ -1,19 +1,20 @@
-"""Models: built from a name, their classifier layer found, its input captured as the penultimate features."""
+"""Models: built from a name, their classifier layer found, its input and the last feature map captured."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastkd.trainer.imports import import_object
+from fastkd.trainer.maps import CONVOLUTIONS, MapSource, find_map, pool_features
 from fastkd.validate import check_int, check_type
 
 _HEAD_NAMES = ("fc", "classifier", "head", "heads")
 _HOW_TO_NAME = "name it with ModelConfig(classifier='...'), or pass FeatureModel(module, '...') as the module"
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -21,7 +22,8 @@ class ModelConfig:
     """How to build a model.
 
     ``name`` is ``timm:NAME``, ``torchvision:NAME``, ``package.module:callable``, or a bare name that is looked up in
-    timm first and then in torchvision. ``classifier`` names the classifier layer (``head.fc``); None finds it.
+    timm first and then in torchvision. ``classifier`` names the classifier layer (``head.fc``), ``feature_map`` the
+    layer whose output is the last map (``layer4``), for terms that use it; None finds them.
     ``weights`` is a ``.safetensors`` file, a ``.pt`` / ``.pth`` state dict, a fastkd checkpoint or a fastkd run
     folder. ``pretrained`` asks timm / torchvision for their published weights (a download). ``options`` are further
     keyword arguments of the builder.
@@ -30,6 +32,7 @@ class ModelConfig:
     name: str
     num_classes: int | None = None
     classifier: str | None = None
+    feature_map: str | None = None
     weights: str | None = None
     pretrained: bool = False
     options: dict[str, Any] = field(default_factory=dict)
@@ -48,10 +51,28 @@ class ModelConfig:
 
 @dataclass
 class ModelOutput:
-    """What a model gives: ``logits`` [B, C] and ``features`` [B, D], the (pooled) input of its classifier layer."""
+    """What a model gives: ``logits`` [B, C] and ``features`` [B, D], the (pooled) input of its layer ``classifier``.
+
+    For terms that need maps also ``feature_map``, the last map [B, C, H, W] before global pooling, or tokens [B, L, C]
+    of which the first ``prefix_tokens`` stand for no position; and ``map_classifier``, which gives the logits [n, C] of
+    n of its positions, None where the model cannot.
+    """
 
     logits: Tensor
     features: Tensor
+    classifier: nn.Module | None = None
+    feature_map: Tensor | None = None
+    prefix_tokens: int = 0
+    map_classifier: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(kw_only=True, frozen=True)
+class ModelShapes:
+    """What a forward pass tells of a model: the features' width, the classes, the last map if it was asked for."""
+
+    features: int
+    classes: int
+    feature_map: MapSource | None = None
 
 
 def build_model(config: ModelConfig) -> nn.Module:
@@ -118,22 +139,11 @@ def find_classifier(model: nn.Module, name: str | None = None) -> str:
         inside = [
             key
             for key, module in modules.items()
-            if (key == prefix or key.startswith(prefix + ".")) and isinstance(module, (nn.Linear, *_CONVOLUTIONS))
+            if (key == prefix or key.startswith(prefix + ".")) and isinstance(module, (nn.Linear, *CONVOLUTIONS))
         ]
         if inside:
             return inside[-1]
     raise ValueError(f"classifier: found no layer called {' / '.join(_HEAD_NAMES)}; {hint}")
-
-
-def pool_features(features: Tensor, layer: nn.Module) -> Tensor:
-    """[B, D]: the input of ``layer`` averaged over everything but batch and channels.
-
-    Channels are dimension 1 before a convolution (and before an unknown layer given a map), the last one otherwise.
-    """
-    if features.ndim == 2:
-        return features
-    channels_first = isinstance(layer, _CONVOLUTIONS) or (not isinstance(layer, nn.Linear) and features.ndim == 4)
-    return features.flatten(2).mean(2) if channels_first else features.flatten(1, -2).mean(1)
 
 
 class FeatureModel(nn.Module):
@@ -146,15 +156,25 @@ class FeatureModel(nn.Module):
     Args:
         model: any module; ``train`` takes a FeatureModel wherever it takes a module.
         classifier: the name of the classifier layer; None finds it (``find_classifier``).
+        feature_map: the name of the layer whose output is the last map; None finds it when a term needs maps.
         optional: features are not needed. Without one classifier layer that is called once they are [B, 0].
     """
 
-    def __init__(self, model: nn.Module, classifier: str | None = None, *, optional: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        classifier: str | None = None,
+        *,
+        feature_map: str | None = None,
+        optional: bool = False,
+    ) -> None:
         super().__init__()
         self.optional = optional
         self.classifier_name: str | None = None
         # A layer that only its name suggests is compared with the logits by ``probe``.
         self.guessed = classifier is None and not callable(getattr(model, "get_classifier", None))
+        self.map_name = feature_map
+        self.map_source: MapSource | None = None  # set by ``probe`` when maps are needed
         try:
             self.classifier_name = find_classifier(model, classifier)
         except ValueError:
@@ -163,16 +183,21 @@ class FeatureModel(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> ModelOutput:
-        """``ModelOutput(logits [B, C], features [B, D])``; RuntimeError unless the classifier layer is called once."""
+        """The ``ModelOutput``; RuntimeError unless the classifier layer is called once."""
         captured: list[Tensor] = []
-        handle, layer = None, self.classifier
+        maps: list[Tensor] = []
+        handles = []
+        layer, source = self.classifier, self.map_source
+        # Hooked per call: the user's module carries nothing of ours before or after.
         if layer is not None:
-            # Hooked per call: the user's module carries nothing of ours before or after.
-            handle = layer.register_forward_pre_hook(lambda _, args: captured.extend(args[:1]))
+            handles.append(layer.register_forward_pre_hook(lambda _, args: captured.extend(args[:1])))
+        if source is not None:
+            hooked = self.model.get_submodule(source.layer)
+            handles.append(hooked.register_forward_hook(lambda _layer, _args, value: maps.append(value)))
         try:
             output = self._run(images)
         finally:
-            if handle is not None:
+            for handle in handles:
                 handle.remove()
         if len(captured) != 1 and not self.optional:
             raise RuntimeError(
@@ -185,7 +210,12 @@ class FeatureModel(nn.Module):
             raise TypeError(f"{type(self.model).__name__} returned {got}, expected logits [B, C]")
         if layer is None or len(captured) != 1:
             return ModelOutput(logits, logits.new_empty((len(logits), 0)))
-        return ModelOutput(logits, pool_features(captured[0], layer))
+        found = ModelOutput(logits, pool_features(captured[0], layer), layer)
+        if source is not None:
+            found.feature_map = source.read(maps[-1])
+            found.prefix_tokens = source.prefix_tokens
+            found.map_classifier = source.classifier(self.model)
+        return found
 
     @property
     def classifier(self) -> nn.Module | None:
@@ -204,25 +234,40 @@ class FeatureModel(nn.Module):
 
 
 @torch.no_grad()
-def probe(model: FeatureModel, images: Tensor) -> tuple[int, int]:
-    """(feature dimension, number of classes) of ``model``, from one forward pass in eval mode; changes no state.
+def probe(model: FeatureModel, images: Tensor, *, feature_map: bool = False) -> ModelShapes:
+    """The shapes of ``model``, from one forward pass in eval mode; changes no state of the wrapped module.
+
+    ``feature_map`` finds the last map too, in a second pass, and lets ``model`` return it from then on.
 
     Raises ValueError when the classifier layer is not as wide as the logits, or was found by its name and gives
-    something else than the logits.
+    something else than the logits; or when there is no map.
     """
-    first = next(model.parameters(), images)
+    images = images.to(next(model.parameters(), images).device)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    model.map_source = None  # a model may have been in another run, with other terms
+    try:
+        shapes = _check_classifier(model, images)
+        if not feature_map:
+            return shapes
+        assert model.classifier_name is not None
+        model.map_source = find_map(lambda: model(images).features, model.model, model.classifier_name, model.map_name)
+        return replace(shapes, feature_map=model.map_source)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _check_classifier(model: FeatureModel, images: Tensor) -> ModelShapes:
+    """See ``probe``."""
     given: list[Any] = []
     layer = None if model.optional else model.classifier
     handle = None if layer is None else layer.register_forward_hook(lambda _module, _args, value: given.append(value))
     try:
-        output = model(images.to(first.device))
+        output = model(images)
     finally:
         if handle is not None:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     classes = output.logits.shape[1]
     width = getattr(layer, "out_features", getattr(layer, "out_channels", classes))
     wrong = f"classifier: layer {model.classifier_name!r} of {type(model.model).__name__} gives"
@@ -236,7 +281,7 @@ def probe(model: FeatureModel, images: Tensor) -> tuple[int, int]:
             f"{wrong} something else than the model's logits; find the layer whose output they are, or confirm this "
             f"one: {_HOW_TO_NAME}"
         )
-    return output.features.shape[1], classes
+    return ModelShapes(features=output.features.shape[1], classes=classes)
 
 
 def _leads_to(value: Any, layer: nn.Module, logits: Tensor) -> bool:
