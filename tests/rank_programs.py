@@ -401,6 +401,21 @@ def trained(rank: int, changes: dict[str, Any], stop_at: int | None = None, bad_
     }
 
 
+def reductions(rank: int, changes: dict[str, Any]) -> tuple[int, list[int], int]:
+    """The number of trained parameters, the sizes of all all-reduces of more than 64 numbers, and the steps."""
+    sizes: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def recorded(x: Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes.append(x.numel())
+        return all_reduce(x, *arguments, **options)
+
+    dist.all_reduce = recorded
+    result = trained(rank, changes)
+    parameters = sum(x.numel() for name, x in result["weights"].items() if not name.startswith("teacher."))
+    return parameters, [size for size in sizes if size > 64], result["history"][-1]["step"]
+
+
 def trained_with_batch_norm(rank: int, folder: str) -> tuple[dict[str, float], str, Tensor]:
     """A run with batch norm, dropout and drawn augmentations: last record, checkpoint, a layer's weights."""
     from fastkd.trainer.loop import train as run
