@@ -12,7 +12,9 @@ USAGE = """\
 usage: fastkd COMMAND ...
 
   demo               train a teacher and students on scikit-learn's digits, write a report
+  recipes            the recipes there are, a line each
   train RECIPE ...   run a recipe, its own or package.module:function; every setting is a flag
+  train RECIPE --dry-run [--ranks N] ...   print what it comes to, with a memory estimate, and stop
   eval CHECKPOINT    accuracy of a checkpoint or of the newest one of a run folder
   export CHECKPOINT OUT   its student as .safetensors or .onnx, checked
   probe CHECKPOINT   linear probe of its frozen features on other data
@@ -73,11 +75,14 @@ def _train(arguments: list[str]) -> int:
     from fastkd.trainer.loop import train
     from fastkd.trainer.recipes import RECIPES
 
+    arguments, dry_run, world_size = _without_dry_run(arguments)
     known = dict(RECIPES)
     # The user's own recipes, models and datasets usually lie in the current folder, which a console script lacks.
     sys.path.insert(0, os.getcwd())
     if arguments and ":" in arguments[0]:
         known = {arguments[0]: import_object(arguments[0], "recipe")}
+    elif arguments and arguments[0] in known:
+        known = {arguments[0]: known[arguments[0]]}  # parsers for the others would take seconds
     defaults = {name: _call_recipe(name, recipe) for name, recipe in known.items()}
     if arguments and arguments[0] in defaults:
         defaults[arguments[0]], arguments = _with_models(defaults[arguments[0]], arguments)
@@ -86,12 +91,47 @@ def _train(arguments: list[str]) -> int:
     )
     # AvoidSubcommands: an optional teacher is --teacher.name ..., not a further subcommand.
     config = tyro.cli(configs, prog="fastkd train", args=arguments, config=(tyro.conf.AvoidSubcommands,))
+    if dry_run:
+        from fastkd.trainer.plan import plan
+
+        print("\n".join(plan(config, world_size)))
+        return 0
     result = train(config)
     if result.stopped_by is not None:
         return 128 + result.stopped_by  # what a shell reports for a process that a signal ended
     if not config.quiet and not result.already_finished and os.environ.get("RANK", "0") == "0":
         print(f"accuracy {result.accuracy:.4f} in {result.seconds:.1f} s; checkpoint {result.path}")
     return 0
+
+
+def _recipes(arguments: list[str]) -> int:
+    import tyro
+
+    from fastkd.trainer.recipes import RECIPES, summary
+
+    def command() -> int:
+        """The recipes there are; ``fastkd train NAME --help`` says all of one, ``--dry-run`` what it comes to."""
+        width = max(map(len, RECIPES))
+        for name in RECIPES:
+            print(f"{name:<{width}}  {summary(name)}")
+        return 0
+
+    return tyro.cli(command, prog="fastkd recipes", args=arguments)
+
+
+def _without_dry_run(arguments: list[str]) -> tuple[list[str], bool, int]:
+    """The arguments without ``--dry-run`` and its ``--ranks N``, whether it was there, and N (else torchrun's)."""
+    if "--dry-run" not in arguments:
+        return arguments, False, 1
+    kept = [argument for argument in arguments if argument != "--dry-run"]
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if "--ranks" in kept:
+        place = kept.index("--ranks")
+        ranks = "".join(kept[place + 1 : place + 2])
+        del kept[place : place + 2]
+    if not ranks.isdecimal() or int(ranks) == 0:
+        raise ValueError(f"--ranks: got {ranks!r}, expected a number of ranks")
+    return kept, True, int(ranks)
 
 
 def _call_recipe(name: str, recipe: Any) -> Any:
@@ -283,9 +323,18 @@ def _json(flag: str, text: str) -> dict[str, Any]:
 
 _TRAIN_NOTE = (
     "Beside the flags below: --student.options '{\"width\": 8}' (teacher, data too) replaces all options, as JSON; "
-    "--teacher.name NAME gives a teacher to a recipe that has none."
+    "--teacher.name NAME gives a teacher to a recipe that has none; --dry-run [--ranks N] prints what the settings "
+    "come to and stops."
 )
-_COMMANDS = {"demo": _demo, "train": _train, "eval": _eval, "export": _export, "probe": _probe, "report": _report}
+_COMMANDS = {
+    "demo": _demo,
+    "recipes": _recipes,
+    "train": _train,
+    "eval": _eval,
+    "export": _export,
+    "probe": _probe,
+    "report": _report,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,7 +18,7 @@ from fastkd.validate import check_choice, check_int, check_number, check_type
 # moved, because the hash of its weights is compared.
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "resume_or_start", "keep", "max_skipped", "tensorboard", "progress", "quiet", "device"),
-    "teacher.weights",
+    *("teacher.weights", "teacher.min_accuracy"),
 )
 
 
@@ -37,6 +37,9 @@ class TrainConfig:
     memory one at a time; the objective still sees the whole batch, and the gradient is exact (``accumulate``). ``ema``:
     the decay of a moving average of the student, which is then what is evaluated. ``max_skipped``: so many steps
     whose loss or gradient is not finite are left out before the run ends with an error.
+
+    ``channels_last`` is the memory layout of both models and their input; ``compile`` runs both through
+    ``torch.compile``. ``sync_batchnorm`` normalises with the rows of all ranks (several, on CUDA).
     """
 
     student: ModelConfig | None = None
@@ -47,6 +50,9 @@ class TrainConfig:
     epochs: int = 30
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    sync_batchnorm: bool = False
     device: str = "auto"
     run_dir: str | None = None
     resume: bool = False
@@ -73,6 +79,10 @@ class TrainConfig:
             check_type(name, part, kind)
         for name, model in (("student", self.student), ("teacher", self.teacher)):
             check_type(name, model, (ModelConfig, type(None)))
+        if self.student is not None:
+            check_choice("student.dtype", self.student.dtype, ("fp32",))
+            if self.student.min_accuracy is not None:
+                raise ValueError(f"student.min_accuracy: got {self.student.min_accuracy}, expected None")
         check_seed("seed", self.seed)
         check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
         check_type("device", self.device, str)
@@ -85,7 +95,10 @@ class TrainConfig:
         check_int("keep", self.keep, 1)
         check_int("log_every", self.log_every, 1)
         check_int("eval_every", self.eval_every, 1)
-        for name in ("resume", "resume_or_start", "tensorboard", "progress", "quiet"):
+        for name in (
+            *("resume", "resume_or_start", "channels_last", "compile", "sync_batchnorm"),
+            *("tensorboard", "progress", "quiet"),
+        ):
             check_type(name, getattr(self, name), bool)
         for name in ("resume", "resume_or_start"):
             if getattr(self, name) and self.run_dir is None:

@@ -156,6 +156,13 @@ def labels_of(dataset: Any) -> Tensor:
     raise TypeError(f"data.labelled: {type(dataset).__name__} has neither 'labels' nor 'targets' to choose a subset by")
 
 
+def normalization_of(dataset: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(means, standard deviations) by which a dataset, or that of a Subset, has normalised the channels, if it says."""
+    if isinstance(dataset, Subset):
+        return normalization_of(dataset.dataset)
+    return getattr(dataset, "normalization", None)
+
+
 def labels_hash(dataset: Any) -> str | None:
     """sha256 of the labels, which tells most datasets apart cheaply; None for a dataset that does not expose them."""
     try:

@@ -11,21 +11,38 @@ from torch import Tensor, nn
 
 from fastkd.trainer.checkpoint import load_into, load_weights
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.models import FeatureModel, ModelConfig, ModelOutput, build_model, probe
+from fastkd.trainer.models import FeatureModel, ModelConfig, ModelOutput, Normalization, build_model, probe
 from fastkd.trainer.objective import Objective, needs
 from fastkd.trainer.terms import TermFunction
 
 
 class FrozenModel(nn.Module):
-    """A model that stays in eval mode and without gradient whatever is called on it or on a module that holds it."""
+    """A model that stays in eval mode and without gradient whatever is called on it or on a module that holds it.
+
+    It may have been trained with another normalisation of its input than that of the data: see ``convert_input``.
+    """
 
     def __init__(self, model: FeatureModel) -> None:
         super().__init__()
         self.model = model
         # Listed once: the walk through a model's modules costs more than a look at each.
         self._every = tuple(model.modules())
+        self.scale: Tensor | None
+        self.shift: Tensor | None
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("shift", None, persistent=False)
         self.train(False)
         self.requires_grad_(False)
+
+    def convert_input(self, data: Normalization, own: Normalization) -> None:
+        """From now on take images normalised as ``data`` is, and give the model what it would see as ``own``.
+
+        ``x s + b`` with ``s = data.std / own.std``, ``b = (data.mean - own.mean) / own.std``, for each channel.
+        """
+        (mean, std), (own_mean, own_std) = (torch.tensor(pair, dtype=torch.float64) for pair in (data, own))
+        device = next(self.model.parameters()).device
+        self.scale = (std / own_std).float().view(-1, 1, 1).to(device)
+        self.shift = ((mean - own_mean) / own_std).float().view(-1, 1, 1).to(device)
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode."""
@@ -42,6 +59,8 @@ class FrozenModel(nn.Module):
         # Someone may have called train() on the wrapped model itself, or on one of its batch norms.
         if any(module.training for module in self._every):
             self.model.eval()
+        if self.scale is not None and self.shift is not None:
+            images = torch.addcmul(self.shift, images, self.scale)
         return self.model(images)
 
 

@@ -65,7 +65,7 @@ def choose_device(name: str, precision: str = "fp32") -> torch.device:
 
 @torch.no_grad()
 def evaluate(
-    model: FeatureModel,
+    model: nn.Module,
     loader: Any,
     device: torch.device,
     precision: str = "fp32",

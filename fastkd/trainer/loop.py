@@ -12,11 +12,12 @@ from torch import nn
 
 from fastkd.trainer.checkpoint import CheckpointFolder
 from fastkd.trainer.config import TrainConfig, without_initial_weights
-from fastkd.trainer.data import choose_data, eval_loader, first_images, labels_hash, train_loader
+from fastkd.trainer.data import choose_data, eval_loader, first_images, labels_hash, normalization_of, train_loader
 from fastkd.trainer.distiller import build_distiller, weights_hash
 from fastkd.trainer.evaluation import choose_device, evaluate
 from fastkd.trainer.log import Clock, Meter, NonFiniteLossError, RunLog, check_finite, describe, header
 from fastkd.trainer.optim import Schedule
+from fastkd.trainer.prepare import check_teacher, prepare
 from fastkd.trainer.ranks import join_ranks
 from fastkd.trainer.state import (
     Progress,
@@ -72,6 +73,7 @@ def train(
     sample = first_images(train_set)
     initial = config if checkpoint is None else without_initial_weights(config)
     distiller = build_distiller(initial, sample, student=student, teacher=teacher, terms=terms).to(device)
+    prepared = prepare(distiller, initial, device, ranks, normalization_of(train_set))
     per_epoch = len(loader)
     total = per_epoch * config.epochs
     schedule = Schedule(
@@ -88,6 +90,9 @@ def train(
     }
     ranks.check_same(identity)
     info = describe(config, distiller, device, schedule, len(eval_set), identity, ranks.world_size)
+
+    if checkpoint is None:
+        check_teacher(distiller, config, test_loader, device, config.precision, ranks)
 
     # The same generator state begins every run of a seed, whatever the construction above drew from it.
     seed_everything(config.seed, ranks.rank)
@@ -159,7 +164,7 @@ def train(
         result.path = ranks.on_main(write)
 
     try:
-        for line in header(info):
+        for line in (*header(info), *prepared):
             log.print(line)
         if checkpoint is None:
             save()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastkd.trainer.imports import import_object
 from fastkd.trainer.maps import CONVOLUTIONS, MapSource, find_map, pool_features
-from fastkd.validate import check_int, check_type
+from fastkd.validate import check_choice, check_int, check_number, check_type
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 _HEAD_NAMES = ("fc", "classifier", "head", "heads")
 _HOW_TO_NAME = "name it with ModelConfig(classifier='...'), or pass FeatureModel(module, '...') as the module"
@@ -22,11 +24,18 @@ class ModelConfig:
     """How to build a model.
 
     ``name`` is ``timm:NAME``, ``torchvision:NAME``, ``package.module:callable``, or a bare name that is looked up in
-    timm first and then in torchvision. ``classifier`` names the classifier layer (``head.fc``), ``feature_map`` the
-    layer whose output is the last map (``layer4``), for terms that use it; None finds them.
+    timm first and then in torchvision. Which published weights is part of it: ``timm:resnet50.tv_in1k``,
+    ``torchvision:resnet50.IMAGENET1K_V1``; without, the library's default. ``classifier`` names the classifier layer
+    (``head.fc``), ``feature_map`` the layer whose output is the last map (``layer4``), for terms that use it; None
+    finds them.
     ``weights`` is a ``.safetensors`` file, a ``.pt`` / ``.pth`` state dict, a fastkd checkpoint or a fastkd run
     folder. ``pretrained`` asks timm / torchvision for their published weights (a download). ``options`` are further
     keyword arguments of the builder.
+
+    ``normalization``: (means, standard deviations) of the channels of the images that the weights were trained with;
+    None asks timm / torchvision for that of their published weights, others were trained as the data are normalised.
+    Of a teacher alone: ``dtype``, in which its weights are kept and it is computed, and ``min_accuracy``, the top-1
+    accuracy in [0, 1] that it must reach on the evaluation set before training starts.
     """
 
     name: str
@@ -35,6 +44,9 @@ class ModelConfig:
     feature_map: str | None = None
     weights: str | None = None
     pretrained: bool = False
+    normalization: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    min_accuracy: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -47,6 +59,21 @@ class ModelConfig:
         check_type("model.pretrained", self.pretrained, bool)
         if self.pretrained and self.weights is not None:
             raise ValueError(f"model.pretrained: got True together with weights={self.weights!r}, expected one of them")
+        if self.normalization is not None:
+            check_normalization("model.normalization", self.normalization)
+        check_choice("model.dtype", self.dtype, ("fp32", "bf16", "fp16"))
+        if self.min_accuracy is not None:
+            check_number("model.min_accuracy", self.min_accuracy, 0.0, 1.0)
+
+
+def check_normalization(name: str, value: Any) -> None:
+    """As many means as standard deviations, and those positive."""
+    if len(value) != 2 or len(value[0]) != len(value[1]) or not value[0]:
+        raise ValueError(f"{name}: got {value}, expected (means, standard deviations), a number for each channel")
+    for mean in value[0]:
+        check_number(name, mean)
+    for std in value[1]:
+        check_number(name, std, 0.0, exclusive=True)
 
 
 @dataclass
@@ -98,8 +125,10 @@ def build_model(config: ModelConfig) -> nn.Module:
     if source in ("torchvision", ""):
         import torchvision
 
-        if name in torchvision.models.list_models():
-            return torchvision.models.get_model(name, weights="DEFAULT" if config.pretrained else None, **options)
+        known, _, _ = name.partition(".")
+        if known in torchvision.models.list_models():
+            weights = torchvision_weights(name)
+            return torchvision.models.get_model(known, weights=weights if config.pretrained else None, **options)
         raise ValueError(
             f"model.name: got {config.name!r}, expected 'package.module:callable' or a model that "
             f"{'torchvision' if source else 'timm or torchvision'} knows"
@@ -110,6 +139,34 @@ def build_model(config: ModelConfig) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model.name: {config.name!r} returned {type(model).__name__}, expected an nn.Module")
     return model
+
+
+def torchvision_weights(name: str) -> Any:
+    """The published weights, of torchvision's, that ``NAME`` or ``NAME.WEIGHTS`` means. ValueError if unknown."""
+    import torchvision
+
+    model, _, tag = name.partition(".")
+    published = torchvision.models.get_model_weights(model)
+    if tag and tag not in published.__members__:
+        raise ValueError(f"model.name: got 'torchvision:{name}', expected weights among {list(published.__members__)}")
+    return published[tag] if tag else published.DEFAULT
+
+
+def trained_normalization(config: ModelConfig, model: nn.Module) -> Normalization | None:
+    """What the weights of ``model``, built from ``config``, were trained with; None where nothing tells it."""
+    if config.normalization is not None:
+        mean, std = config.normalization
+    elif not config.pretrained:
+        return None
+    elif hasattr(model, "pretrained_cfg"):
+        import timm
+
+        found = timm.data.resolve_model_data_config(model)
+        mean, std = found["mean"], found["std"]
+    else:
+        transforms = torchvision_weights(config.name.rpartition(":")[2]).transforms()
+        mean, std = transforms.mean, transforms.std
+    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def find_classifier(model: nn.Module, name: str | None = None) -> str:
@@ -151,7 +208,7 @@ class FeatureModel(nn.Module):
 
     The model's output may be the logits or an object with ``logits`` (Inception in training, Hugging Face models).
     Images are converted to the dtype of the model's first parameter, and a model that is not in float32 runs without
-    autocast: a teacher may be in half precision.
+    autocast: a teacher may be in half precision. ``channels_last``, when set, is the layout that they get.
 
     Args:
         model: any module; ``train`` takes a FeatureModel wherever it takes a module.
@@ -175,6 +232,11 @@ class FeatureModel(nn.Module):
         self.guessed = classifier is None and not callable(getattr(model, "get_classifier", None))
         self.map_name = feature_map
         self.map_source: MapSource | None = None  # set by ``probe`` when maps are needed
+        self.channels_last = False
+        # Filled by the hooks of one forward pass. The same lists every time, for those that torch.compile has traced.
+        self._inputs: list[Tensor] = []
+        self._maps: list[Tensor] = []
+        self._compiled: Callable[[Tensor], Any] | None = None
         try:
             self.classifier_name = find_classifier(model, classifier)
         except ValueError:
@@ -184,21 +246,21 @@ class FeatureModel(nn.Module):
 
     def forward(self, images: Tensor) -> ModelOutput:
         """The ``ModelOutput``; RuntimeError unless the classifier layer is called once."""
-        captured: list[Tensor] = []
-        maps: list[Tensor] = []
         handles = []
         layer, source = self.classifier, self.map_source
         # Hooked per call: the user's module carries nothing of ours before or after.
         if layer is not None:
-            handles.append(layer.register_forward_pre_hook(lambda _, args: captured.extend(args[:1])))
+            handles.append(layer.register_forward_pre_hook(self._note_input))
         if source is not None:
-            hooked = self.model.get_submodule(source.layer)
-            handles.append(hooked.register_forward_hook(lambda _layer, _args, value: maps.append(value)))
+            handles.append(self.model.get_submodule(source.layer).register_forward_hook(self._note_map))
         try:
-            output = self._run(images)
+            output, captured, maps = (self._compiled or self._traced)(images)
         finally:
             for handle in handles:
                 handle.remove()
+            # Empty on entering: a compiled graph is valid for lists of the length that it was traced with.
+            self._inputs.clear()
+            self._maps.clear()
         if len(captured) != 1 and not self.optional:
             raise RuntimeError(
                 f"classifier: layer {self.classifier_name!r} of {type(self.model).__name__} was called {len(captured)} "
@@ -222,7 +284,23 @@ class FeatureModel(nn.Module):
         """The classifier layer."""
         return None if self.classifier_name is None else self.model.get_submodule(self.classifier_name)
 
+    def compile(self, **options: Any) -> None:
+        """Run the model through ``torch.compile``, with its ``options``, from now on; names and weights stay."""
+        self._compiled = torch.compile(self._traced, **options)
+
+    def _traced(self, images: Tensor) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The model's output, and what the hooks caught meanwhile."""
+        return self._run(images), tuple(self._inputs), tuple(self._maps)
+
+    def _note_input(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
+        self._inputs.extend(args[:1])
+
+    def _note_map(self, _layer: nn.Module, _args: Any, value: Tensor) -> None:
+        self._maps.append(value)
+
     def _run(self, images: Tensor) -> Any:
+        if self.channels_last and images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
         dtype = next(self.model.parameters(), images).dtype
         if not (images.is_floating_point() and dtype.is_floating_point):
             return self.model(images)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.trainer import nets
+from fastkd.trainer import cifar_nets, nets
 from fastkd.trainer.checkpoint import (
     EMA,
     STUDENT,
@@ -79,11 +79,12 @@ def reopen(
 
 
 def _is_known_model(name: str) -> bool:
-    """Whether ``name`` can build nothing but a model of timm or torchvision, or a class defined in our ``nets``."""
+    """Whether ``name`` can build nothing but a model of timm or torchvision, or a class of our own networks."""
     source, _, attribute = name.rpartition(":")
     # Looked up without following dots, and not what the module merely imports: nets:nn.functional... reaches anything.
-    found = vars(nets).get(attribute) if source == nets.__name__ else None
-    own = isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == nets.__name__
+    ours = {module.__name__: module for module in (nets, cifar_nets)}
+    found = vars(ours[source]).get(attribute) if source in ours else None
+    own = isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == source
     return own or source in ("timm", "torchvision", "")
 
 
