@@ -8,11 +8,14 @@ BIN := .venv/bin
 PY := $(BIN)/python
 SETUP := $(if $(filter command,$(origin BIN) $(origin PY)),,setup)
 
-GPU_TESTS := tests/test_triton_dual_softmax.py tests/test_triton_soft_target.py tests/test_pack.py
-# Small cases of both operations: compute-sanitizer makes a kernel tens of times slower.
+GPU_TESTS := tests/test_triton_dual_softmax.py tests/test_triton_contrast.py \
+	tests/test_triton_soft_target.py tests/test_triton_multiscale_pool.py tests/test_pack.py tests/test_exchange.py
+# Small cases of every operation: compute-sanitizer makes a kernel tens of times slower.
 DUAL_CASES := gpu_equals_the_definition and highest and (63-16 or 129-128)
 SOFT_CASES := definition_on_a_gpu and 3.0 and (64-10- or 33-1001)
-SANITIZED := ($(DUAL_CASES)) or ($(SOFT_CASES)) or 131069-1 or packs_on_a_gpu
+CONTRAST_CASES := contrast_on_a_gpu and 129-128 and (bfloat16 or float32 or tf32)
+POOL_CASES := definition_on_a_gpu and False and (37-3-3 or 65-9-16 or shape0 or shape3)
+SANITIZED := ($(DUAL_CASES)) or ($(CONTRAST_CASES)) or ($(SOFT_CASES)) or ($(POOL_CASES)) or 131069-1 or packs_on_a_gpu
 SANITIZER := compute-sanitizer --report-api-errors no --error-exitcode 1
 
 .PHONY: setup ext ext-cuda demo demo-ddp test lint format bench bench-scale aot gpu-test gpu-bench gpu-ready clean

@@ -107,7 +107,10 @@ def extension() -> dict[str, Any]:
         ("FASTKD_TORCH", torch.__version__),
         ("FASTKD_CUDA", torch.version.cuda or "none"),
     ]
-    flags = {"cxx": ["-O3", "-std=c++17"], "nvcc": ["-O3", "-std=c++17"]}
+    if torch.distributed.is_available():
+        sources.append("csrc/gather.cpp")
+    # No fused multiply-add: the Python path computes the same bits.
+    flags = {"cxx": ["-O3", "-std=c++17", "-ffp-contract=off"], "nvcc": ["-O3", "-std=c++17"]}
     kind = cpp_extension.CppExtension
     if home is not None:
         kind = cpp_extension.CUDAExtension

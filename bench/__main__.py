@@ -1,4 +1,7 @@
-"""``make bench``: runs every case and writes JSON, CSV, Markdown and a plot to bench/results, named by hardware."""
+"""``make bench``: runs every case and writes JSON, CSV, Markdown and a plot to bench/results, named by hardware.
+
+``python -m bench contrast`` runs those of bench_contrast.py alone.
+"""
 
 import re
 import sys
@@ -8,18 +11,29 @@ import pytest
 
 from bench import breakdown, report
 
+# The cases of bench_<name>.py: their table's title, and what its lines differ in beside the provider.
+TITLES = {
+    "dcd": ("dcd_loss, forward + backward, float32, D = 128", "n"),
+    "contrast": ("Losses over one softmax a row, forward + backward, float32", "case"),
+    "pool": ("multiscale_pool with normalisation, forward + backward, float32", "case"),
+}
+
 
 def main() -> int:
     slug = re.sub(r"[^a-z0-9]+", "-", report.hardware().lower()).strip("-")
-    path = Path(__file__).parent / "results" / f"dcd-cpu-{slug}.json"
-    path.parent.mkdir(exist_ok=True)
-    cases = Path(__file__).parent / "bench_dcd.py"
-    code = pytest.main([str(cases), "--benchmark-only", f"--benchmark-json={path}", "-q", "-p", "no:cacheprovider"])
-    if code:
-        return int(code)
-    table = report.write(path, "make bench")
-    table.write_text(f"{table.read_text()}\n{breakdown.markdown()}")
-    print(table.read_text(), f"\nwritten to {table.parent}", sep="")
+    tables = []
+    for name in sys.argv[1:] or TITLES:
+        path = Path(__file__).parent / "results" / f"{name}-cpu-{slug}.json"
+        path.parent.mkdir(exist_ok=True)
+        cases = Path(__file__).parent / f"bench_{name}.py"
+        code = pytest.main([str(cases), "--benchmark-only", f"--benchmark-json={path}", "-q", "-p", "no:cacheprovider"])
+        if code:
+            return int(code)
+        tables.append(report.write(path, "make bench", *TITLES[name]))
+        if name == "dcd":
+            tables[-1].write_text(f"{tables[-1].read_text()}\n{breakdown.markdown()}")
+    for table in tables:
+        print(table.read_text(), f"\nwritten to {table.parent}", sep="")
     return 0
 
 

@@ -35,6 +35,8 @@ from fastkd.kernels import dual_softmax, dual_softmax_rows, dual_softmax_wide, l
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import aot_pool
+
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -148,6 +150,10 @@ def jobs(hardware: str) -> Iterator[Job]:
                 )
     yield from _row_jobs(hardware)
     yield from _soft_target_jobs(hardware)
+    yield from (Job(hardware=hardware, **case) for case in aot_pool.cases(hardware))
+    from bench import aot_contrast  # which needs Job
+
+    yield from aot_contrast.jobs(hardware)
 
 
 def _uses(hardware: str, itemsize: int, block_d: int) -> Iterator[tuple[str, int, bool]]:
@@ -332,11 +338,14 @@ def clocks(result: Result) -> dict[str, float]:
     """Clocks of one multiprocessor a tile, by unit (sm_90)."""
     job, counts, warps = result.job, result.counts, result.job.num_warps
     M, N = job.constants["BLOCK_M"], job.constants["BLOCK_N"]
-    D = int(re.findall(r"\d+", job.types["A_rows"])[-1])
+    columns = [kind for name, kind in job.types.items() if name in ("A_cols", "B_cols", "COLS")]
+    D = int(re.findall(r"\d+", columns[0])[-1])
     rate = 2048 if job.matrix_dtype == "fp32" else 4096
-    products = 2 + job.constants.get("NEED_A", 0) + job.constants.get("NEED_B", 0)
+    # One with every operand of the columns, and one more a gradient.
+    gradients = sum(job.constants.get(name, 0) for name in ("NEED_A", "NEED_B"))
+    products = len(columns) + (gradients or "BY_ROW" in job.constants)
     itemsize = 4 if job.matrix_dtype == "fp32" else 2
-    loaded = 2 * N * D * itemsize
+    loaded = len(columns) * N * D * itemsize
     units = {
         "matrix": products * 2 * M * N * D / rate,
         "exp": (counts["exp"] + counts["mufu"]) * warps * 32 / 16,

@@ -3,23 +3,15 @@
 Run by ``make bench``, which also writes the tables; ``pytest bench/bench_dcd.py -k 8192`` runs a part.
 """
 
-import ctypes
-from pathlib import Path
-
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench.measure import peak_resident_mib
 from bench.providers import PROVIDERS
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192)
 WIDTH = 128
-_RESET_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-
-
-def _resident_bytes(field: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -40,10 +32,5 @@ def test_forward_and_backward(benchmark: BenchmarkFixture, provider: str, n: int
         loss(student, teacher, logit_scale).backward()
 
     step()  # compiles, and allocates what stays
-    # What earlier steps freed must not be resident still: a step that is served from it would seem to need nothing.
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    _RESET_PEAK.write_text("5")  # the peak of resident memory starts again at what is resident now
-    before = _resident_bytes("VmRSS")
-    step()
-    benchmark.extra_info["peak_extra_mib"] = (_resident_bytes("VmHWM") - before) / 2**20
+    benchmark.extra_info["peak_extra_mib"] = peak_resident_mib(step)
     benchmark.pedantic(step, rounds=5 if n >= 4096 else 15, warmup_rounds=1)

@@ -31,11 +31,12 @@ from torch import Tensor
 from bench import gpu_report, measure, providers
 
 SIZES = tuple(2**k for k in range(8, 17))
+ON_ROWS = ("dcd_loss", "info_nce_loss", "clip_loss", "ckd_loss", "sup_con_loss", "masked_contrast_loss")
 LOGITS = ((256, 1000), (1024, 1000), (8192, 1000), (65536, 1000), (1024, 21841), (4096, 32000), (8192, 131072))
+CKD = ((256, 1000), (1024, 1000), (4096, 1000), (16384, 1000), (1024, 21841), (4096, 21841))
 EXACT_ELEMENTS = 2**28  # logits up to which the error against float64 is affordable
 GRAPH_ELEMENTS = 2**27  # logits above which Python costs nothing beside the kernels, and a graph's memory does
 GRAPH_HOST_MS = 20.0  # a node costs microseconds to launch: a few thousand of them
-LOGIT_SCALE = 10.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Case:
         return (
             student.requires_grad_(),
             teacher.requires_grad_(),
-            torch.tensor(LOGIT_SCALE, device=device).requires_grad_(),
+            torch.tensor(providers.LOGIT_SCALE, device=device).requires_grad_(),
         )
 
     def bytes_moved(self) -> int | None:
@@ -85,15 +86,16 @@ def cases(quick: bool) -> Iterator[Case]:
     bf16, fp32 = torch.bfloat16, torch.float32
     if quick:
         for dtype in (bf16, fp32):
-            yield from (
-                Case(name, dtype, n, 16) for name in ("dcd_loss", "info_nce_loss", "clip_loss") for n in (16, 40)
-            )
+            yield from (Case(name, dtype, n, 16) for name in ON_ROWS for n in (16, 40))
             yield from (Case(name, dtype, 12, classes) for name in ("ce_kd_terms", "kd_loss") for classes in (10, 33))
         return
     # torch.compile takes seconds a size, more than everything else: the sizes that the project's goals are set at.
     yield from (Case("dcd_loss", bf16, n, 128, compiles=n in (4096, 32768, 65536)) for n in SIZES)
     yield from (Case("ce_kd_terms", bf16, n, classes, compiles=n == 8192) for n, classes in LOGITS)
     yield from (Case("info_nce_loss", bf16, n, 128, compiles=n == 32768) for n in SIZES)
+    yield from (Case("ckd_loss", bf16, n, d, compiles=n == 4096) for n, d in CKD)
+    for name in ("sup_con_loss", "masked_contrast_loss"):
+        yield from (Case(name, bf16, n, 128, compiles=n == 32768) for n in SIZES[2:])
     yield from (Case("dcd_loss", fp32, n, 128, compiles=n == 32768) for n in SIZES)
     yield from (Case("kd_loss", bf16, n, classes, compiles=classes == 128 * 1024) for n, classes in LOGITS)
     yield from (Case("clip_loss", bf16, n, 128, compiles=False) for n in SIZES[4:])

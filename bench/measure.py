@@ -1,12 +1,15 @@
 """Time, memory and ceilings of the device at hand. On a CPU everything runs too, timed by the wall clock."""
 
 import contextlib
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+_RESET_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 FLUSHED_BYTES = 1 << 28  # larger than any L2 cache
 
 
@@ -101,6 +104,21 @@ def peak_extra_mib(step: Callable[[], object], device: torch.device) -> float | 
     step()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def _resident_bytes(field: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def peak_resident_mib(step: Callable[[], object]) -> float:
+    """The peak of this process's resident memory during one step beyond what was resident before it; Linux."""
+    # What earlier steps freed must not be resident still: a step that is served from it would seem to need nothing.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    _RESET_PEAK.write_text("5")  # the peak of resident memory starts again at what is resident now
+    before = _resident_bytes("VmRSS")
+    step()
+    return (_resident_bytes("VmHWM") - before) / 2**20
 
 
 def copy_gb_per_s(device: torch.device, quick: bool) -> float:

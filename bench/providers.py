@@ -8,12 +8,13 @@ not installed; a provider raises Unsupported where our backend has no kernel.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import dcd_loss, info_nce_loss, kd_loss
+from fastkd import ckd_loss, dcd_loss, info_nce_loss, kd_loss, masked_contrast_loss, sup_con_loss
 from fastkd.functional import ce_kd_terms, dcd_terms
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -35,7 +36,7 @@ def eager_kl_div(student: Tensor, teacher: Tensor, logit_scale: Tensor) -> Tenso
     return contrast + 0.5 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-def compiled(loss: Loss) -> Loss:
+def compiled(loss: Any) -> Any:
     torch.compiler.reset()  # one shape at a time: no recompilation into dynamic shapes
     return torch.compile(loss, fullgraph=True, dynamic=False)
 
@@ -52,6 +53,7 @@ BASELINE = "eager"
 
 
 TEMPERATURE = 4.0
+LOGIT_SCALE = 10.0  # of the losses on embeddings
 
 
 def eager_info_nce(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
@@ -62,6 +64,33 @@ def eager_info_nce(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
 def eager_clip(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
     """InfoNCE in both directions, as open_clip computes it: two products."""
     return (eager_info_nce(query, key, logit_scale) + eager_info_nce(key, query, logit_scale)) / 2
+
+
+def eager_ckd(student: Tensor, teacher: Tensor, logit_scale: Tensor) -> Tensor:
+    return eager_info_nce(teacher.detach(), student, torch.ones_like(logit_scale))
+
+
+def labels_of(rows: Tensor) -> Tensor:
+    """For the losses that take labels beside the inputs of the others: eight rows of every class."""
+    return torch.arange(len(rows), device=rows.device) % (len(rows) // 8)
+
+
+def eager_sup_con(student: Tensor, teacher: Tensor, logit_scale: Tensor) -> Tensor:
+    features, labels = F.normalize(student, dim=1), labels_of(student)
+    diagonal = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    positive = (labels[:, None] == labels) & ~diagonal
+    logits = (logit_scale * features @ features.T).float().masked_fill(diagonal, -torch.inf)
+    log_p = logits - logits.logsumexp(dim=1, keepdim=True)
+    count = positive.sum(dim=1)
+    rows = log_p.masked_fill(~positive, 0).sum(dim=1) / count.clamp_min(1)
+    return -rows.sum() / (count > 0).sum().clamp_min(1)
+
+
+def eager_masked(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
+    labels, index = labels_of(query), torch.arange(len(query), device=query.device)
+    logits = logit_scale * F.normalize(query, dim=1) @ F.normalize(key, dim=1).T
+    false_negative = (labels[:, None] == labels) & (index[:, None] != index)
+    return F.cross_entropy(logits.masked_fill(false_negative, -torch.inf), index)
 
 
 def eager_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -120,6 +149,26 @@ def _ce_kd(student: Tensor, teacher: Tensor, labels: Tensor, backend: str | None
     return ce + kd
 
 
+def _ckd(student: Tensor, teacher: Tensor, logit_scale: Tensor, backend: str | None = None) -> Tensor:
+    return ckd_loss(student, teacher, backend=backend)
+
+
+def _sup_con(student: Tensor, teacher: Tensor, logit_scale: Tensor, backend: str | None = None) -> Tensor:
+    return sup_con_loss(student, labels_of(student), logit_scale, normalize=True, backend=backend)
+
+
+def _masked(query: Tensor, key: Tensor, logit_scale: Tensor, backend: str | None = None) -> Tensor:
+    return masked_contrast_loss(query, key, logit_scale, labels_of(query), labels_of(key), backend=backend)
+
+
+def metric_learning_sup_con(temperature: float) -> Loss:
+    """Its temperature is a number, so the scale gets no gradient; several N x N tensors."""
+    from pytorch_metric_learning.losses import SupConLoss
+
+    module = SupConLoss(temperature=temperature)
+    return lambda student, teacher, logit_scale: module(student, labels_of(student))
+
+
 def inf_cl() -> Loss:
     """InfoNCE in Triton; converts to fp32 and multiplies in tf32. D must be a multiple of a power of two <= 256."""
     from inf_cl import cal_flash_loss
@@ -175,7 +224,7 @@ def liger_ce_kd() -> Loss:
     return loss
 
 
-PEERS = ("inf-cl", "cut-cross-entropy", "liger-kernel", "open_clip_torch")
+PEERS = ("inf-cl", "cut-cross-entropy", "liger-kernel", "open_clip_torch", "pytorch-metric-learning")
 Providers = dict[str, Callable[[], Loss]]
 
 
@@ -216,6 +265,22 @@ GPU_PROVIDERS: dict[str, Providers] = {
         "fastkd triton (dcd_loss, alpha 0)": lambda: both_directions(
             on_backend(partial(dcd_loss, alpha=0.0), "triton")
         ),
+    },
+    "ckd_loss": {
+        **_with_torch(eager_ckd),
+        "fastkd blocked": lambda: on_backend(_ckd, "blocked"),
+        "fastkd triton": lambda: on_backend(_ckd, "triton"),
+    },
+    "sup_con_loss": {
+        **_with_torch(eager_sup_con),
+        "pytorch-metric-learning": lambda: in_float32(metric_learning_sup_con(1 / LOGIT_SCALE)),
+        "fastkd blocked": lambda: on_backend(_sup_con, "blocked"),
+        "fastkd triton": lambda: on_backend(_sup_con, "triton"),
+    },
+    "masked_contrast_loss": {
+        **_with_torch(eager_masked),
+        "fastkd blocked": lambda: on_backend(_masked, "blocked"),
+        "fastkd triton": lambda: on_backend(_masked, "triton"),
     },
     "kd_loss": {
         "eager fp32": lambda: eager_kd,

@@ -23,20 +23,20 @@ def hardware() -> str:
     return f"{', '.join(sorted(names)) or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a case: the median time, the peak of extra memory, and both as ratios to the baseline of the same N."""
+def rows_of(report: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """One row a case: the median time, the peak of extra memory, and both as ratios to the baseline of the same key."""
     rows = [
         {
             "provider": case["extra_info"]["provider"],
-            "n": case["extra_info"]["n"],
+            key: case["extra_info"][key],
             "median_ms": 1e3 * case["stats"]["median"],
             "min_ms": 1e3 * case["stats"]["min"],
             "peak_extra_mib": case["extra_info"]["peak_extra_mib"],
         }
         for case in report["benchmarks"]
     ]
-    add_ratios(rows, ("n",), BASELINE)
-    return sorted(rows, key=lambda row: row["n"])
+    add_ratios(rows, (key,), BASELINE)
+    return sorted(rows, key=lambda row: row[key])
 
 
 def add_ratios(rows: list[dict[str, Any]], group: tuple[str, ...], baseline: str) -> None:
@@ -56,20 +56,21 @@ def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
         writer.writerows(rows)
 
 
-def write(json_path: Path, command: str) -> Path:
-    """Writes .csv, .md and .png beside the JSON file; returns the path of the table."""
+def write(json_path: Path, command: str, title: str, key: str) -> Path:
+    """Writes .csv, .md and, if ``key`` is a number, .png beside the JSON file; returns the path of the table."""
     report = json.loads(json_path.read_text())
-    rows = rows_of(report)
+    rows = rows_of(report, key)
     write_csv(rows, json_path.with_suffix(".csv"))
-    _plot(rows, json_path.with_suffix(".png"))
+    if key == "n":
+        _plot(rows, json_path.with_suffix(".png"), title)
     table = json_path.with_suffix(".md")
-    table.write_text(_markdown(rows, report["datetime"], command))
+    table.write_text(_markdown(rows, report["datetime"], command, title, key))
     return table
 
 
-def _markdown(rows: list[dict[str, Any]], date: str, command: str) -> str:
+def _markdown(rows: list[dict[str, Any]], date: str, command: str, title: str, key: str) -> str:
     lines = [
-        "# dcd_loss, forward + backward, float32, D = 128",
+        f"# {title}",
         "",
         f"- Hardware: {hardware()}",
         f"- Versions: Python {platform.python_version()}, torch {torch.__version__}",
@@ -77,25 +78,25 @@ def _markdown(rows: list[dict[str, Any]], date: str, command: str) -> str:
         f"- Speed-up and memory ratio are against `{BASELINE}` in the same run; memory is the peak of resident memory",
         "  during one step, beyond what was resident before it.",
         "",
-        "| N | provider | median ms | min ms | speed-up | peak extra MiB | memory ratio |",
-        "|---:|---|---:|---:|---:|---:|---:|",
+        f"| {key} | provider | median ms | min ms | speed-up | peak extra MiB | memory ratio |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}x"
         memory = "" if row["memory_ratio"] is None else f"{100 * row['memory_ratio']:.1f} %"
         lines.append(
-            f"| {row['n']} | {row['provider']} | {row['median_ms']:.2f} | {row['min_ms']:.2f} | {speedup} "
+            f"| {row[key]} | {row['provider']} | {row['median_ms']:.2f} | {row['min_ms']:.2f} | {speedup} "
             f"| {row['peak_extra_mib']:.1f} | {memory} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+def _plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     draw(axes[0], rows, "n", "median_ms", "rows N", "median time, ms")
     draw(axes[1], rows, "n", "peak_extra_mib", "rows N", "peak extra memory, MiB")
     axes[0].legend(fontsize=8)
-    figure.suptitle(f"dcd_loss forward + backward, float32, D = 128 ({hardware()})", fontsize=10)
+    figure.suptitle(f"{title} ({hardware()})", fontsize=10)
     figure.savefig(path, dpi=130)
 
 

@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -62,9 +63,8 @@ void pack_row(const From* source, To* target, Real* inverse_norm, int64_t D, boo
   });
   Real squares = 0;
   for (int64_t k = 0; k < kLanes; ++k) squares += squares_of[k] + poison_of[k];
-  const Real norm = std::sqrt(squares);
-  const bool is_zero = divisor * norm <= static_cast<Real>(kNormEps);  // false for NaN
-  const Real inverse_scaled_norm = 1 / norm;
+  const Real inverse_scaled_norm = 1 / std::sqrt(squares);
+  const bool is_zero = divisor <= static_cast<Real>(kNormEps) * inverse_scaled_norm;  // false for NaN
   if (is_zero) {
     std::fill(target, target + D, To(0));
     *inverse_norm = 0;
@@ -87,12 +87,15 @@ void pack_side(const at::Tensor& x, To* packed, Real* inverse_norm, bool normali
   });
 }
 
-void check(const at::Tensor& first, const at::Tensor& second, at::ScalarType dtype) {
+void check(at::TensorList rows, at::ScalarType dtype, bool normalize) {
+  TORCH_CHECK_VALUE(rows.size() == 1 || rows.size() == 2, "pack_rows: got ", rows.size(), " tensors, expected 1 or 2");
+  const at::Tensor &first = rows.front(), &second = rows.back();
   TORCH_CHECK_VALUE(first.dim() == 2 && first.sizes() == second.sizes(), "pack_rows: got shapes ", first.sizes(),
-                    " and ", second.sizes(), ", expected [n, D] twice");
+                    " and ", second.sizes(), ", expected [n, D] of each");
   TORCH_CHECK_TYPE(first.scalar_type() == second.scalar_type(), "pack_rows: got ", first.scalar_type(), " and ",
                    second.scalar_type(), ", expected one dtype");
   TORCH_CHECK_VALUE(first.device() == second.device(), "pack_rows: got tensors on two devices");
+  if (!normalize && first.scalar_type() == dtype) return;
   for (const at::ScalarType type : {first.scalar_type(), dtype}) {
     TORCH_CHECK_TYPE(type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
                      "pack_rows: got ", type, ", expected float64, float32, bfloat16 or float16");
@@ -103,25 +106,33 @@ at::Tensor with_dense_rows(const at::Tensor& x) {
   return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous();
 }
 
-std::tuple<at::Tensor, at::Tensor> outputs(const at::Tensor& first, at::ScalarType dtype) {
+std::tuple<at::Tensor, at::Tensor> outputs(at::TensorList rows, at::ScalarType dtype) {
+  const at::Tensor& first = rows.front();
+  const int64_t k = rows.size(), n = first.size(0);
   const at::ScalarType real = first.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return {at::empty({2, first.size(0), first.size(1)}, first.options().dtype(dtype)),
-          at::empty({2, first.size(0), 1}, first.options().dtype(real))};
+  return {at::empty({k, n, first.size(1)}, first.options().dtype(dtype)),
+          at::empty({k, n, 1}, first.options().dtype(real))};
 }
 
-std::tuple<at::Tensor, at::Tensor> pack_rows_on_cpu(const at::Tensor& first, const at::Tensor& second,
-                                                    at::ScalarType dtype, bool normalize) {
-  check(first, second, dtype);
-  auto [packed, inverse_norm] = outputs(first, dtype);
-  const at::Tensor rows[2] = {with_dense_rows(first), with_dense_rows(second)};
+// Rows of any dtype that travel as they are. A copy: their owner may write to them meanwhile.
+std::tuple<at::Tensor, at::Tensor> stacked(at::TensorList rows) {
+  at::Tensor inverse_norm = std::get<1>(outputs(rows, rows.front().scalar_type()));
+  return {at::stack(rows), inverse_norm.fill_(1)};
+}
+
+std::tuple<at::Tensor, at::Tensor> pack_rows_on_cpu(at::TensorList rows, at::ScalarType dtype, bool normalize) {
+  check(rows, dtype, normalize);
+  const at::Tensor& first = rows.front();
+  if (!normalize && first.scalar_type() == dtype) return stacked(rows);
+  auto [packed, inverse_norm] = outputs(rows, dtype);
   const int64_t n = first.size(0), elements = first.numel();
   if (elements == 0) return {packed, inverse_norm};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, first.scalar_type(), "pack_rows", [&] {
     using From = scalar_t;
     using Real = std::conditional_t<std::is_same_v<From, double>, double, float>;
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, "pack_rows", [&] {
-      for (int side = 0; side < 2; ++side) {
-        pack_side<Real, From>(rows[side], packed.mutable_data_ptr<scalar_t>() + side * elements,
+      for (size_t side = 0; side < rows.size(); ++side) {
+        pack_side<Real, From>(with_dense_rows(rows[side]), packed.mutable_data_ptr<scalar_t>() + side * elements,
                               inverse_norm.mutable_data_ptr<Real>() + side * n, normalize);
       }
     });
@@ -143,18 +154,26 @@ DType dtype_of(at::ScalarType type) {
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> pack_rows_on_cuda(const at::Tensor& first, const at::Tensor& second,
-                                                     at::ScalarType dtype, bool normalize) {
-  check(first, second, dtype);
+std::tuple<at::Tensor, at::Tensor> pack_rows_on_cuda(at::TensorList rows, at::ScalarType dtype, bool normalize) {
+  check(rows, dtype, normalize);
+  const at::Tensor& first = rows.front();
   const c10::cuda::CUDAGuard guard(first.device());
-  auto [packed, inverse_norm] = outputs(first, dtype);
+  if (!normalize && first.scalar_type() == dtype) return stacked(rows);
+  auto [packed, inverse_norm] = outputs(rows, dtype);
   if (first.numel() == 0) return {packed, inverse_norm};
-  const at::Tensor dense_first = with_dense_rows(first), dense_second = with_dense_rows(second);
-  const PackRows arguments{
-      dense_first.const_data_ptr(), dense_second.const_data_ptr(),    dense_first.stride(0),
-      dense_second.stride(0),       packed.mutable_data_ptr(),        inverse_norm.mutable_data_ptr(),
-      first.size(0),                first.size(1),                    dtype_of(first.scalar_type()),
-      dtype_of(dtype),              normalize};
+  const at::Tensor dense_first = with_dense_rows(first), dense_second = with_dense_rows(rows.back());
+  const PackRows arguments{dense_first.const_data_ptr(),
+                           dense_second.const_data_ptr(),
+                           dense_first.stride(0),
+                           dense_second.stride(0),
+                           packed.mutable_data_ptr(),
+                           inverse_norm.mutable_data_ptr(),
+                           static_cast<int64_t>(rows.size()),
+                           first.size(0),
+                           first.size(1),
+                           dtype_of(first.scalar_type()),
+                           dtype_of(dtype),
+                           normalize};
   const int error = pack_rows_cuda(arguments, c10::cuda::getCurrentCUDAStream().stream());
   C10_CUDA_CHECK(static_cast<cudaError_t>(error));
   return {packed, inverse_norm};
@@ -164,7 +183,7 @@ std::tuple<at::Tensor, at::Tensor> pack_rows_on_cuda(const at::Tensor& first, co
 }  // namespace
 
 TORCH_LIBRARY(fastkd_native, library) {
-  library.def("pack_rows(Tensor first, Tensor second, ScalarType dtype, bool normalize) -> (Tensor, Tensor)");
+  library.def("pack_rows(Tensor[] rows, ScalarType dtype, bool normalize) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(fastkd_native, CPU, library) { library.impl("pack_rows", pack_rows_on_cpu); }

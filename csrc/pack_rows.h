@@ -1,4 +1,4 @@
-// One pass over student and teacher rows: L2-normalise, cast, pack both into one buffer. Free of torch headers.
+// One pass over one or two sets of rows: L2-normalise, cast, pack them into one buffer. Free of torch headers.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +22,8 @@ struct DivisorBounds<double> {
 
 enum class DType : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-// first, second: n rows of D contiguous elements, first_stride and second_stride elements from row to row.
-// packed: [2, n, D]. inverse_norm: [2, n], float64 for float64 inputs, else float32; zero for rows that count as zero.
+// first, second: n rows of D contiguous elements, first_stride and second_stride elements from row to row; stack: 2, or
+// 1 for the first alone. packed: [stack, n, D]. inverse_norm: [stack, n], float64 for float64 inputs, else float32; zero for rows that count as zero.
 struct PackRows {
   const void* first;
   const void* second;
@@ -31,6 +31,7 @@ struct PackRows {
   int64_t second_stride;
   void* packed;
   void* inverse_norm;
+  int64_t stack;
   int64_t n;
   int64_t D;
   DType from;

@@ -81,7 +81,7 @@ template <typename From, typename To, int WIDTH, int HELD>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, 6) pack_rows_kernel(PackRows arguments) {
   using Real = typename Accumulate<From>::type;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.y;
-  if (row >= 2 * arguments.n) return;
+  if (row >= arguments.stack * arguments.n) return;
   const bool is_second = row >= arguments.n;
   const int64_t index = is_second ? row - arguments.n : row;
   const From* source = static_cast<const From*>(is_second ? arguments.second : arguments.first) +
@@ -151,6 +151,10 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, 6) pack_rows_kernel(Pac
   }
 }
 
+int64_t blocks(const PackRows& arguments) {
+  return (arguments.stack * arguments.n + kWarpsPerBlock - 1) / kWarpsPerBlock;
+}
+
 template <typename From, typename To>
 void launch(const PackRows& arguments, cudaStream_t stream) {
   constexpr int WIDTH = 16 / sizeof(From);
@@ -160,7 +164,7 @@ void launch(const PackRows& arguments, cudaStream_t stream) {
   const bool wide = arguments.D % WIDTH == 0 && aligned(arguments.first, arguments.first_stride) &&
                     aligned(arguments.second, arguments.second_stride);
   const dim3 block(kWarp, kWarpsPerBlock);
-  const dim3 grid(static_cast<unsigned>((2 * arguments.n + kWarpsPerBlock - 1) / kWarpsPerBlock));
+  const dim3 grid(static_cast<unsigned>(blocks(arguments)));
   if (wide) {
     pack_rows_kernel<From, To, WIDTH, 4><<<grid, block, 0, stream>>>(arguments);
   } else {
@@ -186,7 +190,7 @@ void launch_to(const PackRows& arguments, cudaStream_t stream) {
 
 int pack_rows_cuda(const PackRows& arguments, void* stream) {
   if (arguments.n == 0) return cudaSuccess;
-  if ((2 * arguments.n + kWarpsPerBlock - 1) / kWarpsPerBlock > INT32_MAX) return cudaErrorInvalidValue;
+  if (blocks(arguments) > INT32_MAX) return cudaErrorInvalidValue;
   const auto on = static_cast<cudaStream_t>(stream);
   switch (arguments.from) {
     case DType::kFloat64:

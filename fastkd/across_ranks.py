@@ -4,13 +4,15 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastkd import backends
 from fastkd.contrastive import ContrastInputs
 from fastkd.distributed import Call, Peers, agree
-from fastkd.ops.global_batch import global_contrast, global_dual_softmax
+from fastkd.ops.global_batch import global_dual_softmax
+from fastkd.ops.global_contrast import global_contrast
 from fastkd.validate import (
     CONSISTENCIES,
     check_choice,
@@ -64,13 +66,26 @@ def global_contrast_mean(
     def describe() -> Call:
         nonlocal x
         x = check()
-        if x.key is None or x.query_labels is not None or x.positive_index is not None:
-            raise NotImplementedError(f"{name}: over several ranks")
-        return _call(x.query, x.key, x.scale, x.weight, "contrast", backend, {"normalize": x.normalize})
+        key = x.query if x.key is None else x.key
+        options: dict[str, object] = {
+            "normalize": x.normalize,
+            "positives by label": x.by_label,
+            "labels": x.query_labels is not None,
+        }
+        call = _call(x.query, key, x.scale, x.weight, "contrast", backend, options)
+        call.key_rows = len(key)
+        call.needs_key_grad = torch.is_grad_enabled() and key.requires_grad
+        return call
 
     peers = agree(group, name, describe)
-    assert x.key is not None
-    return _global_mean(global_contrast(x.query, x.key, x.scale, x.weight, x.normalize, peers), peers)
+    own_sum, has_positive = global_contrast(
+        x.query, x.key, x.scale, x.weight, x.query_labels, x.key_labels, x.positive_index, x.by_label, x.normalize,
+        peers,
+    )  # fmt: skip
+    if not x.by_label:
+        return _global_mean(own_sum, peers)
+    dist.all_reduce(has_positive, group=group)
+    return own_sum * peers.world_size / has_positive.clamp_min(1)
 
 
 def _call(

@@ -253,8 +253,7 @@ def _mean(name: str, check: Callable[[bool], ContrastInputs], group: Group, back
         return global_contrast_mean(name, lambda: check(True), process_group, backend)
     x = check(False)
     backend = backends.resolve(backend, "contrast", x.query)
-    is_plain = x.key is not None and x.query_labels is None and x.positive_index is None
-    if backend == "reference" or not is_plain:
+    if backend == "reference":
         total, positives = _reference(x)
     else:
         check_no_tangent(x.query, *(() if x.key is None else (x.key,)), x.scale)

@@ -1,27 +1,26 @@
-"""Which rows count as in-batch, and how the rows of several ranks reach each other.
+"""Which rows count as in-batch, and what the ranks agree on before their rows travel.
 
 ``group=None`` means the default process group when torch.distributed is initialised. With W > 1 ranks every call of a
-contrastive loss is: one exchange of 32 bytes a rank in which the ranks agree on what they compute (:func:`agree`), one
-all-gather of the embeddings, one of the numbers a row that the backward needs. The backward itself communicates
-nothing, except in ring mode, where it passes the embeddings round once more.
+contrastive loss is: one exchange of 32 bytes a rank in which the ranks agree on what they compute (:func:`agree`), then
+what ``fastkd.exchange`` does: an all-gather of the embeddings, in a few chunks, and one of the numbers a row that the
+backward needs. The backward itself communicates nothing, except in ring mode, where it passes the embeddings round once
+more.
 """
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 Group = dist.ProcessGroup | str | None
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_FAILED, _HAS_WEIGHT, _NEEDS_GRAD = 1, 2, 4
+_FAILED, _HAS_WEIGHT, _NEEDS_GRAD, _NEEDS_KEY_GRAD = 1, 2, 4, 8
 SCALE_TOLERANCE = 1e-4  # relative; ranks whose scales differ by more are not computing one loss
-MERGED_COLUMNS = 4096  # small blocks of neighbouring ranks are joined up to about this many columns
 
 
 @dataclass(frozen=True)
@@ -86,27 +85,32 @@ class Call:
     """What a rank is about to compute.
 
     ``options``: everything that must be equal on all ranks, by the name that an error gives it. ``scale``: NaN where
-    reading it would wait for a device.
+    reading it would wait for a device. ``key_rows``: None where there are as many keys as other rows.
+    ``needs_key_grad``: of the keys, where they are exchanged apart.
     """
 
     rows: int = 0
+    key_rows: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     scale: float = float("nan")
     has_weight: bool = False
     needs_grad: bool = False
+    needs_key_grad: bool = False
     error: Exception | None = None
 
 
 @dataclass(frozen=True)
 class Peers:
-    """The ranks of a group and their rows in the global batch, as :func:`agree` found them."""
+    """The ranks of a group and how many rows each holds, as :func:`agree` found them."""
 
     group: dist.ProcessGroup
     rank: int
     sizes: tuple[int, ...]
+    key_sizes: tuple[int, ...]
     has_weight: bool
     needs_grad: bool
     all_need_grad: bool
+    needs_key_grad: bool = False
 
     @property
     def world_size(self) -> int:
@@ -117,10 +121,10 @@ class Peers:
         """N, the rows of the global batch."""
         return sum(self.sizes)
 
-    def rows(self, rank: int) -> slice:
-        """The rows of ``rank`` among the global batch's."""
-        start = sum(self.sizes[:rank])
-        return slice(start, start + self.sizes[rank])
+    @property
+    def keys(self) -> "Peers":
+        """The same ranks with their numbers of keys."""
+        return replace(self, sizes=self.key_sizes)
 
     def global_rank(self, rank: int) -> int:
         return dist.get_global_rank(self.group, rank)
@@ -141,10 +145,13 @@ def agree(group: dist.ProcessGroup, operation: str, describe: Callable[[], Call]
     except Exception as error:
         call = Call(error=error)
     call.options = {"operation": operation, **call.options, "configure": repr(_config)}
-    flags = _FAILED * (call.error is not None) + _HAS_WEIGHT * call.has_weight + _NEEDS_GRAD * call.needs_grad
+    flags = _FAILED * (call.error is not None) + _HAS_WEIGHT * call.has_weight
+    flags += _NEEDS_GRAD * call.needs_grad + _NEEDS_KEY_GRAD * call.needs_key_grad
     digest = hashlib.sha256(repr(call.options).encode()).digest()
     (scale_bits,) = struct.unpack("<q", struct.pack("<d", call.scale))
-    own = torch.tensor([call.rows, flags, int.from_bytes(digest[:8], "little", signed=True), scale_bits])
+    # Two numbers of rows in one: what the ranks agree on stays at 32 bytes.
+    both_rows = (call.rows if call.key_rows is None else call.key_rows) << 32 | call.rows
+    own = torch.tensor([both_rows, flags, int.from_bytes(digest[:8], "little", signed=True), scale_bits])
     own = own.to(_metadata_device(group))
     world_size = dist.get_world_size(group)
     everyone = own.new_empty(world_size * 4)
@@ -155,15 +162,18 @@ def agree(group: dist.ProcessGroup, operation: str, describe: Callable[[], Call]
     scales_differ = len(known) > 0 and bool((known.max() - known.min()) > SCALE_TOLERANCE * known.min())
     if bool((all_flags & _FAILED).any()) or len(digests.unique()) > 1 or scales_differ:
         _raise_everywhere(group, call)
-    if int(rows.sum()) == 0:
+    sizes, key_sizes = rows & 0xFFFFFFFF, rows >> 32
+    if 0 in (int(sizes.sum()), int(key_sizes.sum())):
         raise ValueError(f"{operation}: got no rows on any of the {world_size} ranks, expected at least one")
     return Peers(
         group,
         dist.get_rank(group),
-        tuple(rows.tolist()),
+        tuple(sizes.tolist()),
+        tuple(key_sizes.tolist()),
         has_weight=bool((all_flags & _HAS_WEIGHT).any()),
         needs_grad=bool((all_flags & _NEEDS_GRAD).any()),
         all_need_grad=bool((all_flags & _NEEDS_GRAD).all()),
+        needs_key_grad=bool((all_flags & _NEEDS_KEY_GRAD).any()),
     )
 
 
@@ -201,92 +211,6 @@ def _check_device(group: dist.ProcessGroup, call: Call) -> None:
         raise ValueError(f"group: got a process group for {backends}, expected one for the inputs' device, {device}")
 
 
-def fits(peers: Peers, units: Tensor) -> bool:
-    """Whether a rank may hold the embeddings of all ranks, each like ``units`` [2, n, D]."""
-    return peers.total * 2 * units.shape[2] * units.element_size() <= _config.max_gathered_bytes
-
-
-def start_gather(peers: Peers, local: Tensor, width: int) -> tuple[Tensor, list[dist.Work]]:
-    """Start to gather ``local``, contiguous with ``width`` elements a row of this rank.
-
-    Returns all ranks' elements, one rank after the other, [N * width]; complete once every work has been waited for.
-    Ranks with unequal numbers of rows broadcast theirs one by one: no padding travels.
-    """
-    assert local.is_contiguous()
-    assert local.numel() == peers.sizes[peers.rank] * width
-    gathered = local.new_empty(peers.total * width)
-    if len(set(peers.sizes)) == 1:
-        work = dist.all_gather_into_tensor(_bytes(gathered), _bytes(local), group=peers.group, async_op=True)
-        return gathered, [work]
-    works = []
-    for rank in range(peers.world_size):
-        part = gathered[_elements(peers, rank, width)]
-        if rank == peers.rank:
-            part.copy_(local.view(-1))
-        if len(part):
-            source = peers.global_rank(rank)
-            works.append(dist.broadcast(_bytes(part), source, group=peers.group, async_op=True))
-    return gathered, works
-
-
-def columns(
-    peers: Peers, units: Tensor, gathered: Tensor | None, works: list[dist.Work]
-) -> Iterator[tuple[slice, Tensor]]:
-    """Every rank's embeddings as (global rows, block [2, m, D]): this rank's first, while the others' travel.
-
-    ``gathered`` and ``works`` come from :func:`start_gather` of ``units`` [2, n, D]; None passes the blocks on in a
-    ring instead, which every rank must go through to its end.
-    """
-    if gathered is None:
-        yield from _ring(peers, units)
-        return
-    yield peers.rows(peers.rank), units
-    for work in works:
-        work.wait()
-    ranks = list(range(peers.world_size))
-    for part in (ranks[peers.rank + 1 :], ranks[: peers.rank]):
-        yield from _merged(peers, part, gathered, units.shape[2])
-
-
-def _merged(peers: Peers, ranks: list[int], gathered: Tensor, D: int) -> Iterator[tuple[slice, Tensor]]:
-    """The blocks of neighbouring ranks, small ones joined: a product with few columns is slow."""
-    pending: list[Tensor] = []
-    start = peers.rows(ranks[0]).start if ranks else 0
-    for rank in ranks:
-        pending.append(gathered[_elements(peers, rank, 2 * D)].view(2, peers.sizes[rank], D))
-        stop = peers.rows(rank).stop
-        if stop > start and (rank == ranks[-1] or stop - start + peers.sizes[rank + 1] > MERGED_COLUMNS):
-            yield slice(start, stop), pending[0] if len(pending) == 1 else torch.cat(pending, dim=1)
-            pending, start = [], stop
-
-
-def _ring(peers: Peers, units: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Passes blocks to the next rank; while one is being computed with, it is sent on and the next one arrives."""
-    following = peers.global_rank((peers.rank + 1) % peers.world_size)
-    preceding = peers.global_rank((peers.rank - 1) % peers.world_size)
-    block = units
-    for step in range(peers.world_size):
-        owner = (peers.rank - step) % peers.world_size
-        incoming, transfers = block, []
-        if step < peers.world_size - 1:
-            incoming = units.new_empty(2, peers.sizes[owner - 1], units.shape[2])  # owner - 1 may be -1, the last rank
-            if block.numel():
-                transfers.append(dist.P2POp(dist.isend, _bytes(block), following, peers.group))
-            if incoming.numel():
-                transfers.append(dist.P2POp(dist.irecv, _bytes(incoming), preceding, peers.group))
-        works = dist.batch_isend_irecv(transfers) if transfers else []
-        if block.numel():
-            yield peers.rows(owner), block
-        for work in works:
-            work.wait()
-        block = incoming
-
-
-def _elements(peers: Peers, rank: int, width: int) -> slice:
-    rows = peers.rows(rank)
-    return slice(rows.start * width, rows.stop * width)
-
-
-def _bytes(x: Tensor) -> Tensor:
-    """The memory of ``x``: every backend moves bytes, not every one moves every dtype."""
-    return x.view(-1).view(torch.uint8)
+def may_hold(size: int) -> bool:
+    """Whether a rank may hold ``size`` bytes of gathered rows."""
+    return size <= _config.max_gathered_bytes

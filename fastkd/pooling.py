@@ -8,7 +8,14 @@ from torch import Tensor
 from fastkd import backends
 from fastkd.backends import reference
 from fastkd.ops.multiscale_pool import multiscale_pool as pool
-from fastkd.validate import check_bool, check_feature_map, check_float_dtype, check_no_tangent, check_sides, check_windows
+from fastkd.validate import (
+    check_bool,
+    check_feature_map,
+    check_float_dtype,
+    check_no_tangent,
+    check_sides,
+    check_windows,
+)
 
 Sides = Sequence[int | tuple[int, int]]
 

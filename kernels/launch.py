@@ -3,9 +3,9 @@
 Where it was filled: every entry was chosen from ahead-of-time compilation (``python -m bench.aot``: no spill, shared
 memory within the limit, warpgroup matrix instructions on sm_90). None has been measured yet.
 
-An entry is a pure function of (kernel, element size, padded D, BOUNDED, hardware). ``sm_80`` entries stay below 99 KiB
-of shared memory, so that they also fit consumer cards of compute capability 8.6 and 8.9, which use them. So do 12.x,
-where those of ``dual_softmax`` spill: there they run only if asked for.
+An entry is a pure function of (kernel, element size, padded D, BOUNDED, hardware); ``contrast`` has no BOUNDED.
+``sm_80`` entries stay below 99 KiB of shared memory, so that they also fit consumer cards of compute capability 8.6 and
+8.9, which use them. So do 12.x, where those of ``dual_softmax`` spill: there they run only if asked for.
 """
 
 import functools
@@ -109,11 +109,65 @@ _SOFT_TARGET: dict[str, tuple[LaunchConfig, ...]] = {
 }
 _SOFT_TARGET_INTERPRETER = (LaunchConfig(4, 32, 4, 1), LaunchConfig(2, 64, 4, 1))
 
-# Windows or positions (BLOCK_M) x channels (BLOCK_N) of an accumulator.
+# Windows or positions (BLOCK_M) x channels (BLOCK_N) of an accumulator of multiscale_pool, forward and backward.
+# On sm_100 64 rows would go through tensor memory, where Triton 3.6 fails to compile.
 _POOL = {
-    "multiscale_pool_forward": LaunchConfig(64, 64, 4, 2, ctas_per_sm=3),
-    "multiscale_pool_backward": LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    "sm_80": LaunchConfig(32, 64, 8, 1),
+    "sm_90": LaunchConfig(64, 64, 8, 1),
+    "sm_100": LaunchConfig(32, 64, 8, 1),
+    "gfx942": LaunchConfig(32, 32, 4, 1),
 }
+# As _TABLE, one entry for every mask; contrast_self is the backward of queries contrasted with themselves.
+_CONTRAST_SM80: dict[tuple[str, int, int], LaunchConfig] = {
+    ("contrast_forward", 2, 64): LaunchConfig(64, 32, 8, 2),
+    ("contrast_forward", 2, 128): LaunchConfig(64, 32, 8, 2),
+    ("contrast_forward", 4, 64): LaunchConfig(32, 32, 8, 2),
+    ("contrast_forward", 4, 128): LaunchConfig(32, 32, 8, 2),
+    ("contrast_backward", 2, 64): LaunchConfig(64, 32, 8, 2),
+    ("contrast_backward", 2, 128): LaunchConfig(64, 32, 8, 2),
+    ("contrast_backward", 4, 64): LaunchConfig(32, 32, 8, 2),
+    ("contrast_backward", 4, 128): LaunchConfig(32, 32, 8, 2),
+    ("contrast_self", 2, 64): LaunchConfig(64, 32, 8, 2),
+    ("contrast_self", 2, 128): LaunchConfig(32, 32, 8, 2),
+    ("contrast_self", 4, 64): LaunchConfig(32, 32, 8, 2),
+    ("contrast_self", 4, 128): LaunchConfig(32, 32, 8, 2),
+}
+_CONTRAST_SM90 = {
+    ("contrast_forward", 2, 64): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
+    ("contrast_forward", 2, 128): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
+    ("contrast_forward", 2, 256): LaunchConfig(128, 64, 8, 2),
+    ("contrast_forward", 4, 64): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
+    ("contrast_forward", 4, 128): LaunchConfig(128, 64, 8, 2),
+    ("contrast_backward", 2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=3),
+    ("contrast_backward", 2, 128): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_backward", 2, 256): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
+    ("contrast_backward", 4, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_backward", 4, 128): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
+    ("contrast_self", 2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_self", 2, 128): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_self", 2, 256): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
+    ("contrast_self", 4, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_self", 4, 128): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
+}
+_CONTRAST_SM100 = _CONTRAST_SM90 | {
+    ("contrast_forward", 2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_forward", 2, 128): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_forward", 2, 256): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_forward", 4, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_forward", 4, 128): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_backward", 2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+    ("contrast_backward", 2, 256): LaunchConfig(64, 64, 8, 2),
+    ("contrast_backward", 4, 128): LaunchConfig(64, 32, 4, 2),
+    ("contrast_self", 2, 256): LaunchConfig(64, 32, 8, 2),
+    ("contrast_self", 4, 128): LaunchConfig(64, 32, 4, 2),
+}
+_CONTRAST_GFX942 = {
+    (kernel, itemsize, block_d): LaunchConfig(64, 16, 4, 1)
+    for kernel in ("contrast_forward", "contrast_backward", "contrast_self")
+    for itemsize in (2, 4)
+    for block_d in (64, 128)
+}
+_CONTRAST = {"sm_80": _CONTRAST_SM80, "sm_90": _CONTRAST_SM90, "sm_100": _CONTRAST_SM100, "gfx942": _CONTRAST_GFX942}
 
 
 def launch_config(kernel: str, *, dtype: torch.dtype, block_d: int, bounded: bool, hardware: str) -> LaunchConfig:
@@ -141,15 +195,42 @@ def soft_target_entries(kernel: str, hardware: str) -> tuple[LaunchConfig, ...]:
     return _SOFT_TARGET_INTERPRETER if hardware == "interpreter" else _SOFT_TARGET[kernel]
 
 
-def pool_config(kernel: str, hardware: str) -> LaunchConfig:
-    """The entry of "multiscale_pool_forward" or "multiscale_pool_backward"."""
-    return _INTERPRETER if hardware == "interpreter" else _POOL[kernel]
+def pool_config(hardware: str) -> LaunchConfig:
+    """The entry of multiscale_pool's kernels."""
+    return _INTERPRETER if hardware == "interpreter" else _POOL[hardware]
 
 
 def fits(dtype: torch.dtype, block_d: int, hardware: str) -> bool:
     """Whether rows this wide fit the streaming kernels; wider ones go through matrix products."""
     table = _SM90 if hardware == "interpreter" else _TABLE[hardware]
     return (_BACKWARD, dtype.itemsize, max(block_d, 64)) in table
+
+
+def contrast_config(kernel: str, *, dtype: torch.dtype, block_d: int, hardware: str) -> LaunchConfig:
+    """The entry of "contrast_forward", "contrast_backward" or "contrast_self"; KeyError where there is none."""
+    if hardware == "interpreter":
+        return _INTERPRETER
+    return _CONTRAST[hardware][kernel, dtype.itemsize, max(block_d, 64)]
+
+
+def contrast_entries(hardware: str) -> Iterator[tuple[str, int, int, LaunchConfig]]:
+    """(kernel, bytes an element, padded D, config) of every entry."""
+    for (kernel, itemsize, block_d), config in _CONTRAST[hardware].items():
+        yield kernel, itemsize, block_d, config
+
+
+def contrast_fits(dtype: torch.dtype, block_d: int, hardware: str) -> bool:
+    """As :func:`fits`, for contrast."""
+    table = _CONTRAST_SM90 if hardware == "interpreter" else _CONTRAST[hardware]
+    return ("contrast_backward", dtype.itemsize, max(block_d, 64)) in table
+
+
+def allows_tf32() -> bool:
+    """Whether fp32 products on a GPU may be tf32, by whichever of PyTorch's settings the user chose it.
+
+    ``torch.get_float32_matmul_precision()`` would raise after an assignment to ``torch.backends.*.fp32_precision``.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def hardware_of(device: torch.device) -> str:

@@ -1,15 +1,15 @@
 """``multiscale_pool`` on a GPU: a tile of windows x channels at a time, as a product with a matrix of zeros and ones.
 
-Bytes a channel, for H W positions, M windows and e bytes an element: the forward reads H W e and writes M e. With NORMALIZE
-it visits the channels twice, first for the norms, and the second visit finds the map in the L2 cache. The backward
-reads M e (2 M e with NORMALIZE: the unit rows too) and writes H W e.
+Bytes a channel, for H W positions, M windows and e bytes an element: the forward reads H W e and writes M e. With
+NORMALIZE it visits the channels twice, first for the norms; the second finds the map in the L2 cache. The backward
+reads M e (2 M e with NORMALIZE: the unit rows too) and writes H W e. Not measured on a GPU yet.
 
 Legend. ``X`` [B, C, H, W], ``GRAD_X`` likewise; ``Y`` [B, M, C] the averages or unit rows, ``G`` their gradient.
-``P`` [m, p]: whether window m contains position p, made from indices; the sums ``P X`` and ``P^T G`` are fp32. Zeros and ones
-are exact in every dtype, and so are products with fp16 and bf16. fp32 operands are the sum of two that tf32 holds
-(IS_SPLIT): all but the last bit or two survive. 0 * inf would be NaN: a tile that holds values that are not finite takes two
-more products, which count them in each window. SCALES: for every scale its first window, its windows a row and a column, and
-height, width, vertical and horizontal stride. ALIGN divides the map's strides, so that loads are as wide as that allows.
+``P`` [m, p]: whether window m contains position p, made from indices; the sums ``P X`` and ``P^T G`` are fp32. Zeros
+and ones are exact in every dtype, and so are products with fp16 and bf16. fp32 operands are the sum of two that tf32
+holds (IS_SPLIT): all but the last bit or two survive. 0 * inf is NaN: a tile of sums that are not all finite is summed
+again, one position or window at a time. SCALES: for every scale its first window, its windows a row and a column, and
+height, width, vertical and horizontal stride. ALIGN divides the map's strides, so that loads are as wide as it allows.
 """
 
 import math
@@ -24,6 +24,7 @@ from fastkd.backends.reference import NORM_EPS, window_counts
 
 EPS = tl.constexpr(NORM_EPS)
 INF = tl.constexpr(float("inf"))
+TINY = tl.constexpr(1e-30)  # far below a norm that counts as zero
 ROWS = 16  # of a program that takes dot products
 PROGRAMS = 8  # a multiprocessor, at least, where there are channels enough
 
@@ -43,23 +44,25 @@ def _windows(m, SCALES: tl.constexpr):
 
 
 @triton.jit
+def _contains(y, x, y0, x0, h, w):
+    """Whether positions (y, x) are in the windows; negative distances are huge as unsigned numbers."""
+    return ((y - y0).to(tl.uint32) < h.to(tl.uint32)) & ((x - x0).to(tl.uint32) < w.to(tl.uint32))
+
+
+@triton.jit
 def _add_product(acc, contains, values, IS_SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """``acc + contains @ values``, where values that are not finite reach only the rows that contain them."""
-    is_finite = tl.abs(values.to(tl.float32)) < INF
-    finite = tl.where(is_finite, values, 0.0).to(values.dtype)
+    """``acc + contains @ values``."""
     ones = contains.to(values.dtype)
     if IS_SPLIT:
-        high = (finite.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
-        acc = tl.dot(ones, finite - high, acc, input_precision=PRECISION)
-        finite = high
-    acc = tl.dot(ones, finite, acc, input_precision=PRECISION)
-    if tl.max(tl.max(is_finite.to(tl.int32) ^ 1, 1), 0) > 0:
-        none = tl.zeros_like(acc)
-        ones = contains.to(tl.float16)
-        up = tl.dot(ones, ((values == INF) | (values != values)).to(tl.float16), none)
-        down = tl.dot(ones, ((values == -INF) | (values != values)).to(tl.float16), none)
-        acc += tl.where(up > 0, INF, 0.0) - tl.where(down > 0, INF, 0.0)  # both: NaN
-    return acc
+        high = (values.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+        acc = tl.dot(ones, values - high, acc, input_precision=PRECISION)
+        values = high
+    return tl.dot(ones, values, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _is_finite(acc):
+    return tl.min(tl.min((tl.abs(acc) < INF).to(tl.int32), 1), 0) > 0
 
 
 @triton.jit
@@ -80,9 +83,13 @@ def _sums(
             inside = in_c[:, None] & (p < H * W)[None, :]
             x = tl.load(X + offs_c.to(tl.int64)[:, None] * stride_xc + p[None, :], mask=inside, other=0.0)
             x = tl.trans(x)
-        dy, dx = (p // W)[None, :] - y0[:, None], (p % W)[None, :] - x0[:, None]
-        contains = (dy >= 0) & (dy < h[:, None]) & (dx >= 0) & (dx < w[:, None])
+        contains = _contains((p // W)[None, :], (p % W)[None, :], y0[:, None], x0[:, None], h[:, None], w[:, None])
         acc = _add_product(acc, contains, x, IS_SPLIT=IS_SPLIT, PRECISION=PRECISION)
+    if not _is_finite(acc):
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for p in range(p_first, p_last):
+            x = tl.load(X + p * stride_xp + offs_c * stride_xc, mask=in_c, other=0.0).to(tl.float32)
+            acc += tl.where(_contains(p // W, p % W, y0, x0, h, w)[:, None], x[None, :], 0.0)
     return acc
 
 
@@ -99,49 +106,52 @@ def _forward_kernel(
     m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     in_m = m < M
     C = C // ALIGN * ALIGN
-    stride_xc = stride_xc.to(tl.int64) // ALIGN * ALIGN
-    stride_xp = stride_xp.to(tl.int64) // ALIGN * ALIGN
+    # One of the two is 1, which nothing else divides.
+    if CHANNELS_LAST:
+        stride_xp = stride_xp.to(tl.int64) // ALIGN * ALIGN
+    else:
+        stride_xc = stride_xc.to(tl.int64) // ALIGN * ALIGN
     X += sample * (stride_xb.to(tl.int64) // ALIGN * ALIGN)
     y0, x0, h, w = _windows(m, SCALES)
-    area = (h * w).to(tl.float32)[:, None]
+    per_area = 1.0 / (h * w).to(tl.float32)
     p_first, p_last = 0, H * W
     if H * W > BLOCK_P:
         p_first = tl.min(tl.where(in_m, y0, H), 0) * W // BLOCK_P * BLOCK_P
         p_last = tl.max(tl.where(in_m, y0 + h, 0), 0) * W
     offs_n = tl.arange(0, BLOCK_N)
     if NORMALIZE:
-        largest = tl.zeros([BLOCK_M], tl.float32)
+        divisor = tl.full([BLOCK_M], 0.0, tl.float32)
         squares = tl.zeros([BLOCK_M], tl.float32)
-        divisor = largest + 1.0
         for c in range(0, C, BLOCK_N):
-            mean = _sums(
+            y = _sums(
                 X, stride_xc, stride_xp, y0, x0, h, w, p_first, p_last, c + offs_n, C, H=H, W=W,
                 CHANNELS_LAST=CHANNELS_LAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_P=BLOCK_P, IS_SPLIT=IS_SPLIT,
                 PRECISION=PRECISION,
-            ) / area  # fmt: skip
+            ) * per_area[:, None]  # fmt: skip
             # Divided by the largest magnitude before squaring: the square of 1e30 overflows, that of 1e-30 vanishes.
-            new = tl.maximum(largest, tl.max(tl.abs(mean), 1))
-            divisor = tl.where(new == 0, 1.0, new)
-            mean = mean / divisor[:, None]
-            decay = largest / divisor
-            squares = squares * decay * decay + tl.sum(mean * mean, 1)
-            largest = new
+            # By a sixteenth of it, whose reciprocal is a normal number up to the largest.
+            new = tl.maximum(tl.max(tl.abs(y), 1) * 0.0625, divisor)
+            new = tl.where(new < TINY, 0.0, new)
+            per_new = tl.where(new == 0.0, 0.0, 1.0 / new)
+            decay = divisor * per_new
+            y = y * per_new[:, None]
+            squares = squares * decay * decay + tl.sum(y * y, 1)
+            divisor = new
         norm = tl.sqrt_rn(squares)
         is_zero = divisor * norm <= EPS
-        norm = tl.where(is_zero, 1.0, norm)
         inverse_norm = tl.where(is_zero, 0.0, 1.0 / (divisor * norm))
         if split == 0:
             tl.store(INVERSE_NORM + sample * M + m, inverse_norm, mask=in_m)
-        # In two steps: the product of the two may overflow where neither does.
-        norm, area = tl.where(is_zero, 1.0, norm)[:, None], area * divisor[:, None]
+        # One after the other: the reciprocal of a large norm may vanish.
+        per_divisor, per_norm = tl.where(is_zero, 0.0, 1.0 / divisor), tl.where(is_zero, 0.0, 1.0 / norm)
     for c in range(split * BLOCK_N, C, splits * BLOCK_N):
         y = _sums(
             X, stride_xc, stride_xp, y0, x0, h, w, p_first, p_last, c + offs_n, C, H=H, W=W,
             CHANNELS_LAST=CHANNELS_LAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_P=BLOCK_P, IS_SPLIT=IS_SPLIT,
             PRECISION=PRECISION,
-        ) / area  # fmt: skip
+        ) * per_area[:, None]  # fmt: skip
         if NORMALIZE:
-            y = tl.where(is_zero[:, None], 0.0, y / norm)
+            y = y * per_divisor[:, None] * per_norm[:, None]
         rows = Y + (sample * M + m)[:, None] * C
         tl.store(rows + (c + offs_n)[None, :], y.to(Y.dtype.element_ty), mask=in_m[:, None] & (c + offs_n < C)[None, :])
 
@@ -167,30 +177,33 @@ def _dots_kernel(G, U, DOTS, n, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 
 
 @triton.jit
-def _add_gradients(
-    acc, G, U, INVERSE_NORM, DOTS, dots, sample, y, x, m, m_last, offs_c, C,
-    M: tl.constexpr, SCALES: tl.constexpr, NORMALIZE: tl.constexpr, HAS_DOTS: tl.constexpr,
-    IS_SPLIT: tl.constexpr, IS_ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
+def _load_gradients(
+    G, U, INVERSE_NORM, DOTS, dots, rows, per_area, in_rows, offs_c, in_c, C,
+    NORMALIZE: tl.constexpr, HAS_DOTS: tl.constexpr,
 ):  # fmt: skip
-    """``acc`` plus the gradients of windows m < m_last at positions (y, x), [positions, channels]."""
-    y0, x0, h, w = _windows(m, SCALES)
-    in_m = m < m_last
-    rows = sample * M + m
-    inside = in_m[:, None] & (offs_c < C)[None, :]
-    g = tl.load(G + rows[:, None] * C + offs_c[None, :], mask=inside, other=0.0).to(tl.float32)
+    """Gradients of the sums of windows ``rows``, broadcast over ``offs_c``; 0 outside."""
+    inside = in_rows & in_c
+    g = tl.load(G + rows * C + offs_c, mask=inside, other=0.0).to(tl.float32)
     if NORMALIZE:
-        u = tl.load(U + rows[:, None] * C + offs_c[None, :], mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(U + rows * C + offs_c, mask=inside, other=0.0).to(tl.float32)
         if HAS_DOTS:
-            dots = tl.load(DOTS + rows, mask=in_m, other=0.0)
-        inverse_norm = tl.load(INVERSE_NORM + rows, mask=in_m, other=0.0)
-        g = tl.where(inside, (g - dots[:, None] * u) * inverse_norm[:, None], 0.0)
-    g = g / (h * w).to(tl.float32)[:, None]
-    if IS_ROUNDED:
-        rounded = ((g.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-        g = tl.where(tl.abs(g) < INF, rounded, g)  # a NaN's bits could carry over into a zero
-    dy, dx = y[:, None] - y0[None, :], x[:, None] - x0[None, :]
-    contains = (dy >= 0) & (dy < h[None, :]) & (dx >= 0) & (dx < w[None, :]) & in_m[None, :]
-    return _add_product(acc, contains, g, IS_SPLIT=IS_SPLIT, PRECISION=PRECISION)
+            dots = tl.load(DOTS + rows, mask=in_rows, other=0.0)
+        inverse_norm = tl.load(INVERSE_NORM + rows, mask=in_rows, other=0.0)
+        # Past the last channel, a row's dot product that is not finite must not become one.
+        g = tl.where(inside, (g - dots * u) * inverse_norm, 0.0)
+    return g * per_area
+
+
+@triton.jit
+def _scale_range(k, p_first, p_last, W: tl.constexpr, SCALES: tl.constexpr):
+    """First and last (exclusive) window of scale k in the rows of windows that reach positions [p_first, p_last)."""
+    first, columns, rows, h, stride = 0, 1, 0, 1, 1
+    for i in tl.static_range(len(SCALES)):
+        if k == i:
+            first, columns, rows, h, stride = SCALES[i][0], SCALES[i][1], SCALES[i][2], SCALES[i][3], SCALES[i][5]
+    top = max(p_first // W - h + stride, 0) // stride
+    bottom = min((p_last - 1) // W // stride + 1, rows)
+    return first + top * columns, first + bottom * columns
 
 
 @triton.jit(do_not_specialize=["C", "splits"])
@@ -207,6 +220,7 @@ def _backward_kernel(
     first = tl.program_id(0) % tiles * BLOCK_P
     p = first + tl.arange(0, BLOCK_P)
     in_p = p < H * W
+    last = min(first + BLOCK_P, H * W)
     y, x = p // W, p % W
     C = C // ALIGN * ALIGN
     offs_m = tl.arange(0, BLOCK_M)
@@ -217,27 +231,40 @@ def _backward_kernel(
     GRAD_X += sample * H * W * C
     for c in range(split * BLOCK_N, C, splits * BLOCK_N):
         offs_c = c + offs_n
-        acc = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-        if M <= BLOCK_M:
-            acc = _add_gradients(
-                acc, G, U, INVERSE_NORM, DOTS, dots, sample, y, x, offs_m, M, offs_c, C, M=M, SCALES=SCALES,
-                NORMALIZE=NORMALIZE, HAS_DOTS=HAS_DOTS, IS_SPLIT=IS_SPLIT, IS_ROUNDED=IS_ROUNDED, PRECISION=PRECISION,
-            )  # fmt: skip
-        else:
-            for k in tl.static_range(len(SCALES)):
-                # The rows of windows of scale k that reach rows [first // W, last // W] of the map.
-                last = min(first + BLOCK_P, H * W) - 1
-                top = max(first // W - SCALES[k][3] + SCALES[k][5], 0) // SCALES[k][5]
-                bottom = min(last // W // SCALES[k][5] + 1, SCALES[k][2])
-                m_last = SCALES[k][0] + bottom * SCALES[k][1]
-                for m in range(SCALES[k][0] + top * SCALES[k][1], m_last, BLOCK_M):
-                    acc = _add_gradients(
-                        acc, G, U, INVERSE_NORM, DOTS, dots, sample, y, x, m + offs_m, m_last, offs_c, C,
-                        M=M, SCALES=SCALES, NORMALIZE=NORMALIZE, HAS_DOTS=HAS_DOTS, IS_SPLIT=IS_SPLIT,
-                        IS_ROUNDED=IS_ROUNDED, PRECISION=PRECISION,
-                    )  # fmt: skip
-        grad = acc.to(GRAD_X.dtype.element_ty)
         in_c = offs_c < C
+        acc = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+        # One tile of windows may hold several scales; several are taken scale by scale.
+        for k in range(1 if M <= BLOCK_M else len(SCALES)):
+            m_first, m_last = 0, M
+            if M > BLOCK_M:
+                m_first, m_last = _scale_range(k, first, last, W=W, SCALES=SCALES)
+            for m in range(m_first, m_last, BLOCK_M):
+                y0, x0, h, w = _windows(m + offs_m, SCALES)
+                in_m = m + offs_m < m_last
+                per_area = 1.0 / (h * w).to(tl.float32)
+                g = _load_gradients(
+                    G, U, INVERSE_NORM, DOTS, dots[:, None], (sample * M + m + offs_m)[:, None], per_area[:, None],
+                    in_m[:, None], offs_c[None, :], in_c[None, :], C, NORMALIZE=NORMALIZE, HAS_DOTS=HAS_DOTS,
+                )  # fmt: skip
+                if IS_ROUNDED:
+                    rounded = ((g.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+                    g = tl.where(tl.abs(g) < INF, rounded, g)  # a NaN's bits could carry over into a zero
+                h = tl.where(in_m, h, 0)
+                contains = _contains(y[:, None], x[:, None], y0[None, :], x0[None, :], h[None, :], w[None, :])
+                acc = _add_product(acc, contains, g, IS_SPLIT=IS_SPLIT, PRECISION=PRECISION)
+        if not _is_finite(acc):
+            acc = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+            for m in range(M):
+                y0, x0, h, w = _windows(m, SCALES)
+                dot = 0.0
+                if NORMALIZE and not HAS_DOTS:
+                    dot = tl.sum(tl.where(offs_m == m, dots, 0.0), 0)
+                g = _load_gradients(
+                    G, U, INVERSE_NORM, DOTS, dot, sample * M + m, 1.0 / (h * w), True, offs_c, in_c, C,
+                    NORMALIZE=NORMALIZE, HAS_DOTS=HAS_DOTS,
+                )  # fmt: skip
+                acc += tl.where(_contains(y, x, y0, x0, h, w)[:, None], g[None, :], 0.0)
+        grad = acc.to(GRAD_X.dtype.element_ty)
         if CHANNELS_LAST:
             offsets = p.to(tl.int64)[:, None] * C + offs_c[None, :]
             tl.store(GRAD_X + offsets, grad, mask=in_p[:, None] & in_c[None, :])
@@ -289,7 +316,7 @@ def pooled(
     X, stride_xc, stride_xp = _strides(features)
     channels_last = stride_xp != 1
     hardware = hardware_of(X.device)
-    config = pool_config("multiscale_pool_forward", hardware)
+    config = pool_config(hardware)
     BLOCK_M = _block(M, config.BLOCK_M)
     programs = B * triton.cdiv(M, BLOCK_M)
     splits = 1 if normalize else _splits(programs, C, config.BLOCK_N, X.device)
@@ -331,7 +358,7 @@ def spread_gradients(
     B, C, H, W = grad_features.shape
     M = grad.shape[1]
     hardware = hardware_of(grad.device)
-    config = pool_config("multiscale_pool_backward", hardware)
+    config = pool_config(hardware)
     BLOCK_M, BLOCK_P = _block(M, config.BLOCK_M), _block(H * W, config.BLOCK_M)
     ALIGN = math.gcd(16 // grad.element_size(), C)
     programs = B * triton.cdiv(H * W, BLOCK_P)

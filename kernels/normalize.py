@@ -17,6 +17,12 @@ EPS = tl.constexpr(NORM_EPS)
 BLOCK_ELEMENTS = 2048
 
 
+@triton.jit
+def round_to_tf32(x):
+    rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)  # a NaN's bits could carry over into a zero
+
+
 @triton.jit(do_not_specialize=["stride_0n", "stride_0d", "stride_1n", "stride_1d", "n", "D", "width"])
 def _unit_rows_kernel(
     X0, X1, stride_0n, stride_0d, stride_1n, stride_1d, UNITS, INVERSE_NORM, n, D, width,
@@ -41,8 +47,7 @@ def _unit_rows_kernel(
     norm = tl.where(is_zero, 1.0, norm)
     unit = tl.where(is_zero[:, None], 0.0, tl.div_rn(x, norm[:, None]))
     if TO_TF32:
-        rounded = ((unit.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-        unit = tl.where(unit == unit, rounded, unit)  # a NaN's bits could carry over into a zero
+        unit = round_to_tf32(unit)
     inverse_norm = tl.where(is_zero, 0.0, tl.div_rn(1.0, divisor * norm))
     rows += side.to(tl.int64) * n
     units = unit.to(UNITS.dtype.element_ty)

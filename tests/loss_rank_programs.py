@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bench.traffic import CountedBytes
 from fastkd import CKDLoss, MSDCRDLoss, PCKDLoss, preview_weight
-from tests.rank_programs import counted_bytes, part
+from tests.rank_programs import part
 
 CLASSES, D_S, D_T = 4, 5, 6
 
@@ -81,9 +82,9 @@ def module_on_rank(
 def local_bytes(rank: int, name: str) -> dict[str, int]:
     """What a module of ``group="local"`` puts on the wire, forward and backward."""
     inputs = {key: part(x, (3, 3), rank) for key, x in batch(6).items()}
-    with counted_bytes() as sent:
+    with CountedBytes() as counter:
         terms_and_gradients(Student(name, group="local"), inputs, {})
-    return sent
+    return dict(counter.sent)
 
 
 def preview_on_rank(rank: int, sizes: tuple[int, ...], ce: Tensor, threshold: float, group: str | None) -> Tensor:

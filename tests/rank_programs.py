@@ -3,8 +3,9 @@
 import io
 import itertools
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastkd import DCDLoss, dcd_loss, info_nce_loss, pack
+from bench.traffic import CountedBytes
+from fastkd import DCDLoss, dcd_loss, exchange, info_nce_loss, pack
 from fastkd import distributed as fastkd_distributed
+from fastkd.backends import blocked_rows
 from tests.checks import embeddings
 
 D = 6
@@ -38,6 +42,11 @@ def use_extension(library: str | None) -> None:
     assert pack.extension_covers("cpu") == (library is not None)
 
 
+def cut_into(chunks: int) -> None:
+    """Exchange even the smallest rows in this number of chunks, and join no blocks."""
+    exchange.CHUNK_BYTES, exchange.MAX_CHUNKS, exchange.MERGED_COLUMNS = 1, chunks, 1
+
+
 def weights_on_some_ranks(rank: int, name: str) -> list[Tensor]:
     """Loss and gradient of the first rows when rank 1 of three passes no weights, which counts as ones."""
     first, second, scale, weight = case(7, weighted=True)
@@ -53,11 +62,18 @@ def part(x: Tensor | None, sizes: tuple[int, ...], rank: int) -> Tensor | None:
 
 def loss_and_gradients(
     rank: int, name: str, sizes: tuple[int, ...], options: dict[str, Any], settings: dict[str, Any]
-) -> dict[str, Any]:
-    """This rank's loss and gradients, and what it put on the wire."""
+) -> dict[str, Any] | None:
+    """This rank's loss and gradients, and what it put on the wire; None outside of ``settings["members"]``."""
     fastkd_distributed.configure(**settings.get("configure", {}))
     if "extension" in settings:
         use_extension(settings["extension"])
+    if "chunks" in settings:
+        cut_into(settings["chunks"])
+    if "members" in settings:
+        group = dist.new_group(settings["members"])
+        if rank not in settings["members"]:
+            return None
+        rank, options = settings["members"].index(rank), {**options, "group": group}
     first, second, scale, weight = case(sum(sizes), **settings.get("case", {}))
     first, second, weight = (part(x, sizes, rank) for x in (first, second, weight))
     assert first is not None
@@ -67,11 +83,11 @@ def loss_and_gradients(
     for key, leaf in zip(("first", "second", "scale"), leaves, strict=True):
         leaf.requires_grad_(key != frozen or rank != on_rank)
     copies = [x.detach().clone() for x in leaves]
-    with counted_bytes() as sent:
+    with CountedBytes() as counter:
         # A number is a known bound of the scale.
         scale_or_number = scale.item() if settings.get("bounded") else scale
         loss = LOSSES[name](first, second, scale_or_number, sample_weight=weight, **options)
-        forward_bytes = dict(sent)
+        forward_bytes = dict(counter.sent)
         loss.backward(torch.tensor(settings.get("upstream", 1.0), dtype=loss.dtype))
     untouched = all(torch.equal(x.detach(), copy) for x, copy in zip(leaves, copies, strict=True))
     return {
@@ -81,53 +97,13 @@ def loss_and_gradients(
         "scale": scale.grad,
         "untouched": untouched,
         "forward_bytes": forward_bytes,
-        "bytes": dict(sent),
+        "bytes": dict(counter.sent),
     }
 
 
-def several_cases(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+def several_cases(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any] | None]:
     """``loss_and_gradients`` of each case in turn: for processes that start slowly."""
     return [loss_and_gradients(rank, *arguments) for arguments in cases]
-
-
-@contextmanager
-def counted_bytes() -> Iterator[dict[str, int]]:
-    """Bytes that this rank sends to others, by the collective that sends them."""
-    sent: dict[str, int] = {}
-    originals = {
-        name: getattr(dist, name)
-        for name in ("all_gather_into_tensor", "broadcast", "batch_isend_irecv", "all_reduce", "reduce_scatter_tensor")
-    }
-    others = dist.get_world_size() - 1
-
-    def count(name: str, number: int) -> None:
-        sent[name] = sent.get(name, 0) + number
-
-    def all_gather(output: Tensor, local: Tensor, *args: Any, **kwargs: Any) -> Any:
-        count("all_gather", local.numel() * local.element_size() * others)
-        return originals["all_gather_into_tensor"](output, local, *args, **kwargs)
-
-    def broadcast(x: Tensor, src: int, *args: Any, **kwargs: Any) -> Any:
-        count("broadcast", x.numel() * x.element_size() * others if src == dist.get_rank() else 0)
-        return originals["broadcast"](x, src, *args, **kwargs)
-
-    def send_receive(transfers: list[dist.P2POp]) -> Any:
-        for transfer in transfers:
-            if transfer.op is dist.isend:
-                count("ring", transfer.tensor.numel() * transfer.tensor.element_size())
-        return originals["batch_isend_irecv"](transfers)
-
-    def forbidden(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a gradient collective")
-
-    replacements = {"all_gather_into_tensor": all_gather, "broadcast": broadcast, "batch_isend_irecv": send_receive}
-    try:
-        for name in originals:
-            setattr(dist, name, replacements.get(name, forbidden))
-        yield sent
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
 
 
 def sub_groups(rank: int) -> dict[str, Any]:
@@ -203,24 +179,125 @@ def call_with(rank: int, by_rank: dict[int, dict[str, Any]], name: str = "dcd") 
     return "done"
 
 
-def die_in_forward(rank: int, victim: int, when: str) -> str:
-    """One rank ends without a word, before or after its embeddings are on the way; the others must notice."""
+class AtCollective(TorchDispatchMode):
+    """Calls ``event(i)`` before this rank's i-th collective, counted from 0, whether Python or C++ starts it."""
+
+    def __init__(self, event: Callable[[int], None]) -> None:
+        super().__init__()
+        self.event, self.calls = event, itertools.count()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.event(next(self.calls))
+        return func(*args, **(kwargs or {}))
+
+
+def die_in_forward(rank: int, victim: int, collective: int, library: str | None) -> str:
+    """One rank ends without a word before one of its collectives; the others must notice."""
+    use_extension(library)
+    cut_into(2)
     rows, other = embeddings(4, D)
-    if rank == victim:
-        if when == "embeddings":
+
+    def die(call: int) -> None:
+        if rank == victim and call == collective:
             os._exit(1)
-        original = dist.all_gather_into_tensor
-        calls = itertools.count()
 
-        def dies(*args: Any, **kwargs: Any) -> Any:
-            if next(calls) == {"between": 1, "numbers": 2}[when]:
-                os._exit(1)
-            return original(*args, **kwargs)
-
-        dist.all_gather_into_tensor = dies
-    loss = dcd_loss(rows.requires_grad_(), other, 2.0)
+    with AtCollective(die):
+        loss = dcd_loss(rows.requires_grad_(), other, 2.0)
     loss.backward()
     return "finished"
+
+
+def held_back(rank: int, sizes: tuple[int, ...], collective: int, library: str | None) -> bool:
+    """The last rank starts the collective of its last rows once rank 0 has computed with other rows of another rank.
+
+    Returns whether that happened on this rank.
+    """
+    use_extension(library)
+    cut_into(2)
+    store, happened = dist.distributed_c10d._get_default_store(), []
+    add = blocked_rows.DualStatistics.add
+
+    def computing(self: Any, columns: Tensor, *, is_own: bool) -> None:
+        add(self, columns, is_own=is_own)
+        if rank == 0 and not is_own and not happened:
+            store.set("computed", "")
+            happened.append(True)
+
+    def hold(call: int) -> None:
+        if rank == len(sizes) - 1 and call == collective:
+            store.wait(["computed"], timedelta(seconds=8))
+            happened.append(True)
+
+    blocked_rows.DualStatistics.add = computing
+    first, second, scale, _ = case(sum(sizes))
+    with AtCollective(hold):
+        dcd_loss(part(first, sizes, rank), part(second, sizes, rank), scale)
+    return bool(happened)
+
+
+def exchanged(rank: int, library: str | None, chunks: int, ring: bool) -> dict[str, list[Tensor]]:
+    """Stacks of one and two tensors, with more keys than queries, and labels: the columns of each, twice."""
+    use_extension(library)
+    cut_into(chunks)
+    fastkd_distributed.configure(max_gathered_bytes=0 if ring else 1 << 30)
+    result = {}
+    for name, queries, keys in (("equal", (3, 3, 3), (5, 5, 5)), ("unequal", (2, 0, 3), (0, 4, 1))):
+        call = fastkd_distributed.Call(queries[rank], keys[rank], {"device": "cpu"})
+        peers = fastkd_distributed.agree(dist.group.WORLD, name, lambda call=call: call)
+        for kind, of, sizes in (("queries", peers, queries), ("keys", peers.keys, keys)):
+            first, second = embeddings(sum(sizes), D)
+            labels = torch.arange(sum(sizes)) + (1 << 60)
+            own = [part(x, sizes, rank) for x in (first, second)]
+            for rows in (own[:1], own):
+                started, units, _, gathered = exchange.start(of, rows, torch.float64, normalize=False)
+                numbers = exchange.start_numbers(of, part(labels, sizes, rank)[:, None])
+                for x in own:
+                    x.neg_()  # what travels is a copy
+                columns = [list(started.columns(units, gathered)) for _ in range(2)]
+                for x in own:
+                    x.neg_()
+                result[f"{name} {kind} {len(rows)}"] = [
+                    numbers.wait(started)[:, 0],
+                    *(torch.cat([block for _, block in blocks], dim=1) for blocks in columns),
+                    torch.tensor([cols.stop for blocks in columns for cols, _ in blocks]),
+                ]
+    return result
+
+
+def gathered_alone(rank: int, backend: str, device: str, library: str | None) -> Tensor | None:
+    """On one rank, what a backend brings back of 7 rows in chunks; None where the extension lacks the device."""
+    use_extension(library)
+    if library is not None and not pack.extension_gathers(device):
+        return None
+    group = dist.new_group([0], backend=backend)
+    peers = fastkd_distributed.Peers(group, 0, (7,), (7,), has_weight=False, needs_grad=False, all_need_grad=False)
+    rows = [x.to(device) for x in embeddings(7, D)]
+    for bounds in ([0, 7], [0, 2, 4, 7], []):
+        units, _, gathered, works = exchange.start_gather(peers, rows, torch.float64, True, bounds)
+        for work in works:
+            work.wait()
+        sizes = [2 * D * (b - a) for a, b in itertools.pairwise(bounds)] or [2 * D * 7]
+        assert torch.equal(torch.cat([chunk.view(2, -1, D) for chunk in gathered.split(sizes)], dim=1), units)
+    return units.cpu()
+
+
+def forwards_alone(rank: int, library: str | None) -> list[Tensor]:
+    """Losses that no backward follows, one without gradients on rank 0 only; then one with its backward."""
+    use_extension(library)
+    cut_into(2)
+    first, second, scale, _ = case(6)
+    first, second = first.split(3)[rank].clone().requires_grad_(), second.split(3)[rank]
+    for _ in range(20):
+        dcd_loss(first, second, scale)
+    with torch.set_grad_enabled(rank == 1):
+        without = dcd_loss(first, second, scale)
+    if rank == 1:
+        without.backward()
+    else:
+        assert not without.requires_grad
+    loss = dcd_loss(first, second, scale)
+    return [without.detach(), loss.detach(), torch.autograd.grad(loss, first)[0]]
 
 
 def backward_late(rank: int) -> list[Tensor]:
@@ -250,9 +327,9 @@ def compiled(rank: int) -> list[Tensor]:
 def evaluated_without_gradient(rank: int) -> dict[str, Any]:
     """Under no_grad the numbers for a backward that never comes do not travel."""
     first, second, scale, _ = case(6)
-    with counted_bytes() as sent, torch.no_grad():
+    with CountedBytes() as counter, torch.no_grad():
         loss = dcd_loss(first.split(3)[rank], second.split(3)[rank], scale)
-    return {"loss": loss, "bytes": dict(sent)}
+    return {"loss": loss, "bytes": dict(counter.sent)}
 
 
 class StopTraining(Exception):
@@ -322,6 +399,21 @@ def trained(rank: int, changes: dict[str, Any], stop_at: int | None = None, bad_
         "resumed_from": result.resumed_from,
         "printed": printed.getvalue(),
     }
+
+
+def reductions(rank: int, changes: dict[str, Any]) -> tuple[int, list[int], int]:
+    """The number of trained parameters, the sizes of all all-reduces of more than 64 numbers, and the steps."""
+    sizes: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def recorded(x: Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes.append(x.numel())
+        return all_reduce(x, *arguments, **options)
+
+    dist.all_reduce = recorded
+    result = trained(rank, changes)
+    parameters = sum(x.numel() for name, x in result["weights"].items() if not name.startswith("teacher."))
+    return parameters, [size for size in sizes if size > 64], result["history"][-1]["step"]
 
 
 def trained_with_batch_norm(rank: int, folder: str) -> tuple[dict[str, float], str, Tensor]:

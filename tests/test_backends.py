@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastkd import dcd_loss, info_nce_loss, kd_loss
-from fastkd.backends import blocked, tiles
+from fastkd.backends import blocked, blocked_shared, tiles
 from fastkd.backends.masks import Mask
 from tests.checks import CONSISTENCIES, assert_close, embeddings, relative_error, value_and_grads
 
@@ -238,13 +238,13 @@ def test_a_known_bound_of_the_scale_changes_nothing(consistency: str) -> None:
     student, teacher = embeddings(700, 16)
     scale, one = torch.tensor(9.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
     shared = blocked.dual_softmax_forward(student, teacher, scale, None, consistency, 10.0)
-    original, blocked.MAX_SHARED_SCALE = blocked.MAX_SHARED_SCALE, 0.0
+    original, blocked_shared.MAX_SHARED_SCALE = blocked_shared.MAX_SHARED_SCALE, 0.0
     try:
         online = blocked.dual_softmax_forward(student, teacher, scale, None, consistency, math.inf)
         arguments = (student, teacher, scale, None, online[2], one, one, consistency, math.inf, True, True)
         online_grads = blocked.dual_softmax_backward(*arguments)
     finally:
-        blocked.MAX_SHARED_SCALE = original
+        blocked_shared.MAX_SHARED_SCALE = original
     for a, e in zip(shared, online, strict=True):
         assert_close(a, e, torch.float64)
     for a, e in zip(blocked.dual_softmax_backward(*arguments), online_grads, strict=True):

@@ -10,18 +10,40 @@ import torch
 import torch._inductor.config
 from torch import Tensor
 
-from fastkd import DCDLoss, KDLoss, dcd_loss, info_nce_loss, kd_loss
+from fastkd import (
+    DCDLoss,
+    KDLoss,
+    ckd_loss,
+    dcd_loss,
+    info_nce_loss,
+    kd_loss,
+    masked_contrast_loss,
+    sup_con_loss,
+)
 from fastkd.backends import gemm
 from fastkd.ops.contrast import contrast, contrast_backward
 from fastkd.ops.dual_softmax import dual_softmax, dual_softmax_backward
 from fastkd.ops.soft_target import soft_target, soft_target_backward
 from tests.checks import assert_close, embeddings, relative_error, value_and_grads
+from tests.test_contrast import MODES, make_rows
 
+LABELS = torch.arange(20) % 3
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "dcd": lambda a, b, c, w, backend: dcd_loss(a, b, c, 0.5, sample_weight=w, backend=backend),
     "dcd_float_scale": lambda a, b, c, w, backend: dcd_loss(a, b, 5.0, sample_weight=w, backend=backend) + 0 * c,
     "info_nce": lambda a, b, c, w, backend: info_nce_loss(a, b, c, sample_weight=w, backend=backend),
     "kd": lambda a, b, c, w, backend: kd_loss(a, b, 4.0, sample_weight=w, backend=backend) + 0 * c,
+    "ckd": lambda a, b, c, w, backend: ckd_loss(a, b, 0.5, sample_weight=w, backend=backend) + 0 * c,
+    "sup_con": lambda a, b, c, w, backend: sup_con_loss(a, LABELS, c, sample_weight=w, backend=backend),
+    "sup_con_with_self": lambda a, b, c, w, backend: sup_con_loss(
+        a, LABELS, c, exclude_self=False, sample_weight=w, backend=backend
+    ),
+    "masked": lambda a, b, c, w, backend: masked_contrast_loss(
+        a, b[:15], c, LABELS, LABELS[:15], LABELS, sample_weight=w, backend=backend
+    ),
+    "masked_by_label": lambda a, b, c, w, backend: masked_contrast_loss(
+        a, b[:15], c, LABELS, LABELS[:15] + 1, positives="label", sample_weight=w, backend=backend
+    ),
 }
 
 
@@ -99,24 +121,48 @@ def test_opcheck(dtype: torch.dtype, weighted: bool) -> None:
     a, b, c, weight = samples(7, 5, dtype)
     w = weight if weighted else None
     torch.library.opcheck(dual_softmax, (a, b, c, w, "student||teacher", 10.0, "blocked"))
-    torch.library.opcheck(contrast, (a, b, c, w, None, None, None, False, True, "blocked"))
     labels = torch.arange(7) % 5
     for teacher, classes in ((b.detach(), labels), (b.detach(), None), (None, labels)):
         torch.library.opcheck(soft_target, (a, teacher, classes, w, 4.0, 0.1, "blocked"))
     a, b, c = a.detach(), b.detach(), c.detach()
     *_, stats = dual_softmax(a, b, c, w, "student||teacher", 10.0, "blocked")
-    _, lse = contrast(a, b, c, w, None, None, None, False, True, "blocked")
-    one = torch.ones((), dtype=lse.dtype)
+    one = torch.ones((), dtype=stats.dtype)
     for need in (True, False):
         torch.library.opcheck(
             dual_softmax_backward,
             (a, b, c, w, stats, one, one, "student||teacher", 10.0, need, True, "blocked"),
         )
-        torch.library.opcheck(
-            contrast_backward, (a, b, c, w, None, None, None, lse, one, False, True, need, True, "blocked")
-        )
     *_, stats = soft_target(a, b, labels, w, 4.0, 0.1, "blocked")
     torch.library.opcheck(soft_target_backward, (a, b, labels, w, stats, one, one, 4.0, 0.1, "blocked"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_opcheck_of_contrast(mode: str, weighted: bool, dtype: torch.dtype) -> None:
+    q, k, mask = make_rows(mode, 7, 5, 4)
+    key = None if mask.exclude_self else k.to(dtype).requires_grad_()
+    key_labels = None if mask.exclude_self else mask.key_labels
+    scale = torch.tensor(5.0, dtype=dtype, requires_grad=True)
+    weight = torch.rand(len(q), dtype=dtype) if weighted else None
+    inputs = q.to(dtype).requires_grad_(), key, scale, weight, mask.query_labels, key_labels, mask.positive_index
+    torch.library.opcheck(contrast, (*inputs, mask.by_label, True, "blocked"))
+    inputs = tuple(None if x is None else x.detach() for x in inputs)
+    _, stats = contrast(*inputs, mask.by_label, True, "blocked")
+    one = torch.ones((), dtype=stats.dtype)
+    for need_query, need_key in ((True, True), (True, False), (False, True), (False, False)):
+        needed = need_query, need_key and key is not None
+        torch.library.opcheck(contrast_backward, (*inputs, stats, one, mask.by_label, True, *needed, "blocked"))
+
+
+@pytest.mark.parametrize("name", ["info_nce", "ckd", "sup_con", "masked", "masked_by_label"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    inputs = *embeddings(20, 6, dtype=torch.float32), torch.tensor(5.0)
+    expected = value_and_grads(lambda *x: LOSSES[name](*x, None, "blocked"), *inputs)
+    with torch.autocast("cpu", dtype=dtype):
+        actual = value_and_grads(lambda *x: LOSSES[name](*x, None, "blocked"), *inputs)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked"])

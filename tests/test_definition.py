@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from fastkd import dcd_loss
 from fastkd.backends import reference
 from tests.checks import CONSISTENCIES, embeddings, relative_error
+from tests.test_contrast import MODES, make_rows
 
 
 @pytest.mark.parametrize("consistency", CONSISTENCIES)
@@ -23,6 +24,20 @@ def test_contrast_passes_gradcheck(normalize: bool) -> None:
     query, key = (x.requires_grad_() for x in embeddings(5, 3))
     scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda q, k, c: reference.contrast(q, k, c, normalize)[0], (query, key, scale))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_contrast_passes_gradcheck_in_every_mode(mode: str, normalize: bool) -> None:
+    query, key, mask = make_rows(mode, 6, 4, 3)
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    inputs = (
+        (query.requires_grad_(), scale) if mask.exclude_self else (query.requires_grad_(), key.requires_grad_(), scale)
+    )
+    assert torch.autograd.gradcheck(
+        lambda q, *rest: reference.contrast(q, q if mask.exclude_self else rest[0], rest[-1], normalize, mask)[0],
+        inputs,
+    )
 
 
 def test_soft_target_passes_gradcheck() -> None:

@@ -38,10 +38,12 @@ def test_the_same_error_on_every_rank(by_rank: dict[int, dict[str, Any]], kind: 
     assert len({result.message for result in results}) == 1
 
 
-@pytest.mark.parametrize("when", ["embeddings", "between", "numbers"])
-def test_a_rank_that_dies_is_an_error_on_the_others(when: str) -> None:
+@pytest.mark.parametrize("collective", range(4), ids=["agreement", "first chunk", "second chunk", "numbers"])
+@pytest.mark.parametrize("path", ["extension", "python"])
+def test_a_rank_that_dies_is_an_error_on_the_others(path: str, collective: int, request: pytest.FixtureRequest) -> None:
+    library = str(request.getfixturevalue("library")) if path == "extension" else None
     begun = time.monotonic()
-    results = run_ranks(3, programs.die_in_forward, 1, when, timeout=25, group_timeout=10)
+    results = run_ranks(3, programs.die_in_forward, 1, collective, library, timeout=25, group_timeout=10)
     assert results[1] is None
     for rank in (0, 2):
         assert isinstance(results[rank], Failure), results[rank]

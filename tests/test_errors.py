@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkd import DCDLoss, dcd_loss, info_nce_loss, kd_loss
+from fastkd import DCDLoss, ckd_loss, dcd_loss, info_nce_loss, kd_loss, masked_contrast_loss, sup_con_loss
 
 S, T = torch.randn(4, 3), torch.randn(4, 3)
 W = torch.ones(4)
@@ -17,6 +17,7 @@ PAIRED: dict[str, tuple[Callable[..., Tensor], str, str]] = {
     "dcd": (lambda a, b, **options: dcd_loss(a, b, 2.0, **options), "student", "teacher"),
     "info_nce": (lambda a, b, **options: info_nce_loss(a, b, 2.0, **options), "query", "key"),
     "kd": (lambda a, b, **options: kd_loss(a, b, **options), "student_logits", "teacher_logits"),
+    "ckd": (lambda a, b, **options: ckd_loss(a, b, **options), "student_logits", "teacher_logits"),
 }
 
 
@@ -66,7 +67,7 @@ def test_unknown_backend(name: str) -> None:
         PAIRED[name][0](S, T, backend="fast")
 
 
-@pytest.mark.parametrize("name", ["dcd", "info_nce"])
+@pytest.mark.parametrize("name", ["dcd", "info_nce", "ckd"])
 def test_bad_groups(name: str) -> None:
     loss = PAIRED[name][0]
     with pytest.raises(ValueError, match="group: got 'global'"):
@@ -113,6 +114,79 @@ def test_bad_logit_scales(error: type[Exception], message: str, scale: object) -
 def test_bad_dcd_options(error: type[Exception], message: str, options: dict[str, object]) -> None:
     with pytest.raises(error, match=message):
         dcd_loss(S, T, 2.0, **options)
+
+
+L4, L6, K6 = torch.tensor([0, 1, 0, 1]), torch.arange(6), torch.randn(6, 3)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize(
+    ("error", "message", "changed"),
+    [
+        (TypeError, "query: got list", {"query": [1.0]}),
+        (TypeError, "key: got torch.float64", {"key": K6.double()}),
+        (ValueError, r"key: got shape \[6, 2\]", {"key": K6[:, :2]}),
+        (ValueError, r"key: got shape \[0, 3\]", {"key": K6[:0], "key_labels": L6[:0]}),
+        (ValueError, r"query: got shape \[0, 3\]", {"query": S[:0], "query_labels": L4[:0]}),
+        (ValueError, "key: got device meta", {"key": K6.to("meta")}),
+        (TypeError, "query_labels: got list", {"query_labels": [0, 1, 0, 1]}),
+        (TypeError, "query_labels: got torch.float32, expected int64", {"query_labels": L4.float()}),
+        (ValueError, r"query_labels: got shape \[6\], expected \[4\]", {"query_labels": L6}),
+        (ValueError, r"key_labels: got shape \[4\], expected \[6\]", {"key_labels": L4}),
+        (ValueError, "key_labels: got device meta", {"key_labels": L6.to("meta")}),
+        (ValueError, "positive_index: got None with 4 queries and 6 keys", {"positive_index": None}),
+        (ValueError, r"positive_index: got 6, expected rows of key, in \[0, 6\)", {"positive_index": L4 + 5}),
+        (ValueError, "positive_index: got -1, expected rows of key", {"positive_index": L4 - 1}),
+        (TypeError, "positive_index: got torch.int32", {"positive_index": L4.int()}),
+        (ValueError, r"positive_index: got shape \[6\], expected \[4\]", {"positive_index": L6}),
+        (ValueError, "positive_index: got a tensor with positives='label'", {"positives": "label"}),
+        (ValueError, "positives: got 'class', expected one of", {"positives": "class"}),
+        (TypeError, "normalize: got int, expected a bool", {"normalize": 1}),
+        (ValueError, r"sample_weight: got shape \[6\], expected \[4\]", {"sample_weight": torch.ones(6)}),
+        (ValueError, "logit_scale: got 0.0", {"logit_scale": 0.0}),
+        (ValueError, "group: got 'all'", {"group": "all"}),
+        (ValueError, "backend: got 'fast'", {"backend": "fast"}),
+    ],
+)
+def test_bad_masked_contrast_arguments(
+    error: type[Exception], message: str, changed: dict[str, object], backend: str
+) -> None:
+    arguments = {
+        "query": S, "key": K6, "logit_scale": 2.0, "query_labels": L4, "key_labels": L6, "positive_index": L4,
+        "backend": backend,
+    }  # fmt: skip
+    assert masked_contrast_loss(**arguments).isfinite()
+    with pytest.raises(error, match=message):
+        masked_contrast_loss(**{**arguments, **changed})
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize(
+    ("error", "message", "changed"),
+    [
+        (TypeError, "features: got list", {"features": [1.0]}),
+        (ValueError, r"features: got shape \[4\]", {"features": S[:, 0]}),
+        (ValueError, r"features: got shape \[0, 3\]", {"features": S[:0], "labels": L4[:0]}),
+        (TypeError, "labels: got list", {"labels": [0, 1, 0, 1]}),
+        (TypeError, "labels: got torch.bool", {"labels": L4 > 0}),
+        (ValueError, r"labels: got shape \[6\], expected \[4\]", {"labels": L6}),
+        (TypeError, "exclude_self: got NoneType, expected a bool", {"exclude_self": None}),
+        (TypeError, "normalize: got int, expected a bool", {"normalize": 0}),
+        (ValueError, "logit_scale: got -1", {"logit_scale": -1}),
+        (ValueError, "sample_weight: got -1.0", {"sample_weight": -torch.ones(4)}),
+    ],
+)
+def test_bad_sup_con_arguments(error: type[Exception], message: str, changed: dict[str, object], backend: str) -> None:
+    arguments = {"features": S, "labels": L4, "logit_scale": 2.0, "backend": backend}
+    assert sup_con_loss(**arguments).isfinite()
+    with pytest.raises(error, match=message):
+        sup_con_loss(**{**arguments, **changed})
+
+
+def test_bad_ckd_temperatures() -> None:
+    for value in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=re.escape(f"temperature: got {value}")):
+            ckd_loss(S, T, value)
 
 
 def test_bad_info_nce_and_kd_options() -> None:

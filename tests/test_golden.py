@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd import ckd_loss, dcd_loss, kd_loss, masked_contrast_loss, sup_con_loss
+from fastkd import ckd_loss, dcd_loss, kd_loss, masked_contrast_loss, multiscale_pool, sup_con_loss
 from fastkd.functional import dcd_terms
 from tests.checks import assert_close, value_and_grads
 
@@ -87,6 +87,18 @@ def test_masked_contrast(path: Path, backend: str) -> None:
         assert_close(grad, case[f"grad_{name}"], torch.float64)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("pool_*.npz")), ids=lambda path: path.stem)
+def test_pool(path: Path, backend: str, memory_format: torch.memory_format) -> None:
+    case = load(path)
+    leaf = case["x"].contiguous(memory_format=memory_format).requires_grad_()
+    out = multiscale_pool(leaf, case["windows"].tolist(), case["strides"].tolist(), backend=backend)
+    out.backward(case["grad_out"])
+    assert_close(out, case["out"], torch.float64)
+    assert_close(leaf.grad, case["grad_x"], torch.float64)
+
+
 def test_every_expected_case_is_here() -> None:
-    counts = {"dcd": 6, "kd": 2, "ckd": 2, "sup_con": 2, "masked": 1}
+    counts = {"dcd": 6, "kd": 2, "ckd": 2, "sup_con": 2, "masked": 1, "pool": 2}
     assert {name: len(list(GOLDEN.glob(f"{name}_*.npz"))) for name in counts} == counts

@@ -54,12 +54,12 @@ def test_ranks_equal_one_process(case: str, sizes: tuple[int, ...]) -> None:
     check(case, sizes)
 
 
-@pytest.mark.parametrize("case", ["pckd", "msdcrd"])
+@pytest.mark.parametrize("case", ["pckd", "msdcrd", "pckd without category", "msdcrd of channels"])
 def test_gradients_under_ddp_are_those_of_the_global_batch(case: str) -> None:
     check(case, (2, 1, 3), "ddp")
 
 
-@pytest.mark.parametrize("case", ["pckd", "msdcrd"])
+@pytest.mark.parametrize("case", ["pckd", "msdcrd", "pckd without category", "msdcrd of channels"])
 def test_compiled_modules_leave_the_exchange_to_eager_code(case: str) -> None:
     check(case, (4, 1), "compile")
 

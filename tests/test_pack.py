@@ -5,7 +5,6 @@ import os
 import shutil
 import stat
 import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,34 +16,11 @@ from torch import Tensor
 
 from fastkd import pack
 from fastkd.backends.reference import unit_rows
-from tests import rank_programs as programs
+from tests.building import ROOT, run_setup
 from tests.checks import TOLERANCES, assert_close, embeddings
-from tests.ranks import run_ranks, succeeded
 
-ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 5), (0, 4), (17, 16), (65, 128), (5, 1000)]
-
-
-def run_setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "setup.py", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, **environment},
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The extension as installed, or built for CPU where it is not."""
-    if pack.LIBRARY.exists():
-        return pack.LIBRARY
-    if shutil.which("c++") is None:
-        pytest.skip("there is no C++ compiler")
-    folder = tmp_path_factory.mktemp("extension")
-    arguments = ("build_ext", f"--build-lib={folder / 'lib'}", f"--build-temp={folder / 'temp'}")
-    result = run_setup(*arguments, FASTKD_EXTENSION="1", FASTKD_CUDA="0")
-    assert result.returncode == 0, result.stderr[-3000:]
-    return folder / "lib" / "fastkd" / pack.LIBRARY.name
 
 
 @pytest.fixture
@@ -71,7 +47,9 @@ def with_library(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def check_against_definition(first: Tensor, second: Tensor, dtype: torch.dtype, normalize: bool) -> None:
     copies = first.clone(), second.clone()
-    packed, inverse_norm = pack.pack_rows(first, second, dtype, normalize)
+    packed, inverse_norm = pack.pack_rows((first, second), dtype, normalize)
+    alone = pack.pack_rows((second,), dtype, normalize)
+    assert all(torch.equal(x, y[1:]) for x, y in zip(alone, (packed, inverse_norm), strict=True))
     assert packed.dtype == dtype
     assert packed.is_contiguous()
     assert inverse_norm.dtype == (torch.float64 if first.dtype == torch.float64 else torch.float32)
@@ -101,6 +79,29 @@ def test_packed_rows_equal_the_definition(
     check_against_definition(first, second, to, normalize=False)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_with_and_without_the_extension_the_bits_are_the_same(
+    dtype: torch.dtype, shape: tuple[int, int], extension: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = embeddings(*shape, dtype=dtype)
+    for to in DTYPES:
+        fast = pack.pack_rows(rows, to)
+        with monkeypatch.context() as without:
+            without.setattr(pack, "extension_covers", lambda device_type: False)
+            plain = pack.pack_rows(rows, to)
+        assert all(torch.equal(x, y) for x, y in zip(fast, plain, strict=True))
+
+
+@pytest.mark.parametrize("path", ["extension", "python_path"])
+def test_whole_numbers_travel_as_they_are(path: str, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(path)
+    labels = torch.tensor([[1 << 62], [-7]])
+    packed, _ = pack.pack_rows((labels,), torch.int64, normalize=False)
+    assert torch.equal(packed, labels[None])
+    assert packed.data_ptr() != labels.data_ptr()
+
+
 @pytest.mark.parametrize("path", ["extension", "python_path"])
 def test_sliced_and_transposed_rows(path: str, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(path)
@@ -119,7 +120,7 @@ def test_rows_of_extreme_length(path: str, dtype: torch.dtype, request: pytest.F
     last[0, 19] = 1
     scales = [0.0, 1e-44, 1e-30, 2e-13, 1e-11, 1.0, 1e30, 3e38]
     rows = torch.cat([scale * pattern for scale in scales for pattern in (ones, last)])
-    packed, inverse = pack.pack_rows(rows, rows.flip(0), dtype)
+    packed, inverse = pack.pack_rows((rows, rows.flip(0)), dtype)
     for side, x in enumerate((rows, rows.flip(0))):
         expected, expected_inverse = unit_rows(x.double())
         assert_close(packed[side], expected, dtype)
@@ -135,22 +136,9 @@ def test_a_row_that_is_not_finite_is_not_a_number_and_spoils_no_other(
     request.getfixturevalue(path)
     rows = torch.full((3, 21), others)
     rows[1, 20] = bad
-    packed, _ = pack.pack_rows(rows, rows, torch.float32)
+    packed, _ = pack.pack_rows((rows, rows), torch.float32)
     assert packed[:, 1].isnan().all()
     assert packed[:, [0, 2]].isfinite().all()
-
-
-def test_several_ranks_compute_the_same_with_and_without_the_extension(library: Path) -> None:
-    sizes = (3, 0, 4)
-    for name in programs.LOSSES:
-        runs = [
-            succeeded(run_ranks(3, programs.loss_and_gradients, name, sizes, {}, {"extension": path}))
-            for path in (str(library), None)
-        ]
-        for one, other in zip(*runs, strict=True):
-            for key in ("loss", "first", "second", "scale"):
-                assert_close(one[key], other[key], torch.float64)
-            assert one["bytes"] == other["bytes"]
 
 
 @pytest.mark.parametrize(
@@ -176,14 +164,14 @@ def test_an_extension_that_does_not_fit_gives_one_warning_and_the_python_path(
     first, second = embeddings(3, 4)
     try:
         with pytest.warns(RuntimeWarning) as caught:
-            packed, _ = pack.pack_rows(first, second, torch.float64)
+            packed, _ = pack.pack_rows((first, second), torch.float64)
         assert len(caught) == 1
         assert f"built for {stated}" in str(caught[0].message)
         assert f"found torch {torch.__version__}" in str(caught[0].message)
         assert_close(packed[0], unit_rows(first)[0], torch.float64)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            pack.pack_rows(first, second, torch.float64)
+            pack.pack_rows((first, second), torch.float64)
     finally:
         pack.extension_covers.cache_clear()
         pack._extension_loads.cache_clear()
@@ -308,5 +296,5 @@ def test_bandwidth_is_at_least_80_percent_of_a_copy(dtype: torch.dtype) -> None:
         target[0].copy_(first)
         target[1].copy_(second)
 
-    copied, packed = milliseconds(copy), milliseconds(lambda: pack.pack_rows(first, second, dtype))
+    copied, packed = milliseconds(copy), milliseconds(lambda: pack.pack_rows((first, second), dtype))
     assert packed <= copied / 0.8, f"packed in {packed:.3f} ms, copied in {copied:.3f} ms"

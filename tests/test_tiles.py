@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastkd import dcd_loss, info_nce_loss
-from fastkd.backends import blocked, tiles
+from fastkd.backends import blocked, blocked_contrast, tiles
 from tests.checks import assert_close, embeddings, value_and_grads
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8])
 def test_rounds_cover_every_tile_once_without_conflicts(count: int) -> None:
     row_blocks = [slice(i, i + 1) for i in range(count)]
-    pairs, square = list(tiles.pair_rounds(row_blocks)), list(tiles.square_rounds(row_blocks))
+    pairs, square = list(tiles.pair_rounds(row_blocks)), list(tiles.rectangle_rounds(row_blocks, row_blocks))
     assert sorted((i.start, j.start) for tile_round in pairs for i, j in tile_round) == [
         (i, j) for i in range(count) for j in range(i, count)
     ]
@@ -30,6 +30,20 @@ def test_rounds_cover_every_tile_once_without_conflicts(count: int) -> None:
         for side in range(2):
             touched = [tile[side].start for tile in tile_round]
             assert len(touched) == len(set(touched))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 5), (5, 1), (3, 4), (4, 3), (2, 7)])
+def test_rectangles_are_covered_once_without_conflicts(rows: int, cols: int) -> None:
+    row_blocks, col_blocks = ([slice(i, i + 1) for i in range(count)] for count in (rows, cols))
+    rounds = list(tiles.rectangle_rounds(row_blocks, col_blocks))
+    assert len(rounds) == max(rows, cols)
+    assert sorted((i.start, j.start) for tile_round in rounds for i, j in tile_round) == [
+        (i, j) for i in range(rows) for j in range(cols)
+    ]
+    for tile_round in rounds:
+        for side in range(2):
+            touched = [tile[side].start for tile in tile_round]
+            assert len(touched) == len(set(touched)) == min(rows, cols)
 
 
 @pytest.mark.parametrize("n", [1, 255, 512, 513, 1023, 1024, 1025, 4097])
@@ -47,8 +61,8 @@ def test_results_are_the_same_bits_for_any_number_of_workers(scale: float, monke
     student, teacher = embeddings(n, 24, dtype=torch.float32)
     inputs = student, teacher, torch.tensor(scale)
     row_blocks = tiles.blocks(n, CPU)
-    monkeypatch.setattr(blocked, "blocks", lambda *_: row_blocks)
-    monkeypatch.setattr(tiles, "blocks", lambda *_: row_blocks)
+    for module in (blocked, blocked_contrast, tiles):
+        monkeypatch.setattr(module, "blocks", lambda *_: row_blocks)
     results = []
     for workers in (2, 3, 4):
         monkeypatch.setattr(tiles, "worker_count", lambda *_, workers=workers: workers)

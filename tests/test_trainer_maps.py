@@ -84,6 +84,28 @@ def test_the_map_carries_the_gradient_and_its_classifier_changes_nothing() -> No
     assert model.model.features[0].weight.grad.abs().sum() > 0
 
 
+def test_a_layer_after_pooling_that_works_in_place_leaves_the_positions_alone() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Conv2d(1, 8, 3)
+            self.act = nn.ReLU(inplace=True)
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.fc(self.act(self.body(images).mean((2, 3))))
+
+    torch.manual_seed(0)
+    model = FeatureModel(Net())
+    probe(model, torch.randn(2, 1, 8, 8), feature_map=True)
+    output = model(torch.randn(2, 1, 8, 8))
+    assert model.map_source.tail == ("act", "fc")
+    vectors = output.feature_map.detach().movedim(1, -1).reshape(-1, 8)
+    before = vectors.clone()
+    torch.testing.assert_close(output.map_classifier(vectors), model.model.fc(before.relu()))
+    assert torch.equal(vectors, before)
+
+
 def test_another_map_can_be_named() -> None:
     torch.manual_seed(0)
     images = torch.randn(2, 1, 8, 8)
@@ -92,6 +114,8 @@ def test_another_map_can_be_named() -> None:
     assert source is not None
     assert (source.shape, source.tail) == ((8, 4, 4), None)  # the classifier takes 16 channels
     assert model(images).feature_map.shape == (2, 8, 4, 4)
+    probe(model, images)  # for a run without such terms
+    assert model(images).feature_map is None
     with pytest.raises(ValueError, match=r"feature_map: got 'nothing', expected a layer of SmallConv.*features\.2 \("):
         probe(FeatureModel(SmallConvNet(), feature_map="nothing"), images, feature_map=True)
     flat = FeatureModel(MLP(), feature_map="body")

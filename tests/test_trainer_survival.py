@@ -14,7 +14,7 @@ import torch
 
 from fastkd.trainer import CheckpointError, NonFiniteLossError, ObjectiveConfig, OptimConfig, load_weights, train
 from fastkd.trainer.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
-from tests.trainer_runs import one_thread, same, tiny_config  # noqa: F401
+from tests.trainer_runs import lines, one_thread, same, tiny_config  # noqa: F401
 
 
 class Bursts:
@@ -183,6 +183,37 @@ def test_a_restart_by_torchrun_resumes_by_itself(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     with pytest.raises(CheckpointError, match="already holds a run"):
         train(config)
+
+
+def test_a_rank_that_is_killed_is_restarted_by_torchrun_and_the_run_goes_on(tmp_path):
+    config = tiny_config(tmp_path, save_every_steps=3)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    (tmp_path / "run.py").write_text(
+        "import json, os, signal, sys\n"
+        "import fastkd.trainer.step as s\n"
+        "from fastkd.trainer import TrainConfig, train\n"
+        "call, count = s.TrainStep.__call__, [0]\n"
+        "def step(self, *a):\n"
+        "    count[0] += 1\n"
+        "    if (count[0], os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']) == (8, '1', '0'):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return call(self, *a)\n"
+        "s.TrainStep.__call__ = step\n"
+        "print('resumed from', train(TrainConfig.from_dict(json.load(open(sys.argv[1])))).resumed_from)\n"
+    )
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "run.py"), str(tmp_path / "config.json")],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("resumed from 6") == 2
+    assert [line["step"] for line in lines(config.run_dir) if line["kind"] == "step"] == list(range(1, 27))
 
 
 def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):

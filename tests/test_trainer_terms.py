@@ -1,6 +1,7 @@
 """CKD, PCKD and MSDCRD as terms: their modules with what student and teacher give, in sums, dtypes and resumed runs."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -237,3 +238,5 @@ def test_the_command_line_trains_by_name(terms: str, tmp_path: Path, capsys: pyt
     run = ["train", "digits", "--teacher.weights", teacher, "--run-dir", str(tmp_path / "run"), *common]
     assert main([*run, "--objective.terms", terms, "--objective.pckd.category-weight", "0.5"]) == 0
     assert f"loss 1 x ce + 1 x {terms.split('+')[0]}" in capsys.readouterr().out
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert described["student"]["feature_map"] == ("features" if "msdcrd" in terms else None)

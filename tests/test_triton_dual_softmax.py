@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import DCDLoss, backends, dcd_loss, info_nce_loss
+from fastkd import DCDLoss, backends, dcd_loss
 from fastkd.functional import dcd_terms
 from tests.checks import CONSISTENCIES, assert_close, embeddings, value_and_grads
 
@@ -40,8 +40,8 @@ def test_triton_refuses_what_it_cannot_compute() -> None:
     student, teacher = embeddings(4, 4, dtype=torch.float32)
     with pytest.raises(ValueError, match="needs CUDA tensors, got cpu"):
         dcd_loss(student, teacher, 3.0, backend="triton")
-    with pytest.raises(ValueError, match="no kernel for contrast"):
-        info_nce_loss(student, teacher, 3.0, backend="triton")
+    with pytest.raises(ValueError, match="no kernel for rotate"):
+        backends.resolve("triton", "rotate", student)
     with pytest.raises(ValueError, match="float64"):
         dcd_loss(student.double(), teacher.double(), 3.0, backend="triton")
 
@@ -66,7 +66,8 @@ class OnGpu:
         ("dual_softmax", OnGpu(), (7, 5), "blocked"),
         ("dual_softmax", OnGpu(torch.float64), (9, 0), "blocked"),
         ("dual_softmax", OnGpu(width=backends.MAX_WIDTH + 1), (9, 0), "blocked"),
-        ("contrast", OnGpu(), (9, 0), "blocked"),
+        ("contrast", OnGpu(), (9, 0), "triton"),
+        ("contrast", OnGpu(torch.float64), (9, 0), "blocked"),
         ("dual_softmax", OnGpu(), (12, 0), "blocked"),
         ("soft_target", OnGpu(), (12, 0), "triton"),
     ],

@@ -14,7 +14,7 @@ from fastkd.backends import blocked
 
 BACKENDS = ("reference", "blocked", "triton")
 # The operations that have a kernel; the others stream through ``blocked`` on every device.
-TRITON_OPERATIONS = frozenset({"dual_softmax", "multiscale_pool", "soft_target"})
+TRITON_OPERATIONS = frozenset({"contrast", "dual_softmax", "multiscale_pool", "soft_target"})
 MAX_WIDTH = 1 << 13  # of a row that one program normalises
 
 

@@ -17,106 +17,24 @@ logits from the forward: only those of the same product agree with the other log
 import torch
 from torch import Tensor
 
+from fastkd.backends.blocked_contrast import contrast_backward as contrast_backward
+from fastkd.backends.blocked_contrast import contrast_forward as contrast_forward
 from fastkd.backends.blocked_pool import multiscale_pool_backward as multiscale_pool_backward
 from fastkd.backends.blocked_pool import multiscale_pool_forward as multiscale_pool_forward
+from fastkd.backends.blocked_shared import MAX_SHARED_SCALE as MAX_SHARED_SCALE
+from fastkd.backends.blocked_shared import (
+    OnlineSums,
+    RowGradient,
+    beyond_positive,
+    finish,
+    row_weights,
+    shares_exponentials,
+)
 from fastkd.backends.blocked_soft_target import soft_target_backward as soft_target_backward
 from fastkd.backends.blocked_soft_target import soft_target_forward as soft_target_forward
 from fastkd.backends.gemm import product
-from fastkd.backends.masks import Mask
 from fastkd.backends.reference import accumulation_dtype, unit_rows, weighted_sum
-from fastkd.backends.tiles import Workspace, blocks, for_each_tile, pair_rounds, square_rounds
-
-# exp(+-40) summed over any number of rows stays inside float32, so no maximum has to be subtracted.
-MAX_SHARED_SCALE = 40.0
-
-
-class OnlineSums:
-    """Row-wise ``sum exp(logits)`` and ``sum exp(logits) d`` over columns that come in tiles."""
-
-    def __init__(self, like: Tensor) -> None:
-        n = len(like)
-        self.maximum = like.new_full((n,), -torch.inf)
-        self.total = like.new_zeros(n)
-        self.weighted = like.new_zeros(n)
-
-    def add(self, rows: slice, logits: Tensor, d: Tensor | None = None) -> None:
-        old = self.maximum[rows]
-        new = torch.maximum(old, logits.amax(dim=1))
-        # A row that holds only -inf so far has no finite maximum: subtracting 0 keeps exp(-inf) = 0.
-        shift = new.masked_fill(new == -torch.inf, 0)
-        decay = (old - shift).exp()
-        weights = (logits - shift[:, None]).exp()
-        self.total[rows] = self.total[rows] * decay + weights.sum(dim=1)
-        if d is not None:
-            self.weighted[rows] = self.weighted[rows] * decay + (weights * d).sum(dim=1)
-        self.maximum[rows] = new
-
-    def logsumexp(self) -> Tensor:
-        return self.maximum + self.total.log()
-
-    def mean(self, positive: Tensor) -> Tensor:
-        """The mean of d, whose value is 0 for a further column with the logit ``positive``."""
-        return self.weighted / (self.total + (positive - self.maximum).exp())
-
-
-def beyond_positive(lse_others: Tensor, positive: Tensor) -> Tensor:
-    """``log(1 + exp(lse_others - positive))``: a row's log-sum-exp less its positive's logit."""
-    return torch.logaddexp(lse_others - positive, torch.zeros_like(positive))
-
-
-def row_weights(weight: Tensor | None, grad: Tensor, like: Tensor) -> Tensor:
-    """Upstream gradient of each row's loss, [n]."""
-    if weight is None:
-        return grad.to(like.dtype).expand(len(like))
-    return weight.to(like.dtype) * grad.to(like.dtype)
-
-
-def finish(
-    raw_rows: Tensor, grad: Tensor | None, rows: Tensor, diagonal: Tensor, inverse_norm: Tensor | None, scale: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """From ``sum_{j != i} G_ij other_j`` to the gradient of the raw rows, and to that of the scale.
-
-    Adds the positives' part ``G_ii other_i`` (``diagonal``) and goes back through the normalisation. Its dot products
-    with the unit rows are the gradient of the scale, row by row. Without a gradient: an empty tensor and None.
-    """
-    if grad is None:
-        return raw_rows.new_empty(0), None
-    grad += diagonal
-    dots = (grad * rows).sum(dim=1, keepdim=True)
-    if inverse_norm is not None:
-        grad = grad.addcmul_(dots, rows, value=-1) * inverse_norm
-    return (grad * scale).to(raw_rows.dtype), dots.sum()
-
-
-class _RowGradient:
-    """``sum_j G_ij other_j`` [n, D], from tiles of G and of its transpose.
-
-    Sums over a tile's columns are kept transposed, [D, n]: the products then read the tile as it lies in memory.
-    """
-
-    def __init__(self, like: Tensor, other: Tensor, row_blocks: list[slice]) -> None:
-        self._other = other
-        self._transposed = {block.start: other[block].T.contiguous() for block in row_blocks}
-        self._by_rows = torch.zeros_like(like)
-        self._by_cols = like.new_zeros(like.shape[1], like.shape[0])
-
-    def add_rows(self, rows: slice, cols: slice, G: Tensor) -> None:
-        """Add ``G other_cols`` to the gradient of the tile's rows."""
-        self._by_rows[rows] += product(G, self._other[cols].T)
-
-    def add_cols(self, rows: slice, cols: slice, G: Tensor) -> None:
-        """Add ``G^T other_rows`` to the gradient of the tile's columns."""
-        self._by_cols[:, cols] += product(self._transposed[rows.start], G.T)
-
-    def total(self) -> Tensor:
-        return self._by_rows.add_(self._by_cols.T)
-
-
-def shares_exponentials(a: Tensor, scale: Tensor, scale_bound: float) -> bool:
-    """Whether ``|A|`` is small enough for one plain exponential; reads the scale itself only where that is free."""
-    if scale_bound <= MAX_SHARED_SCALE:
-        return True
-    return a.device.type == "cpu" and abs(scale.item()) <= MAX_SHARED_SCALE
+from fastkd.backends.tiles import Workspace, blocks, for_each_tile, pair_rounds
 
 
 def dual_softmax_forward(
@@ -280,8 +198,8 @@ def _dual_gradients(
     """``sum_j G_ij b_j`` and ``sum_i G_ij a_i`` over all tiles, without the diagonal."""
     scaled_a, scaled_b = a * scale, b * scale
     row_blocks = blocks(len(a), a.device)
-    grad_a = _RowGradient(a, b, row_blocks) if need_a else None
-    grad_b = _RowGradient(b, a, row_blocks) if need_b else None
+    grad_a = RowGradient(a, b, row_blocks) if need_a else None
+    grad_b = RowGradient(b, a, row_blocks) if need_b else None
 
     def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
         U, V, G, scratch = workspace(rows, cols)
@@ -311,71 +229,3 @@ def _dual_gradients(
 
     for_each_tile(pair_rounds(row_blocks), add_tile, a, buffers=4)
     return None if grad_a is None else grad_a.total(), None if grad_b is None else grad_b.total()
-
-
-def _rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """Rows in the accumulation dtype; if asked, as unit rows with their inverse norms [n, 1]."""
-    rows = raw_rows.to(accumulation_dtype(raw_rows.dtype))
-    return unit_rows(rows) if normalize else (rows, None)
-
-
-def contrast_forward(
-    query: Tensor, key: Tensor, logit_scale: Tensor, weight: Tensor | None, mask: Mask, normalize: bool
-) -> tuple[Tensor, Tensor]:
-    """Weighted sum of InfoNCE over the rows, and each row's loss and positive logit [2, n] for the backward."""
-    (q, _), (k, _) = _rows(query, normalize), _rows(key, normalize)
-    scale = logit_scale.to(q.dtype)
-    sums, positive = OnlineSums(q), q.new_zeros(len(q))
-    scaled = q * scale
-
-    def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
-        logits = product(scaled[rows], k[cols])
-        if rows == cols:
-            positive[rows] = logits.diagonal()
-            logits.fill_diagonal_(-torch.inf)
-        sums.add(rows, logits)
-
-    for_each_tile(square_rounds(blocks(len(q), q.device)), add_tile, q, buffers=0)
-    loss = beyond_positive(sums.logsumexp(), positive)
-    return weighted_sum(loss, weight), torch.stack([loss, positive])
-
-
-def contrast_backward(
-    query: Tensor,
-    key: Tensor,
-    logit_scale: Tensor,
-    weight: Tensor | None,
-    mask: Mask,
-    stats: Tensor,
-    grad_loss: Tensor,
-    normalize: bool,
-    need_query: bool,
-    need_key: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key (empty if not needed) and logit_scale: ``G_ij = w_i (p_ij - delta_ij)``."""
-    (q, inverse_q), (k, inverse_k) = _rows(query, normalize), _rows(key, normalize)
-    scale = logit_scale.to(q.dtype)
-    w = row_weights(weight, grad_loss, q)
-    need_query = need_query or not need_key  # the gradient of logit_scale needs one side
-    row_blocks = blocks(len(q), q.device)
-    grad_q = _RowGradient(q, k, row_blocks) if need_query else None
-    grad_k = _RowGradient(k, q, row_blocks) if need_key else None
-    scaled = q * scale
-    loss, positive = stats
-
-    def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
-        G = product(scaled[rows], k[cols]).sub_(positive[rows, None]).sub_(loss[rows, None]).exp_().mul_(w[rows, None])
-        if rows == cols:
-            G.fill_diagonal_(0)
-        if grad_q is not None:
-            grad_q.add_rows(rows, cols, G)
-        if grad_k is not None:
-            grad_k.add_cols(rows, cols, G)
-
-    for_each_tile(square_rounds(row_blocks), add_tile, q, buffers=0)
-    diagonal = (w * (-loss).expm1())[:, None]
-    grad_query, scale_q = finish(query, None if grad_q is None else grad_q.total(), q, diagonal * k, inverse_q, scale)
-    grad_key, scale_k = finish(key, None if grad_k is None else grad_k.total(), k, diagonal * q, inverse_k, scale)
-    grad_scale = scale_k if scale_q is None else scale_q
-    assert grad_scale is not None
-    return grad_query, grad_key, grad_scale.to(logit_scale.dtype)

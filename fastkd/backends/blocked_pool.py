@@ -151,7 +151,7 @@ def _spread(rows: Tensor, windows: list[int], strides: list[int], grad: Tensor) 
 
 
 def _pool_windows(x: Tensor, windows: list[int], strides: list[int], rows: Tensor) -> None:
-    for k, (i, _) in enumerate(_slices(*x.shape[2:], windows, strides)):
+    for k, (i, _) in enumerate(_slices(x.shape[2], x.shape[3], windows, strides)):
         part = slice(2 * k, 2 * k + 2)
         rows[:, i] = F.avg_pool2d(x, windows[part], strides[part]).flatten(2).transpose(1, 2)
 
@@ -178,9 +178,7 @@ def _slices(height: int, width: int, windows: list[int], strides: list[int]) -> 
 
 
 @functools.lru_cache(maxsize=32)
-def _matrix(
-    height: int, width: int, windows: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
+def _matrix(height: int, width: int, windows: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """P [M, H W] on the CPU."""
     scales = zip(windows[::2], windows[1::2], strides[::2], strides[1::2], strict=True)
     return torch.cat([torch.kron(_axis(height, h, s, dtype), _axis(width, w, t, dtype)) for h, w, s, t in scales])

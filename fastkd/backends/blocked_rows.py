@@ -23,25 +23,16 @@ from fastkd.backends.blocked import (
 )
 from fastkd.backends.gemm import product
 from fastkd.backends.reference import weighted_sum
-from fastkd.backends.tiles import MAX_ROWS, MAX_ROWS_ACCELERATOR, Workspace
-
-
-def _largest(device: torch.device) -> int:
-    return MAX_ROWS if device.type == "cpu" else MAX_ROWS_ACCELERATOR
-
-
-def _blocks(n: int, device: torch.device) -> Iterator[slice]:
-    size = _largest(device)
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+from fastkd.backends.tiles import MAX_ROWS, MAX_ROWS_ACCELERATOR, Workspace, tile_slices
 
 
 def _tiles(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:
     """Column blocks outside: one stays in the cache while the rows pass."""
-    return ((i, j) for j in _blocks(len(columns), columns.device) for i in _blocks(len(rows), rows.device))
+    return ((i, j) for j in tile_slices(len(columns), columns.device) for i in tile_slices(len(rows), rows.device))
 
 
 def _workspace(rows: Tensor, buffers: int) -> Workspace:
-    largest = _largest(rows.device)
+    largest = MAX_ROWS if rows.device.type == "cpu" else MAX_ROWS_ACCELERATOR
     return Workspace(rows, buffers, min(len(rows), largest), largest)
 
 
@@ -165,62 +156,6 @@ class DualGradients(_Rows):
         grad_a, grad_scale = finish(like, self.grad_a, self.a, diagonal * self.b, inverse_norm[0], scale)
         grad_b, _ = finish(like, self.grad_b, self.b, diagonal * self.a, inverse_norm[1], scale)
         return grad_a, grad_b, grad_scale
-
-
-class ContrastStatistics(_Rows):
-    """Loss and positive's logit of every row, accumulated over blocks of columns."""
-
-    def __init__(self, units: Tensor, scale: Tensor) -> None:
-        super().__init__(units, scale)
-        self._sums = OnlineSums(self.a)
-        self._positive = self.a.new_zeros(len(self.a))
-
-    def add(self, columns: Tensor, *, is_own: bool) -> None:
-        """``is_own``: the columns are this rank's, row i's positive is column i."""
-        b = columns[1].to(self.dtype)
-        for i, j in _tiles(self.a, b):
-            X = product(self.scaled_a[i], b[j])
-            if is_own and i == j:
-                self._positive[i] = X.diagonal()
-                X.fill_diagonal_(-torch.inf)
-            self._sums.add(i, X)
-
-    def stats(self) -> Tensor:
-        """[2, n]."""
-        return torch.stack([beyond_positive(self._sums.logsumexp(), self._positive), self._positive])
-
-
-class ContrastGradients(_Rows):
-    """``sum_j w_i p_ij b_j`` and ``sum_j w_j p_ji a_j`` over ``j != i``, accumulated over blocks of columns.
-
-    ``lse`` and ``w`` [N] are those of the whole global batch, in which ``rows`` are this rank's.
-    """
-
-    def __init__(
-        self, units: Tensor, scale: Tensor, rows: slice, lse: Tensor, w: Tensor, need_a: bool, need_b: bool
-    ) -> None:
-        super().__init__(units, scale)
-        self._start = rows.start
-        self._lse, self._w = lse, w
-        self.grad_a = torch.zeros_like(self.a) if need_a else None
-        self.grad_b = torch.zeros_like(self.b) if need_b else None
-
-    def add(self, columns: Tensor, cols: slice) -> None:
-        """``cols``: which of the global batch's rows ``columns`` are."""
-        a, b = columns.to(self.dtype)
-        lse, w = self._lse, self._w
-        for i, j in _tiles(self.a, a):
-            rows, others = _shifted(i, self._start), _shifted(j, cols.start)
-            if self.grad_a is not None:
-                G = product(self.scaled_a[i], b[j]).sub_(lse[rows, None]).exp_().mul_(w[rows, None])
-                if rows == others:
-                    G.fill_diagonal_(0)
-                self.grad_a[i] += product(G, b[j].T)
-            if self.grad_b is not None:
-                G = product(self.scaled_b[i], a[j]).sub_(lse[others]).exp_().mul_(w[others])
-                if rows == others:
-                    G.fill_diagonal_(0)
-                self.grad_b[i] += product(G, a[j].T)
 
 
 def _shifted(part: slice, by: int) -> slice:

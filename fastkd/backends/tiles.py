@@ -48,6 +48,12 @@ def blocks(n: int, device: torch.device) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
+def tile_slices(n: int, device: torch.device) -> list[slice]:
+    """The numbers below ``n`` in slices of a tile's size, the largest first; for one worker."""
+    size = MAX_ROWS if device.type == "cpu" else MAX_ROWS_ACCELERATOR
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
 def pair_rounds(row_blocks: list[slice]) -> Iterator[Round]:
     """Every unordered pair of blocks once: the diagonal first, then a round-robin tournament."""
     yield [(block, block) for block in row_blocks]
@@ -60,20 +66,33 @@ def pair_rounds(row_blocks: list[slice]) -> Iterator[Round]:
         players.insert(1, players.pop())
 
 
-def square_rounds(row_blocks: list[slice]) -> Iterator[Round]:
-    """Every ordered pair of blocks once, shifted diagonal by shifted diagonal; the main diagonal comes first."""
-    for shift in range(len(row_blocks)):
-        yield list(zip(row_blocks, row_blocks[shift:] + row_blocks[:shift], strict=True))
+def rectangle_rounds(row_blocks: list[slice], col_blocks: list[slice]) -> Iterator[Round]:
+    """Every row-block with every column-block once, shifted diagonal by shifted diagonal; the main one comes first."""
+    fewer = min(len(row_blocks), len(col_blocks))
+    for shift in range(max(len(row_blocks), len(col_blocks))):
+        shifted = ((i + shift) for i in range(fewer))
+        if fewer == len(row_blocks):
+            yield [(row_blocks[i], col_blocks[j % len(col_blocks)]) for i, j in enumerate(shifted)]
+        else:
+            yield [(row_blocks[i % len(row_blocks)], col_blocks[j]) for j, i in enumerate(shifted)]
 
 
 def for_each_tile(
-    rounds: Iterator[Round], work: Callable[[slice, slice, Workspace], None], like: Tensor, buffers: int
+    rounds: Iterator[Round],
+    work: Callable[[slice, slice, Workspace], None],
+    like: Tensor,
+    buffers: int,
+    columns: int | None = None,
 ) -> None:
-    """Call ``work(rows, cols, workspace)`` for every tile, round by round, on as many workers as suit ``like``."""
-    rows = max(block.stop - block.start for block in blocks(len(like), like.device))
-    workers = worker_count(len(like), like.device)
+    """Call ``work(rows, cols, workspace)`` for every tile, round by round, on as many workers as suit ``like``.
+
+    The matrix has a row for each of ``like``'s, and as many columns unless ``columns`` says otherwise.
+    """
+    n, N = len(like), len(like) if columns is None else columns
+    largest = [max(block.stop - block.start for block in blocks(count, like.device)) for count in (n, N)]
+    workers = worker_count(min(n, N), like.device)
     if workers == 1:
-        workspace = Workspace(like, buffers, rows)
+        workspace = Workspace(like, buffers, *largest)
         for tiles in rounds:
             for i, j in tiles:
                 work(i, j, workspace)
@@ -89,7 +108,7 @@ def for_each_tile(
     def compute(tile: tuple[slice, slice]) -> None:
         with torch.inference_mode(inference), torch.no_grad():
             if not hasattr(local, "workspace"):
-                local.workspace = Workspace(like, buffers, rows)
+                local.workspace = Workspace(like, buffers, *largest)
             work(*tile, local.workspace)
 
     with ThreadPoolExecutor(workers) as pool:

@@ -8,9 +8,11 @@ import triton
 from torch import Tensor
 
 from fastkd.backends.blocked import MAX_SHARED_SCALE
+from fastkd.backends.triton_contrast import contrast_backward as contrast_backward
+from fastkd.backends.triton_contrast import contrast_forward as contrast_forward
 from fastkd.kernels import dual_softmax, dual_softmax_wide
 from fastkd.kernels.dual_softmax_rows import coefficients, gradients, statistics
-from fastkd.kernels.launch import fits, hardware_of
+from fastkd.kernels.launch import allows_tf32, fits, hardware_of
 from fastkd.kernels.multiscale_pool import pooled, spread_gradients
 from fastkd.kernels.normalize import padded_width, unit_rows
 from fastkd.kernels.soft_target import soft_target_gradient, soft_target_losses
@@ -21,14 +23,6 @@ def _is_wide(rows: Tensor) -> bool:
     if not fits(rows.dtype, padded_width(rows.shape[1]), hardware_of(rows.device)):
         return True
     return rows.is_cuda and rows.dtype == torch.float32 and not allows_tf32()
-
-
-def allows_tf32() -> bool:
-    """Whether fp32 products on a GPU may be tf32, by whichever of PyTorch's settings the user chose it.
-
-    ``torch.get_float32_matmul_precision()`` would raise after an assignment to ``torch.backends.*.fp32_precision``.
-    """
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _rounds_to_tf32(rows: Tensor) -> bool:

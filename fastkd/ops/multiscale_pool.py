@@ -13,7 +13,7 @@ from fastkd.backends.reference import accumulation_dtype, window_counts
 def multiscale_pool(
     features: Tensor, windows: list[int], strides: list[int], normalize: bool, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Rows [B, M, C] in ``dtype`` and the inverse norms that the backward needs, [B, M], or [B, 0] without ``normalize``.
+    """Rows [B, M, C] in ``dtype`` and their inverse norms for the backward, [B, M], or [B, 0] if not ``normalize``.
 
     features: [B, C, H, W]. windows, strides: height and width of every scale in turn.
     """

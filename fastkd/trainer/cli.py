@@ -18,6 +18,7 @@ usage: fastkd COMMAND ...
   eval CHECKPOINT    accuracy of a checkpoint or of the newest one of a run folder
   export CHECKPOINT OUT   its student as .safetensors or .onnx, checked
   probe CHECKPOINT   linear probe of its frozen features on other data
+  report RUN ...     an HTML page about a run, or several compared, from their folders
 
 fastkd COMMAND --help describes each.
 """
@@ -289,6 +290,24 @@ def _probe(arguments: list[str]) -> int:
     return tyro.cli(command, prog="fastkd probe", args=arguments)
 
 
+def _report(arguments: list[str]) -> int:
+    import tyro
+
+    from fastkd.trainer.run_report import write_run_report
+
+    def command(runs: tyro.conf.Positional[tuple[str, ...]], out: str | None = None) -> int:
+        """An HTML page about a training run, or about several compared: curves, results, settings.
+
+        Args:
+            runs: run folders. A run may still be going on.
+            out: the .html file; by default report.html in the run folder, comparison.html here for several.
+        """
+        print(write_run_report(runs, out))
+        return 0
+
+    return tyro.cli(command, prog="fastkd report", args=arguments)
+
+
 def _json(flag: str, text: str) -> dict[str, Any]:
     """The JSON object in ``text``."""
     import json
@@ -307,7 +326,15 @@ _TRAIN_NOTE = (
     "--teacher.name NAME gives a teacher to a recipe that has none; --dry-run [--ranks N] prints what the settings "
     "come to and stops."
 )
-_COMMANDS = {"demo": _demo, "recipes": _recipes, "train": _train, "eval": _eval, "export": _export, "probe": _probe}
+_COMMANDS = {
+    "demo": _demo,
+    "recipes": _recipes,
+    "train": _train,
+    "eval": _eval,
+    "export": _export,
+    "probe": _probe,
+    "report": _report,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

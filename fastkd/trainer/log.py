@@ -140,8 +140,8 @@ class RunLog:
 
     ``metrics.jsonl`` has one object a line: ``{"kind": "step", "step", "epoch", "lr", "loss", ...}`` every
     ``log_every`` steps and ``{"kind": "epoch", ...}`` after each epoch; all values are before weights except
-    ``loss``. ``speed.jsonl`` has what differs between two equal runs, a line an epoch: images a second, and the share of
-    the time in which data were waited for.
+    ``loss``. ``speed.jsonl`` has what differs between two equal runs, a line an epoch: images a second, and the share
+    of the time in which data were waited for.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class RunLog:
         """One line of ``speed.jsonl``; the epoch that ended, or was broken off, at ``step``."""
         if self._folder is not None:
             with (self._folder / SPEED).open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(json.dumps({"kind": "speed", "step": step, **values}) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"speed/{name}", value, step)
@@ -238,7 +238,12 @@ def describe(
         name = type(model.model).__name__
         if named is not None and role not in identity["given_as_objects"]:
             name = named.name
-        return {"name": name, "classifier": model.classifier_name, "parameters": count_parameters(model.model)}
+        return {
+            "name": name,
+            "classifier": model.classifier_name,
+            "feature_map": None if model.map_source is None else model.map_source.layer,
+            "parameters": count_parameters(model.model),
+        }
 
     return {
         "student": model("student", distiller.student, config.student),

@@ -323,12 +323,12 @@ def probe(model: FeatureModel, images: Tensor, *, feature_map: bool = False) -> 
     images = images.to(next(model.parameters(), images).device)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    model.map_source = None  # a model may have been in another run, with other terms
     try:
         shapes = _check_classifier(model, images)
         if not feature_map:
             return shapes
         assert model.classifier_name is not None
-        model.map_source = None
         model.map_source = find_map(lambda: model(images).features, model.model, model.classifier_name, model.map_name)
         return replace(shapes, feature_map=model.map_source)
     finally:

@@ -1,0 +1,73 @@
+"""pytest-benchmark cases: ``multiscale_pool`` with normalisation, forward + backward, fp32, on this machine's CPU.
+
+The eager definition is avg_pool2d at every scale, cat, transpose and F.normalize. Run by ``make bench``.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from bench.measure import peak_resident_mib
+from bench.providers import compiled
+from fastkd import multiscale_pool
+
+Pool = Callable[[Tensor, list[int], list[int]], Tensor]
+FORMATS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
+# (shape, windows, strides): MSDCRD's last map, then a ViT's grid, then one that takes the axes apart.
+CASES = (
+    ((256, 512, 7, 7), [7, 4, 2], [1, 1, 1]),
+    ((256, 512, 7, 7), [7, 4, 2], [7, 2, 1]),
+    ((64, 384, 14, 14), [14, 7, 4], [14, 4, 2]),
+    ((4, 256, 56, 56), [56, 28, 14], [56, 14, 7]),
+)
+
+
+def chain(features: Tensor, windows: list[int], strides: list[int]) -> Tensor:
+    scales = [F.avg_pool2d(features, w, s).flatten(2) for w, s in zip(windows, strides, strict=True)]
+    return F.normalize(torch.cat(scales, dim=2).transpose(1, 2), dim=2)
+
+
+PROVIDERS: dict[str, Callable[[], Pool]] = {
+    "eager": lambda: chain,
+    "torch.compile(eager)": lambda: compiled(chain),
+    "fastkd blocked": lambda: partial(multiscale_pool, normalize=True, backend="blocked"),
+}
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(("shape", "windows", "strides"), CASES, ids=str)
+def test_forward_and_backward(
+    benchmark: BenchmarkFixture,
+    shape: tuple[int, ...],
+    windows: list[int],
+    strides: list[int],
+    memory_format: str,
+    provider: str,
+) -> None:
+    case = f"{list(shape)}, windows {windows}, strides {strides}, {memory_format}"
+    benchmark.group = case
+    benchmark.extra_info.update(provider=provider, case=case, dtype="float32", threads=torch.get_num_threads())
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(shape, generator=generator).contiguous(memory_format=FORMATS[memory_format])
+    features.requires_grad_()
+    expected = chain(features, windows, strides)
+    upstream = torch.randn(expected.shape, generator=generator)
+    (exact,) = torch.autograd.grad(expected, features, upstream)
+    del expected
+    pool = PROVIDERS[provider]()
+
+    def step() -> None:
+        features.grad = None
+        pool(features, windows, strides).backward(upstream)
+
+    step()  # compiles, and allocates what stays
+    assert features.grad is not None
+    assert (features.grad - exact).norm() <= 1e-5 * exact.norm()
+    benchmark.extra_info["peak_extra_mib"] = peak_resident_mib(step)
+    benchmark.pedantic(step, rounds=15)

@@ -1,0 +1,89 @@
+// fastkd_native::start_gather: packs the rows of this rank and starts the collectives that bring those of all ranks.
+// See fastkd/exchange.py, which does the same on torch.distributed, for what it returns.
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+namespace fastkd {
+namespace {
+
+using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
+using Works = std::vector<c10::intrusive_ptr<c10d::Work>>;
+
+std::tuple<at::Tensor, at::Tensor> pack_rows(at::TensorList rows, at::ScalarType dtype, bool normalize) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastkd_native::pack_rows", "")
+                             .typed<std::tuple<at::Tensor, at::Tensor>(at::TensorList, at::ScalarType, bool)>();
+  return op.call(rows, dtype, normalize);
+}
+
+// Every backend moves bytes, not every one moves every dtype.
+at::Tensor bytes(const at::Tensor& x) { return x.view({-1}).view(at::kByte); }
+
+// sizes: the rows of every rank. bounds: where equal numbers of rows are cut into chunks; empty for unequal ones.
+// A work holds the tensors of its collective until it is done.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, Works> start_gather(at::TensorList rows, at::ScalarType dtype,
+                                                                   bool normalize, at::IntArrayRef sizes,
+                                                                   at::IntArrayRef bounds, const Group& group) {
+  TORCH_CHECK_VALUE(!rows.empty() && rows[0].dim() == 2, "start_gather: got no rows, expected tensors [n, D]");
+  const int64_t world_size = group->getSize(), rank = group->getRank();
+  const int64_t n = rows[0].size(0), width = static_cast<int64_t>(rows.size()) * rows[0].size(1);
+  TORCH_CHECK_VALUE(static_cast<int64_t>(sizes.size()) == world_size && sizes[rank] == n, "start_gather: got ", n,
+                    " rows, expected one size a rank, this rank's among them, in ", sizes);
+  int64_t total = 0;
+  for (const int64_t size : sizes) total += size;
+  const at::Tensor gathered = at::empty({total * width}, rows[0].options().dtype(dtype));
+  Works works;
+
+  if (bounds.empty()) {
+    auto [units, inverse_norm] = pack_rows(rows, dtype, normalize);
+    int64_t start = 0;
+    for (int64_t source = 0; source < world_size; ++source) {
+      const int64_t elements = sizes[source] * width;
+      if (elements == 0) continue;
+      const at::Tensor part = gathered.narrow(0, start, elements);
+      start += elements;
+      if (source == rank) part.copy_(units.view({-1}));
+      std::vector<at::Tensor> tensors = {bytes(part)};
+      c10d::BroadcastOptions options;
+      options.rootRank = source;
+      works.push_back(group->broadcast(tensors, options));
+    }
+    return {units, inverse_norm, gathered, works};
+  }
+
+  TORCH_CHECK_VALUE(bounds.size() >= 2 && bounds.front() == 0 && bounds.back() == n && total == world_size * n,
+                    "start_gather: got bounds ", bounds, " for ranks with ", sizes, " rows");
+  std::vector<at::Tensor> packed, inverse_norms;
+  for (size_t chunk = 0; chunk + 1 < bounds.size(); ++chunk) {
+    const int64_t first = bounds[chunk], count = bounds[chunk + 1] - first;
+    std::vector<at::Tensor> part;
+    for (const at::Tensor& x : rows) part.push_back(x.narrow(0, first, count));
+    auto [units, inverse_norm] = pack_rows(part, dtype, normalize);
+    at::Tensor target = bytes(gathered.narrow(0, world_size * first * width, world_size * count * width));
+    at::Tensor source = bytes(units);
+    works.push_back(group->_allgather_base(target, source));
+    packed.push_back(units);
+    inverse_norms.push_back(inverse_norm);
+  }
+  if (packed.size() == 1) return {packed[0], inverse_norms[0], gathered, works};
+  return {at::cat(packed, 1), at::cat(inverse_norms, 1), gathered, works};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastkd_native, library) {
+  library.def(
+      "start_gather(Tensor[] rows, ScalarType dtype, bool normalize, int[] sizes, int[] bounds, "
+      "__torch__.torch.classes.c10d.ProcessGroup group) -> "
+      "(Tensor, Tensor, Tensor, __torch__.torch.classes.c10d.Work[])",
+      start_gather);
+}
+
+}  // namespace fastkd

@@ -1,0 +1,23 @@
+"""Fixtures of several test files."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fastkd import pack
+from tests.building import run_setup
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The extension as installed, or built for CPU where it is not."""
+    if pack.LIBRARY.exists():
+        return pack.LIBRARY
+    if shutil.which("c++") is None:
+        pytest.skip("there is no C++ compiler")
+    folder = tmp_path_factory.mktemp("extension")
+    arguments = ("build_ext", f"--build-lib={folder / 'lib'}", f"--build-temp={folder / 'temp'}")
+    result = run_setup(*arguments, FASTKD_EXTENSION="1", FASTKD_CUDA="0")
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder / "lib" / "fastkd" / pack.LIBRARY.name
