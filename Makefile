@@ -18,7 +18,7 @@ POOL_CASES := definition_on_a_gpu and False and (37-3-3 or 65-9-16 or shape0 or 
 SANITIZED := ($(DUAL_CASES)) or ($(CONTRAST_CASES)) or ($(SOFT_CASES)) or ($(POOL_CASES)) or 131069-1 or packs_on_a_gpu
 SANITIZER := compute-sanitizer --report-api-errors no --error-exitcode 1
 
-.PHONY: setup ext ext-cuda demo demo-ddp test lint format bench bench-scale aot gpu-test gpu-bench gpu-ready clean
+.PHONY: setup ext ext-cuda demo demo-ddp soak test lint format bench bench-scale aot gpu-test gpu-bench gpu-ready clean
 
 setup: .venv/.installed
 
@@ -44,6 +44,10 @@ demo: $(SETUP)
 # One process and two gloo ranks, side by side; fails when they differ by more than float32 rounding.
 demo-ddp: $(SETUP)
 	$(PY) -m fastkd.trainer.demo_ddp
+
+# Kills a training run 20 times at random moments; fails unless the resumed run ends as the uninterrupted one, bit for bit.
+soak: $(SETUP)
+	$(PY) -m tests.imagenet_like soak --kills 20
 
 test: $(SETUP)
 	$(PY) -m pytest
