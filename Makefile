@@ -14,7 +14,7 @@ GPU_TESTS := tests/test_triton_dual_softmax.py tests/test_triton_contrast.py \
 DUAL_CASES := gpu_equals_the_definition and highest and (63-16 or 129-128)
 SOFT_CASES := definition_on_a_gpu and 3.0 and (64-10- or 33-1001)
 CONTRAST_CASES := contrast_on_a_gpu and 129-128 and (bfloat16 or float32 or tf32)
-POOL_CASES := definition_on_a_gpu and False and (37-3-3 or 65-9-16 or shape0 or shape3)
+POOL_CASES := definition_on_a_gpu and (one-tile or rectangular) and (bfloat16 or float32)
 SANITIZED := ($(DUAL_CASES)) or ($(CONTRAST_CASES)) or ($(SOFT_CASES)) or ($(POOL_CASES)) or 131069-1 or packs_on_a_gpu
 SANITIZER := compute-sanitizer --report-api-errors no --error-exitcode 1
 
