@@ -70,6 +70,7 @@ def check_on_gpu(x: Tensor, windows: list, strides: list, **options: object) -> 
         pytest.param((4, 65, 9, 16), [(9, 16), (3, 5), 2], [1, (2, 1), 3], id="rectangular"),
         pytest.param((2, 64, 56, 56), [56, 28, 7], [1, 1, 1], id="large"),
         pytest.param((3, 1, 8, 8), [8, 1], [1, 1], id="one-channel"),
+        pytest.param((0, 3, 4, 4), [2], [1], id="no-sample"),
     ],
 )
 def test_equals_the_definition_on_a_gpu(
@@ -127,6 +128,18 @@ def test_values_that_are_not_finite_reach_their_windows_only_on_a_gpu(
     finite = grads[0].isfinite()
     assert torch.equal(grads[1].isfinite(), finite)
     assert_close(grads[1][finite], grads[0][finite], dtype)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-13, 1e-10, 1e37])
+def test_zero_tiny_and_huge_rows_normalise_as_in_the_definition_on_a_gpu(scale: float) -> None:
+    x = scale * on_gpu((3, 200, 3, 3), torch.float32, FORMATS[0])
+    x[:, :128] *= 1e-3  # the largest magnitude comes in a later tile of channels
+    out, grad = out_and_grad(x, [3, 2], [1, 1], normalize=True, backend="triton")
+    exact = out_and_grad(x.double(), [3, 2], [1, 1], normalize=True, backend="reference")
+    assert_close(out, exact[0], torch.float32)
+    assert_close(grad, exact[1], torch.float32, floor=1e-30)
 
 
 @gpu
