@@ -277,6 +277,20 @@ def test_forward_mode_is_refused_by_the_streaming_backends() -> None:
 
 
 @pytest.mark.parametrize("normalize", [False, True])
+def test_a_second_derivative_is_refused_by_the_streaming_backends(normalize: bool) -> None:
+    x = feature_map(1, 2, 4, 4).requires_grad_()
+    for backend in BACKENDS:
+        out = multiscale_pool(x, [2], [1], normalize=normalize, backend=backend)
+        (grad,) = torch.autograd.grad(out.pow(3).sum(), x, create_graph=True)
+        if backend == "reference":
+            grad.square().sum().backward()
+            assert x.grad.any()
+        else:
+            with pytest.raises(RuntimeError, match="no autograd formula"):
+                grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("backend", "dynamic"), [("reference", True), ("blocked", True), ("blocked", None)])
 def test_compiles_as_one_graph_and_ignores_autocast(backend: str, dynamic: bool | None, normalize: bool) -> None:
     torch.compiler.reset()
