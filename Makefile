@@ -8,13 +8,14 @@ BIN := .venv/bin
 PY := $(BIN)/python
 SETUP := $(if $(filter command,$(origin BIN) $(origin PY)),,setup)
 
-GPU_TESTS := tests/test_triton_dual_softmax.py tests/test_triton_contrast.py \
-	tests/test_triton_soft_target.py tests/test_triton_multiscale_pool.py tests/test_pack.py tests/test_exchange.py
+KERNEL_TESTS := tests/test_triton_dual_softmax.py tests/test_triton_contrast.py \
+	tests/test_triton_soft_target.py tests/test_triton_multiscale_pool.py tests/test_pack.py
+GPU_TESTS := $(KERNEL_TESTS) tests/test_exchange.py
 # Small cases of every operation: compute-sanitizer makes a kernel tens of times slower.
 DUAL_CASES := gpu_equals_the_definition and highest and (63-16 or 129-128)
 SOFT_CASES := definition_on_a_gpu and 3.0 and (64-10- or 33-1001)
 CONTRAST_CASES := contrast_on_a_gpu and 129-128 and (bfloat16 or float32 or tf32)
-POOL_CASES := definition_on_a_gpu and False and (37-3-3 or 65-9-16 or shape0 or shape3)
+POOL_CASES := definition_on_a_gpu and (one-tile or rectangular) and (bfloat16 or float32)
 SANITIZED := ($(DUAL_CASES)) or ($(CONTRAST_CASES)) or ($(SOFT_CASES)) or ($(POOL_CASES)) or 131069-1 or packs_on_a_gpu
 SANITIZER := compute-sanitizer --report-api-errors no --error-exitcode 1
 
@@ -80,7 +81,7 @@ gpu-test: gpu-ready
 	@$(SANITIZER) $(PY) -c 'import torch; torch.ones(8, device="cuda").sum().item()' || \
 		{ echo "gpu-test: the tests passed; the sanitizer step fails: compute-sanitizer refuses this device or its driver"; exit 1; }
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) \
-		$(PY) -m pytest -m gpu --timeout 1800 $(GPU_TESTS) -k "$(SANITIZED)"
+		$(PY) -m pytest -m gpu --timeout 1800 $(KERNEL_TESTS) -k "$(SANITIZED)"
 
 gpu-bench: gpu-ready
 	$(PY) -m bench.gpu

@@ -1,4 +1,5 @@
-"""``make gpu-bench``: forward + backward of every loss on a GPU against eager code, torch.compile and installed peers.
+"""``make gpu-bench``: forward + backward of every loss, and of pooling, on a GPU, against eager code, torch.compile and
+installed peers.
 
     python -m bench.gpu [--seconds 540] [--cases dcd_loss ...] [--output bench/results]
     python -m bench.gpu --device cpu --quick     # the whole path with tiny sizes, on any machine
@@ -34,6 +35,7 @@ SIZES = tuple(2**k for k in range(8, 17))
 ON_ROWS = ("dcd_loss", "info_nce_loss", "clip_loss", "ckd_loss", "sup_con_loss", "masked_contrast_loss")
 LOGITS = ((256, 1000), (1024, 1000), (8192, 1000), (65536, 1000), (1024, 21841), (4096, 32000), (8192, 131072))
 CKD = ((256, 1000), (1024, 1000), (4096, 1000), (16384, 1000), (1024, 21841), (4096, 21841))
+POOLED = ((256, 512, 7), (2048, 512, 7), (64, 256, 56))  # maps, channels, side; a 50 MB L2 cache holds the first
 EXACT_ELEMENTS = 2**28  # logits up to which the error against float64 is affordable
 GRAPH_ELEMENTS = 2**27  # logits above which Python costs nothing beside the kernels, and a graph's memory does
 GRAPH_HOST_MS = 20.0  # a node costs microseconds to launch: a few thousand of them
@@ -41,13 +43,17 @@ GRAPH_HOST_MS = 20.0  # a node costs microseconds to launch: a few thousand of t
 
 @dataclass(frozen=True)
 class Case:
-    """One loss at one size: n rows of d features or classes."""
+    """One loss at one size: n rows of d features or classes, or n maps of d channels."""
 
     name: str
     dtype: torch.dtype
     n: int
     d: int
     compiles: bool = True  # whether torch.compile has time for this size
+    side: int | None = None  # of the maps
+
+    def __str__(self) -> str:
+        return " ".join(str(x) for x in self.key().values() if x is not None)
 
     @property
     def on_logits(self) -> bool:
@@ -55,15 +61,25 @@ class Case:
 
     @property
     def elements(self) -> int:
-        """How many logits there are, given or implied."""
+        """How many logits there are, given or implied, or elements of the maps."""
+        if self.side:
+            return self.n * self.d * self.side**2
         return self.n * self.d if self.on_logits else self.n**2
 
     def key(self) -> dict[str, Any]:
-        return {"case": self.name, "dtype": str(self.dtype).removeprefix("torch."), "n": self.n, "d": self.d}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"case": self.name, "dtype": dtype, "n": self.n, "d": self.d, "side": self.side}
 
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Student and teacher that agree in part, as in training, and the logit scale or the labels; leaves."""
+        """Student and teacher that agree in part, as in training, and the logit scale or the labels; leaves.
+
+        Of pooling the maps and the gradient of their rows.
+        """
         generator = torch.Generator(device).manual_seed(self.n)
+        if self.side:
+            shapes = (self.n, self.d, self.side, self.side), (self.n, providers.pooled_rows(self.side), self.d)
+            maps, grad = (torch.randn(x, generator=generator, device=device, dtype=self.dtype) for x in shapes)
+            return maps.contiguous(memory_format=providers.POOLS[self.name][0]).requires_grad_(), grad
         shape = self.n, self.d
         teacher = torch.randn(shape, generator=generator, device=device, dtype=self.dtype)
         student = teacher + torch.randn(shape, generator=generator, device=device, dtype=self.dtype)
@@ -77,7 +93,13 @@ class Case:
         )
 
     def bytes_moved(self) -> int | None:
-        """What the loss on logits cannot do without: two reads forward, two reads and a write backward."""
+        """What cannot be avoided, of the losses on logits two reads forward, two reads and a write backward.
+
+        Of pooling a read and a write of the maps and of the rows, and another read of the rows if they are normalised.
+        """
+        if self.side:
+            rows = self.n * self.d * providers.pooled_rows(self.side)
+            return (2 * self.elements + (3 if providers.POOLS[self.name][1] else 2) * rows) * self.dtype.itemsize
         return 5 * self.n * self.d * self.dtype.itemsize if self.on_logits else None
 
 
@@ -88,6 +110,7 @@ def cases(quick: bool) -> Iterator[Case]:
         for dtype in (bf16, fp32):
             yield from (Case(name, dtype, n, 16) for name in ON_ROWS for n in (16, 40))
             yield from (Case(name, dtype, 12, classes) for name in ("ce_kd_terms", "kd_loss") for classes in (10, 33))
+            yield from (Case(name, dtype, n, 20, side=7) for name in providers.POOLS for n in (2, 5))
         return
     # torch.compile takes seconds a size, more than everything else: the sizes that the project's goals are set at.
     yield from (Case("dcd_loss", bf16, n, 128, compiles=n in (4096, 32768, 65536)) for n in SIZES)
@@ -96,7 +119,11 @@ def cases(quick: bool) -> Iterator[Case]:
     yield from (Case("ckd_loss", bf16, n, d, compiles=n == 4096) for n, d in CKD)
     for name in ("sup_con_loss", "masked_contrast_loss"):
         yield from (Case(name, bf16, n, 128, compiles=n == 32768) for n in SIZES[2:])
+    for n, d, side in POOLED:
+        yield from (Case(name, bf16, n, d, n != 2048, side) for name in providers.POOLS)
     yield from (Case("dcd_loss", fp32, n, 128, compiles=n == 32768) for n in SIZES)
+    for n, d, side in POOLED:
+        yield from (Case(name, fp32, n, d, n == 256, side) for name in providers.POOLS)
     yield from (Case("kd_loss", bf16, n, classes, compiles=classes == 128 * 1024) for n, classes in LOGITS)
     yield from (Case("clip_loss", bf16, n, 128, compiles=False) for n in SIZES[4:])
     for dtype, d in ((bf16, 256), (bf16, 64), (bf16, 512), (fp32, 256), (fp32, 64), (fp32, 512)):
@@ -105,11 +132,13 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def step_of(loss: providers.Loss, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    """Forward and backward; of what is not a scalar, the second input is the gradient."""
+
     def step() -> Tensor:
         for x in inputs:
             x.grad = None
         value = loss(*inputs)
-        value.backward()
+        value.backward(inputs[1] if value.ndim else None)
         return value
 
     return step
@@ -202,7 +231,7 @@ def measured(case: Case, provider: str, run: Run, exact: Any) -> dict[str, Any]:
         try:
             row["graph_ms"] = measure.graph_ms(step, device, seconds)
         except measure.CaptureError as error:
-            run.failed_capture = f"{provider}, {' '.join(str(x) for x in case.key().values())}"
+            run.failed_capture = f"{provider}, {case}"
             row["note"] = f"no graph: {error}"
     return row
 
@@ -269,7 +298,7 @@ def measure_all(run: Run, names: list[str] | None, output: Path, command: str) -
             return None
         results.append(rows)
         if run.stopped() is None:
-            print(f"{time.monotonic() - start:6.1f} s  {' '.join(str(x) for x in case.key().values())}", flush=True)
+            print(f"{time.monotonic() - start:6.1f} s  {case}", flush=True)
     return results.finish(time.monotonic() - start)
 
 

@@ -12,11 +12,11 @@ import matplotlib.pyplot as plt
 import torch
 
 from bench import report
-from bench.providers import GPU_BASELINE, ON_LOGITS, PEERS
+from bench.providers import GPU_BASELINE, MEMORY_BOUND, ON_LOGITS, PEERS, POOLS
 
 # Columns of a row that are None where it was not measured.
 NUMBERS = ("median_ms", "host_ms", "graph_ms", "peak_extra_mib", "loss_error", "grad_error", "gb_per_s")
-GROUP = ("case", "dtype", "n", "d")
+GROUP = ("case", "dtype", "n", "d", "side")
 COLUMNS = (*GROUP, "provider", "status", "note", *NUMBERS, "speedup", "memory_ratio", "of_copy")
 
 
@@ -68,7 +68,7 @@ def _markdown(
 ) -> str:
     packages = f"torch {torch.__version__}, triton {version('triton')}, fastkd {version('fastkd')}"
     lines = [
-        "# Losses on a GPU, forward + backward",
+        "# Losses and pooling on a GPU, forward + backward",
         "",
         f"- Hardware: {hardware(device)}",
         f"- Versions: Python {platform.python_version()}, {packages}, CUDA {torch.version.cuda}",
@@ -82,9 +82,10 @@ def _markdown(
         "  graph, so without Python; not measured for peers, for `fastkd blocked` (too many nodes), and where the work",
         "  is so large that launching does not count.",
         "- memory: peak of one step beyond what was allocated before it, the gradients included. error: relative to",
-        f"  float64, of the student's gradient. speed-up (of the median) and memory ratio: against `{GPU_BASELINE}`.",
-        "- GB/s: 5 elements a logit, which is what reading both logits twice and writing one gradient moves, over the",
-        "  shorter time, and of the copy.",
+        "  float64, of the gradient of the student or of the map. speed-up (of the median) and memory ratio: against",
+        f"  `{GPU_BASELINE}`.",
+        "- GB/s: what must be moved over the shorter time, and of the copy. 5 elements a logit: both logits are read",
+        "  twice and one gradient is written. Pooling: 2 elements an element of the map and of rows, 3 of unit rows.",
     ]
     for case, dtype in dict.fromkeys((row["case"], row["dtype"]) for row in rows):
         own = [row for row in rows if (row["case"], row["dtype"]) == (case, dtype)]
@@ -93,8 +94,8 @@ def _markdown(
 
 
 def _table(case: str, dtype: str, rows: list[dict[str, Any]]) -> list[str]:
-    width = "C" if case in ON_LOGITS else "D"
-    bandwidth = " GB/s | of copy |" if case in ON_LOGITS else ""
+    width = "C" if case in ON_LOGITS else "C x H x W" if case in POOLS else "D"
+    bandwidth = " GB/s | of copy |" if case in MEMORY_BOUND else ""
     lines = [
         f"## {case}, {dtype} inputs",
         "",
@@ -103,7 +104,8 @@ def _table(case: str, dtype: str, rows: list[dict[str, Any]]) -> list[str]:
         "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|" + "---:|---:|" * bool(bandwidth),
     ]
     for row in rows:
-        head = f"| {row['n']} | {row['d']} | {row['provider']} |"
+        size = " x ".join(str(x) for x in (row["d"], row["side"], row["side"]) if x is not None)
+        head = f"| {row['n']} | {size} | {row['provider']} |"
         if row["status"] != "ok":
             lines.append(f"{head} {row['status'].replace('|', '/')} |")
             continue
@@ -127,17 +129,18 @@ def _format(value: float | None, how: str, unit: str = "") -> str:
 
 
 def _plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Time and memory of each case over N at its first width, bandwidth of the losses on logits over their size."""
+    """Time and memory of each case over N at its first width, bandwidth where memory bounds it over the size."""
     names = list(dict.fromkeys(row["case"] for row in rows))
     figure, axes = plt.subplots(len(names), 2, figsize=(11, 3.8 * len(names)), layout="constrained", squeeze=False)
     for (time, other), name in zip(axes, names, strict=True):
         first = next(row for row in rows if row["case"] == name)
         own = [row for row in rows if (row["case"], row["dtype"]) == (name, first["dtype"])]
         time.set_title(f"{name}, {first['dtype']}", fontsize=10)
-        if name in ON_LOGITS:
-            own = [row | {"elements": row["n"] * row["d"]} for row in own]
-            report.draw(time, own, "elements", "median_ms", "logits N C", "median time, ms")
-            report.draw(other, own, "elements", "gb_per_s", "logits N C", "GB/s")
+        if name in MEMORY_BOUND:
+            own = [row | {"elements": row["n"] * row["d"] * (row["side"] or 1) ** 2} for row in own]
+            label = "logits N C" if name in ON_LOGITS else "map N C H W"
+            report.draw(time, own, "elements", "median_ms", label, "median time, ms")
+            report.draw(other, own, "elements", "gb_per_s", label, "GB/s")
             for axis in (time, other):
                 axis.set_xticks([], [])
                 axis.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator())

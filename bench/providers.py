@@ -2,7 +2,8 @@
 
 ``PROVIDERS``: the DCD loss on a CPU. A provider takes (student [N, D], teacher [N, D], logit_scale 0-dim) and returns
 the loss of ``fastkd.dcd_loss`` with its defaults. ``GPU_PROVIDERS``: the losses of bench/gpu.py, by case; those on
-logits take (student [B, C], teacher [B, C], labels [B]). What builds a provider raises ImportError where the peer is
+logits take (student [B, C], teacher [B, C], labels [B]), those of ``POOLS`` (features [B, C, H, W], their rows'
+gradient, which is not for them) and return rows. What builds a provider raises ImportError where the peer is
 not installed; a provider raises Unsupported where our backend has no kernel.
 """
 
@@ -14,10 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import ckd_loss, dcd_loss, info_nce_loss, kd_loss, masked_contrast_loss, sup_con_loss
+from fastkd import (
+    ckd_loss,
+    dcd_loss,
+    info_nce_loss,
+    kd_loss,
+    masked_contrast_loss,
+    multiscale_pool,
+    sup_con_loss,
+)
 from fastkd.functional import ce_kd_terms, dcd_terms
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
+Providers = dict[str, Callable[[], Loss]]
 
 
 def eager(student: Tensor, teacher: Tensor, logit_scale: Tensor) -> Tensor:
@@ -41,7 +51,7 @@ def compiled(loss: Any) -> Any:
     return torch.compile(loss, fullgraph=True, dynamic=False)
 
 
-PROVIDERS: dict[str, Callable[[], Loss]] = {
+PROVIDERS: Providers = {
     "eager": lambda: eager,
     "eager kl_div": lambda: eager_kl_div,
     "reference": lambda: partial(dcd_loss, backend="reference"),
@@ -102,6 +112,21 @@ def eager_ce_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(student.float(), labels) + eager_kd(student, teacher, labels)
 
 
+# Windows and strides by the map's side: of a network's last map, every position, and of an early one.
+POOL_SCALES = {7: ([7, 4, 2], [1, 1, 1]), 56: ([56, 28, 14], [56, 14, 7])}
+
+
+def pooled_rows(side: int) -> int:
+    return multiscale_pool(torch.empty(1, 1, side, side), *POOL_SCALES[side]).shape[1]
+
+
+def eager_pool(features: Tensor, windows: list[int], strides: list[int], normalize: bool = True) -> Tensor:
+    """avg_pool2d at every scale, cat, transpose and F.normalize."""
+    scales = [F.avg_pool2d(features, w, s).flatten(2) for w, s in zip(windows, strides, strict=True)]
+    rows = torch.cat(scales, dim=2).transpose(1, 2)
+    return F.normalize(rows, dim=2) if normalize else rows
+
+
 def in_float32(loss: Loss) -> Loss:
     return lambda a, b, c: loss(a.float(), b.float(), c)
 
@@ -123,9 +148,9 @@ class Unsupported(Exception):
 
 
 def on_backend(loss: Loss, backend: str) -> Loss:
-    def with_backend(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    def with_backend(*inputs: Tensor) -> Tensor:
         try:
-            return loss(a, b, c, backend=backend)  # type: ignore[call-arg]
+            return loss(*inputs, backend=backend)
         except ValueError as error:
             if str(error).startswith("backend:"):
                 raise Unsupported(error) from error
@@ -159,6 +184,24 @@ def _sup_con(student: Tensor, teacher: Tensor, logit_scale: Tensor, backend: str
 
 def _masked(query: Tensor, key: Tensor, logit_scale: Tensor, backend: str | None = None) -> Tensor:
     return masked_contrast_loss(query, key, logit_scale, labels_of(query), labels_of(key), backend=backend)
+
+
+def _pool_providers(normalize: bool) -> Providers:
+    """Eager code twice: as careful as ours, and in the map's own dtype, which moves less."""
+
+    def eager_pooled(features: Tensor, _: Tensor) -> Tensor:
+        return eager_pool(features, *POOL_SCALES[features.shape[2]], normalize=normalize)
+
+    def pooled(features: Tensor, _: Tensor, backend: str | None = None) -> Tensor:
+        return multiscale_pool(features, *POOL_SCALES[features.shape[2]], normalize=normalize, backend=backend)
+
+    return {
+        "eager fp32": lambda: lambda x, upstream: eager_pooled(x.float(), upstream).to(x.dtype),
+        "eager": lambda: eager_pooled,
+        "torch.compile": lambda: compiled(eager_pooled),
+        "fastkd blocked": lambda: on_backend(pooled, "blocked"),
+        "fastkd triton": lambda: on_backend(pooled, "triton"),
+    }
 
 
 def metric_learning_sup_con(temperature: float) -> Loss:
@@ -225,7 +268,13 @@ def liger_ce_kd() -> Loss:
 
 
 PEERS = ("inf-cl", "cut-cross-entropy", "liger-kernel", "open_clip_torch", "pytorch-metric-learning")
-Providers = dict[str, Callable[[], Loss]]
+# The memory format of the map and whether the rows are normalised.
+POOLS = {
+    "multiscale_pool_nchw": (torch.contiguous_format, False),
+    "multiscale_pool_nhwc": (torch.channels_last, False),
+    "multiscale_pool_nchw_unit": (torch.contiguous_format, True),
+    "multiscale_pool_nhwc_unit": (torch.channels_last, True),
+}
 
 
 def _with_torch(loss: Loss) -> Providers:
@@ -296,5 +345,7 @@ GPU_PROVIDERS: dict[str, Providers] = {
         "fastkd blocked": lambda: on_backend(_ce_kd, "blocked"),
         "fastkd triton": lambda: on_backend(_ce_kd, "triton"),
     },
+    **{name: _pool_providers(normalize) for name, (_, normalize) in POOLS.items()},
 }
 ON_LOGITS = frozenset({"kd_loss", "ce_kd_terms"})
+MEMORY_BOUND = ON_LOGITS | POOLS.keys()  # whose bandwidth is reported

@@ -43,7 +43,7 @@ def multiscale_pool(
 
     Args:
         features: [B, C, H, W], float64, float32, bf16 or fp16; NCHW or channels-last are read as they are, slices of
-            either may be copied. Sums are taken in float32 (float64 for float64).
+            either may be copied. Sums are taken in float32 (float64 for float64); one that overflows it may be inf.
         windows: the windows' sides, one entry a scale: an int (a square) or a pair (height, width), at most H and W.
             The window of the whole of a rectangular map is the pair (H, W).
         strides: the windows' distances, one entry a scale: an int or a pair (vertical, horizontal), >= 1.

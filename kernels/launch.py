@@ -110,11 +110,11 @@ _SOFT_TARGET: dict[str, tuple[LaunchConfig, ...]] = {
 _SOFT_TARGET_INTERPRETER = (LaunchConfig(4, 32, 4, 1), LaunchConfig(2, 64, 4, 1))
 
 # Windows or positions (BLOCK_M) x channels (BLOCK_N) of an accumulator of multiscale_pool, forward and backward.
-# On sm_100 64 rows would go through tensor memory, where Triton 3.6 fails to compile.
+# On sm_100 64 rows would go through tensor memory, where Triton 3.6 fails to compile; 32 x 64 spills with 8 warps.
 _POOL = {
     "sm_80": LaunchConfig(32, 64, 8, 1),
     "sm_90": LaunchConfig(64, 64, 8, 1),
-    "sm_100": LaunchConfig(32, 64, 8, 1),
+    "sm_100": LaunchConfig(32, 32, 4, 1),
     "gfx942": LaunchConfig(32, 32, 4, 1),
 }
 # As _TABLE, one entry for every mask; contrast_self is the backward of queries contrasted with themselves.

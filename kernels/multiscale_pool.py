@@ -1,8 +1,9 @@
 """``multiscale_pool`` on a GPU: a tile of windows x channels at a time, as a product with a matrix of zeros and ones.
 
 Bytes a channel, for H W positions, M windows and e bytes an element: the forward reads H W e and writes M e. With
-NORMALIZE it visits the channels twice, first for the norms; the second finds the map in the L2 cache. The backward
-reads M e (2 M e with NORMALIZE: the unit rows too) and writes H W e. Not measured on a GPU yet.
+NORMALIZE it visits the channels twice, first for the norms; the second finds a map of 7 x 7 in the L2 cache, but reads
+one of 56 x 56 again. The backward reads M e (2 M e with NORMALIZE: the unit rows too) and writes H W e. Not measured on
+a GPU yet.
 
 Legend. ``X`` [B, C, H, W], ``GRAD_X`` likewise; ``Y`` [B, M, C] the averages or unit rows, ``G`` their gradient.
 ``P`` [m, p]: whether window m contains position p, made from indices; the sums ``P X`` and ``P^T G`` are fp32. Zeros
@@ -303,7 +304,7 @@ def _precision(hardware: str) -> str:
 
 def _splits(programs: int, channels: int, BLOCK_N: int, device: torch.device) -> int:
     """Over how many programs the channels are spread so that all multiprocessors stay busy."""
-    return min(triton.cdiv(channels, BLOCK_N), triton.cdiv(PROGRAMS * multiprocessors(device), programs))
+    return min(triton.cdiv(channels, BLOCK_N), triton.cdiv(PROGRAMS * multiprocessors(device), max(1, programs)))
 
 
 def pooled(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkd import multiscale_pool
 from tests.checks import assert_close
-from tests.test_multiscale_pool import FORMATS, feature_map, out_and_grad
+from tests.pool_cases import FORMATS, feature_map, out_and_grad, rounding_floor
 
 # One interpreted tile holds 16 positions, 16 windows and 16 channels.
 CASES = {
@@ -34,38 +34,41 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(math.nan))
 
 
-def check(x: Tensor, windows: list, strides: list, **options: object) -> None:
-    """Rows and gradient against the definition, the gradient's memory format, and the inputs' bits."""
+def check(x: Tensor, windows: list, strides: list, **options: object) -> Tensor:
+    """The gradient, after rows and gradient were held against the definition, and the inputs' bits."""
     before = x.clone()
     normalize = options.get("normalize", False)
     exact = out_and_grad(x.double(), windows, strides, normalize=normalize, backend="reference")
     low = out_and_grad(x, windows, strides, backend="reference", **options)
     out, grad = out_and_grad(x, windows, strides, backend="triton", **options)
-    floor = 1e-2 if x.shape[1] == 1 else 1e-5
+    floor = 1e-5
+    if normalize and x.shape[1] == 1:
+        floor = rounding_floor(multiscale_pool(x.double(), windows, strides, backend="reference"))
     coarser = max(out.dtype, x.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    assert_close(out, exact[0], out.dtype, low[0], floor)
+    assert_close(out, exact[0], out.dtype, low[0])
     assert_close(grad, exact[1], coarser, low[1], floor)
     assert grad.dtype == x.dtype
     assert torch.equal(x, before)
+    return grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, torch.float32) for case in CASES), ("rectangular", torch.float16)], ids=str
+)
 def test_equals_the_definition(
     case: str, normalize: bool, memory_format: torch.memory_format, dtype: torch.dtype
 ) -> None:
     shape, windows, strides = CASES[case]
     x = feature_map(*shape, dtype=dtype).contiguous(memory_format=memory_format)
-    check(x, windows, strides, normalize=normalize)
-    leaf = x.clone().requires_grad_()
-    multiscale_pool(leaf, windows, strides, backend="triton").sum().backward()
-    assert leaf.grad.stride() == torch.empty_like(x).stride()
+    grad = check(x, windows, strides, normalize=normalize)
+    assert grad.stride() == torch.empty_like(x).stride()
 
 
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"), [(torch.float32, torch.float16), (torch.float16, torch.float32)], ids=str
+)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_rows_of_another_dtype(out_dtype: torch.dtype, dtype: torch.dtype, normalize: bool) -> None:
     check(feature_map(1, 18, 4, 4, dtype=dtype), [4, 2], [1, 2], normalize=normalize, dtype=out_dtype)
@@ -93,7 +96,7 @@ def test_both_formats_and_slices_of_rows_or_channels_are_read_without_a_copy() -
         check(view, [2], [1])
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize(("dtype", "normalize"), [(torch.float32, True), (torch.float16, False)], ids=str)
 def test_a_value_that_is_not_finite_reaches_its_windows_only(
@@ -112,28 +115,30 @@ def test_a_value_that_is_not_finite_reaches_its_windows_only(
     assert_close(actual[finite], expected[finite], dtype)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    ("bad", "dtype"), [(0x7FFFFFFF, torch.float16), (0x7F800000, torch.float32)], ids=["nan to fp16", "inf to fp32"]
+)
 @pytest.mark.parametrize(("windows", "side"), [([4, 2], 6), ([3, 2], 4)], ids=["tiles", "one tile"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_gradient_that_is_not_finite_reaches_its_windows_only(
-    bad: float, memory_format: torch.memory_format, windows: list[int], side: int, normalize: bool
+    bad: int, dtype: torch.dtype, windows: list[int], side: int, normalize: bool
 ) -> None:
+    """Given as bits: rounding must not carry those of a GPU's NaN over into a zero."""
     grads = []
     for backend in ("reference", "triton"):
-        x = feature_map(1, 4, side, side, dtype=torch.float32).contiguous(memory_format=memory_format)
-        out = multiscale_pool(x.requires_grad_(), windows, [1, 2], normalize=normalize, backend=backend)
+        x = feature_map(1, 4, side, side, dtype=dtype).requires_grad_()
+        out = multiscale_pool(x, windows, [1, 2], normalize=normalize, dtype=torch.float32, backend=backend)
         upstream = torch.ones_like(out)
-        upstream[0, 1, 3] = bad
+        upstream[0, 1, 3] = torch.tensor(bad, dtype=torch.int32).view(torch.float32)
         out.backward(upstream)
         grads.append(x.grad)
     finite = grads[0].isfinite()
     assert (~finite).sum() == windows[0] ** 2 * (4 if normalize else 1)
     assert torch.equal(grads[1].isfinite(), finite)
-    assert_close(grads[1][finite], grads[0][finite], torch.float32)
+    assert_close(grads[1][finite], grads[0][finite], dtype)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-30, 1e-13, 1e-10, 1e18, 1e37])
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-13, 1e-10, 1e37])
 def test_zero_tiny_and_huge_rows_normalise_as_in_the_definition(scale: float) -> None:
     x = scale * feature_map(1, 20, 3, 3, dtype=torch.float32)
     x[0, :16] *= 1e-3  # the largest magnitude comes in a later tile of channels

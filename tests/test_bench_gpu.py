@@ -217,6 +217,36 @@ def test_the_issues_sizes_are_all_in_the_plan_once() -> None:
     ):
         assert any((x.name, x.dtype, x.n, x.d) == ("dcd_loss", dtype, n, d) for x in plan)
     assert any((x.name, x.d) == ("ce_kd_terms", 128 * 1024) for x in plan)
+    for dtype, name, side in itertools.product((torch.bfloat16, torch.float32), providers.POOLS, (7, 56)):
+        own = [x for x in plan if (x.dtype, x.name, x.side) == (dtype, name, side)]
+        assert any(x.elements * dtype.itemsize > 50e6 for x in own)  # beyond an L2 cache
+        assert side == 56 or any((x.n, x.d) == (256, 512) for x in own)
+
+
+@pytest.mark.parametrize("name", providers.POOLS)
+def test_pooling_reads_maps_in_their_format_and_moves_maps_and_rows(name: str) -> None:
+    case = gpu.Case(name, torch.bfloat16, 2, 16, side=7)
+    features, grad = case.inputs(torch.device("cpu"))
+    assert features.is_contiguous(memory_format=torch.channels_last) == ("nhwc" in name)
+    assert grad.shape == (2, 1 + 16 + 36, 16)
+    out = providers.GPU_PROVIDERS[name]["eager"]()(features, grad)
+    is_unit = torch.allclose(out.float().norm(dim=2), torch.ones(2, 53), atol=1e-2)
+    assert is_unit == ("unit" in name)
+    assert case.bytes_moved() == 2 * 2 * 16 * (2 * 49 + (3 if is_unit else 2) * 53)
+
+
+def test_the_share_of_the_copy_bandwidth_stands_in_the_table(quick: Path) -> None:
+    measured = [row for row in rows_of(quick) if row["case"] in providers.MEMORY_BOUND and row["status"] == "ok"]
+    assert {row["case"] for row in measured} == providers.MEMORY_BOUND
+    for row in measured:
+        assert float(row["gb_per_s"]) > 0
+        assert float(row["of_copy"]) > 0
+    (path,) = quick.glob("gpu-*.md")
+    lines = path.read_text().splitlines()
+    table = lines[lines.index("## multiscale_pool_nhwc_unit, bfloat16 inputs") :]
+    assert table[2].startswith("| N | C x H x W | provider |")
+    assert table[2].endswith("| GB/s | of copy |")
+    assert table[4].startswith("| 2 | 20 x 7 x 7 | ")
 
 
 def test_ratios_are_against_the_baseline_of_the_same_size() -> None:

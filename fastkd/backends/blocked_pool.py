@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastkd.backends.reference import accumulation_dtype, unit_rows, window_counts
 
-BLOCK_ELEMENTS = 1 << 20  # of the map or of the rows, at a time: 4 MiB in float32
+BLOCK_ELEMENTS = 1 << 19  # of the map or of the rows, at a time: 2 MiB in float32
 MATRIX_ELEMENTS = 1 << 20  # a matrix no longer than this may be built
 # How many multiplications in one product take the time of one in two products (two cores, 7 x 7 to 56 x 56 maps).
 ONE_PRODUCT = 4
@@ -68,8 +68,9 @@ def multiscale_pool_backward(
         rows = grad[samples].to(inverse_norm.dtype)
         if unit is not None:
             u = unit[samples].to(inverse_norm.dtype)
-            rows = rows - (rows * u).sum(dim=2, keepdim=True) * u
-            rows *= inverse_norm[samples, :, None]
+            inverse = inverse_norm[samples, :, None]
+            dots = (rows * u).sum(dim=2, keepdim=True)
+            rows = (rows * inverse).addcmul_(dots * inverse, u, value=-1)
         part = grad_features[samples]
         if part.dtype == rows.dtype:
             _spread(rows.contiguous(), windows, strides, part)
