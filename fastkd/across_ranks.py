@@ -80,7 +80,7 @@ def global_contrast_mean(
     peers = agree(group, name, describe)
     own_sum, has_positive = global_contrast(
         x.query, x.key, x.scale, x.weight, x.query_labels, x.key_labels, x.positive_index, x.by_label, x.normalize,
-        peers,
+        peers, backends.resolve(backend, "contrast", x.query),
     )  # fmt: skip
     if not x.by_label:
         return _global_mean(own_sum, peers)
