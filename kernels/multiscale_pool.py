@@ -303,7 +303,7 @@ def _precision(hardware: str) -> str:
 
 def _splits(programs: int, channels: int, BLOCK_N: int, device: torch.device) -> int:
     """Over how many programs the channels are spread so that all multiprocessors stay busy."""
-    return min(triton.cdiv(channels, BLOCK_N), triton.cdiv(PROGRAMS * multiprocessors(device), programs))
+    return min(triton.cdiv(channels, BLOCK_N), triton.cdiv(PROGRAMS * multiprocessors(device), max(programs, 1)))
 
 
 def pooled(
