@@ -33,7 +33,7 @@ class _Rows:
                 self.count = count - int(mask.exclude_self) if mask.by_label else None
 
     def padded(self, rows: Tensor) -> Tensor:
-        if not len(rows) or (self.D == self._width and not self._to_tf32):
+        if not len(rows) or (self._width == self.D and not self._to_tf32):
             return rows.contiguous()
         return vectors(rows, self._width, normalize=False, to_tf32=self._to_tf32)[0]
 
