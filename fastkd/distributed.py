@@ -110,7 +110,7 @@ class Peers:
     has_weight: bool
     needs_grad: bool
     all_need_grad: bool
-    needs_key_grad: bool
+    needs_key_grad: bool = False
 
     @property
     def world_size(self) -> int:

@@ -12,7 +12,7 @@ import pytest
 from fastkd.trainer import demo
 from fastkd.trainer.report import display_name
 
-METHODS = ("ce", "kd", "dcd", "dcd+kd")
+METHODS = ("ce", "dcd", "100*ckd", "pckd", "msdcrd+kd")
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +20,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a demo of two seeds and two epochs, beside a file of the user's."""
     out = tmp_path_factory.mktemp("demo")
     (out / "notes.txt").write_text("mine")
-    return demo.run_demo(demo.DemoConfig(seeds=2, epochs=2, teacher_epochs=1, workers=2, out=out))
+    return demo.run_demo(demo.DemoConfig(methods=METHODS, seeds=2, epochs=2, teacher_epochs=1, workers=2, out=out))
 
 
 def last_accuracies(folder: Path) -> dict[tuple[str, int], float]:
     """(method, seed) -> last-epoch accuracy in percent, read from the trainer's own run folders."""
     found = {}
     for path in folder.glob("*-seed*/metrics.jsonl"):
-        method, _, seed = path.parent.name.rpartition("-seed")
+        name, _, seed = path.parent.name.rpartition("-seed")
+        method = next(method for method in METHODS if demo.folder_name(method) == name)
         epochs = [line for line in map(json.loads, path.read_text().splitlines()) if line["kind"] == "epoch"]
         found[method, int(seed)] = 100 * epochs[-1]["accuracy"]
     return found

@@ -244,6 +244,14 @@ def test_errors_of_maps(
         MSDCRDLoss(4, 6, **options).double()(s, t, nn.Linear(6, CLASSES).double())
 
 
+def test_a_function_of_the_samples_can_be_the_classifier() -> None:
+    s, t, classifier = maps((4, 7, 7), (6, 7, 7))
+    module = MSDCRDLoss(4, 6).double()
+    expected = module(s, t, classifier)
+    assert module(s, t, lambda samples: classifier(samples)) == expected
+    assert module(s, t, lambda samples: -classifier(samples))["sample"] != expected["sample"]
+
+
 def test_more_errors_name_the_argument() -> None:
     s, t, classifier = maps((4, 7, 7), (6, 7, 7))
     module = MSDCRDLoss(4, 6).double()

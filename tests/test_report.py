@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from fastkd.trainer import report
+from fastkd.trainer import demo, report
+from fastkd.trainer.costs import Cost
 
-METHODS = ("ce", "kd", "dcd", "dcd+kd")
+METHODS = ("ce", "kd", "dcd", "dcd+kd", "100*ckd", "msdcrd")
 
 
 def synthetic(*, seeds: int = 3, methods: tuple[str, ...] = METHODS, epochs: int = 6) -> report.Results:
@@ -36,6 +38,10 @@ def synthetic(*, seeds: int = 3, methods: tuple[str, ...] = METHODS, epochs: int
         teacher=report.Teacher(accuracy=98.25, parameters=57_594, seconds=3.0),
         student_parameters=1_442,
         runs=runs,
+        costs={
+            method: Cost(milliseconds=1.5 + index, peak_bytes=2048 * (1 + index))
+            for index, method in enumerate(dict.fromkeys(("ce", *methods)))
+        },
         embeddings={name: generator.normal(size=(30, 2)) for name in ("teacher", *methods)},
         labels=labels,
         test_images=600,
@@ -123,6 +129,33 @@ def test_a_worse_method_is_called_worse() -> None:
     runs = [replace(run, curve=[accuracy[run.method][run.seed]]) for run in results.runs]
     sentence = report.verdict(report.differences(replace(results, runs=runs))[0])
     assert sentence.startswith("DCD is 5.00 points worse than training from scratch")
+
+
+def test_methods_within_the_noise_share_a_sentence_and_the_others_have_their_own() -> None:
+    methods = ("ce", "kd", "dcd", "100*ckd", "pckd")
+    accuracy = {"ce": [90.0, 91.0, 92.0], "kd": [95.0, 96.1, 97.2], "dcd": [90.1, 90.9, 92.1]}
+    accuracy |= {"100*ckd": [91.0, 90.5, 92.5], "pckd": [95.2, 96.0, 97.1]}
+    results = synthetic(methods=methods)
+    runs = [replace(run, curve=[accuracy[run.method][run.seed]]) for run in results.runs]
+    sentences = report.verdicts(replace(results, runs=runs))
+    assert len(sentences) == 6
+    assert sentences[0].startswith("KD is 5.10 points better than training from scratch (95 % interval ")
+    assert sentences[2] == (
+        "Not different from training from scratch by more than the noise, in points: DCD (+0.03), CKD (+0.33)."
+    )
+    assert sentences[3].startswith("DCD is 5.07 points worse than KD")
+    assert sentences[5].startswith("PCKD does not differ from KD by more than the noise (0.00 points;")
+
+
+def test_costs_are_those_beyond_a_step_from_scratch() -> None:
+    results = synthetic(methods=("kd", "pckd"))  # the one from scratch is measured in any case
+    rows = report.summary(results)
+    assert [row["memory"] for row in rows] == ["", "2", "4"]
+    assert [row["time"] for row in rows] == ["", "2.5", "3.5"]
+    assert [row["scratch"] for row in rows] == ["", "", ""]
+    assert rows[2]["kd"] == rows[2]["kd"].strip() != ""
+    width = Console(width=80).measure(report.console_table(synthetic(methods=demo.DemoConfig().methods)))
+    assert width.maximum <= 80
 
 
 def test_one_seed_has_no_spread_and_claims_nothing(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.trainer import ModelOutput, Objective, ObjectiveConfig, objective, train
-from tests.trainer_runs import DropoutNet, one_thread, tiny_config  # noqa: F401
+from tests.trainer_runs import DropoutNet, one_thread, shapes, tiny_config  # noqa: F401
 
 
 class FloatNet(DropoutNet):
@@ -43,7 +43,7 @@ def test_student_and_teacher_of_different_dtypes_train(tmp_path, precision, stud
 def test_logits_of_different_dtypes_are_compared_in_float32(monkeypatch):
     student, teacher = ModelOutput(torch.randn(8, 4), torch.randn(8, 6)), ModelOutput(torch.randn(8, 4), torch.ones(8))
     labels = torch.arange(8) % 4
-    model = Objective(ObjectiveConfig(terms="kd"), 6, 6)
+    model = Objective(ObjectiveConfig(terms="kd"), *shapes(6, 6))
     for devices in (set(), {"cpu"}):
         monkeypatch.setattr(objective, "_ONE_READ_DEVICES", devices)
         teacher.logits = teacher.logits.bfloat16().float()

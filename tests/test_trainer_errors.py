@@ -62,17 +62,21 @@ def test_a_finite_loss_with_a_gradient_that_is_not_never_reaches_a_checkpoint(tm
 
     config = tiny_config(tmp_path, objective=ObjectiveConfig(terms="poison"), save_every_steps=1)
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip_norm=None))
-    with pytest.raises(NonFiniteLossError, match=r"weights are not finite after step 1: .*step-00000000"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"the gradient is not finite at step 1: .* grad_norm = nan; .*step-00000000"
+    ):
         train(config, terms={"poison": lambda student, teacher, labels: {"poison": Poison.apply(student.logits)}})
 
 
 def test_the_meter_finds_the_step_without_looking_at_every_step():
     meter = Meter()
     loss = torch.tensor([1.0, 2.0, float("nan"), 3.0])
-    meter.names = ["loss", "ce"]
+    meter.names = ["loss", "ce", "grad_norm"]
     # What ``add`` leaves behind on a device that is not the CPU.
-    meter._pending = [(step, torch.stack([value, torch.tensor(float(step))])) for step, value in enumerate(loss, 1)]
-    with pytest.raises(NonFiniteLossError, match=r"at step 3: loss = nan, ce = 3\.0"):
+    meter._pending = [
+        (step, torch.stack([value, torch.tensor(float(step)), torch.tensor(0.5)])) for step, value in enumerate(loss, 1)
+    ]
+    with pytest.raises(NonFiniteLossError, match=r"at step 3: loss = nan, ce = 3\.0, grad_norm = 0\.5"):
         meter.flush()
     assert meter.sums == {"loss": 3.0, "ce": 3.0}
 
@@ -149,7 +153,7 @@ def test_settings_that_do_not_fit_each_other(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device: got 'cuda', but torch sees no CUDA device"):
             train(dataclasses.replace(config, device="cuda"))
-    with pytest.raises(ValueError, match=r"data\.name: got 'mnist', expected one of \['digits'\]"):
+    with pytest.raises(ValueError, match=r"data\.name: got 'mnist', expected one of \['cifar', 'digits', 'images'\]"):
         train(dataclasses.replace(config, data=DataConfig(name="mnist")))
     with pytest.raises(ValueError, match="student: has no trainable parameter"):
         train(

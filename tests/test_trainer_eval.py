@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from fastkd.trainer import CheckpointError, DataConfig, ModelConfig, ObjectiveConfig, evaluate_checkpoint, train
 from fastkd.trainer.cli import main
+from fastkd.trainer.data import TensorImages, eval_loader
+from fastkd.trainer.evaluation import evaluate
+from fastkd.trainer.models import FeatureModel
 from tests.trainer_runs import DropoutNet, noisy_data, one_thread, tiny_config  # noqa: F401
 
 
@@ -43,3 +47,48 @@ def test_what_was_given_as_objects_is_never_replaced_by_what_the_config_names(tm
         evaluate_checkpoint(result.path, eval_data=data["eval_data"])
     found = evaluate_checkpoint(result.path, model=DropoutNet(), eval_data=data["eval_data"])
     assert found.accuracy == result.accuracy
+
+
+class Fixed(nn.Module):
+    """Logits that the images themselves are; a layer that is never anything else keeps its last row apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(7, 7, bias=False)
+        nn.init.eye_(self.head.weight)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(images.flatten(1))
+
+
+def test_top5_confusion_and_classes_are_counted() -> None:
+    scores = torch.randn(40, 7, 1, 1)
+    labels = torch.randint(6, (40,))
+    data = TensorImages(scores, labels)
+    confusion = torch.zeros(7, 7, dtype=torch.long)
+    loader = eval_loader(data, DataConfig(eval_batch_size=16), torch.device("cpu"))
+    values = evaluate(FeatureModel(Fixed()), loader, torch.device("cpu"), confusion=confusion)
+    order = scores.flatten(1).argsort(1, descending=True)
+    assert values["accuracy"] == (order[:, 0] == labels).float().mean().item()
+    assert values["top5"] == pytest.approx((order[:, :5] == labels[:, None]).any(1).float().mean().item())
+    for label in range(7):
+        for found in range(7):
+            assert confusion[label, found] == ((labels == label) & (order[:, 0] == found)).sum()
+
+
+def test_eval_names_the_hardest_classes_and_writes_everything(tmp_path, capsys) -> None:
+    config = tiny_config(tmp_path, teacher=None, objective=ObjectiveConfig(terms="ce"), epochs=1)
+    result = train(config)
+    assert main(["eval", str(result.path), "--trust-code", "--json", str(tmp_path / "eval.json")]) == 0
+    printed = capsys.readouterr().out
+    written = json.loads((tmp_path / "eval.json").read_text())
+    assert written["accuracy"] == result.accuracy
+    assert f"top-5 {written['top5']:.4f}" in printed
+    confusion = torch.tensor(written["confusion"])
+    assert confusion.sum() == written["samples"]
+    assert confusion.diagonal().sum() / confusion.sum() == pytest.approx(result.accuracy)
+    worst = min(written["per_class"], key=lambda name: written["per_class"][name])
+    assert f"lowest accuracy: {worst} {written['per_class'][worst]:.3f}" in printed
+    wrong = confusion.fill_diagonal_(0)
+    place = int(wrong.argmax())
+    assert f"{place // len(wrong)} as {place % len(wrong)} {int(wrong.max())}" in printed

@@ -11,6 +11,7 @@ from torch import nn
 from fastkd.trainer import (
     FeatureModel,
     ModelConfig,
+    ModelShapes,
     ObjectiveConfig,
     build_model,
     evaluate_checkpoint,
@@ -61,8 +62,8 @@ def test_classifier_of_timm_models(name):
     model = build_model(ModelConfig(name=f"timm:{name}", num_classes=7))
     assert find_classifier(model) == TIMM[name]
     assert model.get_submodule(TIMM[name]) is model.get_classifier()
-    features, classes = probe(FeatureModel(model), torch.randn(2, 3, 224, 224))
-    assert (features, classes) == (model.get_submodule(TIMM[name]).in_features, 7)
+    shapes = probe(FeatureModel(model), torch.randn(2, 3, 224, 224))
+    assert shapes == ModelShapes(features=model.get_submodule(TIMM[name]).in_features, classes=7)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -72,9 +73,9 @@ def test_classifier_of_torchvision_models(name):
     assert find_classifier(model) == TORCHVISION[name]
     layer = model.get_submodule(TORCHVISION[name])
     size = 299 if name == "inception_v3" else 224
-    features, classes = probe(FeatureModel(model), torch.randn(2, 3, size, size))
-    assert features == getattr(layer, "in_features", getattr(layer, "in_channels", None))
-    assert classes == 7
+    shapes = probe(FeatureModel(model), torch.randn(2, 3, size, size))
+    width = getattr(layer, "in_features", getattr(layer, "in_channels", None))
+    assert shapes == ModelShapes(features=width, classes=7)
 
 
 SMALL = [
@@ -145,7 +146,7 @@ def test_a_named_classifier_is_checked_and_used():
         FeatureModel(model)
     with pytest.raises(ValueError, match=r"classifier: got '9', expected a layer of Sequential, such as \['1', '3'\]"):
         FeatureModel(model, "9")
-    assert probe(FeatureModel(model, "3"), torch.randn(2, 16)) == (6, 4)
+    assert probe(FeatureModel(model, "3"), torch.randn(2, 16)) == ModelShapes(features=6, classes=4)
     with pytest.raises(ValueError, match=r"layer '1' of Sequential gives 6 values but the model's logits have 4"):
         probe(FeatureModel(model, "1"), torch.randn(2, 16))
 
@@ -178,11 +179,11 @@ def test_a_layer_called_fc_that_does_not_give_the_logits_is_not_taken_for_the_cl
             ValueError, match=r"'fc' of Tail gives something else than the model's logits.*FeatureModel"
         ):
             probe(FeatureModel(hidden), images)
-        assert probe(FeatureModel(hidden, "end"), images) == (4, 4)
-        assert probe(FeatureModel(hidden, "fc"), images) == (6, 4)  # confirmed by name
+        assert probe(FeatureModel(hidden, "end"), images) == ModelShapes(features=4, classes=4)
+        assert probe(FeatureModel(hidden, "fc"), images) == ModelShapes(features=6, classes=4)  # confirmed by name
         assert not hidden.fc._forward_hooks
         for end in (nn.Identity(), nn.LogSoftmax(1), nn.Softmax(1), nn.Dropout(0.5)):
-            assert probe(FeatureModel(Tail(end)), images) == (6, 4)
+            assert probe(FeatureModel(Tail(end)), images) == ModelShapes(features=6, classes=4)
 
 
 @pytest.mark.parametrize(("name", "size"), SMALL)
@@ -190,7 +191,7 @@ def test_the_classifier_found_in_a_library_model_gives_its_logits(name, size):
     with torch.device("cpu"):
         torch.manual_seed(0)
         model = build_model(ModelConfig(name=name, num_classes=7))
-        assert probe(FeatureModel(model), torch.randn(2, 3, size, size))[1] == 7
+        assert probe(FeatureModel(model), torch.randn(2, 3, size, size)).classes == 7
 
 
 def test_a_timm_model_with_a_list_of_heads_must_be_told():
@@ -275,7 +276,8 @@ def test_probe_changes_no_state():
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         modes = [module.training for module in model.modules()]
         generator = torch.get_rng_state()
-        assert probe(FeatureModel(model), torch.randn(2, 4, generator=torch.Generator())) == (4, 2)
+        images = torch.randn(2, 4, generator=torch.Generator())
+        assert probe(FeatureModel(model), images) == ModelShapes(features=4, classes=2)
         assert [module.training for module in model.modules()] == modes
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
         assert torch.equal(torch.get_rng_state(), generator)

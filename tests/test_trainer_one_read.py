@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from fastkd.trainer import objective
 from fastkd.trainer.models import ModelOutput
 from fastkd.trainer.objective import CEConfig, KDConfig, Objective, ObjectiveConfig
+from tests.trainer_runs import shapes
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_one_read_changes_no_value_no_name_and_no_order(
     reads: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, teacher, labels = outputs()
-    model = Objective(CONFIG, 6, 9)
+    model = Objective(CONFIG, *shapes(6, 9))
     total, named = model(student, teacher, labels)
     (grad,) = torch.autograd.grad(total, student.logits)
     assert not reads
@@ -59,7 +60,7 @@ def test_one_term_alone_is_computed_alone(
     terms: str, reads: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(objective, "_ONE_READ_DEVICES", {"cpu"})
-    _, named = Objective(ObjectiveConfig(terms=terms), 6, 9)(*outputs())
+    _, named = Objective(ObjectiveConfig(terms=terms), *shapes(6, 9))(*outputs())
     assert not reads
     assert list(named) == [terms[-2:]]
 
@@ -71,6 +72,6 @@ def test_a_users_own_cross_entropy_is_not_replaced(reads: list[torch.Tensor], mo
         return {"ce": F.cross_entropy(student.logits, labels, ignore_index=3)}
 
     student, teacher, labels = outputs()
-    _, named = Objective(CONFIG, 6, 9, {"ce": own})(student, teacher, labels)
+    _, named = Objective(CONFIG, *shapes(6, 9), {"ce": own})(student, teacher, labels)
     assert not reads
     torch.testing.assert_close(named["ce"], F.cross_entropy(student.logits, labels, ignore_index=3).detach())

@@ -22,7 +22,7 @@ from fastkd.trainer.optim import Schedule, build_optimizer
 from tests.trainer_runs import DropoutNet, batch, distiller, lines, noisy_data, one_thread, tiny_config  # noqa: F401
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
 def test_all_loss_parameters_are_optimised_and_tau_has_no_weight_decay(name):
     model = distiller()
     optimizer = build_optimizer(model, OptimConfig(name=name, weight_decay=0.1), torch.device("cpu"))
@@ -60,6 +60,34 @@ def test_sgd_equals_the_plain_one_and_takes_a_late_first_gradient():
     for left, right in ((a, c), (b, d)):
         torch.testing.assert_close(left.weight, right.weight)
         torch.testing.assert_close(left.bias, right.bias)
+
+
+def test_the_square_root_rule() -> None:
+    config = OptimConfig(lr=0.1, reference_batch=256, lr_rule="sqrt")
+    schedule = Schedule(config, steps_per_epoch=10, epochs=1, global_batch=4096)
+    assert schedule.peak == pytest.approx(0.4)
+    assert "0.1 x sqrt(4096 / 256)" in schedule.rule
+    with pytest.raises(ValueError, match=r"optim\.lr_rule: got 'cubic'"):
+        OptimConfig(lr_rule="cubic")
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-4])
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_layerwise_rates_make_weights_but_not_biases_independent_of_the_gradients_size(name, weight_decay):
+    moves = {}
+    for size in (1.0, 1000.0):
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 4)
+        optimizer = build_optimizer(
+            layer, OptimConfig(name=name, lr=0.1, weight_decay=weight_decay, momentum=0.0), torch.device("cpu")
+        )
+        before = layer.weight.detach().clone(), layer.bias.detach().clone()
+        (size * layer(torch.randn(3, 6)).square().sum()).backward()
+        optimizer.step()
+        moves[size] = [(now - then).norm().item() for now, then in zip((layer.weight, layer.bias), before, strict=True)]
+    assert moves[1000.0][0] == pytest.approx(moves[1.0][0], rel=0.01)
+    expected = 1000 if name == "lars" else 1  # LAMB's step is Adam's, whose size never depends on the gradient's
+    assert moves[1000.0][1] == pytest.approx(expected * moves[1.0][1], rel=0.01)
 
 
 def test_tau_without_gradient_does_not_decay():

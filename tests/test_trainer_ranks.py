@@ -41,6 +41,28 @@ def test_every_number_of_ranks_takes_the_same_steps(world_size: int, one_process
     check_same_run(succeeded(run(world_size, {"quiet": True})), one_process)
 
 
+@pytest.mark.parametrize("terms", ["10*ckd", "pckd", "msdcrd+kd"])
+def test_every_method_takes_the_same_steps_on_ranks(terms: str) -> None:
+    changes = {"quiet": True, "terms": terms, "epochs": 2}
+    check_same_run(succeeded(run(2, changes)), succeeded(run(1, changes))[0])
+
+
+@pytest.mark.parametrize(("world_size", "chunks"), [(1, 3), (2, 2), (3, 8)])
+def test_chunks_take_the_same_steps_with_negatives_of_the_whole_batch(
+    world_size: int, chunks: int, one_process: dict[str, Any]
+) -> None:
+    """8 chunks of a rank's 2 or 3 images are as many as there are images."""
+    check_same_run(succeeded(run(world_size, {"quiet": True, "chunks": chunks})), one_process)
+
+
+def test_chunks_cost_one_all_reduce_a_step() -> None:
+    results = succeeded(run_ranks(2, programs.reductions, {"quiet": True, "chunks": 4, "epochs": 1}))
+    parameters, large, steps = results[0]
+    assert steps == 6
+    # Of gradients; what else is reduced are single numbers: metrics, a signal.
+    assert large == [parameters] * steps
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 3), (3, 1), (1, 2)])
 def test_a_run_resumes_on_another_number_of_ranks(
     before: int, after: int, tmp_path: Path, one_process: dict[str, Any]
@@ -66,7 +88,8 @@ def test_rank_0_alone_prints_and_writes(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path: Path) -> None:
-    results = run(2, {"run_dir": str(tmp_path / "run"), "quiet": True}, stop_at=None, bad_on=1)
+    changes = {"run_dir": str(tmp_path / "run"), "quiet": True, "max_skipped": 0}
+    results = run(2, changes, stop_at=None, bad_on=1)
     for result in results:
         assert isinstance(result, Failure)
         assert result.kind == "NonFiniteLossError"

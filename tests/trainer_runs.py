@@ -20,6 +20,7 @@ from fastkd.trainer import (
     Distiller,
     FeatureModel,
     ModelConfig,
+    ModelShapes,
     Objective,
     ObjectiveConfig,
     OptimConfig,
@@ -87,6 +88,7 @@ def tiny_config(folder: Path, **changes: Any) -> TrainConfig:
         tensorboard=False,
         progress=False,
         quiet=True,
+        max_skipped=0,
     )
     return dataclasses.replace(config, **changes)
 
@@ -100,9 +102,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def shapes(student: int, teacher: int) -> tuple[ModelShapes, ModelShapes]:
+    """Those of models with features of these widths and four classes."""
+    return ModelShapes(features=student, classes=4), ModelShapes(features=teacher, classes=4)
+
+
 def distiller(terms: str = "dcd+kd") -> Distiller:
     torch.manual_seed(0)
-    objective = Objective(ObjectiveConfig(terms=terms), 12, 24)
+    objective = Objective(ObjectiveConfig(terms=terms), *shapes(12, 24))
     return Distiller(FeatureModel(DropoutNet()), FeatureModel(DropoutNet(width=24)), objective)
 
 

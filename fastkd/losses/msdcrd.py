@@ -1,7 +1,7 @@
 """Contrastive representation distillation of multi-scale local features (arXiv 2502.05835)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,11 +104,15 @@ class MSDCRDLoss(nn.Module):
         differ = student_channels != teacher_channels
         self.adapter = nn.Conv2d(student_channels, teacher_channels, kernel_size=1) if differ else None
 
-    def forward(self, student_map: Tensor, teacher_map: Tensor, teacher_classifier: Classifier) -> dict[str, Tensor]:
+    def forward(
+        self, student_map: Tensor, teacher_map: Tensor, teacher_classifier: Classifier | Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
         """The terms ``sample`` and ``feature``, their weights applied; their sum is the MSDCRD loss.
 
         student_map, teacher_map: [B, C, H, W] or tokens [B, L, C], one of each kind if need be; their dtypes may
-        differ. teacher_classifier: an nn.Linear or a pair (weight [classes, teacher_channels], bias or None).
+        differ. teacher_classifier: an nn.Linear, a pair (weight [classes, teacher_channels], bias or None), or any
+        function of the samples [B * M, teacher_channels] that returns their logits: of a teacher with further layers
+        between pooling and classes.
         """
         process_group = resolve_group(self.group)
         student = teacher = student_map
@@ -127,7 +131,8 @@ class MSDCRDLoss(nn.Module):
                 raise ValueError(f"student_map: got shape {list(student_map.shape)}, expected at least one sample")
             if self.adapter is not None:
                 check_layer_input("student_map", student, self.adapter)
-            weight_and_bias("teacher_classifier", teacher_classifier, self.teacher_channels)
+            if isinstance(teacher_classifier, nn.Linear) or not callable(teacher_classifier):
+                weight_and_bias("teacher_classifier", teacher_classifier, self.teacher_channels)
             windows, strides = self.scales(teacher.shape[2], teacher.shape[3])
             check_windows(check_sides("windows", windows), check_sides("strides", strides), teacher)
             dtypes = (student.dtype, teacher.dtype)
@@ -154,7 +159,7 @@ class MSDCRDLoss(nn.Module):
         )
         terms = {}
         if self.weights["sample"] > 0:
-            labels = _labels(t, *weight_and_bias("teacher_classifier", teacher_classifier, self.teacher_channels))
+            labels = self._labels(t, teacher_classifier)
             terms["sample"] = masked_contrast_loss(
                 s,
                 t,
@@ -180,6 +185,14 @@ class MSDCRDLoss(nn.Module):
         halves = [1 if window is None else max(1, window // 2) for window in windows]
         filled = [(height, width) if window is None else window for window in windows]
         return filled, halves if self.strides is None else list(self.strides)
+
+    @torch.no_grad()
+    def _labels(self, samples: Tensor, classifier: Classifier | Callable[[Tensor], Tensor]) -> Tensor:
+        """The class that the teacher's classifier gives each of its local samples."""
+        if isinstance(classifier, nn.Linear) or not callable(classifier):
+            weight, bias = weight_and_bias("teacher_classifier", classifier, self.teacher_channels)
+            return F.linear(samples.to(weight.dtype), weight, bias).argmax(dim=1)
+        return classifier(samples).argmax(dim=1)
 
     def extra_repr(self) -> str:
         weights = ", ".join(f"{name}_weight={value}" for name, value in self.weights.items())
@@ -210,12 +223,6 @@ def _as_grid(whose: str, x: Tensor, channels: int, prefix_tokens: int | None) ->
         )
     check_feature_map(name, x)
     return x
-
-
-@torch.no_grad()
-def _labels(samples: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The class that the teacher's classifier gives each of its local samples."""
-    return F.linear(samples.to(weight.dtype), weight, bias).argmax(dim=1)
 
 
 def _channel_contrast(s: Tensor, t: Tensor, scale: float, peers: Peers | None) -> Tensor:

@@ -105,7 +105,9 @@ class _Contrast(torch.autograd.Function):
                 ctx.travelling.numbers = start_numbers(peers, numbers.T)
                 if query_labels is not None and not is_self:
                     ctx.travelling.query_labels = start_numbers(peers, query_labels[:, None])
-            ctx.save_for_backward(logit_scale, q, inverse_q, all_queries, k, inverse_k, all_keys, stats, weight)
+            # Not saved: it is still being written, and autograd would take that for a change of a saved tensor.
+            ctx.all_queries = all_queries
+            ctx.save_for_backward(logit_scale, q, inverse_q, k, inverse_k, all_keys, stats, weight)
             has_positive = (stats[1] > 0).sum() if by_label else torch.tensor(len(q[0]), device=query.device)
             ctx.mark_non_differentiable(has_positive)
             return weighted_sum(loss, weight), has_positive
@@ -113,7 +115,7 @@ class _Contrast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        logit_scale, q, inverse_q, all_queries, k, inverse_k, all_keys, stats, weight = ctx.saved_tensors
+        logit_scale, q, inverse_q, k, inverse_k, all_keys, stats, weight = ctx.saved_tensors
         travelling, mask = ctx.travelling, ctx.travelling.mask
         need_query, need_key, need_scale = ctx.needs_input_grad[:3]
         is_self = mask.exclude_self
@@ -132,7 +134,7 @@ class _Contrast(torch.autograd.Function):
                 numbers = travelling.numbers.wait(travelling.queries).T.contiguous()
                 all_weights = None if weight is None else numbers[2]
                 of_keys = ctx.backend.KeyGradient(k[0], scale, everyone, numbers[:2], all_weights, grad_loss)
-                for rows, block in travelling.queries.columns(q, all_queries):
+                for rows, block in travelling.queries.columns(q, ctx.all_queries):
                     of_keys.add(block[0], rows)
                 inverse = inverse_k[0] if ctx.normalize else None
                 grad_key, _ = of_keys.finish(q[0], inverse, ctx.dtype)

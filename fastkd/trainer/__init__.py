@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from fastkd.trainer.distiller import Distiller, weights_hash
     from fastkd.trainer.evaluation import EvalResult, evaluate, evaluate_checkpoint
     from fastkd.trainer.log import NonFiniteLossError
-    from fastkd.trainer.loop import TrainResult, train
-    from fastkd.trainer.models import FeatureModel, ModelConfig, ModelOutput, build_model, find_classifier
-    from fastkd.trainer.objective import TERMS, CEConfig, DCDConfig, KDConfig, Objective, ObjectiveConfig
+    from fastkd.trainer.loop import train
+    from fastkd.trainer.models import FeatureModel, ModelConfig, ModelOutput, ModelShapes, build_model, find_classifier
+    from fastkd.trainer.objective import Objective, ObjectiveConfig
     from fastkd.trainer.optim import OptimConfig
     from fastkd.trainer.recipes import RECIPES
+    from fastkd.trainer.state import TrainResult
+    from fastkd.trainer.terms import TERMS, CEConfig, CKDConfig, DCDConfig, KDConfig, MSDCRDConfig, PCKDConfig
 
 _HOME = {
     "checkpoint": ("CheckpointError", "find_checkpoint", "load_weights"),
@@ -28,11 +30,13 @@ _HOME = {
     "distiller": ("Distiller", "weights_hash"),
     "evaluation": ("EvalResult", "evaluate", "evaluate_checkpoint"),
     "log": ("NonFiniteLossError",),
-    "loop": ("TrainResult", "train"),
-    "models": ("FeatureModel", "ModelConfig", "ModelOutput", "build_model", "find_classifier"),
-    "objective": ("TERMS", "CEConfig", "DCDConfig", "KDConfig", "Objective", "ObjectiveConfig"),
+    "loop": ("train",),
+    "models": ("FeatureModel", "ModelConfig", "ModelOutput", "ModelShapes", "build_model", "find_classifier"),
+    "objective": ("Objective", "ObjectiveConfig"),
     "optim": ("OptimConfig",),
     "recipes": ("RECIPES",),
+    "state": ("TrainResult",),
+    "terms": ("TERMS", "CEConfig", "CKDConfig", "DCDConfig", "KDConfig", "MSDCRDConfig", "PCKDConfig"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -40,6 +44,7 @@ __all__ = [
     "RECIPES",
     "TERMS",
     "CEConfig",
+    "CKDConfig",
     "CheckpointError",
     "DCDConfig",
     "DataConfig",
@@ -47,12 +52,15 @@ __all__ = [
     "EvalResult",
     "FeatureModel",
     "KDConfig",
+    "MSDCRDConfig",
     "ModelConfig",
     "ModelOutput",
+    "ModelShapes",
     "NonFiniteLossError",
     "Objective",
     "ObjectiveConfig",
     "OptimConfig",
+    "PCKDConfig",
     "TensorImages",
     "TrainConfig",
     "TrainResult",
@@ -80,7 +88,7 @@ def require_extras() -> None:
     """Raise ImportError that says what to install when a package of the ``train`` extra is missing."""
     needed = (
         *("timm", "torchvision", "torchdata", "safetensors", "rich", "tensorboard", "tyro", "sklearn"),
-        *("matplotlib", "jinja2", "threadpoolctl", "numpy", "scipy"),
+        *("matplotlib", "jinja2", "threadpoolctl", "numpy", "scipy", "PIL", "huggingface_hub"),
     )
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:

@@ -3,6 +3,7 @@
 A checkpoint is a folder ``step-00000123`` with
     student.safetensors   the student's state dict
     loss.safetensors      the objective's state dict: projection heads and tau
+    ema.safetensors       the moving average of the student, if the run keeps one
     state.pt              optimiser, scaler, generators, data loader, progress: read with ``weights_only=True`` only
     manifest.json         step, config, teacher hash, versions, and size and sha256 of the files above and of itself
 """
@@ -27,8 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 STUDENT, LOSS, STATE, MANIFEST = "student.safetensors", "loss.safetensors", "state.pt", "manifest.json"
+EMA = "ema.safetensors"
 _FILES = (STUDENT, LOSS, STATE)
-_FORMAT = 2
+_FORMAT = 3
 
 
 class CheckpointError(RuntimeError):
@@ -37,13 +39,20 @@ class CheckpointError(RuntimeError):
 
 @dataclass
 class Checkpoint:
-    """A verified checkpoint in memory: ``student`` and ``loss`` are state dicts, ``state`` plain types and tensors."""
+    """A verified checkpoint in memory: ``student``, ``loss`` and ``ema`` (None: the run keeps no moving average) are
+    state dicts, ``state`` plain types and tensors."""
 
     path: Path
     manifest: dict[str, Any]
     student: dict[str, Tensor]
     loss: dict[str, Tensor]
     state: dict[str, Any]
+    ema: dict[str, Tensor] | None = None
+
+    @property
+    def deployed(self) -> dict[str, Tensor]:
+        """What was evaluated: the moving average if there is one, else the student."""
+        return self.student if self.ema is None else self.ema
 
 
 class CheckpointFolder:
@@ -71,12 +80,19 @@ class CheckpointFolder:
                 leftover.unlink()
 
     def save(
-        self, step: int, *, student: nn.Module, loss: nn.Module, state: dict[str, Any], manifest: dict[str, Any]
+        self,
+        step: int,
+        *,
+        student: nn.Module,
+        loss: nn.Module,
+        state: dict[str, Any],
+        manifest: dict[str, Any],
+        ema: nn.Module | None = None,
     ) -> Path:
-        """Write the checkpoint of ``step``, make it durable, and only then remove those beyond ``keep``.
+        """Write the checkpoint of ``step``, make it durable, and only then remove those beyond ``keep`` and the best.
 
-        Raises CheckpointError when there is one of this step already, or when it cannot be written (a full disk); the
-        earlier ones stay.
+        The best has the highest ``accuracy`` in its manifest, the latest of equals. Raises CheckpointError when there
+        is one of this step already, or when it cannot be written (a full disk); the earlier ones stay.
         """
         final = self.path / f"step-{step:08d}"
         if final.exists():
@@ -97,6 +113,8 @@ class CheckpointFolder:
         temporary.mkdir()
         write(STUDENT, lambda file: save_file(_plain_tensors(student), file))
         write(LOSS, lambda file: save_file(_plain_tensors(loss), file))
+        if ema is not None:
+            write(EMA, lambda file: save_file(_plain_tensors(ema), file))
         write(STATE, lambda file: torch.save(state, file))
         body = {"format": _FORMAT, "step": step, "files": dict(files), **manifest}
         body["sha256"] = _manifest_hash(body)
@@ -104,7 +122,11 @@ class CheckpointFolder:
         _sync(temporary)
         temporary.rename(final)
         _sync(self.path)
-        for old in list_checkpoints(self.path)[: -self.keep]:
+        everything = list_checkpoints(self.path)
+        best = best_checkpoint(everything)
+        for old in everything[: -self.keep]:
+            if old == best:
+                continue
             # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a valid name.
             doomed = old.rename(self.path / f".tmp-old-{old.name}")
             shutil.rmtree(doomed)
@@ -121,8 +143,24 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that ``path`` means: itself, or the newest one of a run folder. CheckpointError if none."""
+def best_checkpoint(checkpoints: list[Path]) -> Path | None:
+    """The one whose manifest has the highest accuracy, the latest of equals; None if none has any."""
+    found: list[tuple[float, int, Path]] = []
+    for path in checkpoints:
+        try:
+            accuracy = json.loads((path / MANIFEST).read_bytes())["accuracy"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(accuracy, float):
+            found.append((accuracy, len(found), path))
+    return max(found)[2] if found else None
+
+
+def find_checkpoint(path: str | Path, *, best: bool = False) -> Path:
+    """The checkpoint folder that ``path`` means: itself, or of a run folder the newest or the ``best`` one.
+
+    CheckpointError if there is none.
+    """
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint or run folder")
@@ -131,7 +169,10 @@ def find_checkpoint(path: str | Path) -> Path:
     found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not found:
         raise CheckpointError(f"{path}: holds no checkpoint (no {MANIFEST} in it, no checkpoints/step-* below it)")
-    return found[-1]
+    chosen = best_checkpoint(found) if best else found[-1]
+    if chosen is None:
+        raise CheckpointError(f"{path}: none of its {len(found)} checkpoints was evaluated")
+    return chosen
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -154,6 +195,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     for name in _FILES:
         if name not in files:
             raise CheckpointError(f"{file}: does not list {name}")
+    for name in (*_FILES, EMA) if EMA in files else _FILES:
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name}: is missing")
         size = (path / name).stat().st_size
@@ -170,20 +212,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
     state = _load_tensors(path / STATE)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path / STATE}: holds {type(state).__name__}, expected a dict")
-    return Checkpoint(path, manifest, _load_tensors(path / STUDENT), _load_tensors(path / LOSS), state)
+    ema = _load_tensors(path / EMA) if EMA in manifest["files"] else None
+    return Checkpoint(path, manifest, _load_tensors(path / STUDENT), _load_tensors(path / LOSS), state, ema)
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """A model's state dict from a ``.safetensors`` file, a ``.pt`` / ``.pth`` / ``.bin`` state dict (also under the key
-    ``state_dict`` or ``model``), a fastkd checkpoint or a fastkd run folder (their student).
+    ``state_dict`` or ``model``), a fastkd checkpoint or a fastkd run folder (their student, as it was evaluated).
 
     Nothing is executed: pickles are read with ``weights_only=True``. Raises CheckpointError naming the file.
     """
     path = Path(path)
     if path.is_dir():
         checkpoint = find_checkpoint(path)
-        read_manifest(checkpoint)
-        path = checkpoint / STUDENT
+        path = checkpoint / (EMA if EMA in read_manifest(checkpoint)["files"] else STUDENT)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such weights file, checkpoint or run folder")
     state = _load_tensors(path)

@@ -12,11 +12,14 @@ from fastkd.trainer.data import DataConfig, check_seed
 from fastkd.trainer.models import ModelConfig
 from fastkd.trainer.objective import ObjectiveConfig
 from fastkd.trainer.optim import OptimConfig
-from fastkd.validate import check_choice, check_int, check_type
+from fastkd.validate import check_choice, check_int, check_number, check_type
 
 # What may differ between a run and its resumption: nothing that changes what it computes. The teacher's file may have
 # moved, because the hash of its weights is compared.
-FREE_TO_CHANGE = ("run_dir", "resume", "keep", "tensorboard", "progress", "quiet", "device", "teacher.weights")
+FREE_TO_CHANGE = (
+    *("run_dir", "resume", "resume_or_start", "keep", "max_skipped", "tensorboard", "progress", "quiet", "device"),
+    *("teacher.weights", "teacher.min_accuracy"),
+)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -24,10 +27,19 @@ class TrainConfig:
     """One training run.
 
     ``student`` / ``teacher`` may be None when modules are given to ``train`` instead. ``run_dir`` is the run folder
-    (None writes nothing). A checkpoint is written every ``save_every_steps`` steps and every ``save_every_epochs``
-    epochs (0: not), at the start and at the end; the last ``keep`` stay. ``log_every`` is in steps, ``eval_every`` in
-    epochs (the last epoch is always evaluated). ``device`` is ``auto`` (CUDA when present) or a torch device.
-    ``progress`` shows a bar on terminals; ``quiet`` prints nothing.
+    (None writes nothing); ``resume`` goes on with the run in it, ``resume_or_start`` too if there is one, and so does a
+    restart by torchrun. A checkpoint is written every ``save_every_steps`` steps and every ``save_every_epochs`` epochs
+    (0: not), at the start, at the end, and on SIGTERM; the last ``keep`` and the best stay. ``log_every`` is in steps,
+    ``eval_every`` in epochs (the last epoch is always evaluated). ``device`` is ``auto`` (CUDA when present) or a torch
+    device. ``progress`` shows a bar on terminals; ``quiet`` prints nothing.
+
+    ``chunks``: every rank's part of the batch goes through the student in that many pieces, whose activations are in
+    memory one at a time; the objective still sees the whole batch, and the gradient is exact (``accumulate``). ``ema``:
+    the decay of a moving average of the student, which is then what is evaluated. ``max_skipped``: so many steps
+    whose loss or gradient is not finite are left out before the run ends with an error.
+
+    ``channels_last`` is the memory layout of both models and their input; ``compile`` runs both through
+    ``torch.compile``. ``sync_batchnorm`` normalises with the rows of all ranks (several, on CUDA).
     """
 
     student: ModelConfig | None = None
@@ -38,9 +50,16 @@ class TrainConfig:
     epochs: int = 30
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    sync_batchnorm: bool = False
     device: str = "auto"
     run_dir: str | None = None
     resume: bool = False
+    resume_or_start: bool = False
+    chunks: int = 1
+    ema: float | None = None
+    max_skipped: int = 10
     save_every_steps: int = 0
     save_every_epochs: int = 1
     keep: int = 2
@@ -60,18 +79,30 @@ class TrainConfig:
             check_type(name, part, kind)
         for name, model in (("student", self.student), ("teacher", self.teacher)):
             check_type(name, model, (ModelConfig, type(None)))
+        if self.student is not None:
+            check_choice("student.dtype", self.student.dtype, ("fp32",))
+            if self.student.min_accuracy is not None:
+                raise ValueError(f"student.min_accuracy: got {self.student.min_accuracy}, expected None")
         check_seed("seed", self.seed)
         check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
         check_type("device", self.device, str)
+        check_int("chunks", self.chunks, 1)
+        check_int("max_skipped", self.max_skipped, 0)
+        if self.ema is not None:
+            check_number("ema", self.ema, 0.0, 1.0, exclusive=True)
         check_int("save_every_steps", self.save_every_steps, 0)
         check_int("save_every_epochs", self.save_every_epochs, 0)
         check_int("keep", self.keep, 1)
         check_int("log_every", self.log_every, 1)
         check_int("eval_every", self.eval_every, 1)
-        for name in ("resume", "tensorboard", "progress", "quiet"):
+        for name in (
+            *("resume", "resume_or_start", "channels_last", "compile", "sync_batchnorm"),
+            *("tensorboard", "progress", "quiet"),
+        ):
             check_type(name, getattr(self, name), bool)
-        if self.resume and self.run_dir is None:
-            raise ValueError("run_dir: got None with resume=True, expected the folder of the run to resume")
+        for name in ("resume", "resume_or_start"):
+            if getattr(self, name) and self.run_dir is None:
+                raise ValueError(f"run_dir: got None with {name}=True, expected the folder of the run to resume")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, lists and scalars."""

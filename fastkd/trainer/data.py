@@ -23,9 +23,11 @@ from fastkd.validate import check_int, check_type
 class DataConfig:
     """Which data, how much of it is labelled, and how it is batched.
 
-    ``name`` is one of ``DATASETS`` (``digits``) or ``package.module:callable``; called with ``options`` it returns
-    (training set, evaluation set), map-style datasets of (image, label). ``labelled`` keeps that many training samples,
-    balanced over the classes and drawn with ``subset_seed``; None keeps all. ``batch_size`` is the global batch.
+    ``name`` is one of ``DATASETS`` (``digits``, ``images``, ``cifar``) or ``package.module:callable``; called with
+    ``options`` it returns (training set, evaluation set), map-style datasets of (image, label). ``labelled`` keeps that
+    many training samples, balanced over the classes and drawn with ``subset_seed``; None keeps all. ``batch_size`` is
+    the global batch. ``shuffle_shards`` reads shards in random order, that many at a time with their samples mixed: for
+    disks that are slow at random reads; None mixes all samples.
     """
 
     name: str = "digits"
@@ -36,6 +38,7 @@ class DataConfig:
     eval_batch_size: int = 512
     drop_last: bool = True
     num_workers: int = 0
+    shuffle_shards: int | None = None
 
     def __post_init__(self) -> None:
         check_type("data.name", self.name, str)
@@ -47,6 +50,8 @@ class DataConfig:
         check_int("data.eval_batch_size", self.eval_batch_size, 1)
         check_type("data.drop_last", self.drop_last, bool)
         check_int("data.num_workers", self.num_workers, 0)
+        if self.shuffle_shards is not None:
+            check_int("data.shuffle_shards", self.shuffle_shards, 1)
 
 
 def check_seed(name: str, value: Any) -> None:
@@ -94,7 +99,23 @@ def load_digits(train_size: int = 1400, seed: int = 0) -> tuple[TensorImages, Te
     return TensorImages(images[train], labels[train]), TensorImages(images[test], labels[test])
 
 
-DATASETS: dict[str, Callable[..., tuple[Any, Any]]] = {"digits": load_digits}
+def _load_images(**options: Any) -> tuple[Any, Any]:
+    from fastkd.trainer.images import load_images
+
+    return load_images(**options)
+
+
+def _load_cifar(**options: Any) -> tuple[Any, Any]:
+    from fastkd.trainer.cifar import load_cifar
+
+    return load_cifar(**options)
+
+
+DATASETS: dict[str, Callable[..., tuple[Any, Any]]] = {
+    "digits": load_digits,
+    "images": _load_images,
+    "cifar": _load_cifar,
+}
 
 
 def build_datasets(config: DataConfig) -> tuple[Any, Any]:
@@ -135,6 +156,13 @@ def labels_of(dataset: Any) -> Tensor:
     raise TypeError(f"data.labelled: {type(dataset).__name__} has neither 'labels' nor 'targets' to choose a subset by")
 
 
+def normalization_of(dataset: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(means, standard deviations) by which a dataset, or that of a Subset, has normalised the channels, if it says."""
+    if isinstance(dataset, Subset):
+        return normalization_of(dataset.dataset)
+    return getattr(dataset, "normalization", None)
+
+
 def labels_hash(dataset: Any) -> str | None:
     """sha256 of the labels, which tells most datasets apart cheaply; None for a dataset that does not expose them."""
     try:
@@ -164,19 +192,38 @@ def labelled_subset(dataset: Any, count: int, seed: int) -> Any:
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation of the dataset that depends on (seed, epoch) alone: resuming needs no generator state."""
+    """A permutation of the dataset that depends on (seed, epoch) alone: resuming needs no generator state.
 
-    def __init__(self, length: int, seed: int) -> None:
+    With ``shards``, ranges of samples that lie together: their order is random, and so is that of the samples within
+    every ``at_once`` of them.
+    """
+
+    def __init__(self, length: int, seed: int, shards: Sequence[range] | None = None, at_once: int = 1) -> None:
         self.length = length
         self.seed = seed
         self.epoch = 0
+        self.shards = [range(length)] if shards is None else shards
+        self.at_once = at_once
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
-        yield from torch.randperm(self.length, generator=generator).tolist()
+        order = [0] if len(self.shards) == 1 else torch.randperm(len(self.shards), generator=generator).tolist()
+        for start in range(0, len(order), self.at_once):
+            chosen = [self.shards[shard] for shard in order[start : start + self.at_once]]
+            samples = chosen[0] if len(chosen) == 1 else list(itertools.chain.from_iterable(chosen))
+            for place in torch.randperm(len(samples), generator=generator).tolist():
+                yield samples[place]
+
+
+def shards_of(dataset: Any) -> list[range]:
+    """The samples of every shard. ValueError for a dataset that has none."""
+    starts = getattr(dataset, "shard_starts", None)
+    if starts is None:
+        raise ValueError(f"data.shuffle_shards: got {type(dataset).__name__}, expected a whole dataset of shards")
+    return [range(start, stop) for start, stop in itertools.pairwise([*starts, len(dataset)])]
 
 
 class GlobalBatches(Sampler[list[int]]):
@@ -269,7 +316,8 @@ def train_loader(
             f"data.batch_size: got {config.batch_size}, expected at most the {len(dataset)} training samples "
             "(or drop_last=False)"
         )
-    sampler = EpochSampler(len(dataset), seed)
+    shards = None if config.shuffle_shards is None else shards_of(dataset)
+    sampler = EpochSampler(len(dataset), seed, shards, config.shuffle_shards or 1)
     batches = GlobalBatches(sampler, len(dataset), config, rank, world_size)
     smallest = batches.rows(len(batches) - 1)
     if smallest < world_size:

@@ -11,20 +11,38 @@ from torch import Tensor, nn
 
 from fastkd.trainer.checkpoint import load_into, load_weights
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.models import FeatureModel, ModelConfig, ModelOutput, build_model, probe
-from fastkd.trainer.objective import Objective, TermFunction, needs_features, needs_teacher
+from fastkd.trainer.models import FeatureModel, ModelConfig, ModelOutput, Normalization, build_model, probe
+from fastkd.trainer.objective import Objective, needs
+from fastkd.trainer.terms import TermFunction
 
 
 class FrozenModel(nn.Module):
-    """A model that stays in eval mode and without gradient whatever is called on it or on a module that holds it."""
+    """A model that stays in eval mode and without gradient whatever is called on it or on a module that holds it.
+
+    It may have been trained with another normalisation of its input than that of the data: see ``convert_input``.
+    """
 
     def __init__(self, model: FeatureModel) -> None:
         super().__init__()
         self.model = model
         # Listed once: the walk through a model's modules costs more than a look at each.
         self._every = tuple(model.modules())
+        self.scale: Tensor | None
+        self.shift: Tensor | None
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("shift", None, persistent=False)
         self.train(False)
         self.requires_grad_(False)
+
+    def convert_input(self, data: Normalization, own: Normalization) -> None:
+        """From now on take images normalised as ``data`` is, and give the model what it would see as ``own``.
+
+        ``x s + b`` with ``s = data.std / own.std``, ``b = (data.mean - own.mean) / own.std``, for each channel.
+        """
+        (mean, std), (own_mean, own_std) = (torch.tensor(pair, dtype=torch.float64) for pair in (data, own))
+        device = next(self.model.parameters()).device
+        self.scale = (std / own_std).float().view(-1, 1, 1).to(device)
+        self.shift = ((mean - own_mean) / own_std).float().view(-1, 1, 1).to(device)
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode."""
@@ -41,6 +59,8 @@ class FrozenModel(nn.Module):
         # Someone may have called train() on the wrapped model itself, or on one of its batch norms.
         if any(module.training for module in self._every):
             self.model.eval()
+        if self.scale is not None and self.shift is not None:
+            images = torch.addcmul(self.shift, images, self.scale)
         return self.model(images)
 
 
@@ -63,6 +83,11 @@ class Distiller(nn.Module):
     def teach(self, images: Tensor) -> ModelOutput | None:
         """The teacher's output, without a graph; None without a teacher."""
         return None if self.teacher is None else self.teacher(images)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Training mode, and the objective's terms told the epoch, counted from 0."""
+        self.train()
+        self.objective.set_epoch(epoch)
 
     def scalars(self) -> dict[str, float]:
         """The objective's further values (tau and scale) on the host."""
@@ -95,33 +120,34 @@ def build_distiller(
     """The distiller of ``config``, with the given modules in place of those that the config would build.
 
     ``images`` [B, C, H, W] is a small batch: one forward pass of each model tells its feature dimension and its
-    classes.
+    classes, a second one finds its last map if a term needs maps.
 
     Raises:
         ValueError: no student; a term needs a teacher and there is none, or the reverse; a teacher without weights;
             student and teacher with different numbers of classes, or with a parameter in common.
         CheckpointError: weights that are missing, damaged or do not fit.
     """
-    optional = not needs_features(config.objective, terms)
+    maps = needs("maps", config.objective, terms)
+    optional = not (maps or needs("features", config.objective, terms))
     student_model = _feature_model("student", config.student, student, optional)
     if student_model is None:
         raise ValueError("student: got None, expected config.student or a module")
-    student_dim, classes = probe(student_model, images)
-    wanted = needs_teacher(config.objective, terms)
+    shapes = probe(student_model, images, feature_map=maps)
+    wanted = needs("teacher", config.objective, terms)
     if wanted != (config.teacher is not None or teacher is not None):
         has = "needs a teacher but there is none" if wanted else "has no term that uses the teacher that is given"
         raise ValueError(f"teacher: objective.terms={config.objective.terms!r} {has}")
     if not wanted:
-        return Distiller(student_model, None, Objective(config.objective, student_dim, student_dim, terms))
+        return Distiller(student_model, None, Objective(config.objective, shapes, shapes, terms))
     if teacher is None and config.teacher is not None and not (config.teacher.weights or config.teacher.pretrained):
         raise ValueError("teacher.weights: got None, expected trained weights (or pretrained=True, or a module)")
     teacher_model = _feature_model("teacher", config.teacher, teacher, optional)
     assert teacher_model is not None
     _check_nothing_shared(student_model, teacher_model)
-    teacher_dim, teacher_classes = probe(teacher_model, images)
-    if classes != teacher_classes:
-        raise ValueError(f"teacher: has {teacher_classes} classes, expected the student's {classes}")
-    return Distiller(student_model, teacher_model, Objective(config.objective, student_dim, teacher_dim, terms))
+    teacher_shapes = probe(teacher_model, images, feature_map=maps)
+    if shapes.classes != teacher_shapes.classes:
+        raise ValueError(f"teacher: has {teacher_shapes.classes} classes, expected the student's {shapes.classes}")
+    return Distiller(student_model, teacher_model, Objective(config.objective, shapes, teacher_shapes, terms))
 
 
 def _check_nothing_shared(student: FeatureModel, teacher: FeatureModel) -> None:
@@ -137,14 +163,14 @@ def _feature_model(
     role: str, config: ModelConfig | None, module: nn.Module | None, optional: bool
 ) -> FeatureModel | None:
     """The given module, or the configured one with its weights; None when there is neither."""
-    classifier = None if config is None else config.classifier
+    names = {} if config is None else {"classifier": config.classifier, "feature_map": config.feature_map}
     if module is not None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"{role}: got {type(module).__name__}, expected an nn.Module")
-        return module if isinstance(module, FeatureModel) else FeatureModel(module, classifier, optional=optional)
+        return module if isinstance(module, FeatureModel) else FeatureModel(module, **names, optional=optional)
     if config is None:
         return None
     model = build_model(config)
     if config.weights is not None:
         load_into(model, load_weights(config.weights), config.weights)
-    return FeatureModel(model, classifier, optional=optional)
+    return FeatureModel(model, **names, optional=optional)

@@ -1,20 +1,18 @@
-"""Top-1 accuracy of a model, and of a checkpoint whose model is rebuilt from the checkpoint's own config."""
+"""Accuracy of a model, and of a checkpoint whose model is rebuilt from the checkpoint's own config."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastkd.trainer import nets
-from fastkd.trainer.checkpoint import STUDENT, CheckpointError, find_checkpoint, load_into, read_checkpoint
-from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.data import DATASETS, build_datasets, eval_loader
-from fastkd.trainer.models import FeatureModel, build_model, count_parameters
+from fastkd.trainer.data import eval_loader, first_images
+from fastkd.trainer.models import FeatureModel, count_parameters, probe
 from fastkd.trainer.ranks import Ranks
+from fastkd.trainer.reopen import reopen
 from fastkd.validate import check_labels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,14 +20,34 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class EvalResult:
-    """``accuracy``: top-1 in [0, 1]; ``loss``: mean cross-entropy in nats; ``step``: of the checkpoint at ``path``."""
+    """What ``evaluate_checkpoint`` found.
+
+    ``accuracy``, ``top5``: in [0, 1] (``top5`` among all classes where there are fewer). ``loss``: mean cross-entropy
+    in nats. ``confusion``: [C, C], how many samples of a class (row) were taken for which (column). ``classes``: their
+    names, the numbers where the data has none. ``step``: of the checkpoint at ``path``.
+    """
 
     accuracy: float
+    top5: float
     loss: float
+    confusion: Tensor
+    classes: list[str]
     parameters: int
     samples: int
     step: int
     path: Path
+
+    def per_class(self) -> list[float]:
+        """The accuracy on each class's samples; NaN for a class without any."""
+        return (self.confusion.diagonal() / self.confusion.sum(1)).tolist()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; a class without samples has the accuracy None."""
+        values = {name: getattr(self, name) for name in ("accuracy", "top5", "loss", "parameters", "samples", "step")}
+        per_class = {
+            name: value if value == value else None for name, value in zip(self.classes, self.per_class(), strict=True)
+        }
+        return {**values, "path": str(self.path), "per_class": per_class, "confusion": self.confusion.tolist()}
 
 
 def choose_device(name: str, precision: str = "fp32") -> torch.device:
@@ -47,40 +65,53 @@ def choose_device(name: str, precision: str = "fp32") -> torch.device:
 
 @torch.no_grad()
 def evaluate(
-    model: FeatureModel, loader: Any, device: torch.device, precision: str = "fp32", ranks: Ranks | None = None
+    model: nn.Module,
+    loader: Any,
+    device: torch.device,
+    precision: str = "fp32",
+    ranks: Ranks | None = None,
+    *,
+    confusion: Tensor | None = None,
 ) -> dict[str, float]:
-    """``{"accuracy": top-1 in [0, 1], "eval_loss": mean cross-entropy in nats}``; leaves ``model`` in eval mode.
+    """``accuracy`` (top-1) and ``top5`` in [0, 1], ``eval_loss`` (mean cross-entropy in nats).
 
-    With several ``ranks``, over the loaders of all of them.
+    Leaves ``model`` in eval mode. With several ``ranks``, over the loaders of all of them. ``confusion`` [C, C], int64,
+    is added to: one at (label, prediction) for every sample of this rank's loader.
     """
     ranks = ranks or Ranks()
     ranks.share_buffers(model)
     model.eval()
-    correct, loss = torch.zeros((), dtype=torch.long, device=device), torch.zeros((), device=device)
-    count = torch.zeros((), dtype=torch.long, device=device)
+    counts = torch.zeros(3, dtype=torch.long, device=device)  # right, among the first five, samples
+    loss = torch.zeros((), device=device)
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
             logits = model(images).logits.float()
         check_labels(labels, logits)
-        correct += (logits.argmax(1) == labels).sum()
+        found = logits.argmax(1)
+        first = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        counts += torch.stack([(found == labels).sum(), first.sum(), torch.full_like(counts[2], len(labels))])
         loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
-        count += len(labels)
-    correct, loss, count = ranks.sum(correct), ranks.sum(loss), ranks.sum(count)
-    if count == 0:
+        if confusion is not None:
+            classes = len(confusion)
+            confusion += torch.bincount(labels * classes + found, minlength=classes**2).view(classes, classes).cpu()
+    counts, loss = ranks.sum(counts), ranks.sum(loss)
+    right, among_five, samples = counts.tolist()
+    if samples == 0:
         raise ValueError("eval_data: got an empty dataset, expected at least one sample")
-    return {"accuracy": correct.item() / count.item(), "eval_loss": loss.item() / count.item()}
+    return {"accuracy": right / samples, "top5": among_five / samples, "eval_loss": loss.item() / samples}
 
 
 def evaluate_checkpoint(
     path: str | Path,
     *,
+    best: bool = False,
     model: nn.Module | None = None,
     eval_data: Any = None,
     device: str = "auto",
     trust_code: bool = False,
 ) -> EvalResult:
-    """Evaluate the student of a checkpoint (or of the newest one of a run folder).
+    """Evaluate the student of a checkpoint (or of the newest, or ``best``, one of a run folder).
 
     Model and data are rebuilt from the config in the checkpoint unless given. A config may name any
     ``package.module:callable``, which would be imported and called: from a checkpoint that needs ``trust_code=True``,
@@ -89,47 +120,54 @@ def evaluate_checkpoint(
     Raises CheckpointError: missing, damaged, needs ``trust_code``, or its student or data were given to ``train`` as
     objects, which no config names, and are not given here.
     """
-    checkpoint = read_checkpoint(find_checkpoint(path))
-    try:
-        config = TrainConfig.from_dict(checkpoint.manifest["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.path / 'manifest.json'}: its config is not valid ({error})") from error
-    given = checkpoint.manifest.get("given_as_objects", [])
-    if model is None:
-        if config.student is None or "student" in given:
-            raise CheckpointError(f"{checkpoint.path}: its student was given as a module; pass it as model=...")
-        _check_trust(checkpoint.path, config.student.name, _is_known_model(config.student.name), trust_code)
-        model = build_model(replace(config.student, pretrained=False, weights=None))
-    elif isinstance(model, FeatureModel):
-        model = model.model
-    if eval_data is None:
-        if "data" in given:
-            raise CheckpointError(f"{checkpoint.path}: its data was given as objects; pass it as eval_data=...")
-        _check_trust(checkpoint.path, config.data.name, config.data.name in DATASETS, trust_code)
-        _, eval_data = build_datasets(config.data)
-    load_into(model, checkpoint.student, checkpoint.path / STUDENT)
+    reopened = reopen(path, best=best, model=model, eval_data=eval_data, trust_code=trust_code)
+    config, eval_data = reopened.config, reopened.eval_data
     target = choose_device(device, config.precision)
-    wrapped = FeatureModel(model, optional=True).to(target)
-    values = evaluate(wrapped, eval_loader(eval_data, config.data, target), target, config.precision)
+    wrapped = FeatureModel(reopened.model, optional=True).to(target)
+    if len(eval_data) == 0:
+        raise ValueError("eval_data: got an empty dataset, expected at least one sample")
+    count = probe(wrapped, first_images(eval_data)).classes
+    confusion = torch.zeros((count, count), dtype=torch.long)
+    loader = eval_loader(eval_data, config.data, target)
+    values = evaluate(wrapped, loader, target, config.precision, confusion=confusion)
     return EvalResult(
         accuracy=values["accuracy"],
+        top5=values["top5"],
         loss=values["eval_loss"],
-        parameters=count_parameters(model),
+        confusion=confusion,
+        classes=class_names(eval_data, count),
+        parameters=count_parameters(reopened.model),
         samples=len(eval_data),
-        step=checkpoint.manifest["step"],
-        path=checkpoint.path,
+        step=reopened.checkpoint.manifest["step"],
+        path=reopened.checkpoint.path,
     )
 
 
-def _is_known_model(name: str) -> bool:
-    """Whether ``name`` can build nothing but a model of timm or torchvision, or a class defined in our ``nets``."""
-    source, _, attribute = name.rpartition(":")
-    # Looked up without following dots, and not what the module merely imports: nets:nn.functional... reaches anything.
-    found = vars(nets).get(attribute) if source == nets.__name__ else None
-    own = isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == nets.__name__
-    return own or source in ("timm", "torchvision", "")
+def hardest(result: EvalResult, count: int = 5) -> list[str]:
+    """The classes with the lowest accuracy and the most frequent confusions, a line each."""
+    known = [
+        (accuracy, name) for name, accuracy in zip(result.classes, result.per_class(), strict=True) if accuracy < 1
+    ]
+    wrong = result.confusion.clone().fill_diagonal_(0)
+    most, places = wrong.flatten().topk(min(count, wrong.numel()))
+    confusions = [
+        f"{result.classes[place // len(wrong)]} as {result.classes[place % len(wrong)]} {number}"
+        for number, place in zip(most.tolist(), places.tolist(), strict=True)
+        if number > 0
+    ]
+    lines = []
+    if known:
+        lines.append(
+            "lowest accuracy: " + ", ".join(f"{name} {accuracy:.3f}" for accuracy, name in sorted(known)[:count])
+        )
+    if confusions:
+        lines.append("most confused: " + ", ".join(confusions))
+    return lines
 
 
-def _check_trust(path: Path, name: str, known: bool, trust_code: bool) -> None:
-    if not known and not trust_code:
-        raise CheckpointError(f"{path}: its config would import and call {name!r}; allow it with trust_code=True")
+def class_names(dataset: Any, count: int) -> list[str]:
+    """The names of ``count`` classes: the dataset's, if it has as many, else their numbers."""
+    names = getattr(dataset, "classes", None)
+    if isinstance(names, list | tuple) and len(names) == count:
+        return [str(name) for name in names]
+    return [str(number) for number in range(count)]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 # Colours that stay apart on white and on near-black, and for the common kinds of colour blindness.
-PALETTE = ("#7d8794", "#e08a12", "#2b8fd9", "#c8479c", "#2fa37c", "#9a7be0")
+PALETTE = ("#7d8794", "#e08a12", "#2b8fd9", "#c8479c", "#2fa37c", "#9a7be0", "#d9503f", "#8a7a33")
 CLASS_COLOURS = tuple(to_hex(colour) for colour in matplotlib.colormaps["tab10"](range(10)))
 
 # Written by matplotlib as ordinary colours, then replaced by what the page's style sheet defines.
@@ -59,8 +59,8 @@ def to_svg(figure: Figure, key: str, description: str) -> str:
 
 
 def colour_of(methods: Sequence[str]) -> dict[str, str]:
-    """One colour a method, the same in every figure; the usual four keep theirs whatever subset is run."""
-    order = ["ce", "kd", "dcd", "dcd+kd"]
+    """One colour a method, the same in every figure; the usual ones keep theirs whatever subset is run."""
+    order = ["ce", "kd", "dcd", "dcd+kd", "100*ckd", "pckd", "msdcrd", "msdcrd+kd"]
     order += [method for method in methods if method not in order]
     return {method: PALETTE[order.index(method) % len(PALETTE)] for method in methods}
 
@@ -88,12 +88,12 @@ def draw_bands(
         mean = values.mean(0)
         marker = "o" if len(epochs) == 1 else None
         # The first lines are the broadest, so that lines on top of each other can still be told apart.
-        width = 1.4 + 0.4 * (len(curves) - 1 - index)
+        width = 1.3 + 1.6 * (1 - index / len(curves))
         axis.plot(epochs, mean, color=colours[method], linewidth=width, marker=marker, label=plain(names[method]))
         if len(values) > 1:
             spread = values.std(0, ddof=1)
             below, above = np.clip(mean - spread, low, high), np.clip(mean + spread, low, high)
-            axis.fill_between(epochs, below, above, color=colours[method], alpha=0.18, linewidth=0)
+            axis.fill_between(epochs, below, above, color=colours[method], alpha=0.9 / max(5, len(curves)), linewidth=0)
     axis.set_xlabel("epoch")
 
 

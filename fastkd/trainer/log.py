@@ -6,7 +6,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fastkd.trainer.distiller import Distiller
 from fastkd.trainer.models import FeatureModel, ModelConfig, count_parameters
 from fastkd.trainer.optim import Schedule
 
-METRICS, RUN = "metrics.jsonl", "run.json"
+METRICS, SPEED, RUN = "metrics.jsonl", "speed.jsonl", "run.json"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -31,23 +32,36 @@ class NonFiniteLossError(RuntimeError):
 class Meter:
     """Sums of the loss and its terms over an epoch, without a device synchronisation per step.
 
-    ``add`` keeps the step's values on the device; ``flush`` moves all of them to the host in one transfer, adds them to
-    ``sums`` in order and raises NonFiniteLossError at the first step whose loss is not finite.
+    ``add`` keeps the step's values on the device; ``flush`` moves all of them to the host in one transfer and adds them
+    to ``sums`` in order. Steps whose loss, or gradient norm, is not finite were skipped: they are counted and reported,
+    and more than ``max_skipped`` of them raise NonFiniteLossError.
     """
 
-    def __init__(self, reduce: Callable[[Tensor], Tensor] = lambda values: values) -> None:
-        """``reduce``: the mean over the ranks."""
+    def __init__(
+        self,
+        reduce: Callable[[Tensor], Tensor] = lambda values: values,
+        *,
+        max_skipped: int = 0,
+        scaled: bool = False,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        """``reduce``: the mean over the ranks. ``scaled``: in fp16 a gradient that is not finite is how the loss scale
+        is found, and does not count."""
         self.names: list[str] = []
+        self.skipped = 0
+        self.max_skipped = max_skipped
+        self.report = report
+        self._scaled = scaled
         self.sums: dict[str, float] = {}
         self.count = 0
         self.latest: dict[str, float] = {}
         self._pending: list[tuple[int, Tensor]] = []
         self._reduce = reduce
 
-    def add(self, step: int, loss: Tensor, terms: dict[str, Tensor]) -> None:
+    def add(self, step: int, loss: Tensor, terms: dict[str, Tensor], norm: Tensor) -> None:
         """Take the values of ``step``, counted from 1. Checked at once on the CPU, elsewhere every 64 steps."""
-        self.names = ["loss", *terms]
-        values = torch.stack([loss.detach().float(), *(value.float() for value in terms.values())])
+        self.names = ["loss", *terms, "grad_norm"]
+        values = torch.stack([value.detach().float() for value in (loss, *terms.values(), norm)])
         self._pending.append((step, values))
         if values.device.type == "cpu" or len(self._pending) >= 64:
             self.flush()
@@ -60,16 +74,25 @@ class Meter:
         self._pending = []
         rows = self._reduce(torch.stack(pending)).tolist()
         for step, row in zip(steps, rows, strict=True):
-            if not math.isfinite(row[0]):
-                shown = ", ".join(f"{name} = {value}" for name, value in zip(self.names, row, strict=True))
-                raise NonFiniteLossError(f"the loss is not finite at step {step}: {shown}")
-            for name, value in zip(self.names, row, strict=True):
+            if not math.isfinite(row[0]) or not (self._scaled or math.isfinite(row[-1])):
+                self._skip(step, row)
+                continue
+            for name, value in zip(self.names[:-1], row, strict=False):
                 self.sums[name] = self.sums.get(name, 0.0) + value
             self.count += 1
         self.latest = dict(zip(self.names, rows[-1], strict=True))
 
+    def _skip(self, step: int, row: list[float]) -> None:
+        shown = ", ".join(f"{name} = {value}" for name, value in zip(self.names, row, strict=True))
+        what = "gradient" if math.isfinite(row[0]) else "loss"
+        self.skipped += 1
+        if self.skipped > self.max_skipped:
+            before = f", after {self.max_skipped} that were skipped" if self.max_skipped else ""
+            raise NonFiniteLossError(f"the {what} is not finite at step {step}{before}: {shown}")
+        self.report(f"step {step} skipped, the {what} is not finite ({self.skipped} of {self.max_skipped}): {shown}")
+
     def means(self) -> dict[str, float]:
-        """Mean of each value over the epoch so far."""
+        """Mean of each value over the epoch's steps so far, without those that were skipped."""
         return {name: total / self.count for name, total in self.sums.items()}
 
     def reset(self) -> None:
@@ -85,18 +108,47 @@ def check_finite(distiller: Distiller, step: int) -> None:
                 raise NonFiniteLossError(f"the weights are not finite after step {step}: {name}")
 
 
+class Clock:
+    """Images a second, and the share of the time in which the next batch was waited for."""
+
+    def __init__(self) -> None:
+        self._begun = time.perf_counter()
+        self._waited = 0.0
+        self.images = 0
+
+    def watch(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The batches of ``loader``; the time that it takes to hand them out counts as waiting."""
+        batches = iter(loader)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self._waited += time.perf_counter() - asked
+            yield batch
+
+    def values(self) -> dict[str, float]:
+        """``images_per_second`` and ``data_wait``, in [0, 1], since the beginning."""
+        seconds = time.perf_counter() - self._begun
+        return {"images_per_second": self.images / seconds, "data_wait": self._waited / seconds}
+
+
 class RunLog:
     """Writes the records of one run. ``folder=None`` writes no file.
 
     ``metrics.jsonl`` has one object a line: ``{"kind": "step", "step", "epoch", "lr", "loss", ...}`` every
     ``log_every`` steps and ``{"kind": "epoch", ...}`` after each epoch; all values are before weights except
-    ``loss``.
+    ``loss``. ``speed.jsonl`` has what differs between two equal runs, a line an epoch: images a second, and the share
+    of the time in which data were waited for.
     """
 
     def __init__(
         self, folder: Path | None, *, size: int, step: int, steps: int, tensorboard: bool, progress: bool, quiet: bool
     ) -> None:
         """``size``: the bytes of ``metrics.jsonl`` to keep, those that the checkpoint at ``step`` had seen."""
+        self._folder = folder
         self._file = None
         self._board: Any = None
         self._progress: Progress | None = None
@@ -130,6 +182,15 @@ class RunLog:
                 self._board.add_scalar(f"{kind}/{name}", value, step)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, description=f"loss {values.get('loss', math.nan):.4f}")
+
+    def speed(self, step: int, values: dict[str, float]) -> None:
+        """One line of ``speed.jsonl``; the epoch that ended, or was broken off, at ``step``."""
+        if self._folder is not None:
+            with (self._folder / SPEED).open("a") as file:
+                file.write(json.dumps({"kind": "speed", "step": step, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"speed/{name}", value, step)
 
     def sync(self) -> int:
         """Make ``metrics.jsonl`` durable; its size in bytes."""
@@ -177,7 +238,12 @@ def describe(
         name = type(model.model).__name__
         if named is not None and role not in identity["given_as_objects"]:
             name = named.name
-        return {"name": name, "classifier": model.classifier_name, "parameters": count_parameters(model.model)}
+        return {
+            "name": name,
+            "classifier": model.classifier_name,
+            "feature_map": None if model.map_source is None else model.map_source.layer,
+            "parameters": count_parameters(model.model),
+        }
 
     return {
         "student": model("student", distiller.student, config.student),

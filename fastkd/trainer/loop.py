@@ -5,24 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastkd.trainer.checkpoint import CheckpointFolder
 from fastkd.trainer.config import TrainConfig, without_initial_weights
-from fastkd.trainer.data import choose_data, eval_loader, first_images, labels_hash, train_loader
-from fastkd.trainer.distiller import Distiller, build_distiller, weights_hash
-from fastkd.trainer.evaluation import DTYPES, choose_device, evaluate
-from fastkd.trainer.log import Meter, NonFiniteLossError, RunLog, check_finite, describe, header
-from fastkd.trainer.objective import TermFunction
-from fastkd.trainer.optim import Schedule, build_optimizer, set_learning_rate
+from fastkd.trainer.data import choose_data, eval_loader, first_images, labels_hash, normalization_of, train_loader
+from fastkd.trainer.distiller import build_distiller, weights_hash
+from fastkd.trainer.evaluation import choose_device, evaluate
+from fastkd.trainer.log import Clock, Meter, NonFiniteLossError, RunLog, check_finite, describe, header
+from fastkd.trainer.optim import Schedule
+from fastkd.trainer.prepare import check_teacher, prepare
 from fastkd.trainer.ranks import join_ranks
 from fastkd.trainer.state import (
     Progress,
+    TrainResult,
     check_same_run,
     given_as_objects,
     open_run,
@@ -33,27 +32,9 @@ from fastkd.trainer.state import (
     unpack,
     write_run_file,
 )
-
-
-@dataclass
-class TrainResult:
-    """What ``train`` returns.
-
-    ``accuracy``: top-1 on the evaluation set after the last epoch, in [0, 1]. ``history``: one dict per epoch (epoch,
-    step, lr, the epoch's means of loss and terms, ``dcd/tau``, ``dcd/scale``, accuracy, eval_loss). ``seconds``:
-    wall-clock of training, resumed parts included. ``parameters``: of the student. ``path``: the last checkpoint, None
-    without run_dir. ``distiller``: student, teacher and objective, in eval mode. ``resumed_from``: the step, None for a
-    new run. ``already_finished``: there was nothing left to do.
-    """
-
-    accuracy: float
-    history: list[dict[str, float]]
-    seconds: float
-    parameters: int
-    path: Path | None
-    distiller: Distiller
-    resumed_from: int | None
-    already_finished: bool
+from fastkd.trainer.step import TrainStep
+from fastkd.trainer.stop import StopRequest
+from fastkd.trainer.terms import TermFunction
 
 
 def train(
@@ -70,13 +51,15 @@ def train(
     ``student`` / ``teacher`` are modules, or ``FeatureModel(module, classifier)`` to name the classifier layer. A given
     teacher is left frozen: in eval mode and without gradient. ``train_data`` / ``eval_data`` are map-style datasets of
     (image, label), given together. ``terms`` are own objective terms. Reseeds torch's, Python's and numpy's generators.
-    Under ``torchrun`` every rank calls this and gets the same result: see ``fastkd.trainer.ranks``.
+    Under ``torchrun`` every rank calls this and gets the same result: see ``fastkd.trainer.ranks``. SIGTERM and SIGUSR1
+    end the run after the step they fall into, with a checkpoint to resume from.
 
     Raises:
         ValueError, TypeError: a setting that is wrong, or does not fit the others.
         CheckpointError: run folder in use, or a checkpoint or weights file missing, damaged or not belonging to this
-            run.
-        NonFiniteLossError: the loss became NaN or infinite; the last good checkpoint stays.
+            run; a checkpoint that cannot be written.
+        NonFiniteLossError: the loss became NaN or infinite too often; the last good checkpoint stays.
+        BrokenImagesError: too many images cannot be read.
     """
     ranks = join_ranks()
     device = ranks.place(choose_device(config.device, config.precision))
@@ -90,15 +73,14 @@ def train(
     sample = first_images(train_set)
     initial = config if checkpoint is None else without_initial_weights(config)
     distiller = build_distiller(initial, sample, student=student, teacher=teacher, terms=terms).to(device)
+    prepared = prepare(distiller, initial, device, ranks, normalization_of(train_set))
     per_epoch = len(loader)
     total = per_epoch * config.epochs
     schedule = Schedule(
         config.optim, steps_per_epoch=per_epoch, epochs=config.epochs, global_batch=config.data.batch_size
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    optimizer = build_optimizer(distiller, config.optim, device)
-    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    meter = Meter(ranks.mean)
+    step = TrainStep(distiller, config, device, ranks)
+    meter = Meter(ranks.mean, max_skipped=config.max_skipped, scaled=config.precision == "fp16")
     identity = {
         "config": config.to_dict(),
         "given_as_objects": given_as_objects(student=student, teacher=teacher, data=train_data),
@@ -109,12 +91,15 @@ def train(
     ranks.check_same(identity)
     info = describe(config, distiller, device, schedule, len(eval_set), identity, ranks.world_size)
 
+    if checkpoint is None:
+        check_teacher(distiller, config, test_loader, device, config.precision, ranks)
+
     # The same generator state begins every run of a seed, whatever the construction above drew from it.
     seed_everything(config.seed, ranks.rank)
     progress = Progress()
     if checkpoint is not None:
         check_same_run(checkpoint, identity)
-        progress = unpack(checkpoint, distiller, meter, optimizer, scaler)
+        progress = unpack(checkpoint, distiller, meter, step)
         if progress.loader is not None:
             loader.load_state_dict(progress.loader)
     result = TrainResult(
@@ -124,6 +109,7 @@ def train(
         parameters=info["student"]["parameters"],
         path=None if checkpoint is None else checkpoint.path,
         distiller=distiller,
+        deployed=step.deployed,
         resumed_from=None if checkpoint is None else progress.step,
         already_finished=progress.step >= total,
     )
@@ -152,10 +138,10 @@ def train(
         progress=config.progress,
         quiet=quiet,
     )
-    step = ranks.step(distiller)
+    meter.report = log.print
     begun = time.perf_counter() - progress.seconds
 
-    def save() -> None:
+    def save(accuracy: float | None = None) -> None:
         if folder is None:
             return
         meter.flush()
@@ -169,15 +155,16 @@ def train(
             return saver.save(
                 progress.step,
                 student=distiller.student.model,
+                ema=None if step.ema is None else step.ema.module,
                 loss=distiller.objective,
-                state=pack(progress, meter, optimizer, scaler, generators),
-                manifest={**identity, "epoch": progress.epoch, "versions": info["versions"]},
+                state=pack(progress, meter, step, generators),
+                manifest={**identity, "epoch": progress.epoch, "accuracy": accuracy, "versions": info["versions"]},
             )
 
         result.path = ranks.on_main(write)
 
     try:
-        for line in header(info):
+        for line in (*header(info), *prepared):
             log.print(line)
         if checkpoint is None:
             save()
@@ -185,57 +172,60 @@ def train(
             resume_generators(checkpoint.state, config.seed, ranks.rank, device)
             log.print(f"resumed from {checkpoint.path} at step {progress.step} of {total}")
 
-        for epoch in range(progress.epoch, config.epochs):
-            if progress.loader is None:
-                meter.reset()
-            progress.loader = None
-            set_epoch(epoch)
-            distiller.train()
-            for images, labels in loader:
-                lr = schedule(progress.step)
-                share = ranks.share(len(labels), loader.batch_sampler.rows(progress.step % per_epoch))
-                set_learning_rate(optimizer, lr)
-                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                with torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "fp32"):
-                    loss, parts = step(images, labels, share)
-                meter.add(progress.step + 1, loss, parts)
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                norm = None
-                if config.optim.clip_norm is not None:
-                    scaler.unscale_(optimizer)
-                    norm = nn.utils.clip_grad_norm_(trainable, config.optim.clip_norm)
-                scaler.step(optimizer)
-                scaler.update()
-                progress.step += 1
+        stop, stopping = StopRequest(), False
+        with stop:
+            for epoch in range(progress.epoch, config.epochs):
+                if progress.loader is None:
+                    meter.reset()
+                progress.loader = None
+                set_epoch(epoch)
+                distiller.begin_epoch(epoch)
+                clock = Clock()
+                for images, labels in clock.watch(loader):
+                    lr = schedule(progress.step)
+                    rows = loader.batch_sampler.rows(progress.step % per_epoch)
+                    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                    meter.add(progress.step + 1, *step(images, labels, ranks.share(len(labels), rows), lr))
+                    clock.images += rows
+                    progress.step += 1
 
-                last = progress.step == (epoch + 1) * per_epoch
-                if progress.step % config.log_every == 0:
-                    meter.flush()
-                    values = {"epoch": epoch, "lr": lr, **meter.latest, **distiller.scalars()}
-                    if norm is not None:
-                        values["grad_norm"] = norm.item()
-                    log.record("step", progress.step, values)
-                if config.save_every_steps and progress.step % config.save_every_steps == 0 and not last:
-                    progress.loader = loader.state_dict()
-                    save()
-                    progress.loader = None
+                    last = progress.step == (epoch + 1) * per_epoch
+                    if progress.step % config.log_every == 0:
+                        meter.flush()
+                        log.record(
+                            "step", progress.step, {"epoch": epoch, "lr": lr, **meter.latest, **distiller.scalars()}
+                        )
+                    stopping = ranks.any(stop.signal is not None)
+                    by_step = config.save_every_steps and progress.step % config.save_every_steps == 0
+                    if (by_step or stopping) and not last:
+                        progress.loader = loader.state_dict()
+                        save()
+                        progress.loader = None
+                    if stopping:
+                        break
 
-            meter.flush()
-            record = {"epoch": epoch, "lr": lr, **meter.means(), **distiller.scalars()}
-            progress.epoch = epoch + 1
-            finished = progress.epoch == config.epochs
-            if finished or progress.epoch % config.eval_every == 0:
-                record.update(evaluate(distiller.student, test_loader, device, config.precision, ranks))
-                result.accuracy = record["accuracy"]
-                shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "epoch")
-                log.print(f"epoch {progress.epoch}/{config.epochs}  {shown}")
-            log.record("epoch", progress.step, record)
-            progress.history.append({"step": progress.step, **record})
-            by_epoch = config.save_every_epochs and progress.epoch % config.save_every_epochs == 0
-            by_step = config.save_every_steps and progress.step % config.save_every_steps == 0
-            if finished or by_epoch or by_step:
-                save()
+                meter.flush()
+                log.speed(progress.step, clock.values())
+                if stopping and not last:
+                    break
+                record = {"epoch": epoch, "lr": lr, **meter.means(), **distiller.scalars()}
+                progress.epoch = epoch + 1
+                finished = progress.epoch == config.epochs
+                if finished or progress.epoch % config.eval_every == 0:
+                    record.update(evaluate(step.deployed, test_loader, device, config.precision, ranks))
+                    result.accuracy = record["accuracy"]
+                    shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "epoch")
+                    log.print(f"epoch {progress.epoch}/{config.epochs}  {shown}")
+                log.record("epoch", progress.step, record)
+                progress.history.append({"step": progress.step, **record})
+                by_epoch = config.save_every_epochs and progress.epoch % config.save_every_epochs == 0
+                if finished or by_epoch or by_step or stopping:
+                    save(record.get("accuracy"))
+                if stopping and not finished:
+                    break
+            if progress.step < total:
+                result.stopped_by = stop.signal
+                log.print(f"stopped at step {progress.step} of {total}; resume from {result.path}")
     except NonFiniteLossError as error:
         kept = f"the last good checkpoint is {result.path}" if result.path else "no checkpoint was kept (no run_dir)"
         raise NonFiniteLossError(f"{error}; {kept}") from None
@@ -244,7 +234,8 @@ def train(
         if saver is not None:
             saver.close()
     distiller.eval()
+    step.deployed.eval()
     result.seconds = time.perf_counter() - begun
-    del step
+    step.close()
     ranks.close()
     return result

@@ -1,19 +1,22 @@
-"""Models: built from a name, their classifier layer found, its input captured as the penultimate features."""
+"""Models: built from a name, their classifier layer found, its input and the last feature map captured."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastkd.trainer.imports import import_object
-from fastkd.validate import check_int, check_type
+from fastkd.trainer.maps import CONVOLUTIONS, MapSource, find_map, pool_features
+from fastkd.validate import check_choice, check_int, check_number, check_type
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 _HEAD_NAMES = ("fc", "classifier", "head", "heads")
 _HOW_TO_NAME = "name it with ModelConfig(classifier='...'), or pass FeatureModel(module, '...') as the module"
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -21,17 +24,29 @@ class ModelConfig:
     """How to build a model.
 
     ``name`` is ``timm:NAME``, ``torchvision:NAME``, ``package.module:callable``, or a bare name that is looked up in
-    timm first and then in torchvision. ``classifier`` names the classifier layer (``head.fc``); None finds it.
+    timm first and then in torchvision. Which published weights is part of it: ``timm:resnet50.tv_in1k``,
+    ``torchvision:resnet50.IMAGENET1K_V1``; without, the library's default. ``classifier`` names the classifier layer
+    (``head.fc``), ``feature_map`` the layer whose output is the last map (``layer4``), for terms that use it; None
+    finds them.
     ``weights`` is a ``.safetensors`` file, a ``.pt`` / ``.pth`` state dict, a fastkd checkpoint or a fastkd run
     folder. ``pretrained`` asks timm / torchvision for their published weights (a download). ``options`` are further
     keyword arguments of the builder.
+
+    ``normalization``: (means, standard deviations) of the channels of the images that the weights were trained with;
+    None asks timm / torchvision for that of their published weights, others were trained as the data are normalised.
+    Of a teacher alone: ``dtype``, in which its weights are kept and it is computed, and ``min_accuracy``, the top-1
+    accuracy in [0, 1] that it must reach on the evaluation set before training starts.
     """
 
     name: str
     num_classes: int | None = None
     classifier: str | None = None
+    feature_map: str | None = None
     weights: str | None = None
     pretrained: bool = False
+    normalization: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    min_accuracy: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -44,14 +59,47 @@ class ModelConfig:
         check_type("model.pretrained", self.pretrained, bool)
         if self.pretrained and self.weights is not None:
             raise ValueError(f"model.pretrained: got True together with weights={self.weights!r}, expected one of them")
+        if self.normalization is not None:
+            check_normalization("model.normalization", self.normalization)
+        check_choice("model.dtype", self.dtype, ("fp32", "bf16", "fp16"))
+        if self.min_accuracy is not None:
+            check_number("model.min_accuracy", self.min_accuracy, 0.0, 1.0)
+
+
+def check_normalization(name: str, value: Any) -> None:
+    """As many means as standard deviations, and those positive."""
+    if len(value) != 2 or len(value[0]) != len(value[1]) or not value[0]:
+        raise ValueError(f"{name}: got {value}, expected (means, standard deviations), a number for each channel")
+    for mean in value[0]:
+        check_number(name, mean)
+    for std in value[1]:
+        check_number(name, std, 0.0, exclusive=True)
 
 
 @dataclass
 class ModelOutput:
-    """What a model gives: ``logits`` [B, C] and ``features`` [B, D], the (pooled) input of its classifier layer."""
+    """What a model gives: ``logits`` [B, C] and ``features`` [B, D], the (pooled) input of its layer ``classifier``.
+
+    For terms that need maps also ``feature_map``, the last map [B, C, H, W] before global pooling, or tokens [B, L, C]
+    of which the first ``prefix_tokens`` stand for no position; and ``map_classifier``, which gives the logits [n, C] of
+    n of its positions, None where the model cannot.
+    """
 
     logits: Tensor
     features: Tensor
+    classifier: nn.Module | None = None
+    feature_map: Tensor | None = None
+    prefix_tokens: int = 0
+    map_classifier: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(kw_only=True, frozen=True)
+class ModelShapes:
+    """What a forward pass tells of a model: the features' width, the classes, the last map if it was asked for."""
+
+    features: int
+    classes: int
+    feature_map: MapSource | None = None
 
 
 def build_model(config: ModelConfig) -> nn.Module:
@@ -77,8 +125,10 @@ def build_model(config: ModelConfig) -> nn.Module:
     if source in ("torchvision", ""):
         import torchvision
 
-        if name in torchvision.models.list_models():
-            return torchvision.models.get_model(name, weights="DEFAULT" if config.pretrained else None, **options)
+        known, _, _ = name.partition(".")
+        if known in torchvision.models.list_models():
+            weights = torchvision_weights(name)
+            return torchvision.models.get_model(known, weights=weights if config.pretrained else None, **options)
         raise ValueError(
             f"model.name: got {config.name!r}, expected 'package.module:callable' or a model that "
             f"{'torchvision' if source else 'timm or torchvision'} knows"
@@ -89,6 +139,34 @@ def build_model(config: ModelConfig) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model.name: {config.name!r} returned {type(model).__name__}, expected an nn.Module")
     return model
+
+
+def torchvision_weights(name: str) -> Any:
+    """The published weights, of torchvision's, that ``NAME`` or ``NAME.WEIGHTS`` means. ValueError if unknown."""
+    import torchvision
+
+    model, _, tag = name.partition(".")
+    published = torchvision.models.get_model_weights(model)
+    if tag and tag not in published.__members__:
+        raise ValueError(f"model.name: got 'torchvision:{name}', expected weights among {list(published.__members__)}")
+    return published[tag] if tag else published.DEFAULT
+
+
+def trained_normalization(config: ModelConfig, model: nn.Module) -> Normalization | None:
+    """What the weights of ``model``, built from ``config``, were trained with; None where nothing tells it."""
+    if config.normalization is not None:
+        mean, std = config.normalization
+    elif not config.pretrained:
+        return None
+    elif hasattr(model, "pretrained_cfg"):
+        import timm
+
+        found = timm.data.resolve_model_data_config(model)
+        mean, std = found["mean"], found["std"]
+    else:
+        transforms = torchvision_weights(config.name.rpartition(":")[2]).transforms()
+        mean, std = transforms.mean, transforms.std
+    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def find_classifier(model: nn.Module, name: str | None = None) -> str:
@@ -118,22 +196,11 @@ def find_classifier(model: nn.Module, name: str | None = None) -> str:
         inside = [
             key
             for key, module in modules.items()
-            if (key == prefix or key.startswith(prefix + ".")) and isinstance(module, (nn.Linear, *_CONVOLUTIONS))
+            if (key == prefix or key.startswith(prefix + ".")) and isinstance(module, (nn.Linear, *CONVOLUTIONS))
         ]
         if inside:
             return inside[-1]
     raise ValueError(f"classifier: found no layer called {' / '.join(_HEAD_NAMES)}; {hint}")
-
-
-def pool_features(features: Tensor, layer: nn.Module) -> Tensor:
-    """[B, D]: the input of ``layer`` averaged over everything but batch and channels.
-
-    Channels are dimension 1 before a convolution (and before an unknown layer given a map), the last one otherwise.
-    """
-    if features.ndim == 2:
-        return features
-    channels_first = isinstance(layer, _CONVOLUTIONS) or (not isinstance(layer, nn.Linear) and features.ndim == 4)
-    return features.flatten(2).mean(2) if channels_first else features.flatten(1, -2).mean(1)
 
 
 class FeatureModel(nn.Module):
@@ -141,20 +208,35 @@ class FeatureModel(nn.Module):
 
     The model's output may be the logits or an object with ``logits`` (Inception in training, Hugging Face models).
     Images are converted to the dtype of the model's first parameter, and a model that is not in float32 runs without
-    autocast: a teacher may be in half precision.
+    autocast: a teacher may be in half precision. ``channels_last``, when set, is the layout that they get.
 
     Args:
         model: any module; ``train`` takes a FeatureModel wherever it takes a module.
         classifier: the name of the classifier layer; None finds it (``find_classifier``).
+        feature_map: the name of the layer whose output is the last map; None finds it when a term needs maps.
         optional: features are not needed. Without one classifier layer that is called once they are [B, 0].
     """
 
-    def __init__(self, model: nn.Module, classifier: str | None = None, *, optional: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        classifier: str | None = None,
+        *,
+        feature_map: str | None = None,
+        optional: bool = False,
+    ) -> None:
         super().__init__()
         self.optional = optional
         self.classifier_name: str | None = None
         # A layer that only its name suggests is compared with the logits by ``probe``.
         self.guessed = classifier is None and not callable(getattr(model, "get_classifier", None))
+        self.map_name = feature_map
+        self.map_source: MapSource | None = None  # set by ``probe`` when maps are needed
+        self.channels_last = False
+        # Filled by the hooks of one forward pass. The same lists every time, for those that torch.compile has traced.
+        self._inputs: list[Tensor] = []
+        self._maps: list[Tensor] = []
+        self._compiled: Callable[[Tensor], Any] | None = None
         try:
             self.classifier_name = find_classifier(model, classifier)
         except ValueError:
@@ -163,17 +245,22 @@ class FeatureModel(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> ModelOutput:
-        """``ModelOutput(logits [B, C], features [B, D])``; RuntimeError unless the classifier layer is called once."""
-        captured: list[Tensor] = []
-        handle, layer = None, self.classifier
+        """The ``ModelOutput``; RuntimeError unless the classifier layer is called once."""
+        handles = []
+        layer, source = self.classifier, self.map_source
+        # Hooked per call: the user's module carries nothing of ours before or after.
         if layer is not None:
-            # Hooked per call: the user's module carries nothing of ours before or after.
-            handle = layer.register_forward_pre_hook(lambda _, args: captured.extend(args[:1]))
+            handles.append(layer.register_forward_pre_hook(self._note_input))
+        if source is not None:
+            handles.append(self.model.get_submodule(source.layer).register_forward_hook(self._note_map))
         try:
-            output = self._run(images)
+            output, captured, maps = (self._compiled or self._traced)(images)
         finally:
-            if handle is not None:
+            for handle in handles:
                 handle.remove()
+            # Empty on entering: a compiled graph is valid for lists of the length that it was traced with.
+            self._inputs.clear()
+            self._maps.clear()
         if len(captured) != 1 and not self.optional:
             raise RuntimeError(
                 f"classifier: layer {self.classifier_name!r} of {type(self.model).__name__} was called {len(captured)} "
@@ -185,14 +272,35 @@ class FeatureModel(nn.Module):
             raise TypeError(f"{type(self.model).__name__} returned {got}, expected logits [B, C]")
         if layer is None or len(captured) != 1:
             return ModelOutput(logits, logits.new_empty((len(logits), 0)))
-        return ModelOutput(logits, pool_features(captured[0], layer))
+        found = ModelOutput(logits, pool_features(captured[0], layer), layer)
+        if source is not None:
+            found.feature_map = source.read(maps[-1])
+            found.prefix_tokens = source.prefix_tokens
+            found.map_classifier = source.classifier(self.model)
+        return found
 
     @property
     def classifier(self) -> nn.Module | None:
         """The classifier layer."""
         return None if self.classifier_name is None else self.model.get_submodule(self.classifier_name)
 
+    def compile(self, **options: Any) -> None:
+        """Run the model through ``torch.compile``, with its ``options``, from now on; names and weights stay."""
+        self._compiled = torch.compile(self._traced, **options)
+
+    def _traced(self, images: Tensor) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The model's output, and what the hooks caught meanwhile."""
+        return self._run(images), tuple(self._inputs), tuple(self._maps)
+
+    def _note_input(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
+        self._inputs.extend(args[:1])
+
+    def _note_map(self, _layer: nn.Module, _args: Any, value: Tensor) -> None:
+        self._maps.append(value)
+
     def _run(self, images: Tensor) -> Any:
+        if self.channels_last and images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
         dtype = next(self.model.parameters(), images).dtype
         if not (images.is_floating_point() and dtype.is_floating_point):
             return self.model(images)
@@ -204,25 +312,40 @@ class FeatureModel(nn.Module):
 
 
 @torch.no_grad()
-def probe(model: FeatureModel, images: Tensor) -> tuple[int, int]:
-    """(feature dimension, number of classes) of ``model``, from one forward pass in eval mode; changes no state.
+def probe(model: FeatureModel, images: Tensor, *, feature_map: bool = False) -> ModelShapes:
+    """The shapes of ``model``, from one forward pass in eval mode; changes no state of the wrapped module.
+
+    ``feature_map`` finds the last map too, in a second pass, and lets ``model`` return it from then on.
 
     Raises ValueError when the classifier layer is not as wide as the logits, or was found by its name and gives
-    something else than the logits.
+    something else than the logits; or when there is no map.
     """
-    first = next(model.parameters(), images)
+    images = images.to(next(model.parameters(), images).device)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    model.map_source = None  # a model may have been in another run, with other terms
+    try:
+        shapes = _check_classifier(model, images)
+        if not feature_map:
+            return shapes
+        assert model.classifier_name is not None
+        model.map_source = find_map(lambda: model(images).features, model.model, model.classifier_name, model.map_name)
+        return replace(shapes, feature_map=model.map_source)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _check_classifier(model: FeatureModel, images: Tensor) -> ModelShapes:
+    """See ``probe``."""
     given: list[Any] = []
     layer = None if model.optional else model.classifier
     handle = None if layer is None else layer.register_forward_hook(lambda _module, _args, value: given.append(value))
     try:
-        output = model(images.to(first.device))
+        output = model(images)
     finally:
         if handle is not None:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     classes = output.logits.shape[1]
     width = getattr(layer, "out_features", getattr(layer, "out_channels", classes))
     wrong = f"classifier: layer {model.classifier_name!r} of {type(model.model).__name__} gives"
@@ -236,7 +359,7 @@ def probe(model: FeatureModel, images: Tensor) -> tuple[int, int]:
             f"{wrong} something else than the model's logits; find the layer whose output they are, or confirm this "
             f"one: {_HOW_TO_NAME}"
         )
-    return output.features.shape[1], classes
+    return ModelShapes(features=output.features.shape[1], classes=classes)
 
 
 def _leads_to(value: Any, layer: nn.Module, logits: Tensor) -> bool:

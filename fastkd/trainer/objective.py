@@ -1,72 +1,35 @@
 """The objective: a weighted sum of named terms, ``total = CE + lambda KD + beta DCD``.
 
-A term is a module (or any callable) ``term(student: ModelOutput, teacher: ModelOutput | None, labels) -> dict[str,
-Tensor]`` of named scalars before weights. ``TERMS`` maps a term's name to what builds it; a new method adds one
-entry.
+A term is a module (or any callable): see ``fastkd.trainer.terms``, whose ``TERMS`` maps a term's name to what builds
+it. A new method adds one entry there.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.backends.reference import accumulation_dtype
 from fastkd.functional import ce_kd_terms
-from fastkd.losses import DCDLoss, KDLoss
-from fastkd.trainer.models import ModelOutput
-from fastkd.validate import check_choice, check_int, check_labels, check_number, check_type
-
-TermFunction = Callable[[ModelOutput, ModelOutput | None, Tensor], Mapping[str, Tensor]]
-
-
-@dataclass(kw_only=True, frozen=True)
-class CEConfig:
-    """Cross-entropy with the labels."""
-
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_number("ce.label_smoothing", self.label_smoothing, 0.0, 1.0)
-
-
-@dataclass(kw_only=True, frozen=True)
-class KDConfig:
-    """``fastkd.losses.KDLoss``: Hinton's loss at this temperature."""
-
-    temperature: float = 4.0
-
-    def __post_init__(self) -> None:
-        check_number("kd.temperature", self.temperature, 0.0, exclusive=True)
-
-
-@dataclass(kw_only=True, frozen=True)
-class DCDConfig:
-    """``fastkd.losses.DCDLoss``: see there."""
-
-    embed_dim: int = 128
-    alpha: float = 0.5
-    consistency: Literal["student||teacher", "teacher||student"] = "student||teacher"
-    max_scale: float | None = 10.0
-    min_scale: float | None = None
-    learnable: bool = True
-    temperature: float = 0.07
-
-    def __post_init__(self) -> None:
-        check_int("dcd.embed_dim", self.embed_dim, 1)
-        check_number("dcd.alpha", self.alpha, 0.0)
-        check_choice("dcd.consistency", self.consistency, ("student||teacher", "teacher||student"))
-        for name, bound in (("dcd.max_scale", self.max_scale), ("dcd.min_scale", self.min_scale)):
-            if bound is not None:
-                check_number(name, bound, 0.0, exclusive=True)
-        check_type("dcd.learnable", self.learnable, bool)
-        check_number("dcd.temperature", self.temperature, 0.0, exclusive=True)
+from fastkd.trainer.models import ModelOutput, ModelShapes
+from fastkd.trainer.terms import (
+    TERMS,
+    CallableTerm,
+    CEConfig,
+    CETerm,
+    CKDConfig,
+    DCDConfig,
+    KDConfig,
+    KDTerm,
+    MSDCRDConfig,
+    PCKDConfig,
+    TermFunction,
+    one_dtype,
+)
+from fastkd.validate import check_type
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -81,11 +44,15 @@ class ObjectiveConfig:
     ce: CEConfig = field(default_factory=CEConfig)
     kd: KDConfig = field(default_factory=KDConfig)
     dcd: DCDConfig = field(default_factory=DCDConfig)
+    ckd: CKDConfig = field(default_factory=CKDConfig)
+    pckd: PCKDConfig = field(default_factory=PCKDConfig)
+    msdcrd: MSDCRDConfig = field(default_factory=MSDCRDConfig)
 
     def __post_init__(self) -> None:
         parse_terms(self.terms)
-        for name, value, kind in (("ce", self.ce, CEConfig), ("kd", self.kd, KDConfig), ("dcd", self.dcd, DCDConfig)):
-            check_type(f"objective.{name}", value, kind)
+        for part in fields(self):
+            if callable(part.default_factory):
+                check_type(f"objective.{part.name}", getattr(self, part.name), type(part.default_factory()))
 
 
 def parse_terms(text: str) -> dict[str, float]:
@@ -117,100 +84,6 @@ def parse_terms(text: str) -> dict[str, float]:
     return weights
 
 
-class CETerm(nn.Module):
-    """Cross-entropy of the student's logits with the labels, the mean over the batch."""
-
-    needs_teacher = False
-
-    def __init__(self, config: CEConfig) -> None:
-        super().__init__()
-        self.label_smoothing = config.label_smoothing
-
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
-        if labels.ndim == 1:  # not class probabilities
-            check_labels(labels, student.logits)
-        logits = student.logits.to(accumulation_dtype(student.logits.dtype))
-        return {"ce": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
-
-
-def _one_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as they are when their dtypes agree, else both in float32."""
-    return (student, teacher) if student.dtype == teacher.dtype else (student.float(), teacher.float())
-
-
-def _for_linear(features: Tensor, dtype: torch.dtype) -> Tensor:
-    """``features`` for a linear layer of ``dtype``; autocast converts by itself, all but float64."""
-    if torch.is_autocast_enabled(features.device.type) and features.dtype != torch.float64:
-        return features
-    return features.to(dtype)
-
-
-class KDTerm(nn.Module):
-    """``KDLoss`` on the logits."""
-
-    needs_teacher = True
-
-    def __init__(self, config: KDConfig) -> None:
-        super().__init__()
-        self.loss = KDLoss(config.temperature)
-
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
-        assert teacher is not None
-        return self.loss(*_one_dtype(student.logits, teacher.logits))
-
-
-class DCDTerm(nn.Module):
-    """``DCDLoss`` on the penultimate features; owns both projection heads and tau."""
-
-    needs_teacher = True
-    spans_ranks = True
-
-    def __init__(self, config: DCDConfig, student_dim: int, teacher_dim: int) -> None:
-        super().__init__()
-        self.loss = DCDLoss(
-            student_dim,
-            teacher_dim,
-            config.embed_dim,
-            alpha=config.alpha,
-            consistency=config.consistency,
-            max_scale=config.max_scale,
-            min_scale=config.min_scale,
-            learnable=config.learnable,
-            temperature=config.temperature,
-        )
-
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
-        assert teacher is not None
-        dtype = self.loss.student_head.weight.dtype
-        return self.loss(_for_linear(student.features, dtype), _for_linear(teacher.features, dtype))
-
-    def scalars(self) -> dict[str, Tensor]:
-        """What is logged beside the loss: tau and the logit scale."""
-        return {"tau": self.loss.tau.detach(), "scale": torch.as_tensor(self.loss.logit_scale()).detach()}
-
-
-class CallableTerm(nn.Module):
-    """A user's plain function as a term."""
-
-    def __init__(self, function: TermFunction) -> None:
-        super().__init__()
-        self.function = function
-        self.needs_teacher = getattr(function, "needs_teacher", True)
-
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> Mapping[str, Tensor]:
-        return self.function(student, teacher, labels)
-
-
-# name -> (config, student feature dimension, teacher feature dimension) -> term
-TERMS: dict[str, Callable[[ObjectiveConfig, int, int], nn.Module]] = {
-    "ce": lambda config, student_dim, teacher_dim: CETerm(config.ce),
-    "kd": lambda config, student_dim, teacher_dim: KDTerm(config.kd),
-    "dcd": lambda config, student_dim, teacher_dim: DCDTerm(config.dcd, student_dim, teacher_dim),
-}
-_NEEDS_NO_TEACHER = {"ce"}
-_NEEDS_NO_FEATURES = {"ce", "kd"}
-
-
 # Names of other values in the same record.
 _RESERVED = {"kind", "step", "epoch", "lr", "loss", "accuracy", "eval_loss", "grad_norm"}
 
@@ -227,23 +100,16 @@ def _ce_and_kd(
         return {}
     assert teacher is not None
     ce_value, kd_value = ce_kd_terms(
-        *_one_dtype(student.logits, teacher.logits), labels, kd.loss.temperature, label_smoothing=ce.label_smoothing
+        *one_dtype(student.logits, teacher.logits), labels, kd.loss.temperature, label_smoothing=ce.label_smoothing
     )
     return {"ce": {"ce": ce_value}, "kd": {"kd": kd_value}}
 
 
-def needs_teacher(config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
-    """Whether any term uses the teacher. A user's term does unless its attribute ``needs_teacher`` is False."""
-    given = terms or {}
-    return any(
-        getattr(given[name], "needs_teacher", True) if name in given else name not in _NEEDS_NO_TEACHER
-        for name in parse_terms(config.terms)
-    )
-
-
-def needs_features(config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
-    """Whether any term may read more than logits and labels: all but our cross-entropy and KD."""
-    return any(name in (terms or {}) or name not in _NEEDS_NO_FEATURES for name in parse_terms(config.terms))
+def needs(what: str, config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
+    """Whether any term needs the ``"teacher"``, the ``"features"`` or the ``"maps"``: see ``fastkd.trainer.terms``."""
+    known = {**TERMS, **(terms or {})}
+    default = what != "maps"
+    return any(getattr(known.get(name), f"needs_{what}", default) for name in parse_terms(config.terms))
 
 
 class Objective(nn.Module):
@@ -251,7 +117,7 @@ class Objective(nn.Module):
 
     Args:
         config: which terms, their weights and options.
-        student_dim, teacher_dim: widths of the penultimate features.
+        student, teacher: what ``probe`` found of the models; without a teacher, the student's for both.
         terms: the user's own terms by name: modules (their parameters are trained) or plain functions. They may be
             named, with a weight, in ``config.terms``; one that is not named there is an error.
 
@@ -262,8 +128,8 @@ class Objective(nn.Module):
     def __init__(
         self,
         config: ObjectiveConfig,
-        student_dim: int,
-        teacher_dim: int,
+        student: ModelShapes,
+        teacher: ModelShapes,
         terms: Mapping[str, nn.Module | TermFunction] | None = None,
     ) -> None:
         super().__init__()
@@ -280,7 +146,7 @@ class Objective(nn.Module):
                 term = given[name]
                 built[name] = term if isinstance(term, nn.Module) else CallableTerm(term)
             elif name in TERMS:
-                built[name] = TERMS[name](config, student_dim, teacher_dim)
+                built[name] = TERMS[name](config, student, teacher)
             else:
                 known = sorted({*TERMS, *given})
                 raise ValueError(f"objective.terms: got {name!r} in {config.terms!r}, expected terms among {known}")
@@ -316,6 +182,12 @@ class Objective(nn.Module):
                 total = weighted if total is None else total + weighted
         assert total is not None
         return total, named
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the terms that have a method ``set_epoch``; the loop calls this before every epoch, counted from 0."""
+        for term in self.terms.values():
+            if hasattr(term, "set_epoch"):
+                term.set_epoch(epoch)  # type: ignore[operator]
 
     def scalars(self) -> dict[str, Tensor]:
         """Further values to log (``dcd/tau``, ``dcd/scale``), of the terms that have a method ``scalars``."""

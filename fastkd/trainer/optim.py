@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,21 +14,25 @@ from fastkd.validate import check_choice, check_int, check_number, check_type
 
 @dataclass(kw_only=True, frozen=True)
 class OptimConfig:
-    """SGD (with ``momentum``, ``nesterov``) or AdamW (with ``betas``), and the learning rate over time.
+    """The optimiser, and the learning rate over time.
 
-    ``lr`` is the peak. With ``reference_batch`` it is multiplied by global batch / reference_batch (the linear rule).
-    The first ``warmup_epochs`` rise linearly to the peak; then ``schedule`` is a cosine to ``min_lr``, steps (times
-    ``gamma`` at each of ``milestones``, in epochs) or constant. ``weight_decay`` reaches weights of two or more
-    dimensions only, never biases, norms or tau. ``clip_norm`` clips the global gradient norm.
+    ``name``: SGD, or LARS for large batches (with ``momentum``, ``nesterov``); AdamW, or LAMB for large batches (with
+    ``betas``). ``lr`` is the peak; with ``reference_batch`` it is that of a batch of this size, and is multiplied by
+    global batch / reference_batch, or by its root (``lr_rule``). The first ``warmup_epochs`` rise linearly to the
+    peak; then ``schedule`` is a cosine to ``min_lr``, steps (times ``gamma`` at each of ``milestones``, in epochs) or
+    constant. ``weight_decay``, and the layer-wise rates of LARS and LAMB, reach weights of two or more dimensions only,
+    never biases, norms or tau. ``trust_coefficient`` is LARS's. ``clip_norm`` clips the global gradient norm.
     """
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
     lr: float = 0.05
     reference_batch: int | None = None
+    lr_rule: Literal["linear", "sqrt"] = "linear"
     momentum: float = 0.9
     nesterov: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 5e-4
+    trust_coefficient: float = 0.001
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     warmup_epochs: float = 0.0
     min_lr: float = 0.0
@@ -37,10 +41,12 @@ class OptimConfig:
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        check_choice("optim.name", self.name, ("sgd", "adamw"))
+        check_choice("optim.name", self.name, ("sgd", "adamw", "lars", "lamb"))
         check_number("optim.lr", self.lr, 0.0, exclusive=True)
         if self.reference_batch is not None:
             check_int("optim.reference_batch", self.reference_batch, 1)
+        check_choice("optim.lr_rule", self.lr_rule, ("linear", "sqrt"))
+        check_number("optim.trust_coefficient", self.trust_coefficient, 0.0, exclusive=True)
         _check_below_one("optim.momentum", self.momentum)
         check_type("optim.nesterov", self.nesterov, bool)
         check_type("optim.betas", self.betas, (tuple, list))
@@ -89,8 +95,11 @@ class Schedule:
         self.peak = config.lr
         self.rule = f"lr {config.lr:g}"
         if config.reference_batch is not None:
-            self.peak = config.lr * global_batch / config.reference_batch
-            self.rule = f"lr {self.peak:g} = {config.lr:g} x {global_batch} / {config.reference_batch}"
+            factor = global_batch / config.reference_batch
+            self.peak = config.lr * (factor if config.lr_rule == "linear" else math.sqrt(factor))
+            shown = f"{global_batch} / {config.reference_batch}"
+            shown = shown if config.lr_rule == "linear" else f"sqrt({shown})"
+            self.rule = f"lr {self.peak:g} = {config.lr:g} x {shown}"
         if config.min_lr > self.peak:
             raise ValueError(f"optim.min_lr: got {config.min_lr}, expected at most the peak learning rate {self.peak}")
         self.rule += f", {config.schedule}" + (f", warm-up {self.warmup} steps" if self.warmup else "")
@@ -106,7 +115,7 @@ class Schedule:
         return self.peak * self.config.gamma**reached
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups of all trainable parameters: with weight decay (two or more dimensions), and without.
 
     Biases, norm weights and tau have fewer than two dimensions; so do positional scalars and gains.
@@ -136,6 +145,25 @@ def build_optimizer(module: nn.Module, config: OptimConfig, device: torch.device
     fused = device.type in ("cpu", "cuda")
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+    if config.name in ("lars", "lamb"):
+        for group in groups:
+            # Also without weight decay, which is what the two go by otherwise.
+            group["always_adapt"] = group["params"][0].ndim >= 2
+    if config.name == "lamb":
+        from timm.optim import Lamb
+
+        # Its own clipping is off: clip_norm says what is clipped.
+        return Lamb(groups, lr=config.lr, betas=config.betas, max_grad_norm=None)
+    if config.name == "lars":
+        from timm.optim import Lars
+
+        return Lars(
+            groups,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            trust_coeff=config.trust_coefficient,
+        )
     sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.momentum:
         # torch 2.11's fused SGD leaves new momentum uninitialised if the scaler skips the first step, and fails if a

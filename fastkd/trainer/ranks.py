@@ -108,6 +108,22 @@ class Ranks:
 
         return step
 
+    def any(self, value: bool) -> bool:
+        """Whether ``value`` is true on some rank."""
+        if self.world_size == 1:
+            return value
+        on_cpu = "cpu:" in dist.get_backend_config()
+        flag = torch.tensor(int(value), device=None if on_cpu else torch.device("cuda", torch.cuda.current_device()))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def share_state(self, distiller: Distiller) -> None:
+        """Give every rank the trained weights and buffers of rank 0."""
+        if self.world_size > 1:
+            for part in (distiller.student, distiller.objective):
+                for tensor in part.state_dict().values():
+                    dist.broadcast(tensor, 0)
+
     def share_buffers(self, model: nn.Module) -> None:
         """Give every rank the buffers of rank 0 (the running statistics of batch norm), those of the checkpoints."""
         if self.world_size > 1:

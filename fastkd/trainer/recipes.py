@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fastkd.trainer import recipes_cifar, recipes_imagenet
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data import DataConfig
 from fastkd.trainer.models import ModelConfig
@@ -56,4 +57,23 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "digits": digits,
     "digits-scratch": digits_scratch,
     "digits-teacher": digits_teacher,
+    "cifar100-resnet32x4": recipes_cifar.resnet32x4,
+    "cifar100-wrn-40-2": recipes_cifar.wrn_40_2,
+    "cifar100-dcd-kd": recipes_cifar.dcd_kd,
+    "cifar100-ckd": recipes_cifar.ckd,
+    "cifar100-pckd": recipes_cifar.pckd,
+    "imagenet-r34-r18-dcd": recipes_imagenet.resnet34_resnet18_dcd,
+    "imagenet-r34-r18-dcd-kd": recipes_imagenet.resnet34_resnet18_dcd_kd,
+    "imagenet-r50-r18-dcd": recipes_imagenet.resnet50_resnet18_dcd,
+    "imagenet-r50-r18-dcd-kd": recipes_imagenet.resnet50_resnet18_dcd_kd,
+    "imagenet-r50-mv2-dcd": recipes_imagenet.resnet50_mobilenetv2_dcd,
+    "imagenet-r50-mv2-dcd-kd": recipes_imagenet.resnet50_mobilenetv2_dcd_kd,
+    "imagenet-r34-r18-ckd": recipes_imagenet.resnet34_resnet18_ckd,
+    "imagenet-r34-r18-pckd": recipes_imagenet.resnet34_resnet18_pckd,
+    "imagenet-large-batch": recipes_imagenet.large_batch,
 }
+
+
+def summary(name: str) -> str:
+    """The first line of a recipe's docstring."""
+    return (RECIPES[name].__doc__ or "").strip().splitlines()[0]

@@ -15,21 +15,40 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from rich import box
 from rich.table import Table
 from scipy import stats  # type: ignore[import-untyped]
 
 from fastkd.trainer import figures
+from fastkd.trainer.costs import Cost
 
 BASELINE = "ce"
-NAMES = {"ce": "From scratch", "kd": "KD", "dcd": "DCD", "dcd+kd": "DCD + KD"}
+NAMES = {
+    "ce": "From scratch",
+    "kd": "KD",
+    "dcd": "DCD",
+    "dcd+kd": "DCD + KD",
+    "100*ckd": "CKD",
+    "pckd": "PCKD",
+    "msdcrd": "MSDCRD",
+    "msdcrd+kd": "MSDCRD + KD",
+}
 TITLE = "A student distilled on handwritten digits"
+COLUMNS = {
+    "method": "Method",
+    "accuracy": "Accuracy, %",
+    "scratch": "To scratch",
+    "kd": "To KD",
+    "time": "Step, ms",
+    "memory": "Memory, KiB",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One student: one method, one seed."""
 
-    method: str  # objective as the trainer names it: "ce", "kd", "dcd", "dcd+kd"
+    method: str  # objective as the trainer names it: "ce", "dcd+kd", "100*ckd"
     seed: int
     seconds: float  # wall clock of the training, evaluation after every epoch included
     curve: list[float]  # test accuracy after every epoch, in percent
@@ -58,6 +77,7 @@ class Results:
     teacher: Teacher
     student_parameters: int
     runs: list[Run]
+    costs: dict[str, Cost]  # of a training step of every method, and of the one from scratch
     embeddings: dict[str, np.ndarray]  # "teacher" or a method -> t-SNE of the test-set features [n, 2]
     labels: np.ndarray  # [n] class of every embedded test image
     test_images: int
@@ -73,6 +93,10 @@ class Results:
     def of(self, method: str) -> list[Run]:
         """The runs of `method` by seed."""
         return sorted((run for run in self.runs if run.method == method), key=lambda run: run.seed)
+
+    def extra_kib(self, method: str) -> float:
+        """Peak memory of a step of `method` less that of a student from scratch, in KiB."""
+        return (self.costs[method].peak_bytes - self.costs[BASELINE].peak_bytes) / 1024
 
     def accuracies(self, method: str) -> list[float]:
         """Last-epoch test accuracy of every seed, in percent."""
@@ -136,23 +160,38 @@ def paired_difference(results: Results, method: str, reference: str) -> Differen
 
 
 def differences(results: Results) -> list[Difference]:
-    """Every method against the student from scratch, then the methods with DCD against KD."""
+    """Every method against the student from scratch, then the others against KD."""
     methods = results.methods
     pairs = [(method, BASELINE) for method in methods if method != BASELINE and BASELINE in methods]
-    pairs += [(method, "kd") for method in methods if "dcd" in method and "kd" in methods]
+    pairs += [(method, "kd") for method in methods if method not in (BASELINE, "kd") and "kd" in methods]
     return [found for pair in pairs if (found := paired_difference(results, *pair))]
 
 
 def verdicts(results: Results) -> list[str]:
-    """One sentence for every pair of `differences`."""
-    return [verdict(difference) for difference in differences(results)]
+    """A sentence for every pair of `differences` that stands out of the noise; one for all others of a reference."""
+    sentences = []
+    for reference in (BASELINE, "kd"):
+        found = [item for item in differences(results) if item.reference == reference]
+        within = [item for item in found if item.error is not None and not item.exceeds_noise]
+        sentences += [verdict(item) for item in found if item not in within]
+        if len(within) == 1:
+            sentences += [verdict(within[0])]
+        elif within:
+            listed = ", ".join(f"{display_name(item.method)} ({signed(item.mean)})" for item in within)
+            sentences.append(
+                f"Not different from {reference_name(reference)} by more than the noise, in points: {listed}."
+            )
+    return sentences
+
+
+def reference_name(method: str) -> str:
+    """What the others are compared with, within a sentence."""
+    return "training from scratch" if method == BASELINE else display_name(method)
 
 
 def verdict(difference: Difference) -> str:
     """What the data say about one pair, in one plain sentence."""
-    name, reference = display_name(difference.method), display_name(difference.reference)
-    if reference == NAMES[BASELINE]:
-        reference = "training from scratch"
+    name, reference = display_name(difference.method), reference_name(difference.reference)
     size = f"{abs(difference.mean):.2f} points"
     if difference.error is None:
         return (
@@ -175,34 +214,40 @@ def mean_gap(run: Run) -> float:
 
 def summary(results: Results) -> list[dict[str, str]]:
     """Rows of the table, ready to print: the same text on the console and on the page."""
-    teacher = results.teacher
-    row = {"method": "Teacher", "accuracy": f"{teacher.accuracy:.2f}", "difference": "", "gap": ""}
-    rows = [row | {"parameters": f"{teacher.parameters:,}", "seconds": f"{teacher.seconds:.1f}"}]
+    rows = [dict.fromkeys(COLUMNS, "") | {"method": "Teacher", "accuracy": f"{results.teacher.accuracy:.2f}"}]
     for method in results.methods:
-        runs = results.of(method)
-        delta = paired_difference(results, method, BASELINE) if method != BASELINE else None
-        error = f" ± {delta.error:.2f}" if delta and delta.error is not None else ""
         rows.append(
             {
                 "method": display_name(method),
                 "accuracy": with_spread(results.accuracies(method)),
-                "difference": f"{signed(delta.mean)}{error}" if delta else "",
-                "parameters": f"{results.student_parameters:,}",
-                "seconds": f"{np.mean([run.seconds for run in runs]):.1f}",
-                "gap": with_spread([mean_gap(run) for run in runs], 3),
+                "scratch": in_points(results, method, BASELINE),
+                "kd": "" if method == BASELINE else in_points(results, method, "kd"),
+                "time": f"{results.costs[method].milliseconds:.1f}",
+                "memory": "" if method == BASELINE else f"{results.extra_kib(method):.0f}",
             }
         )
     return rows
 
 
+def in_points(results: Results, method: str, reference: str) -> str:
+    """The paired difference of `method` to `reference` and its standard error; nothing where there is none."""
+    delta = None if method == reference else paired_difference(results, method, reference)
+    if delta is None:
+        return ""
+    return signed(delta.mean) + ("" if delta.error is None else f" ± {delta.error:.2f}")
+
+
 def console_table(results: Results) -> Table:
-    """The summary for a terminal."""
-    table = Table(title=f"{TITLE} ({seed_count(results)} per method)")
-    table.add_column("Method")
-    for header in ("Test accuracy, %", "To scratch, points", "Parameters", "Seconds a run"):
-        table.add_column(header, justify="right")
+    """The summary for a terminal, 80 columns wide."""
+    caption = (
+        f"{seed_count(results)} per method; accuracy on test images: mean ± standard deviation; differences in points: "
+        "mean ± standard error, paired by seed; memory: of a step, beyond that from scratch"
+    )
+    table = Table(title=TITLE, caption=caption, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for key, header in COLUMNS.items():
+        table.add_column(header, justify="left" if key == "method" else "right")
     for row in summary(results):
-        table.add_row(*(row[key] for key in ("method", "accuracy", "difference", "parameters", "seconds")))
+        table.add_row(*row.values())
     return table
 
 
@@ -218,11 +263,14 @@ def as_json(results: Results) -> dict[str, Any]:
     return {
         "teacher": dataclasses.asdict(results.teacher),
         "student_parameters": results.student_parameters,
+        "scratch_step_peak_bytes": results.costs[BASELINE].peak_bytes,
         "summary": [
             {
                 "method": method,
                 "accuracy_mean": float(np.mean(results.accuracies(method))),
                 "accuracy_std": spread(results.accuracies(method)),
+                "step_milliseconds": results.costs[method].milliseconds,
+                "step_peak_bytes": results.costs[method].peak_bytes,
                 "seconds_mean": float(np.mean([run.seconds for run in results.of(method)])),
                 "correlation_gap_mean": float(np.mean([mean_gap(run) for run in results.of(method)])),
             }
@@ -282,8 +330,11 @@ def render(results: Results) -> str:
     return environment.get_template("report.html").render(
         title=TITLE,
         results=results,
+        columns=COLUMNS,
         rows=summary(results),
         seeds=seed_count(results),
+        teacher_parameters=f"{results.teacher.parameters:,}",
+        student_parameters=f"{results.student_parameters:,}",
         verdicts=verdicts(results),
         figures=draw_figures(results),
         sampling_error=f"{sampling_error:.1f}",

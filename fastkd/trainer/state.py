@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ import numpy as np
 import torch
 
 from fastkd.trainer.checkpoint import (
+    EMA,
+    LOSS,
     MANIFEST,
     STATE,
+    STUDENT,
     Checkpoint,
     CheckpointError,
     list_checkpoints,
@@ -25,9 +29,35 @@ from fastkd.trainer.config import TrainConfig, differences
 from fastkd.trainer.data import mix_seed
 from fastkd.trainer.distiller import Distiller
 from fastkd.trainer.log import METRICS, RUN, Meter
+from fastkd.trainer.models import FeatureModel
+from fastkd.trainer.step import TrainStep
 
 _PROGRESS = ("step", "epoch", "seconds", "history", "metrics_bytes", "loader")
 _IDENTITY = ("train_samples", "labels_sha256", "teacher_sha256")
+
+
+@dataclass
+class TrainResult:
+    """What ``train`` returns.
+
+    ``accuracy``: top-1 on the evaluation set after the last epoch, in [0, 1]. ``history``: one dict per epoch (epoch,
+    step, lr, the epoch's means of loss and terms, ``dcd/tau``, ``dcd/scale``, accuracy, top5, eval_loss). ``seconds``:
+    wall-clock of training, resumed parts included. ``parameters``: of the student. ``path``: the last checkpoint, None
+    without run_dir. ``distiller``: student, teacher and objective, in eval mode. ``deployed``: the model that was
+    evaluated, the student or its moving average. ``resumed_from``: the step, None for a new run.
+    ``already_finished``: there was nothing left to do. ``stopped_by``: the signal that ended the run early, else None.
+    """
+
+    accuracy: float
+    history: list[dict[str, float]]
+    seconds: float
+    parameters: int
+    path: Path | None
+    distiller: Distiller
+    deployed: FeatureModel
+    resumed_from: int | None
+    already_finished: bool
+    stopped_by: signal.Signals | None = None
 
 
 @dataclass
@@ -53,8 +83,10 @@ def open_run(config: TrainConfig) -> tuple[Path | None, Checkpoint | None]:
     folder = Path(config.run_dir)
     found = list_checkpoints(folder / "checkpoints")
     metrics = folder / METRICS
-    if not config.resume:
-        if found or metrics.exists() or (folder / RUN).exists():
+    there = bool(found) or metrics.exists() or (folder / RUN).exists()
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if not config.resume and not (there and (config.resume_or_start or restarted)):
+        if there:
             raise CheckpointError(f"{folder}: already holds a run; resume it (resume=True) or choose another run_dir")
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"run_dir: got {config.run_dir!r}, which is a file, expected a folder")
@@ -91,7 +123,7 @@ def _check_complete(checkpoint: Checkpoint) -> None:
     rng = state["rng"] if isinstance(state.get("rng"), dict) else {}
     for name, have, need in (
         (MANIFEST, checkpoint.manifest, {*_IDENTITY, "given_as_objects"}),
-        (STATE, state, {*_PROGRESS, "meter", "optimizer", "scaler", "rng", "rng_of_other_ranks"}),
+        (STATE, state, {*_PROGRESS, "meter", "optimizer", "scaler", "averaged", "rng", "rng_of_other_ranks"}),
         (STATE, rng, {"torch", "cuda", "python", "numpy"}),
     ):
         if missing := sorted(need - have.keys()):
@@ -128,8 +160,7 @@ def write_run_file(folder: Path, info: dict[str, Any]) -> None:
 def pack(
     progress: Progress,
     meter: Meter,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    step: TrainStep,
     generators: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """The training state in plain types and tensors, which ``torch.load(weights_only=True)`` accepts.
@@ -143,9 +174,8 @@ def pack(
         "history": progress.history,
         "metrics_bytes": progress.metrics_bytes,
         "loader": progress.loader,
-        "meter": {"sums": dict(meter.sums), "count": meter.count},
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
+        "meter": {"sums": dict(meter.sums), "count": meter.count, "skipped": meter.skipped},
+        **step.state_dict(),
         "rng": generators[0],
         "rng_of_other_ranks": generators[1:],
     }
@@ -173,24 +203,20 @@ def unpack(
     checkpoint: Checkpoint,
     distiller: Distiller,
     meter: Meter,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    step: TrainStep,
 ) -> Progress:
     """Put a checkpoint back, all but the generators (``restore_rng``). CheckpointError when it does not fit."""
     state = checkpoint.state
-    load_into(distiller.student.model, checkpoint.student, checkpoint.path / "student.safetensors")
-    load_into(distiller.objective, checkpoint.loss, checkpoint.path / "loss.safetensors")
+    load_into(distiller.student.model, checkpoint.student, checkpoint.path / STUDENT)
+    load_into(distiller.objective, checkpoint.loss, checkpoint.path / LOSS)
+    if step.ema is not None:
+        if checkpoint.ema is None:
+            raise CheckpointError(f"{checkpoint.path}: has no {EMA}, expected the moving average of the student")
+        load_into(step.ema.module, checkpoint.ema, checkpoint.path / EMA)
     try:
-        saved = [group["names"] for group in state["optimizer"]["param_groups"]]
-        current = [group["names"] for group in optimizer.param_groups]
-        if saved != current:
-            raise CheckpointError(
-                f"{checkpoint.path}: its optimiser holds other parameters: {saved}, expected {current}"
-            )
-        optimizer.load_state_dict(state["optimizer"])
-        if scaler.is_enabled():
-            scaler.load_state_dict(state["scaler"])
+        step.load_state_dict(state)
         meter.sums, meter.count = dict(state["meter"]["sums"]), state["meter"]["count"]
+        meter.skipped = state["meter"]["skipped"]
         return Progress(**{name: state[name] for name in _PROGRESS})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{checkpoint.path / STATE}: is not a training state ({error!r})") from error

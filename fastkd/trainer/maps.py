@@ -1,0 +1,198 @@
+"""The last feature map of a model: found in one traced pass, and how single positions of it are classified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_HOW_TO_NAME = "name it with ModelConfig(feature_map='...') or FeatureModel(module, feature_map='...')"
+_PASS_ON = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+
+
+@dataclass(frozen=True)
+class MapSource:
+    """The layer whose output is the map, its ``shape`` (C, H, W) or (L, C) for tokens, its layout, and what follows it.
+
+    ``tail``: the layers from there to the logits, which then also classify a single position, and whether they take it
+    as a 1x1 map. None where the model does more than average in between (VGG's linear layers see all positions).
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    channels_last: bool = False
+    prefix_tokens: int = 0
+    tail: tuple[str, ...] | None = None
+    tail_takes_maps: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Channels of the map or width of the tokens."""
+        return self.shape[0] if len(self.shape) == 3 else self.shape[1]
+
+    def read(self, value: Tensor) -> Tensor:
+        """The layer's output as [B, C, H, W], tokens as [B, L, C]."""
+        return value.movedim(-1, 1) if self.channels_last else value
+
+    def classifier(self, model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+        """What classifies positions of the map, [n, C] -> logits [n, classes]; None without a tail."""
+        if self.tail is None:
+            return None
+        layers = [model.get_submodule(name) for name in self.tail]
+        first = next((parameter for layer in layers for parameter in layer.parameters()), None)
+
+        def classify(vectors: Tensor) -> Tensor:
+            # A copy, because a layer may work in place.
+            x = vectors.to(vectors.dtype if first is None else first.dtype, copy=True)
+            if self.tail_takes_maps:
+                x = x[:, None, None, :] if self.channels_last else x[:, :, None, None]
+            for layer in layers:
+                x = layer(x.flatten(1) if isinstance(layer, nn.Linear) else x)
+            return x.flatten(1)
+
+        return classify
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a layer, in the order in which they end."""
+
+    name: str
+    layer: nn.Module
+    value: Tensor
+
+
+def find_map(run: Callable[[], Tensor], model: nn.Module, classifier: str, given: str | None = None) -> MapSource:
+    """The last map of ``model`` before its layer ``classifier``.
+
+    That is the last output with several positions, [B, C, H, W], [B, H, W, C] or tokens [B, L, C], of a layer that is
+    called before the classifier. One whose average (or first token) is the features goes before the others.
+
+    Args:
+        run: calls the model once, in eval mode, and returns the features [B, D].
+        given: the layer's name; nothing is searched then.
+
+    Raises ValueError when there is no such layer or ``given`` is not one, naming those that could be.
+    """
+    calls, features, output = _trace(run, model, classifier)
+    width = features.shape[1]
+    maps = [call for call in calls if call.name == given]
+    if given is None:
+        maps = [call for call in calls if not isinstance(call.layer, _PASS_ON) and _positions(call.value, width) > 1]
+    maps = [call for call in maps if call.value.ndim in (3, 4)]
+    if not maps:
+        asked = "found no layer" if given is None else f"got {given!r}, expected a layer"
+        last = [f"{call.name} {tuple(call.value.shape)}" for call in calls][-6:]
+        raise ValueError(
+            f"feature_map: {asked} of {type(model).__name__} that gives a map [B, C, H, W] or tokens [B, L, C] with "
+            f"more than one position before the classifier; {_HOW_TO_NAME} (its last layers: {last})"
+        )
+    # Looked for near the end alone: far inside, an average may equal the features by accident.
+    averaged = [call for call in maps[-4:] if any(_close(pooled, features) for pooled in _pooled(call.value, width))]
+    call = (averaged or maps)[-1]
+    source = MapSource(call.name, (), channels_last=_is_channels_last(call.value, width))
+    source = replace(source, shape=tuple(source.read(call.value).shape[1:]))
+    if call.value.ndim == 3:
+        source = replace(source, prefix_tokens=_prefix_tokens(model, call.value.shape[1]))
+    follow = [later.name for later in calls[calls.index(call) + 1 :] if not list(later.layer.children())]
+    for tail in ((*follow, classifier), (classifier,)):
+        for takes_maps in (call.value.ndim == 4, False):
+            candidate = replace(source, tail=tail, tail_takes_maps=takes_maps)
+            if _classifies(candidate, model, _pooled(call.value, width), output):
+                return candidate
+    return source
+
+
+def pool_features(features: Tensor, layer: nn.Module) -> Tensor:
+    """[B, D]: the input of ``layer`` averaged over everything but batch and channels.
+
+    Channels are dimension 1 before a convolution (and before an unknown layer given a map), the last one otherwise.
+    """
+    if features.ndim == 2:
+        return features
+    channels_first = isinstance(layer, CONVOLUTIONS) or (not isinstance(layer, nn.Linear) and features.ndim == 4)
+    return features.flatten(2).mean(2) if channels_first else features.flatten(1, -2).mean(1)
+
+
+def _trace(run: Callable[[], Tensor], model: nn.Module, classifier: str) -> tuple[list[_Call], Tensor, Tensor]:
+    """Every call that ends before the classifier is called; the features; the classifier's (averaged) output [B, C]."""
+    calls: list[_Call] = []
+    outputs: list[Tensor] = []
+    head = model.get_submodule(classifier)
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, _args: Any, value: Any) -> None:
+            if layer is head:
+                outputs.append(pool_features(value, head))  # at once: the next layer may work in place
+            elif isinstance(value, Tensor) and not entered:
+                calls.append(_Call(name, layer, value))
+
+        return hook
+
+    entered: list[bool] = []
+    handles = [layer.register_forward_hook(record(name)) for name, layer in model.named_modules() if name]
+    handles.append(head.register_forward_pre_hook(lambda _layer, _args: entered.append(True)))
+    try:
+        features = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, features, outputs[-1]
+
+
+def _is_channels_last(value: Tensor, width: int) -> bool:
+    """Whether a map is [B, H, W, C] rather than [B, C, H, W]: by the features' width, else by which sides are equal."""
+    if value.ndim != 4:
+        return False
+    _, first, second, last = value.shape
+    if width in (first, last):
+        return first != width
+    return first == second != last
+
+
+def _positions(value: Tensor, width: int) -> int:
+    if value.ndim == 3:
+        return value.shape[1]
+    if value.ndim != 4:
+        return 0
+    return value[0, ..., 0].numel() if _is_channels_last(value, width) else value[0, 0].numel()
+
+
+def _pooled(value: Tensor, width: int) -> Sequence[Tensor]:
+    """What models make of a map: its average; of tokens the first one, or the average with or without it."""
+    if value.ndim == 3:
+        return value[:, 0], value.mean(1), value[:, 1:].mean(1)
+    return (value.mean((1, 2)) if _is_channels_last(value, width) else value.mean((2, 3)),)
+
+
+def _close(left: Tensor, right: Tensor) -> bool:
+    if left.shape != right.shape or left.is_meta:
+        return False
+    left, right = left.float(), right.float()
+    return bool((left - right).norm() <= 1e-2 * right.norm())  # half-precision models average in half precision
+
+
+def _classifies(source: MapSource, model: nn.Module, pooled: Sequence[Tensor], output: Tensor) -> bool:
+    """Whether the tail makes the classifier's output of the pooled map."""
+    classify = source.classifier(model)
+    assert classify is not None
+    for vectors in pooled:
+        try:
+            found = classify(vectors)
+        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError):
+            return False  # layers that do not follow one another
+        if _close(found, output) or (found.is_meta and found.shape == output.shape):
+            return True
+    return False
+
+
+def _prefix_tokens(model: nn.Module, length: int) -> int:
+    """How many of the tokens stand for no position: what timm's models say, else what a square grid leaves over."""
+    said = getattr(model, "num_prefix_tokens", None)
+    if isinstance(said, int):
+        return said
+    side = int(length**0.5)
+    return length - side**2 if length - side**2 <= 2 else 0
