@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -377,13 +377,15 @@ HEADER = (
 )
 
 
-def run(hardware: list[str], workers: int) -> int:
-    """Compiles, prints the table, and returns the number of failed kernels."""
-    work = [job for name in hardware for job in jobs(name)]
+def run(hardware: list[str], workers: int, select: Callable[[list[Job]], list[int]] | None = None) -> int:
+    """Compiles all jobs, or those of the numbers that ``select`` names; prints the table, returns how many failed."""
+    everything = [job for name in hardware for job in jobs(name)]
+    chosen = range(len(everything)) if select is None else select(everything)
+    work = [everything[index] for index in chosen]
     print(HEADER)
     failed = []
     with ProcessPoolExecutor(workers) as pool:
-        tasks = ((hardware, index) for index in range(len(work)))
+        tasks = ((hardware, index) for index in chosen)
         for job, measured in zip(work, pool.map(_measure, tasks), strict=True):
             result = Result(job=job, **measured)
             print(row(result), flush=True)

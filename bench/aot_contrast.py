@@ -54,15 +54,15 @@ def jobs(hardware: str) -> Iterator[Job]:
 
 
 def _roles(kernel: str, flags: dict[str, bool]) -> dict[str, dict[str, bool]]:
-    """The gradient of queries, of keys, or, where queries are contrasted with themselves, of both in one."""
+    """The gradient of queries, of keys, or on one rank, of queries among themselves, of both."""
     if kernel == "contrast_forward":
         return (
             {"": {"HAS_CARRY": False}, " carry": {"HAS_CARRY": True}} if flags is _INDEX else {"": {"HAS_CARRY": False}}
         )
-    if flags["EXCLUDE_SELF"] != (kernel == "contrast_self"):
-        return {}
     if kernel == "contrast_self":
-        return {"": {"BY_ROW": True, "BY_COLUMN": True}}
+        return {"": {"BY_ROW": True, "BY_COLUMN": True}} if flags["EXCLUDE_SELF"] else {}
+    if flags["EXCLUDE_SELF"] and not flags["BY_LABEL"]:  # across ranks only features by label meet themselves
+        return {}
     return {" q": {"BY_ROW": True, "BY_COLUMN": False}, " k": {"BY_ROW": False, "BY_COLUMN": True}}
 
 

@@ -71,6 +71,7 @@ def global_contrast_mean(
             "normalize": x.normalize,
             "positives by label": x.by_label,
             "labels": x.query_labels is not None,
+            "exclude_self": x.key is None,
         }
         call = _call(x.query, key, x.scale, x.weight, "contrast", backend, options)
         call.key_rows = len(key)
@@ -80,7 +81,7 @@ def global_contrast_mean(
     peers = agree(group, name, describe)
     own_sum, has_positive = global_contrast(
         x.query, x.key, x.scale, x.weight, x.query_labels, x.key_labels, x.positive_index, x.by_label, x.normalize,
-        peers,
+        peers, backends.resolve(backend, "contrast", x.query),
     )  # fmt: skip
     if not x.by_label:
         return _global_mean(own_sum, peers)

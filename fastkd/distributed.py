@@ -36,8 +36,9 @@ def configure(*, exchange_dtype: torch.dtype | None = None, max_gathered_bytes: 
     """Set how the rows of several ranks are exchanged, in this process; every rank must set the same.
 
     Args:
-        exchange_dtype: the dtype that unit rows are rounded to, exchanged and multiplied in. ``None``, the default:
-            the inputs' own. ``torch.bfloat16`` halves the traffic of float32 inputs, at bfloat16's precision.
+        exchange_dtype: the dtype that rows are rounded to, exchanged and multiplied in. ``None``, the default: the
+            inputs' own. ``torch.bfloat16`` halves the traffic of float32 inputs, at bfloat16's precision. Losses of raw
+            rows (``normalize=False``, PCKD's relations) round those too, whose range float16 may not hold.
         max_gathered_bytes: above this size of all ranks' embeddings, ``N * 2 * D * itemsize``, a rank does not hold
             them all: they are passed on in a ring, and once more in the backward, which doubles their traffic.
 

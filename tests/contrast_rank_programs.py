@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bench.traffic import CountedBytes
-from fastkd import ckd_loss, masked_contrast_loss, sup_con_loss
+from fastkd import backends, ckd_loss, masked_contrast_loss, sup_con_loss
 from fastkd import distributed as fastkd_distributed
 from tests.rank_programs import cut_into, part, use_extension
 
@@ -87,8 +87,13 @@ def _one(
         loss = compute(name, x, local_index(sizes, key_sizes, rank), scale, **options)
         forward_bytes = sum(counter.sent.values())
         loss.backward(torch.tensor(upstream, dtype=loss.dtype))
-    grads = {key: leaf.grad for key, leaf in leaves.items()}
-    return {"loss": loss.detach(), "bytes": sum(counter.sent.values()), "forward_bytes": forward_bytes, **grads}
+    return {
+        "loss": loss.detach(),
+        "bytes": sum(counter.sent.values()),
+        "forward_bytes": forward_bytes,
+        "kernels": "triton_contrast_rows" in backends.STREAMING,
+        **{key: leaf.grad for key, leaf in leaves.items()},
+    }
 
 
 def differing(rank: int) -> str:
@@ -107,6 +112,17 @@ def failing(rank: int) -> str:
     index = torch.tensor([0, 1, 2, 4 if rank == 1 else 3])
     try:
         compute("masked", x, index, torch.tensor(1.0))
+    except ValueError as error:
+        dist.barrier()
+        return str(error)
+    return ""
+
+
+def without_interpreter(rank: int) -> str:
+    """The message when the kernels are asked for on a CPU."""
+    x = inputs(4, 4, torch.float32)
+    try:
+        compute("ckd", x, None, torch.tensor(1.0), backend="triton")
     except ValueError as error:
         dist.barrier()
         return str(error)

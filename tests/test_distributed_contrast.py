@@ -1,5 +1,6 @@
 """``contrast`` across ranks: by index, by label, masked, of queries with themselves; several processes equal one."""
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -31,9 +32,9 @@ def cases_of(sizes: tuple[int, ...], **settings: Any) -> list[dict[str, Any]]:
     ]
 
 
-def check(cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def check(cases: list[dict[str, Any]], **settings: Any) -> list[list[dict[str, Any]]]:
     """Every case on as many ranks as it has sizes; returns the results of all ranks."""
-    by_rank = succeeded(run_ranks(len(cases[0]["sizes"]), programs.on_rank, cases))
+    by_rank = succeeded(run_ranks(len(cases[0]["sizes"]), programs.on_rank, cases, **settings))
     for number, case in enumerate(cases):
         compare(case, [results[number] for results in by_rank])
     return by_rank
@@ -46,7 +47,7 @@ def compare(case: dict[str, Any], results: list[dict[str, Any]]) -> None:
     x["query"].requires_grad_()
     x["key"].requires_grad_()
     index = programs.global_index(sizes, key_sizes)
-    expected = programs.compute(case["name"], x, index, scale, **case["options"], backend="reference")
+    expected = programs.compute(case["name"], x, index, scale, **{**case["options"], "backend": "reference"})
     expected.backward(torch.tensor(case.get("upstream", 1.0), dtype=torch.float64))
     dtype = case.get("dtype", torch.float64)
     assert_close(torch.stack([result["loss"] for result in results]).mean(), expected.detach(), dtype)
@@ -106,6 +107,27 @@ def test_frozen_inputs_leave_the_other_gradients_exact(frozen: tuple[str, ...], 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_lower_precision_keeps_its_tolerance(dtype: torch.dtype) -> None:
     check(cases_of((5, 8), dtype=dtype))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton")
+def test_the_triton_kernels_equal_one_process() -> None:
+    """In the interpreter, which computes float32; ranks without queries, without keys, and in a ring."""
+    one, other = {"sizes": (5, 0, 3), "key_sizes": (5, 0, 3)}, {"sizes": (4, 0, 2), "key_sizes": (1, 3, 19)}
+    settings = [("sup_con", {}, {**one, "ring": True}), ("masked", {"normalize": False}, {**other, "ring": True})]
+    settings += [(name, options, {**one, "upstream": -1.7}) for name, options in KINDS]
+    settings += [("masked", {}, {**other, "frozen": frozen}) for frozen in ((), ("query",), ("key", "scale"))]
+    settings += [("masked", LABEL, {**other, "frozen": frozen}) for frozen in ((), ("key",))]
+    cases = [
+        {"name": name, "options": {**options, "backend": "triton"}, "dtype": torch.float32, **case}
+        for name, options, case in settings
+    ]
+    by_rank = check(cases, timeout=120, environment={"TRITON_INTERPRET": "1"})
+    assert all(result["kernels"] for results in by_rank for result in results)
+
+
+def test_triton_refuses_tensors_on_a_cpu_on_every_rank() -> None:
+    for message in succeeded(run_ranks(2, programs.without_interpreter)):
+        assert "backend: 'triton' needs CUDA tensors, got cpu" in message
 
 
 def test_frozen_keys_keep_the_queries_at_home() -> None:

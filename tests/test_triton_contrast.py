@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkd import backends
 from tests.checks import assert_close, value_and_grads
-from tests.contrast_cases import MODES, Problem, check_against_definition, problem
+from tests.contrast_cases import MODES, NEEDS_PAIRS, Problem, check_against_definition, problem
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
@@ -24,9 +24,10 @@ def gpu(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @pytest.mark.timeout(600)
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("file", ["interpreted_contrast.py", "interpreted_contrast_rows.py"])
+def test_kernels_in_the_interpreter(file: str) -> None:
     """A process of its own: the interpreter is chosen when Triton is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted_contrast.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -68,6 +69,27 @@ def test_contrast_on_a_gpu_in_tf32(n: int, d: int, mode: str) -> None:
     torch.set_float32_matmul_precision("high")
     try:
         check_against_definition(on_gpu(mode, n, n, d, torch.float32), tolerance=torch.float16)  # the same mantissa
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@gpu
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("d", [100, 128, 1000])
+def test_gpu_blocks_of_several_ranks(d: int, mode: str, dtype: torch.dtype, precision: str) -> None:
+    if precision == "high" and dtype != torch.float32:
+        pytest.skip("the setting concerns float32 alone")
+    from tests.contrast_blocks import ranks_problem
+
+    sizes = (130, 0, 500)
+    key_sizes = sizes if MODES[mode][3] or mode in NEEDS_PAIRS else (1, 300, 70)
+    weight = torch.tensor([0.0, 5.0, 1.0]).repeat(210)
+    p, loss = ranks_problem(mode, sizes, key_sizes, d, dtype=dtype, device="cuda", weight=weight)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        check_against_definition(p, -37.0, torch.float16 if precision == "high" else None, loss)
     finally:
         torch.set_float32_matmul_precision("highest")
 

@@ -81,9 +81,10 @@ class Negatives:
 
     By index, the sum is over D_i without p_i; by label, over D_i. Key j is column j, and row i is query ``start + i``:
     columns may be a part of all keys, and rows a part of all queries, if the mask describes all keys and these rows.
+    ``bounded`` promises logits far below the dtype's largest number.
     """
 
-    def __init__(self, mask: Mask, rows: Tensor, start: int = 0) -> None:
+    def __init__(self, mask: Mask, rows: Tensor, start: int = 0, *, bounded: bool = False) -> None:
         n = len(rows)
         self._start = start
         self._own = torch.arange(start, start + n, device=rows.device)
@@ -97,8 +98,8 @@ class Negatives:
             # As floating-point numbers they are compared, and turned into a term to subtract, ten times as fast.
             queries, keys, _ = label_codes(mask.query_labels, mask.key_labels)
             self._codes = queries.to(rows.dtype), keys.to(rows.dtype)
-        self._masked = torch.finfo(rows.dtype).max / 4
-        self.buffers = 0 if self._codes is None else 1
+        self._masked = torch.finfo(rows.dtype).max / 4 if bounded else None
+        self.buffers = 0 if self._codes is None or self._masked is None else 1
 
     def select(self, X: Tensor, rows: slice, cols: slice, workspace: Workspace) -> Tensor:
         meets_own = self._start + rows.start < cols.stop and cols.start < self._start + rows.stop
@@ -108,8 +109,11 @@ class Negatives:
         if self._excludes_self and meets_own:
             _take_out(X, self._own[rows], cols.start, self.positive[rows])
         if self._codes is not None:
+            queries, keys = self._codes[0][rows, None], self._codes[1][cols]
+            if self._masked is None:
+                return X.masked_fill_(queries == keys, -torch.inf)
             (same,) = workspace(rows, cols)
-            torch.eq(self._codes[0][rows, None], self._codes[1][cols], out=same)
+            torch.eq(queries, keys, out=same)
             X.sub_(same, alpha=self._masked)
         return X
 
@@ -251,8 +255,9 @@ def contrast_forward(
     q, _ = accumulated_rows(query, normalize)
     k = q if key is None else accumulated_rows(key, normalize)[0]
     scale = logit_scale.to(q.dtype)
-    sums = (PlainSums if bounded_logits(q, k, scale, normalize) else OnlineSums)(q)
-    negatives = Negatives(mask, q)
+    bounded = bounded_logits(q, k, scale, normalize)
+    sums = (PlainSums if bounded else OnlineSums)(q)
+    negatives = Negatives(mask, q, bounded=bounded)
     is_symmetric = key is None and mask.by_label
 
     def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
@@ -326,7 +331,7 @@ def _pair_gradient(q: Tensor, scale: Tensor, mask: Mask, stats: Tensor, w: Tenso
     """``sum_j (G_ij + G_ji) q_j`` [n, D] of queries contrasted with each other, positives by label."""
     row_blocks = blocks(len(q), q.device)
     gradient = RowGradient(q, q, row_blocks)
-    negatives, probabilities = Negatives(mask, q), _probabilities(mask, stats, w, shared)
+    negatives, probabilities = Negatives(mask, q, bounded=shared), _probabilities(mask, stats, w, shared)
 
     def add_pair(rows: slice, cols: slice, workspace: Workspace) -> None:
         X = negatives.select(product(q[rows], q[cols]).mul_(scale), rows, cols, workspace)
@@ -366,7 +371,7 @@ def _gradients(
     row_blocks, col_blocks = blocks(len(q), q.device), blocks(len(k), k.device)
     rows_gradient = RowGradient(q, k, row_blocks, by_cols=False) if of_queries else None
     cols_gradient = RowGradient(k, q, row_blocks, by_rows=False) if of_keys else None
-    negatives, probabilities = Negatives(mask, q), _probabilities(mask, stats, w, shared)
+    negatives, probabilities = Negatives(mask, q, bounded=shared), _probabilities(mask, stats, w, shared)
 
     def add_tile(rows: slice, cols: slice, workspace: Workspace) -> None:
         X = negatives.select(product(q[rows], k[cols]).mul_(scale), rows, cols, workspace)

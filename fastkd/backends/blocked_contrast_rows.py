@@ -10,12 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastkd.backends.blocked_contrast import (
-    IndexedPositives,
-    Negatives,
-    label_codes,
-)
-from fastkd.backends.blocked_shared import OnlineSums, beyond_positive
+from fastkd.backends.blocked_contrast import IndexedPositives, Negatives, label_codes, to_raw_rows
+from fastkd.backends.blocked_shared import OnlineSums, beyond_positive, row_weights
 from fastkd.backends.gemm import product
 from fastkd.backends.masks import Mask
 from fastkd.backends.tiles import Workspace, tile_slices
@@ -108,11 +104,17 @@ class _Gradient:
 
 
 class QueryGradient:
-    """``sum_j G_ij k_j`` of a rank's queries, accumulated over blocks of keys; positives by index by :meth:`finish`."""
+    """Gradients of a rank's queries and of the scale, ``sum_j G_ij k_j`` accumulated over blocks of keys.
 
-    def __init__(self, q: Tensor, scale: Tensor, mask: Mask, stats: Tensor, w: Tensor) -> None:
-        self._q = q.to(scale.dtype)
-        self._gradient = _Gradient(self._q, scale, mask, stats, w)
+    ``stats`` [2, n], ``weight`` [n] or None and the upstream gradient ``grad_loss`` are those of these queries.
+    """
+
+    def __init__(
+        self, q: Tensor, scale: Tensor, mask: Mask, stats: Tensor, weight: Tensor | None, grad_loss: Tensor
+    ) -> None:
+        self._q, self._scale, self._mask = q.to(scale.dtype), scale, mask
+        self._w, self._loss = row_weights(weight, grad_loss, stats[0]), stats[0]
+        self._gradient = _Gradient(self._q, scale, mask, stats, self._w)
         self._sums = torch.zeros_like(self._q)
 
     def add(self, block: Tensor, cols: slice) -> None:
@@ -122,21 +124,28 @@ class QueryGradient:
             G = self._gradient.tile(self._q[rows], k[part], rows, shifted(part, cols.start), workspace)
             self._sums[rows] += product(G, k[part].T)
 
-    def finish(self, positives: IndexedPositives | None, w: Tensor) -> Tensor:
-        if positives is not None:
-            positives.add_to_queries(self._sums, w)
-        return self._sums
+    def finish(self, own: Tensor, inverse_norm: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``own``: this rank's keys, where the positives by index are."""
+        if not self._mask.by_label:
+            pull = (-self._loss).expm1()
+            positives = IndexedPositives(self._mask, self._q, own.to(self._q.dtype), pull)
+            positives.add_to_queries(self._sums, self._w)
+        return to_raw_rows(self._q.new_empty(0, dtype=dtype), self._sums, self._q, inverse_norm, self._scale)
 
 
 class KeyGradient:
-    """``sum_i G_ij q_i`` of a rank's keys, accumulated over blocks of queries.
+    """Gradients of a rank's keys and of the scale, ``sum_i G_ij q_i`` accumulated over blocks of queries.
 
-    ``mask``, ``stats`` and ``w`` describe all ranks' queries against these keys.
+    ``mask`` describes all ranks' queries against these keys, with an index of -1 for those of others; ``stats`` and
+    ``weight`` are of all queries too.
     """
 
-    def __init__(self, k: Tensor, scale: Tensor, mask: Mask, stats: Tensor, w: Tensor) -> None:
-        self._k = k.to(scale.dtype)
-        self._gradient = _Gradient(w, scale, mask, stats, w)
+    def __init__(
+        self, k: Tensor, scale: Tensor, mask: Mask, stats: Tensor, weight: Tensor | None, grad_loss: Tensor
+    ) -> None:
+        self._k, self._scale, self._mask = k.to(scale.dtype), scale, mask
+        self._w, self._loss = row_weights(weight, grad_loss, stats[0]), stats[0]
+        self._gradient = _Gradient(self._w, scale, mask, stats, self._w)
         self._sums = torch.zeros_like(self._k)
 
     def add(self, block: Tensor, queries: slice) -> None:
@@ -146,10 +155,14 @@ class KeyGradient:
             G = self._gradient.tile(q[part], self._k[cols], shifted(part, queries.start), cols, workspace)
             self._sums[cols] += product(q[part].T.contiguous(), G.T).T
 
-    def finish(self, positives: IndexedPositives | None, w: Tensor) -> Tensor:
-        if positives is not None:
-            positives.add_to_keys(self._sums, w)
-        return self._sums
+    def finish(self, own: Tensor, inverse_norm: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``own``: this rank's queries, the only ones with a positive by index among its keys."""
+        if not self._mask.by_label:
+            n, index = len(own), self._mask.positive_index
+            mask = Mask(positive_index=None if index is None else index[:n])
+            positives = IndexedPositives(mask, own.to(self._k.dtype), self._k, (-self._loss[:n]).expm1())
+            positives.add_to_keys(self._sums, self._w[:n])
+        return to_raw_rows(self._k.new_empty(0, dtype=dtype), self._sums, self._k, inverse_norm, self._scale)
 
 
 def _tiles(rows: Tensor, columns: Tensor, buffers: int) -> Iterator[tuple[slice, slice, Workspace]]:

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastkd.backends.blocked_contrast import IndexedPositives, to_raw_rows
-from fastkd.backends.blocked_contrast_rows import ContrastStatistics, KeyGradient, QueryGradient
-from fastkd.backends.blocked_shared import row_weights
+from fastkd.backends import STREAMING
 from fastkd.backends.masks import Mask
 from fastkd.backends.reference import weighted_sum
 from fastkd.distributed import Peers, exchange_dtype
@@ -33,6 +31,7 @@ def global_contrast(
     by_label: bool,
     normalize: bool,
     peers: Peers,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum over this rank's queries, as ``fastkd::contrast`` has it, and how many have a positive.
 
@@ -41,8 +40,9 @@ def global_contrast(
     if peers.has_weight and weight is None:
         weight = query.new_ones(len(query))
     return _Contrast.apply(
-        query, key, logit_scale, weight, query_labels, key_labels, positive_index, by_label, normalize, peers
-    )
+        query, key, logit_scale, weight, query_labels, key_labels, positive_index, by_label, normalize, peers,
+        backend,
+    )  # fmt: skip
 
 
 @dataclass
@@ -70,9 +70,11 @@ class _Contrast(torch.autograd.Function):
         by_label: bool,
         normalize: bool,
         peers: Peers,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(query.device.type, enabled=False):
             ctx.normalize, ctx.dtype, ctx.peers = normalize, query.dtype, peers
+            ctx.backend = STREAMING[f"{backend}_contrast_rows"]
             dtype, is_self = exchange_dtype(query.dtype), key is None
             own_labels = query_labels if is_self else key_labels
             labels = None if own_labels is None else start_numbers(peers.keys, own_labels[:, None])
@@ -93,7 +95,7 @@ class _Contrast(torch.autograd.Function):
                 exclude_self=is_self,
             )
             scale = logit_scale.to(inverse_q.dtype)
-            state = ContrastStatistics(q[0], scale, mask)
+            state = ctx.backend.ContrastStatistics(q[0], scale, mask)
             for cols, block in keys.columns(k, all_keys):
                 state.add(block[0], cols)
             loss, stats = state.stats()
@@ -120,37 +122,29 @@ class _Contrast(torch.autograd.Function):
         grad_query = grad_key = grad_scale = None
         with torch.autocast(q.device.type, enabled=False):
             scale = logit_scale.to(inverse_q.dtype)
-            w = row_weights(weight, grad_loss, stats[0])
-            positives, own_k = None, k[0].to(scale.dtype)
-            own_q = own_k if is_self else q[0].to(scale.dtype)
-            if not mask.by_label:
-                positives = IndexedPositives(mask, own_q, own_k, (-stats[0]).expm1())
             # In a ring every rank must take part, whatever it needs itself.
             if need_query or need_scale or travelling.keys.is_ring:
-                of_queries = QueryGradient(q[0], scale, mask, stats, w)
+                of_queries = ctx.backend.QueryGradient(q[0], scale, mask, stats, weight, grad_loss)
                 for cols, block in travelling.keys.columns(k, all_keys):
                     of_queries.add(block[0], cols)
-                like = q.new_empty(0, dtype=ctx.dtype)
                 inverse = inverse_q[0] if ctx.normalize else None
-                sums = of_queries.finish(positives, w)
-                grad_query, grad_scale = to_raw_rows(like, sums, own_q, inverse, scale)
+                grad_query, grad_scale = of_queries.finish(k[0], inverse, ctx.dtype)
             if travelling.queries is not None and (need_key or is_self or travelling.queries.is_ring):
                 everyone = _every_query(travelling, ctx.peers)
                 numbers = travelling.numbers.wait(travelling.queries).T.contiguous()
-                all_w = row_weights(numbers[2] if weight is not None else None, grad_loss, numbers[0])
-                of_keys = KeyGradient(k[0], scale, everyone, numbers[:2], all_w)
+                all_weights = None if weight is None else numbers[2]
+                of_keys = ctx.backend.KeyGradient(k[0], scale, everyone, numbers[:2], all_weights, grad_loss)
                 for rows, block in travelling.queries.columns(q, ctx.all_queries):
                     of_keys.add(block[0], rows)
-                like = k.new_empty(0, dtype=ctx.dtype)
                 inverse = inverse_k[0] if ctx.normalize else None
-                grad_key, _ = to_raw_rows(like, of_keys.finish(positives, w), own_k, inverse, scale)
+                grad_key, _ = of_keys.finish(q[0], inverse, ctx.dtype)
         if is_self and grad_query is not None and grad_key is not None:
             grad_query, grad_key = grad_query + grad_key, None
         return (
             grad_query if need_query else None,
             grad_key if need_key else None,
             grad_scale.to(logit_scale.dtype) if need_scale and grad_scale is not None else None,
-            *[None] * 7,
+            *[None] * 8,
         )
 
 
