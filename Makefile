@@ -23,7 +23,7 @@ SANITIZER := compute-sanitizer --report-api-errors no --error-exitcode 1
 
 setup: .venv/.installed
 
-.venv/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+.venv/.installed: pyproject.toml setup.py constraints.txt fastkd/pack.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fastkd needs Python >= 3.11, found $$($(PYTHON) --version 2>&1); run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv

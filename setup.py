@@ -60,6 +60,13 @@ def cuda_version(home: str) -> str | None:
     return found.group(1) if found else None
 
 
+def interface() -> str:
+    """The number that fastkd.pack compares before it loads what is built here."""
+    found = re.search(r"^INTERFACE = (\d+)", Path(__file__).with_name("fastkd").joinpath("pack.py").read_text(), re.M)
+    assert found is not None
+    return found.group(1)
+
+
 def cuda_home_for(torch_cuda: str | None) -> str | None:
     """The toolkit to build the CUDA part with; None, with the reason on stderr, where there is none that fits."""
     if torch_cuda is None or os.environ.get("FASTKD_CUDA") == "0":
@@ -106,6 +113,7 @@ def extension() -> dict[str, Any]:
     macros: list[tuple[str, str | None]] = [
         ("FASTKD_TORCH", torch.__version__),
         ("FASTKD_CUDA", torch.version.cuda or "none"),
+        ("FASTKD_INTERFACE", interface()),
     ]
     if torch.distributed.is_available():
         sources.append("csrc/gather.cpp")

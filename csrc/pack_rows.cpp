@@ -23,7 +23,8 @@
 
 // Python reads this out of the file, without loading it.
 extern "C" __attribute__((used, visibility("default"))) const char fastkd_native_built_for[] =
-    "fastkd_native built for torch " FASTKD_STRING(FASTKD_TORCH) " and CUDA " FASTKD_STRING(FASTKD_CUDA);
+    "fastkd_native built for torch " FASTKD_STRING(FASTKD_TORCH) ", CUDA " FASTKD_STRING(FASTKD_CUDA)
+    " and interface " FASTKD_STRING(FASTKD_INTERFACE);
 
 namespace fastkd {
 namespace {

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastkd.backends.reference import NORM_EPS, accumulation_dtype, unit_rows
 
 LIBRARY = Path(__file__).with_name("_native.so")
+INTERFACE = 2  # of csrc/: raised with every change of its operators or of what they compute; setup.py builds it in
 LANES = 16  # partial sums of a row, kLanes in csrc
 
 
@@ -75,7 +76,7 @@ def _extension_loads() -> bool:
     """Load the extension if it is there; one warning, naming the versions, if it does not fit or fails to load."""
     if not LIBRARY.exists():
         return False
-    found = f"torch {torch.__version__} and CUDA {torch.version.cuda or 'none'}"
+    found = f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'} and interface {INTERFACE}"
     stated = re.search(rb"fastkd_native built for ([ -~]+)", LIBRARY.read_bytes())
     built_for = stated.group(1).decode() if stated else "an unknown torch"
     try:

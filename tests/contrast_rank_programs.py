@@ -106,6 +106,16 @@ def differing(rank: int) -> str:
     return ""
 
 
+def excluding(rank: int) -> str:
+    """The message when one rank alone counts a row among its own keys."""
+    x = inputs(4, 4)
+    try:
+        sup_con_loss(x["query"], x["query_labels"], 1.0, exclude_self=rank == 0)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def failing(rank: int) -> str:
     """The message when rank 1 passes an index out of range."""
     x = inputs(4, 4)

@@ -345,3 +345,13 @@ def test_ckd_leaves_the_teacher_alone() -> None:
     ckd_loss(student, teacher, 0.5, backend="blocked").backward()
     assert student.grad.abs().max() > 0
     assert teacher.grad is None
+
+
+def test_huge_raw_rows_are_masked_all_the_same() -> None:
+    """Their logits are beyond what a masked one is lowered by where logits are known to be small."""
+    query = torch.tensor([[1e19, 0.0]])
+    key = torch.tensor([[0.0, 1.0], [2e19, 0.0], [1.0, 0.0]])
+    labels = torch.tensor([7]), torch.tensor([7, 7, 8])
+    for backend in ("reference", "blocked"):
+        loss = masked_contrast_loss(query, key, 1.0, *labels, torch.tensor([0]), normalize=False, backend=backend)
+        assert_close(loss, torch.tensor(1e19, dtype=torch.float64), torch.float32)

@@ -152,6 +152,11 @@ def test_ranks_that_mean_different_positives_all_raise() -> None:
         assert "positives by label: got False on rank 0, True on rank 1" in message
 
 
+def test_ranks_that_disagree_on_a_row_itself_all_raise() -> None:
+    for message in succeeded(run_ranks(2, programs.excluding)):
+        assert "exclude_self: got True on rank 0, False on rank 1" in message
+
+
 def test_a_bad_index_on_one_rank_is_an_error_on_all() -> None:
     for message in succeeded(run_ranks(2, programs.failing)):
         assert "positive_index: got 4, expected rows of key, in [0, 4) (on rank 1 of 2)" in message

@@ -147,11 +147,17 @@ def test_a_row_that_is_not_finite_is_not_a_number_and_spoils_no_other(
         (b"\0fastkd_native built for torch 1.0.0 and CUDA 9.2\0", "torch 1.0.0 and CUDA 9.2"),
         (b"no library at all", "an unknown torch"),
         (
-            f"\0fastkd_native built for torch {torch.__version__} and CUDA {torch.version.cuda or 'none'}\0".encode(),
+            f"\0fastkd_native built for torch {torch.__version__}, CUDA {torch.version.cuda or 'none'} "
+            "and interface 1\0".encode(),
+            f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'} and interface 1",
+        ),
+        (
+            f"\0fastkd_native built for torch {torch.__version__}, CUDA {torch.version.cuda or 'none'} "
+            f"and interface {pack.INTERFACE}\0".encode(),
             f"torch {torch.__version__}",
         ),
     ],
-    ids=["another version", "damaged", "does not load"],
+    ids=["another version", "damaged", "another interface", "does not load"],
 )
 def test_an_extension_that_does_not_fit_gives_one_warning_and_the_python_path(
     content: bytes, stated: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
