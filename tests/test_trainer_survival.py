@@ -127,11 +127,105 @@ def test_a_signal_saves_and_the_resumed_run_equals_the_uninterrupted_one(tmp_pat
     assert same(read_checkpoint(resumed.path).student, read_checkpoint(expected.path).student)
 
 
-def test_a_signal_in_the_last_step_ends_a_finished_run(tmp_path):
-    config = tiny_config(tmp_path, objective=ObjectiveConfig(terms="dcd+kd+stop"), epochs=1)
-    result = train(config, terms={"stop": stopping_at(13, signal.SIGTERM)})
-    assert result.stopped_by is None
-    assert "accuracy" in result.history[-1]
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, monkeypatch, epochs):
+    """The epoch's steps are saved; the other checkpoint of that step has the evaluation too."""
+    from fastkd.trainer.models import FeatureModel
+
+    whole = tiny_config(tmp_path, epochs=epochs, run_dir=str(tmp_path / "whole"))
+    expected = train(whole)
+    config = dataclasses.replace(whole, run_dir=str(tmp_path / "cut"), data=dataclasses.replace(whole.data))
+    forward, count = FeatureModel.forward, 0
+
+    def stop_when_evaluated(self, images):
+        nonlocal count
+        if not self.training and self.model.fc.in_features == 12:
+            count += 1
+            if count == 2:  # the first is the probe of the feature's width
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, images)
+
+    monkeypatch.setattr(FeatureModel, "forward", stop_when_evaluated)
+    result = train(config)
+    monkeypatch.undo()
+    assert result.stopped_by == signal.SIGTERM
+    assert result.history == []
+    assert result.path.name == "step-00000013"
+    again = train(dataclasses.replace(config, resume=True))
+    assert again.stopped_by is None
+    assert again.history == expected.history
+    assert again.path.name == ("step-00000013-evaluated" if epochs == 1 else "step-00000026")
+    assert same(read_checkpoint(again.path).student, read_checkpoint(expected.path).student)
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "cut" / "metrics.jsonl").read_bytes()
+    assert train(dataclasses.replace(config, resume=True)).already_finished
+
+
+def test_a_resumed_run_that_stops_before_it_logs_can_be_resumed(tmp_path):
+    """metrics.jsonl was longer than the checkpoint knew; its size must be what it is after the cut."""
+    config = tiny_config(tmp_path, objective=ObjectiveConfig(terms="dcd+kd+stop"), save_every_steps=0, log_every=5)
+    train(config, terms={"stop": stopping_at(3, signal.SIGTERM)})
+    with (Path(config.run_dir) / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "step": 4}\n' * 1000)
+    again = dataclasses.replace(config, resume=True)
+    assert train(again, terms={"stop": stopping_at(1, signal.SIGTERM)}).path.name == "step-00000004"
+    assert train(again, terms={"stop": stopping_at(-1, signal.SIGTERM)}).resumed_from == 4
+
+
+def test_many_skipped_steps_do_not_wear_out_the_loss_scale(tmp_path):
+    config = tiny_config(tmp_path, objective=ObjectiveConfig(terms="kd+burst"), epochs=20, max_skipped=200)
+    bursts = Bursts(*range(1, 180))
+    train(config, terms={"burst": bursts})
+    state = read_checkpoint(find_checkpoint(config.run_dir)).state
+    assert state["scaler"]["scale"] == 1.0
+    assert state["meter"]["skipped"] == 179
+
+
+def test_a_loss_that_is_infinite_with_finite_gradients_changes_nothing_either(tmp_path):
+    """Nor do the running statistics of an own term."""
+
+    class Term(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.count = torch.nn.BatchNorm1d(4), 0
+
+        def forward(self, student, teacher, labels):
+            self.count += 1
+            bad = torch.inf if self.count == 2 else 0.0
+            return {"own": self.norm(student.logits + (torch.nan if self.count == 4 else 0.0)).mean() + bad}
+
+    config = tiny_config(
+        tmp_path,
+        objective=ObjectiveConfig(terms="kd+own"),
+        epochs=1,
+        max_skipped=2,
+        save_every_steps=1,
+        keep=99,
+        ema=0.9,
+    )
+    train(config, terms={"own": Term()})
+    points = [read_checkpoint(path) for path in list_checkpoints(Path(config.run_dir) / "checkpoints")]
+    for step in (2, 4):
+        for part in ("student", "loss", "ema"):
+            before, after = (
+                {k: v for k, v in getattr(points[k], part).items() if "num_batches" not in k} for k in (step - 1, step)
+            )
+            assert same(before, after), (step, part)
+
+
+def test_the_moving_average_copies_integers_and_infinite_buffers():
+    from fastkd.trainer.step import MovingAverage
+
+    model = torch.nn.BatchNorm1d(3)
+    model.register_buffer("index", torch.arange(500) * 4801)
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]), persistent=False)
+    average = MovingAverage(model, 0.9999)
+    for _ in range(3):
+        with torch.no_grad():
+            model.weight.add_(1)
+        average.update(model, torch.tensor(True))
+    assert torch.equal(average.module.index, model.index)
+    assert torch.equal(average.module.mask, model.mask)
+    torch.testing.assert_close(average.module.weight, torch.full((3,), 1 + 6e-4), rtol=1e-6, atol=1e-6)
 
 
 def test_the_command_exits_as_a_process_that_the_signal_ended(tmp_path):
@@ -176,13 +270,16 @@ def test_the_command_exits_as_a_process_that_the_signal_ended(tmp_path):
 
 def test_a_restart_by_torchrun_resumes_by_itself(tmp_path, monkeypatch):
     config = tiny_config(tmp_path, objective=ObjectiveConfig(terms="dcd+kd+stop"), save_every_steps=5)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     # The first attempt may have died before it wrote anything.
     train(config, terms={"stop": stopping_at(7, signal.SIGTERM)})
     assert train(config, terms={"stop": stopping_at(-1, signal.SIGTERM)}).resumed_from == 7
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    with pytest.raises(CheckpointError, match="already holds a run"):
-        train(config)
+    for count, job in (("0", "mine"), ("1", "another")):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+        with pytest.raises(CheckpointError, match="already holds a run"):
+            train(config)
 
 
 def test_a_rank_that_is_killed_is_restarted_by_torchrun_and_the_run_goes_on(tmp_path):

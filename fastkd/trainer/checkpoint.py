@@ -88,13 +88,19 @@ class CheckpointFolder:
         state: dict[str, Any],
         manifest: dict[str, Any],
         ema: nn.Module | None = None,
+        again: bool = False,
     ) -> Path:
         """Write the checkpoint of ``step``, make it durable, and only then remove those beyond ``keep`` and the best.
 
-        The best has the highest ``accuracy`` in its manifest, the latest of equals. Raises CheckpointError when there
-        is one of this step already, or when it cannot be written (a full disk); the earlier ones stay.
+        The best has the highest ``accuracy`` in its manifest, the latest of equals. ``again``: one of this step may be
+        there, and the new one is then named ``step-...-evaluated``.
+
+        Raises CheckpointError when there is one already, or when it cannot be written (a full disk); the earlier ones
+        stay.
         """
         final = self.path / f"step-{step:08d}"
+        if again and final.exists():
+            final = self.path / f"{final.name}-evaluated"
         if final.exists():
             raise CheckpointError(f"{final}: exists already; it is not overwritten")
         temporary = self.path / f".tmp-{final.name}-{os.getpid()}"
@@ -139,8 +145,9 @@ class CheckpointFolder:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints in ``folder``, oldest first."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    names = re.compile(r"step-(\d+)(-evaluated)?")
+    found = [(names.fullmatch(path.name), path) for path in folder.glob("step-*") if path.is_dir()]
+    return [path for match, path in sorted(((int(m[1]), m[2] or ""), path) for m, path in found if m)]
 
 
 def best_checkpoint(checkpoints: list[Path]) -> Path | None:

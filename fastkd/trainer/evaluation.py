@@ -13,6 +13,7 @@ from fastkd.trainer.data import eval_loader, first_images
 from fastkd.trainer.models import FeatureModel, count_parameters, probe
 from fastkd.trainer.ranks import Ranks
 from fastkd.trainer.reopen import reopen
+from fastkd.trainer.stop import StopRequest
 from fastkd.validate import check_labels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,11 +73,13 @@ def evaluate(
     ranks: Ranks | None = None,
     *,
     confusion: Tensor | None = None,
+    stop: StopRequest | None = None,
 ) -> dict[str, float]:
     """``accuracy`` (top-1) and ``top5`` in [0, 1], ``eval_loss`` (mean cross-entropy in nats).
 
     Leaves ``model`` in eval mode. With several ``ranks``, over the loaders of all of them. ``confusion`` [C, C], int64,
-    is added to: one at (label, prediction) for every sample of this rank's loader.
+    is added to: one at (label, prediction) for every sample of this rank's loader. ``stop``: once it is requested, the
+    rest is left out, and the values mean nothing.
     """
     ranks = ranks or Ranks()
     ranks.share_buffers(model)
@@ -84,6 +87,8 @@ def evaluate(
     counts = torch.zeros(3, dtype=torch.long, device=device)  # right, among the first five, samples
     loss = torch.zeros((), device=device)
     for images, labels in loader:
+        if stop is not None and stop.signal:
+            break
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
             logits = model(images).logits.float()
@@ -97,8 +102,9 @@ def evaluate(
             confusion += torch.bincount(labels * classes + found, minlength=classes**2).view(classes, classes).cpu()
     counts, loss = ranks.sum(counts), ranks.sum(loss)
     right, among_five, samples = counts.tolist()
-    if samples == 0:
+    if samples == 0 and not (stop is not None and stop.signal):
         raise ValueError("eval_data: got an empty dataset, expected at least one sample")
+    samples = max(samples, 1)
     return {"accuracy": right / samples, "top5": among_five / samples, "eval_loss": loss.item() / samples}
 
 

@@ -103,8 +103,11 @@ class Meter:
 def check_finite(distiller: Distiller, step: int) -> None:
     """NonFiniteLossError when a weight is not finite: a finite loss can have a gradient that is not."""
     for module in (distiller.student.model, distiller.objective):
+        trained = {name for name, _ in module.named_parameters()}
         for name, tensor in module.state_dict().items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            # A buffer may hold infinities for good, such as an attention mask.
+            bad = ~tensor.isfinite() if name in trained else tensor.isnan()
+            if tensor.is_floating_point() and bad.any():
                 raise NonFiniteLossError(f"the weights are not finite after step {step}: {name}")
 
 
@@ -157,6 +160,7 @@ class RunLog:
         if folder is not None:
             self._file = (folder / METRICS).open("ab")
             self._file.truncate(size)
+            self._file.seek(size)  # else its position, which is what is saved as its size, stays at the old end
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -260,6 +264,7 @@ def describe(
         "precision": config.precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "versions": versions(),
+        "torchrun": os.environ.get("TORCHELASTIC_RUN_ID"),
         "given_as_objects": identity["given_as_objects"],
         "config": identity["config"],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,7 +112,7 @@ def train(
         distiller=distiller,
         deployed=step.deployed,
         resumed_from=None if checkpoint is None else progress.step,
-        already_finished=progress.step >= total,
+        already_finished=progress.epoch >= config.epochs,
     )
     if result.already_finished:
         distiller.eval()
@@ -156,6 +157,7 @@ def train(
                 progress.step,
                 student=distiller.student.model,
                 ema=None if step.ema is None else step.ema.module,
+                again=checkpoint is not None and progress.step == result.resumed_from,
                 loss=distiller.objective,
                 state=pack(progress, meter, step, generators),
                 manifest={**identity, "epoch": progress.epoch, "accuracy": accuracy, "versions": info["versions"]},
@@ -172,16 +174,18 @@ def train(
             resume_generators(checkpoint.state, config.seed, ranks.rank, device)
             log.print(f"resumed from {checkpoint.path} at step {progress.step} of {total}")
 
-        stop, stopping = StopRequest(), False
+        stop, stopping = StopRequest(), 0
         with stop:
             for epoch in range(progress.epoch, config.epochs):
-                if progress.loader is None:
+                end = (epoch + 1) * per_epoch
+                if progress.loader is None and progress.step < end:
                     meter.reset()
                 progress.loader = None
                 set_epoch(epoch)
                 distiller.begin_epoch(epoch)
                 clock = Clock()
-                for images, labels in clock.watch(loader):
+                # A run that was stopped before its evaluation has the steps of this epoch behind it.
+                for images, labels in clock.watch(loader) if progress.step < end else ():
                     lr = schedule(progress.step)
                     rows = loader.batch_sampler.rows(progress.step % per_epoch)
                     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -189,15 +193,13 @@ def train(
                     clock.images += rows
                     progress.step += 1
 
-                    last = progress.step == (epoch + 1) * per_epoch
                     if progress.step % config.log_every == 0:
                         meter.flush()
-                        log.record(
-                            "step", progress.step, {"epoch": epoch, "lr": lr, **meter.latest, **distiller.scalars()}
-                        )
-                    stopping = ranks.any(stop.signal is not None)
+                        values = {"epoch": epoch, "lr": lr, **meter.latest, **distiller.scalars()}
+                        log.record("step", progress.step, values)
+                    stopping = ranks.largest(stop.signal)
                     by_step = config.save_every_steps and progress.step % config.save_every_steps == 0
-                    if (by_step or stopping) and not last:
+                    if (by_step or stopping) and progress.step < end:
                         progress.loader = loader.state_dict()
                         save()
                         progress.loader = None
@@ -205,29 +207,35 @@ def train(
                         break
 
                 meter.flush()
-                log.speed(progress.step, clock.values())
-                if stopping and not last:
+                if clock.images:
+                    log.speed(progress.step, clock.values())
+                if stopping and progress.step < end:
                     break
-                record = {"epoch": epoch, "lr": lr, **meter.means(), **distiller.scalars()}
-                progress.epoch = epoch + 1
-                finished = progress.epoch == config.epochs
-                if finished or progress.epoch % config.eval_every == 0:
-                    record.update(evaluate(step.deployed, test_loader, device, config.precision, ranks))
+                record = {"epoch": epoch, "lr": schedule(end - 1), **meter.means(), **distiller.scalars()}
+                finished = epoch + 1 == config.epochs
+                if finished or (epoch + 1) % config.eval_every == 0:
+                    record.update(evaluate(step.deployed, test_loader, device, config.precision, ranks, stop=stop))
+                    stopping = ranks.largest(stop.signal)
+                    if stopping:
+                        save()
+                        break
                     result.accuracy = record["accuracy"]
                     shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "epoch")
-                    log.print(f"epoch {progress.epoch}/{config.epochs}  {shown}")
+                    log.print(f"epoch {epoch + 1}/{config.epochs}  {shown}")
+                progress.epoch = epoch + 1
                 log.record("epoch", progress.step, record)
                 progress.history.append({"step": progress.step, **record})
                 by_epoch = config.save_every_epochs and progress.epoch % config.save_every_epochs == 0
+                by_step = config.save_every_steps and progress.step % config.save_every_steps == 0
                 if finished or by_epoch or by_step or stopping:
                     save(record.get("accuracy"))
-                if stopping and not finished:
+                if stopping:
                     break
-            if progress.step < total:
-                result.stopped_by = stop.signal
+            if progress.epoch < config.epochs:
+                result.stopped_by = signal.Signals(stopping)
                 log.print(f"stopped at step {progress.step} of {total}; resume from {result.path}")
     except NonFiniteLossError as error:
-        kept = f"the last good checkpoint is {result.path}" if result.path else "no checkpoint was kept (no run_dir)"
+        kept = f"the last good checkpoint is {result.path}" if result.path else "no checkpoint was kept"
         raise NonFiniteLossError(f"{error}; {kept}") from None
     finally:
         log.close()

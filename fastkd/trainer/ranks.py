@@ -108,14 +108,14 @@ class Ranks:
 
         return step
 
-    def any(self, value: bool) -> bool:
-        """Whether ``value`` is true on some rank."""
+    def largest(self, value: int) -> int:
+        """The largest ``value`` of all ranks."""
         if self.world_size == 1:
             return value
         on_cpu = "cpu:" in dist.get_backend_config()
-        flag = torch.tensor(int(value), device=None if on_cpu else torch.device("cuda", torch.cuda.current_device()))
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        found = torch.tensor(value, device=None if on_cpu else torch.device("cuda", torch.cuda.current_device()))
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     def share_state(self, distiller: Distiller) -> None:
         """Give every rank the trained weights and buffers of rank 0."""

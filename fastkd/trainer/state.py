@@ -84,7 +84,7 @@ def open_run(config: TrainConfig) -> tuple[Path | None, Checkpoint | None]:
     found = list_checkpoints(folder / "checkpoints")
     metrics = folder / METRICS
     there = bool(found) or metrics.exists() or (folder / RUN).exists()
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and _begun_by_this_job(folder / RUN)
     if not config.resume and not (there and (config.resume_or_start or restarted)):
         if there:
             raise CheckpointError(f"{folder}: already holds a run; resume it (resume=True) or choose another run_dir")
@@ -117,13 +117,21 @@ def open_run(config: TrainConfig) -> tuple[Path | None, Checkpoint | None]:
     return folder, None
 
 
+def _begun_by_this_job(file: Path) -> bool:
+    """Whether the torchrun job that restarts now is the one that began the run."""
+    try:
+        return json.loads(file.read_bytes())["torchrun"] == os.environ.get("TORCHELASTIC_RUN_ID")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _check_complete(checkpoint: Checkpoint) -> None:
     """CheckpointError when the manifest or the state lacks what resuming reads."""
     state = checkpoint.state
     rng = state["rng"] if isinstance(state.get("rng"), dict) else {}
     for name, have, need in (
         (MANIFEST, checkpoint.manifest, {*_IDENTITY, "given_as_objects"}),
-        (STATE, state, {*_PROGRESS, "meter", "optimizer", "scaler", "averaged", "rng", "rng_of_other_ranks"}),
+        (STATE, state, {*_PROGRESS, "meter", "optimizer", "scaler", "rng", "rng_of_other_ranks"}),
         (STATE, rng, {"torch", "cuda", "python", "numpy"}),
     ):
         if missing := sorted(need - have.keys()):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastkd.trainer.accumulate import average_gradients, cached_step
 from fastkd.trainer.config import TrainConfig
@@ -16,6 +16,36 @@ from fastkd.trainer.evaluation import DTYPES
 from fastkd.trainer.models import FeatureModel, ModelOutput
 from fastkd.trainer.optim import build_optimizer, set_learning_rate
 from fastkd.trainer.ranks import Ranks, StepFunction
+
+
+class MovingAverage:
+    """``module``: ``decay`` times itself plus ``1 - decay`` times the model, after every step, without waiting for it.
+
+    Running statistics are averaged like weights; integers, and what is infinite for good, are copied.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        self._averaged = {
+            name for name, value in _state(model).items() if value.is_floating_point() and bool(value.isfinite().all())
+        }
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, is_step: Tensor) -> None:
+        """``is_step``, 0-dim: false changes nothing."""
+        own, new = _state(self.module), _state(model)
+        mine = [own[name] for name in own if name in self._averaged]
+        differences = torch._foreach_sub([new[name] for name in own if name in self._averaged], mine)
+        torch._foreach_mul_(differences, torch.where(is_step, 1 - self.decay, 0.0))
+        torch._foreach_add_(mine, differences)
+        for name in own.keys() - self._averaged:
+            own[name].copy_(new[name])
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those included that a state dict leaves out."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 class TrainStep:
@@ -34,15 +64,14 @@ class TrainStep:
         self.chunks, self.ranks = config.chunks, ranks
         self.optimizer = build_optimizer(distiller, config.optim, device)
         self.trainable = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        # Outside fp16 the factor is 1 and never grows; all that is left of the scaler is that it skips steps.
-        scale, interval = (2.0**16, 2000) if config.precision == "fp16" else (1.0, 2**31 - 1)
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=interval)
-        self.statistics = [buffer for buffer in distiller.student.buffers() if buffer.is_floating_point()]
-        self.ema: AveragedModel | None = None
+        # Outside fp16 the factor stays 1; all that is left of the scaler is that it skips steps.
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if config.precision == "fp16" else 1.0)
+        buffers = (*distiller.student.buffers(), *distiller.objective.buffers())
+        self.statistics = [buffer for buffer in buffers if buffer.is_floating_point()]
+        self.ema: MovingAverage | None = None
         self.deployed = distiller.student
         if config.ema is not None:
-            average = get_ema_multi_avg_fn(config.ema)
-            self.ema = AveragedModel(distiller.student.model, multi_avg_fn=average, use_buffers=True)
+            self.ema = MovingAverage(distiller.student.model, config.ema)
             self.deployed = FeatureModel(self.ema.module, distiller.student.classifier_name, optional=True)
         self._forward: StepFunction | None = ranks.step(distiller) if self.chunks == 1 else None
         if self.chunks > 1:
@@ -57,7 +86,7 @@ class TrainStep:
         if self._forward is not None:
             with self._autocast():
                 loss, terms = self._forward(images, labels, share)
-            self.scaler.scale(loss).backward()
+            self._backward(loss)
         else:
             loss, terms = self._accumulate(images, labels, share)
         self.scaler.unscale_(self.optimizer)
@@ -66,11 +95,11 @@ class TrainStep:
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.trainable, self.clip_norm, norm)
         self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.scaler.update(None if self.precision == "fp16" else 1.0)
         for buffer, old in zip(self.statistics, before, strict=True):
             buffer.copy_(torch.where(norm.isfinite(), buffer, old))
         if self.ema is not None:
-            self.ema.update_parameters(self.distiller.student.model)
+            self.ema.update(self.distiller.student.model, norm.isfinite())
         return loss.detach(), terms, norm
 
     def _accumulate(self, images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -86,13 +115,14 @@ class TrainStep:
             with self._autocast():
                 return self.distiller.objective(*arguments)
 
-        def backward(loss: Tensor) -> None:
-            self.scaler.scale(loss).backward()
-
         buffers = list(self.distiller.student.buffers())
-        found = cached_step(student, teach, objective, buffers, images, labels, share, self.chunks, backward)
+        found = cached_step(student, teach, objective, buffers, images, labels, share, self.chunks, self._backward)
         average_gradients(self.distiller, self.ranks.world_size)
         return found
+
+    def _backward(self, loss: Tensor) -> None:
+        """A loss that is not finite makes all gradients so, on every rank: gradients decide what is skipped."""
+        self.scaler.scale(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)).backward()
 
     def _autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
@@ -103,8 +133,7 @@ class TrainStep:
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser and loss scale; the moving average's weights are a file of their own."""
-        averaged = None if self.ema is None else self.ema.n_averaged.cpu()
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "averaged": averaged}
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse; KeyError, TypeError or ValueError for a state of something else."""
@@ -114,5 +143,3 @@ class TrainStep:
             raise ValueError(f"its optimiser holds other parameters: {saved}, expected {current}")
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.n_averaged.copy_(state["averaged"])

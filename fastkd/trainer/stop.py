@@ -11,13 +11,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """While entered, the signals only set ``signal``; the handlers that were there come back at the end.
+    """While entered, the signals only set ``signal``, their number; the handlers that were there come back at the end.
 
-    Outside the main thread, where Python allows no handlers, it stays None.
+    Outside the main thread, where Python allows no handlers, it stays 0.
     """
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self.signal = 0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -31,4 +31,4 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
+        self.signal = number
