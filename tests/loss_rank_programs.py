@@ -92,9 +92,15 @@ def preview_on_rank(rank: int, sizes: tuple[int, ...], ce: Tensor, threshold: fl
 
 
 def with_deviation(rank: int, name: str, deviation: dict[str, Any]) -> str:
-    """A module whose options or inputs deviate on rank 1; ``done`` if it went well."""
+    """A module whose options, inputs or teacher's classifier deviate on rank 1; ``done`` if it went well."""
     own = dict(deviation) if rank == 1 else {}
-    inputs = {key: part(x, (3, 3), rank) for key, x in batch(6).items()}
+    if name == "pckd":
+        own["same"] = True
+    classifier = own.pop("classifier", None)
+    inputs = {key: part(x, (3, 3), rank) for key, x in batch(6, own.get("same", False)).items()}
     inputs.update({key: own.pop(key) for key in list(own) if key in inputs})
-    Student(name, **own)(inputs)
+    model = Student(name, **own)
+    if classifier is not None:
+        model.teacher = classifier
+    model(inputs)
     return "done"

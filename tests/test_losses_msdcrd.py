@@ -279,3 +279,15 @@ def test_more_errors_name_the_argument() -> None:
             MSDCRDLoss(4, 6, **options)
     with pytest.raises(TypeError, match="strides: got None"):
         MSDCRDLoss(4, 6, strides=(None,))
+
+
+def test_errors_of_the_classifier_name_it() -> None:
+    s, t, classifier = maps((5, 4, 4), (5, 4, 4))
+    module, weight = MSDCRDLoss(5, 5), classifier.weight.detach()
+    with pytest.raises(TypeError, match=r"teacher_classifier: weight: got torch.int8, expected float64"):
+        module(s, t, (weight.to(torch.int8), None))
+    with pytest.raises(TypeError, match=r"teacher_classifier: got a bias of torch.float32, expected the dtype of the"):
+        module(s, t, (weight, torch.zeros(CLASSES)))
+    with pytest.raises(ValueError, match="teacher_classifier: got device meta, expected that of the features, cpu"):
+        module(s, t, (weight.to("meta"), None))
+    assert module(s, t, (weight.bfloat16(), None))["feature"] == module(s, t, (weight, None))["feature"]

@@ -92,6 +92,16 @@ def test_local_preview_weights_compare_with_their_own_mean() -> None:
         ("msdcrd", {"teacher": torch.zeros(3, 2, 7, 7).double()}, r"teacher_map: got shape .* \(on rank 1 of 2\)"),
         ("msdcrd", {"positives": "label"}, "group: the ranks disagree: module"),
         ("msdcrd", {"teacher": torch.zeros(3, 6, 5, 5).double()}, "group: the ranks disagree: grid"),
+        (
+            "pckd",
+            {"classifier": (torch.zeros(4, 5).double(), None)},
+            "group: the ranks disagree: center: got True on rank 0",
+        ),
+        (
+            "msdcrd",
+            {"classifier": (torch.zeros(4, 6), torch.zeros(4).double())},
+            r"teacher_classifier: got a bias of torch.float64, .* \(on rank 1 of 2\)",
+        ),
     ],
 )
 def test_an_error_on_one_rank_is_raised_on_all(name: str, deviation: dict[str, Any], message: str) -> None:

@@ -132,7 +132,7 @@ class MSDCRDLoss(nn.Module):
             if self.adapter is not None:
                 check_layer_input("student_map", student, self.adapter)
             if isinstance(teacher_classifier, nn.Linear) or not callable(teacher_classifier):
-                weight_and_bias("teacher_classifier", teacher_classifier, self.teacher_channels)
+                weight_and_bias("teacher_classifier", teacher_classifier, teacher)
             windows, strides = self.scales(teacher.shape[2], teacher.shape[3])
             check_windows(check_sides("windows", windows), check_sides("strides", strides), teacher)
             dtypes = (student.dtype, teacher.dtype)
@@ -190,7 +190,7 @@ class MSDCRDLoss(nn.Module):
     def _labels(self, samples: Tensor, classifier: Classifier | Callable[[Tensor], Tensor]) -> Tensor:
         """The class that the teacher's classifier gives each of its local samples."""
         if isinstance(classifier, nn.Linear) or not callable(classifier):
-            weight, bias = weight_and_bias("teacher_classifier", classifier, self.teacher_channels)
+            weight, bias = weight_and_bias("teacher_classifier", classifier, samples)
             return F.linear(samples.to(weight.dtype), weight, bias).argmax(dim=1)
         return classifier(samples).argmax(dim=1)
 
