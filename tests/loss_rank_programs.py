@@ -79,6 +79,16 @@ def module_on_rank(
     return terms_and_gradients(model, inputs, weights)
 
 
+def second_derivative(rank: int) -> str:
+    """Of the feature-wise term, which is not there over several ranks."""
+    x = {key: part(value, (3, 3), rank) for key, value in batch(6).items()}
+    rows = x["student"].requires_grad_()
+    term = Student("msdcrd", sample_weight=0, backend="reference")(x)["feature"]
+    (grad,) = torch.autograd.grad(term, rows, create_graph=True)
+    grad.square().sum().backward()
+    return "done"
+
+
 def local_bytes(rank: int, name: str) -> dict[str, int]:
     """What a module of ``group="local"`` puts on the wire, forward and backward."""
     inputs = {key: part(x, (3, 3), rank) for key, x in batch(6).items()}

@@ -291,3 +291,26 @@ def test_errors_of_the_classifier_name_it() -> None:
     with pytest.raises(ValueError, match="teacher_classifier: got device meta, expected that of the features, cpu"):
         module(s, t, (weight.to("meta"), None))
     assert module(s, t, (weight.bfloat16(), None))["feature"] == module(s, t, (weight, None))["feature"]
+
+
+@pytest.mark.parametrize("student", [(17, 5), (5, 4, 4)], ids=str)
+def test_compiles_without_a_graph_break_for_changing_shapes(student: tuple[int, ...]) -> None:
+    torch.compiler.reset()
+    s, t, classifier = maps(student, (6, 4, 4))
+    module = MSDCRDLoss(5, 6, backend="blocked").double()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (3, 2):
+        expected = module(s[:rows], t[:rows], classifier)
+        for name, term in compiled(s[:rows], t[:rows], classifier).items():
+            assert_close(term, expected[name], torch.float64)
+
+
+def test_labels_are_those_without_autocast() -> None:
+    s, t, classifier = maps((5, 4, 4), (5, 4, 4), torch.float32)
+    with torch.no_grad():  # in bfloat16 all classes would tie
+        classifier.weight.mul_(1e-3).add_(1)
+        classifier.bias.zero_()
+    module = MSDCRDLoss(5, 5, feature_weight=0)
+    expected = module(s, t, classifier)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(s, t, classifier) == expected

@@ -278,3 +278,15 @@ def test_a_teacher_classifier_of_another_dtype_is_converted() -> None:
     case.teacher_classifier.to(torch.bfloat16)
     for name, term in case.terms().items():
         assert abs(term.item() - expected[name].item()) < 0.02 * (1 + abs(expected[name].item())), name
+
+
+def test_compiles_without_a_graph_break_for_changing_shapes() -> None:
+    torch.compiler.reset()
+    case = Case(same=True, backend="blocked")
+    compiled = torch.compile(case.module, fullgraph=True, backend="aot_eager", dynamic=True)
+    layers = case.student_classifier, case.teacher_classifier
+    for rows, epoch in ((10, 20), (9, 21), (8, 0.5)):
+        arguments = [x[:rows] for x in case.arguments()]
+        expected = case.module(*arguments, *layers, epoch)
+        for name, term in compiled(*arguments, *layers, epoch).items():
+            assert_close(term, expected[name], torch.float64)

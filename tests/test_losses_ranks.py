@@ -64,6 +64,12 @@ def test_compiled_modules_leave_the_exchange_to_eager_code(case: str) -> None:
     check(case, (4, 1), "compile")
 
 
+def test_a_second_derivative_is_refused() -> None:
+    for result in run_ranks(2, programs.second_derivative):
+        assert isinstance(result, Failure)
+        assert "once_differentiable" in result.message
+
+
 @pytest.mark.parametrize("name", ["ckd", "pckd", "msdcrd"])
 def test_local_modules_communicate_nothing(name: str) -> None:
     assert run_ranks(2, programs.local_bytes, name) == [{}, {}]

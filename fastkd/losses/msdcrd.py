@@ -1,6 +1,7 @@
 """Contrastive representation distillation of multi-scale local features (arXiv 2502.05835)."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -135,6 +136,8 @@ class MSDCRDLoss(nn.Module):
                 weight_and_bias("teacher_classifier", teacher_classifier, teacher)
             windows, strides = self.scales(teacher.shape[2], teacher.shape[3])
             check_windows(check_sides("windows", windows), check_sides("strides", strides), teacher)
+            if process_group is None:
+                return {}
             dtypes = (student.dtype, teacher.dtype)
             return {"grid": tuple(teacher.shape[2:]), "dtypes": dtypes, "module": self.extra_repr()}
 
@@ -191,7 +194,8 @@ class MSDCRDLoss(nn.Module):
         """The class that the teacher's classifier gives each of its local samples."""
         if isinstance(classifier, nn.Linear) or not callable(classifier):
             weight, bias = weight_and_bias("teacher_classifier", classifier, samples)
-            return F.linear(samples.to(weight.dtype), weight, bias).argmax(dim=1)
+            with torch.autocast(samples.device.type, enabled=False):  # a rounded tie would be another class
+                return F.linear(samples.to(weight.dtype), weight, bias).argmax(dim=1)
         return classifier(samples).argmax(dim=1)
 
     def extra_repr(self) -> str:
@@ -206,7 +210,7 @@ def _as_grid(whose: str, x: Tensor, channels: int, prefix_tokens: int | None) ->
     """The map [B, C, H, W]; tokens [B, L, C] become a view of their square grid, without the prefix."""
     name = f"{whose}_map"
     if isinstance(x, Tensor) and x.ndim == 3 and x.shape[2] == channels:
-        count = x.shape[1]
+        count = operator.index(x.shape[1])  # a number under torch.compile too: it has no square root of a symbol
         prefixes = range(MAX_PREFIX_TOKENS + 1) if prefix_tokens is None else (prefix_tokens,)
         square = [k for k in prefixes if k < count and math.isqrt(count - k) ** 2 == count - k]
         if not square:
