@@ -38,6 +38,14 @@ def sum_over_ranks(x: Tensor, peers: Peers) -> Tensor:
     return total
 
 
+@torch.compiler.disable
+def max_over_ranks(x: Tensor, peers: Peers) -> Tensor:
+    """The largest of every element over the ranks, the same on every rank; no gradient passes."""
+    largest = x.detach().contiguous().clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=peers.group)
+    return largest
+
+
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, peers: Peers) -> Tensor:

@@ -79,6 +79,15 @@ def module_on_rank(
     return terms_and_gradients(model, inputs, weights)
 
 
+def feature_term_of_size(rank: int, size: float) -> Tensor:
+    """MSDCRD's feature-wise term of float32 maps of this size, those of rank 1 a thousand times smaller."""
+    x = batch(6, same=True)
+    scale = size * (torch.arange(6) < 3).double().clamp_min(1e-3)
+    student, teacher = (scale.view(-1, *[1] * (y.ndim - 1)) * y for y in (x["student"], x["teacher"]))
+    maps = [y.float().split(3)[rank] for y in (student, teacher)]
+    return MSDCRDLoss(D_S, D_S, sample_weight=0)(*maps, (torch.ones(CLASSES, D_S), None))["feature"]
+
+
 def second_derivative(rank: int) -> str:
     """Of the feature-wise term, which is not there over several ranks."""
     x = {key: part(value, (3, 3), rank) for key, value in batch(6).items()}

@@ -314,3 +314,24 @@ def test_labels_are_those_without_autocast() -> None:
     expected = module(s, t, classifier)
     with torch.autocast("cpu", torch.bfloat16):
         assert module(s, t, classifier) == expected
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e14, 1e25, 1e36])
+def test_the_size_of_maps_changes_nothing_but_the_size_of_gradients(size: float) -> None:
+    s, t, classifier = maps((5, 4, 4), (5, 4, 4), torch.float32)
+    module = MSDCRDLoss(5, 5, sample_weight=0)
+    s[:, 3] *= 1e-3  # channels of different sizes
+    results = []
+    for factor in (1.0, size):
+        leaf = (factor * s).requires_grad_()
+        term = module(leaf, factor * t, classifier)["feature"]
+        (grad,) = torch.autograd.grad(term, leaf)
+        results.append((term, factor * grad))
+    for actual, expected in zip(*results[::-1], strict=True):
+        assert_close(actual, expected, torch.float32)
+
+
+def test_maps_that_are_not_finite_give_nan() -> None:
+    s, t, classifier = maps((5, 4, 4), (5, 4, 4), torch.float32)
+    s[0, 0, 0, 0] = torch.inf
+    assert MSDCRDLoss(5, 5, sample_weight=0)(s, t, classifier)["feature"].isnan()

@@ -64,6 +64,12 @@ def test_compiled_modules_leave_the_exchange_to_eager_code(case: str) -> None:
     check(case, (4, 1), "compile")
 
 
+def test_maps_whose_squares_overflow_are_no_exception() -> None:
+    expected = succeeded(run_ranks(2, programs.feature_term_of_size, 1.0))
+    for value in succeeded(run_ranks(2, programs.feature_term_of_size, 1e25)):
+        assert_close(value, expected[0], torch.float32)
+
+
 def test_a_second_derivative_is_refused() -> None:
     for result in run_ranks(2, programs.second_derivative):
         assert isinstance(result, Failure)

@@ -35,8 +35,7 @@ class MSDCRDLoss(nn.Module):
     The student's map is brought to the teacher's channels by a 1x1 convolution where these differ, and to its grid by
     adaptive average pooling. The teacher's map and classifier get no gradient. Sample-wise this is
     :func:`fastkd.masked_contrast_loss`: a region of the same class is no negative. Feature-wise all comes from the
-    products of the channels, [C, C], and their norms, so no sample is copied; channels no longer than 1e-12 count as
-    zero, and float32 squares must not overflow (1e19).
+    products of the channels, [C, C], and their norms, so no sample travels; channels no longer than 1e-12 count as zero.
 
     From the paper (arXiv 2502.05835): the multi-scale sliding-window pooling, the categorization of local samples, the
     sample-wise and the feature-wise contrast within one batch, without a memory of samples. Our reading: the scales and
@@ -234,14 +233,25 @@ def _channel_contrast(s: Tensor, t: Tensor, scale: float, peers: Peers | None) -
     dtype = accumulation_dtype(s.dtype)
     with torch.autocast(s.device.type, enabled=False):
         s, t = s.to(dtype), t.to(dtype)
+        largest = torch.stack([_largest(x) for x in (s, t)])
+        if peers is not None:
+            from fastkd.rank_terms import max_over_ranks, sum_over_ranks
+
+            largest = max_over_ranks(largest, peers)
+        # Divided before squaring, as in reference.unit_rows: the square of 1e20 overflows float32.
+        largest = largest.clamp_min(torch.finfo(dtype).tiny)
+        s, t = s / largest[0], t / largest[1]
         norms = [torch.linalg.vector_norm(x, dim=0) for x in (s, t)]
         sums = torch.cat([s.T @ t, torch.stack(norms).square()])
         if peers is not None:
-            from fastkd.rank_terms import sum_over_ranks
-
             sums = sum_over_ranks(sums, peers)
         squares = sums[-2:]
-        is_zero = squares <= NORM_EPS**2
+        is_zero = largest * squares.detach().sqrt() <= NORM_EPS
         inverse_s, inverse_t = squares.masked_fill(is_zero, 1).rsqrt().masked_fill(is_zero, 0)
         cosines = sums[:-2] * inverse_s[:, None] * inverse_t
         return F.cross_entropy(scale * cosines, torch.arange(len(cosines), device=s.device))
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude of every column, [C]; zero without rows."""
+    return torch.linalg.vector_norm(x.detach(), torch.inf, dim=0) if len(x) > 0 else x.new_zeros(x.shape[1])
