@@ -110,6 +110,10 @@ def preview_on_rank(rank: int, sizes: tuple[int, ...], ce: Tensor, threshold: fl
     return preview_weight(ce.split(sizes)[rank], threshold, group=group)
 
 
+def preview_of_two_dtypes(rank: int) -> Tensor:
+    return preview_weight(torch.ones(2, dtype=torch.float64 if rank == 1 else torch.float32), 1.0)
+
+
 def with_deviation(rank: int, name: str, deviation: dict[str, Any]) -> str:
     """A module whose options, inputs or teacher's classifier deviate on rank 1; ``done`` if it went well."""
     own = dict(deviation) if rank == 1 else {}

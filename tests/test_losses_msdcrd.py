@@ -335,3 +335,17 @@ def test_maps_that_are_not_finite_give_nan() -> None:
     s, t, classifier = maps((5, 4, 4), (5, 4, 4), torch.float32)
     s[0, 0, 0, 0] = torch.inf
     assert MSDCRDLoss(5, 5, sample_weight=0)(s, t, classifier)["feature"].isnan()
+
+
+def test_a_temperature_whose_inverse_overflows_is_named() -> None:
+    s, t, classifier = maps((5, 4, 4), (5, 4, 4), torch.float32)
+    for weights in ({"sample_weight": 0}, {"feature_weight": 0}):
+        with pytest.raises(ValueError, match=r"temperature: got 1e-39, expected a finite number > 2\.9"):
+            MSDCRDLoss(5, 5, temperature=1e-39, **weights)(s, t, classifier)
+
+
+@pytest.mark.parametrize("name", ["windows", "strides"])
+def test_scales_are_a_sequence(name: str) -> None:
+    for value, kind in ((7, "int"), (torch.tensor([3, 2]), "Tensor")):
+        with pytest.raises(TypeError, match=rf"{name}: got .* of type {kind}, expected Sequence"):
+            MSDCRDLoss(5, 5, **{name: value})

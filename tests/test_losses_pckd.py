@@ -290,3 +290,16 @@ def test_compiles_without_a_graph_break_for_changing_shapes() -> None:
         expected = case.module(*arguments, *layers, epoch)
         for name, term in compiled(*arguments, *layers, epoch).items():
             assert_close(term, expected[name], torch.float64)
+
+
+def test_no_sample_is_too_hard_in_the_limit() -> None:
+    case = Case()
+    assert case.terms(epoch=200_000) == case.terms(epoch=1e300) == case.terms(epoch=20_000)
+
+
+def test_a_negative_cross_entropy_is_an_error() -> None:
+    ce = torch.tensor([1.0, -2.0])
+    with pytest.raises(ValueError, match=r"ce_per_sample: got -2.0, expected cross-entropies >= 0"):
+        preview_weight(ce, 1.0)
+    torch.compiler.reset()
+    assert torch.compile(preview_weight, backend="aot_eager", fullgraph=True)(ce, 1.0).isnan().all()

@@ -90,6 +90,12 @@ def test_preview_weights_compare_with_the_global_mean(sizes: tuple[int, ...]) ->
     assert 0 < (expected == 1).sum() < len(ce)
 
 
+def test_preview_weights_are_of_one_dtype() -> None:
+    for result in run_ranks(2, programs.preview_of_two_dtypes):
+        assert isinstance(result, Failure)
+        assert "group: the ranks disagree: dtype: got torch.float32 on rank 0, torch.float64" in result.message
+
+
 def test_local_preview_weights_compare_with_their_own_mean() -> None:
     ce = torch.tensor([1.0, 2.0, 30.0, 60.0])
     weights = succeeded(run_ranks(2, programs.preview_on_rank, (2, 2), ce, 1.1, "local"))

@@ -15,7 +15,16 @@ from fastkd.contrastive import POSITIVES, masked_contrast_loss
 from fastkd.distributed import Group, Peers, check_group, resolve_group
 from fastkd.losses.inputs import Classifier, check_layer_input, check_part_weights, weight_and_bias
 from fastkd.pooling import multiscale_pool
-from fastkd.validate import check_choice, check_feature_map, check_int, check_number, check_sides, check_windows
+from fastkd.validate import (
+    check_choice,
+    check_feature_map,
+    check_int,
+    check_number,
+    check_sides,
+    check_temperature,
+    check_type,
+    check_windows,
+)
 
 MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens that are looked for in front of a square grid
 
@@ -35,7 +44,8 @@ class MSDCRDLoss(nn.Module):
     The student's map is brought to the teacher's channels by a 1x1 convolution where these differ, and to its grid by
     adaptive average pooling. The teacher's map and classifier get no gradient. Sample-wise this is
     :func:`fastkd.masked_contrast_loss`: a region of the same class is no negative. Feature-wise all comes from the
-    products of the channels, [C, C], and their norms, so no sample travels; channels no longer than 1e-12 count as zero.
+    products of the channels, [C, C], and their norms, so no sample travels; channels no longer than 1e-12 count as
+    zero.
 
     From the paper (arXiv 2502.05835): the multi-scale sliding-window pooling, the categorization of local samples, the
     sample-wise and the feature-wise contrast within one batch, without a memory of samples. Our reading: the scales and
@@ -56,7 +66,7 @@ class MSDCRDLoss(nn.Module):
         sample_weight, feature_weight: >= 0, of the two terms. A term of weight zero is left out.
         student_prefix_tokens, teacher_prefix_tokens: how many tokens precede the grid's (class, registers), dropped.
             Default: the smallest number that leaves a square grid.
-        group, backend: see :func:`fastkd.dcd_loss`.
+        group, backend: see :class:`fastkd.DCDLoss`.
     """
 
     def __init__(
@@ -86,6 +96,8 @@ class MSDCRDLoss(nn.Module):
             if tokens is not None:
                 check_int(f"{name}_prefix_tokens", tokens, minimum=0)
         for name, sides in (("windows", windows), ("strides", strides)):
+            if sides is not None:
+                check_type(name, sides, Sequence)
             for side in sides or ():
                 if side is not None or name == "strides":
                     check_int(name, side, minimum=1)
@@ -133,6 +145,7 @@ class MSDCRDLoss(nn.Module):
                 check_layer_input("student_map", student, self.adapter)
             if isinstance(teacher_classifier, nn.Linear) or not callable(teacher_classifier):
                 weight_and_bias("teacher_classifier", teacher_classifier, teacher)
+            check_temperature(self.temperature, torch.promote_types(student.dtype, teacher.dtype))
             windows, strides = self.scales(teacher.shape[2], teacher.shape[3])
             check_windows(check_sides("windows", windows), check_sides("strides", strides), teacher)
             if process_group is None:

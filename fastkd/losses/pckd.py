@@ -1,5 +1,6 @@
 """Preview-based category contrastive distillation (arXiv 2410.14143): the module with its heads."""
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from fastkd.functional import kd_loss
 from fastkd.losses.inputs import Classifier, check_layer_input, check_part_weights, weight_and_bias
 from fastkd.preview import weights_by_difficulty
 from fastkd.validate import check_int, check_labels, check_number, check_pair, check_rows
+
+MAX_LOG_THRESHOLD = 700.0  # beyond it, exp overflows a float; no sample is that hard
 
 
 class PCKDLoss(nn.Module):
@@ -53,7 +56,7 @@ class PCKDLoss(nn.Module):
             is not computed, not among the terms, and has no parameters.
         preview_base: > 0; of the preview's threshold. 1.005 in the authors' code.
         hidden_dim: of the MLP.
-        group, backend: see :func:`fastkd.dcd_loss`.
+        group, backend: see :class:`fastkd.DCDLoss`.
     """
 
     def __init__(
@@ -201,7 +204,8 @@ class PCKDLoss(nn.Module):
     def _preview(self, logits: Tensor, labels: Tensor, epoch: float, peers: Peers | None) -> Tensor:
         with torch.no_grad():
             ce = cross_entropy(logits, labels)
-        return weights_by_difficulty(ce, self.preview_base**epoch, peers)
+        is_finite = epoch * math.log(self.preview_base) < MAX_LOG_THRESHOLD
+        return weights_by_difficulty(ce, self.preview_base**epoch if is_finite else math.inf, peers)
 
     def _kd_sum(self, student_logits: Tensor, teacher_logits: Tensor, weight: Tensor) -> Tensor:
         n = len(student_logits)
