@@ -124,7 +124,8 @@ class MSDCRDLoss(nn.Module):
         student_map, teacher_map: [B, C, H, W] or tokens [B, L, C], one of each kind if need be; their dtypes may
         differ. teacher_classifier: an nn.Linear, a pair (weight [classes, teacher_channels], bias or None), or any
         function of the samples [B * M, teacher_channels] that returns their logits: of a teacher with further layers
-        between pooling and classes.
+        between pooling and classes. A layer or a pair computes in its own float dtype, autocast or not; a function is
+        called as it is, under the caller's autocast.
         """
         process_group = resolve_group(self.group)
         student = teacher = student_map
