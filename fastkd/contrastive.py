@@ -18,13 +18,13 @@ from fastkd.validate import (
     check_bool,
     check_choice,
     check_no_tangent,
-    check_number,
     check_pair,
     check_positive_index,
     check_query_and_key,
     check_row_labels,
     check_rows,
     check_scale,
+    check_temperature,
     check_weight,
 )
 
@@ -123,7 +123,7 @@ def ckd_loss(
         check_pair(
             "student_logits", student_logits, "teacher_logits", teacher_logits, "[B, C]", may_be_empty=may_be_empty
         )
-        check_number("temperature", temperature, minimum=0, exclusive=True)
+        check_temperature(temperature, student_logits.dtype)
         scale = check_scale(1 / temperature, student_logits)
         weight = check_weight(sample_weight, student_logits)
         return ContrastInputs(teacher_logits.detach(), student_logits, scale, weight, normalize=True)

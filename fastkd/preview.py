@@ -1,11 +1,13 @@
 """How hard each sample is for the student, and the weight that preview-based learning gives it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastkd.backends.reference import accumulation_dtype
 from fastkd.distributed import Group, Peers, resolve_group
-from fastkd.validate import check_number, check_vector
+from fastkd.validate import check_not_negative, check_number, check_vector
 
 
 def preview_weight(ce_per_sample: Tensor, threshold: float, *, group: Group = None) -> Tensor:
@@ -19,7 +21,7 @@ def preview_weight(ce_per_sample: Tensor, threshold: float, *, group: Group = No
 
     Args:
         ce_per_sample: [B], the cross-entropy of every sample, >= 0; float64, float32, bf16 or fp16. No gradient
-            passes.
+            passes. On CUDA, and under torch.compile, a negative one makes the weights NaN instead of raising.
         threshold: >= 0; the difficulty above which a sample's weight decays.
         group: over whose samples the mean is taken, as for :func:`dcd_loss`: over those of all ranks, with one
             exchange of two numbers a rank.
@@ -31,20 +33,23 @@ def preview_weight(ce_per_sample: Tensor, threshold: float, *, group: Group = No
         TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
     """
     process_group = resolve_group(group)
+    ce = ce_per_sample
 
-    def check() -> dict[str, float]:
+    def check() -> dict[str, Any]:
+        nonlocal ce
         check_vector("ce_per_sample", ce_per_sample, may_be_empty=process_group is not None)
         check_number("threshold", threshold, minimum=0)
-        return {"threshold": threshold}
+        ce = check_not_negative("ce_per_sample", ce_per_sample, "cross-entropies")
+        return {"threshold": threshold, "dtype": accumulation_dtype(ce.dtype)}
 
     if process_group is None:
         check()
-        return weights_by_difficulty(ce_per_sample, threshold, None)
+        return weights_by_difficulty(ce, threshold, None)
     # Imported here because it loads torch's compiler, to keep it out.
     from fastkd.rank_terms import agree_on_rows
 
     peers = agree_on_rows(process_group, "preview_weight", check, ce_per_sample)
-    return weights_by_difficulty(ce_per_sample, threshold, peers)
+    return weights_by_difficulty(ce, threshold, peers)
 
 
 def weights_by_difficulty(ce_per_sample: Tensor, threshold: float, peers: Peers | None) -> Tensor:

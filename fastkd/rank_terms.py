@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from fastkd.distributed import Call, Peers, agree
@@ -37,6 +38,14 @@ def sum_over_ranks(x: Tensor, peers: Peers) -> Tensor:
     return total
 
 
+@torch.compiler.disable
+def max_over_ranks(x: Tensor, peers: Peers) -> Tensor:
+    """The largest of every element over the ranks, the same on every rank; no gradient passes."""
+    largest = x.detach().contiguous().clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=peers.group)
+    return largest
+
+
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, peers: Peers) -> Tensor:
@@ -46,5 +55,6 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.world_size * grad, None

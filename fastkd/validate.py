@@ -139,6 +139,11 @@ def check_scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
     return logit_scale
 
 
+def check_temperature(temperature: Any, dtype: torch.dtype) -> None:
+    """> 0, and its inverse, which multiplies logits computed from ``dtype``, finite in their accumulation dtype."""
+    check_number("temperature", temperature, 1 / torch.finfo(accumulation_dtype(dtype)).max, exclusive=True)
+
+
 def scale_bound(logit_scale: Tensor | float, max_scale: float) -> float:
     """What is known about the scale without reading it from its device."""
     return max_scale if isinstance(logit_scale, Tensor) else min(float(logit_scale), max_scale)
@@ -171,11 +176,16 @@ def check_weight(sample_weight: Tensor | None, like: Tensor) -> Tensor | None:
         raise ValueError(f"sample_weight: got device {sample_weight.device}, expected {like.device}")
     if sample_weight.requires_grad:
         raise ValueError("sample_weight: got a tensor that requires a gradient, expected a constant; detach() it")
-    if not _may_read(sample_weight):
-        return sample_weight.masked_fill(sample_weight < 0, math.nan)
-    if bool((sample_weight < 0).any()):
-        raise ValueError(f"sample_weight: got {sample_weight.min().item()}, expected weights >= 0")
-    return sample_weight
+    return check_not_negative("sample_weight", sample_weight, "weights")
+
+
+def check_not_negative(name: str, x: Tensor, what: str) -> Tensor:
+    """That all are >= 0. Returns them, NaN for those that are not where it cannot raise."""
+    if not _may_read(x):
+        return x.masked_fill(x < 0, math.nan)
+    if bool((x < 0).any()):
+        raise ValueError(f"{name}: got {x.min().item()}, expected {what} >= 0")
+    return x
 
 
 def check_row_labels(name: str, labels: Tensor, rows: Tensor) -> None:

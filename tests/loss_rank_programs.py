@@ -79,6 +79,25 @@ def module_on_rank(
     return terms_and_gradients(model, inputs, weights)
 
 
+def feature_term_of_size(rank: int, size: float) -> Tensor:
+    """MSDCRD's feature-wise term of float32 maps of this size, those of rank 1 a thousand times smaller."""
+    x = batch(6, same=True)
+    scale = size * (torch.arange(6) < 3).double().clamp_min(1e-3)
+    student, teacher = (scale.view(-1, *[1] * (y.ndim - 1)) * y for y in (x["student"], x["teacher"]))
+    maps = [y.float().split(3)[rank] for y in (student, teacher)]
+    return MSDCRDLoss(D_S, D_S, sample_weight=0)(*maps, (torch.ones(CLASSES, D_S), None))["feature"]
+
+
+def second_derivative(rank: int) -> str:
+    """Of the feature-wise term, which is not there over several ranks."""
+    x = {key: part(value, (3, 3), rank) for key, value in batch(6).items()}
+    rows = x["student"].requires_grad_()
+    term = Student("msdcrd", sample_weight=0, backend="reference")(x)["feature"]
+    (grad,) = torch.autograd.grad(term, rows, create_graph=True)
+    grad.square().sum().backward()
+    return "done"
+
+
 def local_bytes(rank: int, name: str) -> dict[str, int]:
     """What a module of ``group="local"`` puts on the wire, forward and backward."""
     inputs = {key: part(x, (3, 3), rank) for key, x in batch(6).items()}
@@ -91,10 +110,20 @@ def preview_on_rank(rank: int, sizes: tuple[int, ...], ce: Tensor, threshold: fl
     return preview_weight(ce.split(sizes)[rank], threshold, group=group)
 
 
+def preview_of_two_dtypes(rank: int) -> Tensor:
+    return preview_weight(torch.ones(2, dtype=torch.float64 if rank == 1 else torch.float32), 1.0)
+
+
 def with_deviation(rank: int, name: str, deviation: dict[str, Any]) -> str:
-    """A module whose options or inputs deviate on rank 1; ``done`` if it went well."""
+    """A module whose options, inputs or teacher's classifier deviate on rank 1; ``done`` if it went well."""
     own = dict(deviation) if rank == 1 else {}
-    inputs = {key: part(x, (3, 3), rank) for key, x in batch(6).items()}
+    if name == "pckd":
+        own["same"] = True
+    classifier = own.pop("classifier", None)
+    inputs = {key: part(x, (3, 3), rank) for key, x in batch(6, own.get("same", False)).items()}
     inputs.update({key: own.pop(key) for key in list(own) if key in inputs})
-    Student(name, **own)(inputs)
+    model = Student(name, **own)
+    if classifier is not None:
+        model.teacher = classifier
+    model(inputs)
     return "done"

@@ -39,3 +39,13 @@ def test_compiles_without_a_graph_break() -> None:
         strict=True,
     ):
         assert_close(actual, expected, torch.float32)
+
+
+def test_a_temperature_whose_inverse_overflows_is_named() -> None:
+    x = torch.randn(3, 4)
+    for loss in (lambda: ckd_loss(x, x, 1e-39), lambda: CKDLoss(1e-39)(x, x)):
+        with pytest.raises(ValueError, match=r"temperature: got 1e-39, expected a finite number > 2\.9\d*e-39"):
+            loss()
+    with pytest.raises(ValueError, match="temperature: got 5e-324"):
+        ckd_loss(x.double(), x.double(), 5e-324)
+    assert ckd_loss(x.double(), x.double(), 1e-39).isfinite()

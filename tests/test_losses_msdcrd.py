@@ -279,3 +279,73 @@ def test_more_errors_name_the_argument() -> None:
             MSDCRDLoss(4, 6, **options)
     with pytest.raises(TypeError, match="strides: got None"):
         MSDCRDLoss(4, 6, strides=(None,))
+
+
+def test_errors_of_the_classifier_name_it() -> None:
+    s, t, classifier = maps((5, 4, 4), (5, 4, 4))
+    module, weight = MSDCRDLoss(5, 5), classifier.weight.detach()
+    with pytest.raises(TypeError, match=r"teacher_classifier: weight: got torch.int8, expected float64"):
+        module(s, t, (weight.to(torch.int8), None))
+    with pytest.raises(TypeError, match=r"teacher_classifier: got a bias of torch.float32, expected the dtype of the"):
+        module(s, t, (weight, torch.zeros(CLASSES)))
+    with pytest.raises(ValueError, match="teacher_classifier: got device meta, expected that of the features, cpu"):
+        module(s, t, (weight.to("meta"), None))
+    assert module(s, t, (weight.bfloat16(), None))["feature"] == module(s, t, (weight, None))["feature"]
+
+
+@pytest.mark.parametrize("student", [(17, 5), (5, 4, 4)], ids=str)
+def test_compiles_without_a_graph_break_for_changing_shapes(student: tuple[int, ...]) -> None:
+    torch.compiler.reset()
+    s, t, classifier = maps(student, (6, 4, 4))
+    module = MSDCRDLoss(5, 6, backend="blocked").double()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (3, 2):
+        expected = module(s[:rows], t[:rows], classifier)
+        for name, term in compiled(s[:rows], t[:rows], classifier).items():
+            assert_close(term, expected[name], torch.float64)
+
+
+def test_labels_are_those_without_autocast() -> None:
+    s, t, classifier = maps((5, 4, 4), (5, 4, 4), torch.float32)
+    with torch.no_grad():  # in bfloat16 all classes would tie
+        classifier.weight.mul_(1e-3).add_(1)
+        classifier.bias.zero_()
+    module = MSDCRDLoss(5, 5, feature_weight=0)
+    expected = module(s, t, classifier)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(s, t, classifier) == expected
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e14, 1e25, 1e36])
+def test_the_size_of_maps_changes_nothing_but_the_size_of_gradients(size: float) -> None:
+    s, t, classifier = maps((5, 4, 4), (5, 4, 4), torch.float32)
+    module = MSDCRDLoss(5, 5, sample_weight=0)
+    s[:, 3] *= 1e-3  # channels of different sizes
+    results = []
+    for factor in (1.0, size):
+        leaf = (factor * s).requires_grad_()
+        term = module(leaf, factor * t, classifier)["feature"]
+        (grad,) = torch.autograd.grad(term, leaf)
+        results.append((term, factor * grad))
+    for actual, expected in zip(*results[::-1], strict=True):
+        assert_close(actual, expected, torch.float32)
+
+
+def test_maps_that_are_not_finite_give_nan() -> None:
+    s, t, classifier = maps((5, 4, 4), (5, 4, 4), torch.float32)
+    s[0, 0, 0, 0] = torch.inf
+    assert MSDCRDLoss(5, 5, sample_weight=0)(s, t, classifier)["feature"].isnan()
+
+
+def test_a_temperature_whose_inverse_overflows_is_named() -> None:
+    s, t, classifier = maps((5, 4, 4), (5, 4, 4), torch.float32)
+    for weights in ({"sample_weight": 0}, {"feature_weight": 0}):
+        with pytest.raises(ValueError, match=r"temperature: got 1e-39, expected a finite number > 2\.9"):
+            MSDCRDLoss(5, 5, temperature=1e-39, **weights)(s, t, classifier)
+
+
+@pytest.mark.parametrize("name", ["windows", "strides"])
+def test_scales_are_a_sequence(name: str) -> None:
+    for value, kind in ((7, "int"), (torch.tensor([3, 2]), "Tensor")):
+        with pytest.raises(TypeError, match=rf"{name}: got .* of type {kind}, expected Sequence"):
+            MSDCRDLoss(5, 5, **{name: value})

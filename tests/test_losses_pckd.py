@@ -245,3 +245,61 @@ def test_preview_weight_of_edges() -> None:
         preview_weight(torch.ones(0), 1.0)
     with pytest.raises(ValueError, match="threshold: got -1"):
         preview_weight(torch.ones(2), -1.0)
+
+
+@pytest.mark.parametrize("biased", ["student", "teacher"])
+def test_weights_and_biases_that_agree_in_total_width_alone_have_no_center(biased: str) -> None:
+    case = Case()
+    module = PCKDLoss(D_S, D_S + 1, hidden_dim=7).double()
+    case.teacher_features = case.teacher_features[:, : D_S + 1]
+    own = nn.Linear(D_S, C, bias=biased == "student").double()
+    other = nn.Linear(D_S + 1, C, bias=biased == "teacher").double()
+    assert list(module(*case.arguments(), own, other, 1)) == ["category", "feature", "kd"]
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_errors_of_classifiers_name_them(whose: str) -> None:
+    case = Case(same=True)
+    name, weight = f"{whose}_classifier", getattr(case, f"{whose}_classifier").weight.detach()
+    for dtype in (torch.int64, torch.int8):
+        with pytest.raises(TypeError, match=rf"{name}: weight: got {dtype}, expected float64"):
+            case.terms(**{name: (weight.to(dtype), None)})
+    with pytest.raises(TypeError, match=rf"{name}: got a bias of torch.float32, expected the dtype of the weight"):
+        case.terms(**{name: (weight, torch.zeros(C))})
+    with pytest.raises(ValueError, match=rf"{name}: got device meta, expected that of the features, cpu"):
+        case.terms(**{name: (weight.to("meta"), None)})
+    with pytest.raises(ValueError, match=rf"{name}: got device meta, expected that of the features, cpu"):
+        case.terms(**{name: (weight, torch.zeros(C, device="meta").double())})
+
+
+def test_a_teacher_classifier_of_another_dtype_is_converted() -> None:
+    case = Case(same=True)
+    expected = case.terms()
+    case.teacher_classifier.to(torch.bfloat16)
+    for name, term in case.terms().items():
+        assert abs(term.item() - expected[name].item()) < 0.02 * (1 + abs(expected[name].item())), name
+
+
+def test_compiles_without_a_graph_break_for_changing_shapes() -> None:
+    torch.compiler.reset()
+    case = Case(same=True, backend="blocked")
+    compiled = torch.compile(case.module, fullgraph=True, backend="aot_eager", dynamic=True)
+    layers = case.student_classifier, case.teacher_classifier
+    for rows, epoch in ((10, 20), (9, 21), (8, 0.5)):
+        arguments = [x[:rows] for x in case.arguments()]
+        expected = case.module(*arguments, *layers, epoch)
+        for name, term in compiled(*arguments, *layers, epoch).items():
+            assert_close(term, expected[name], torch.float64)
+
+
+def test_no_sample_is_too_hard_in_the_limit() -> None:
+    case = Case()
+    assert case.terms(epoch=200_000) == case.terms(epoch=1e300) == case.terms(epoch=20_000)
+
+
+def test_a_negative_cross_entropy_is_an_error() -> None:
+    ce = torch.tensor([1.0, -2.0])
+    with pytest.raises(ValueError, match=r"ce_per_sample: got -2.0, expected cross-entropies >= 0"):
+        preview_weight(ce, 1.0)
+    torch.compiler.reset()
+    assert torch.compile(preview_weight, backend="aot_eager", fullgraph=True)(ce, 1.0).isnan().all()

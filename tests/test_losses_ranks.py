@@ -64,6 +64,18 @@ def test_compiled_modules_leave_the_exchange_to_eager_code(case: str) -> None:
     check(case, (4, 1), "compile")
 
 
+def test_maps_whose_squares_overflow_are_no_exception() -> None:
+    expected = succeeded(run_ranks(2, programs.feature_term_of_size, 1.0))
+    for value in succeeded(run_ranks(2, programs.feature_term_of_size, 1e25)):
+        assert_close(value, expected[0], torch.float32)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    for result in run_ranks(2, programs.second_derivative):
+        assert isinstance(result, Failure)
+        assert "once_differentiable" in result.message
+
+
 @pytest.mark.parametrize("name", ["ckd", "pckd", "msdcrd"])
 def test_local_modules_communicate_nothing(name: str) -> None:
     assert run_ranks(2, programs.local_bytes, name) == [{}, {}]
@@ -76,6 +88,12 @@ def test_preview_weights_compare_with_the_global_mean(sizes: tuple[int, ...]) ->
     expected = preview_weight(ce, 1.1)
     assert_close(torch.cat(weights), expected, torch.float64)
     assert 0 < (expected == 1).sum() < len(ce)
+
+
+def test_preview_weights_are_of_one_dtype() -> None:
+    for result in run_ranks(2, programs.preview_of_two_dtypes):
+        assert isinstance(result, Failure)
+        assert "group: the ranks disagree: dtype: got torch.float32 on rank 0, torch.float64" in result.message
 
 
 def test_local_preview_weights_compare_with_their_own_mean() -> None:
@@ -92,6 +110,16 @@ def test_local_preview_weights_compare_with_their_own_mean() -> None:
         ("msdcrd", {"teacher": torch.zeros(3, 2, 7, 7).double()}, r"teacher_map: got shape .* \(on rank 1 of 2\)"),
         ("msdcrd", {"positives": "label"}, "group: the ranks disagree: module"),
         ("msdcrd", {"teacher": torch.zeros(3, 6, 5, 5).double()}, "group: the ranks disagree: grid"),
+        (
+            "pckd",
+            {"classifier": (torch.zeros(4, 5).double(), None)},
+            "group: the ranks disagree: center: got True on rank 0",
+        ),
+        (
+            "msdcrd",
+            {"classifier": (torch.zeros(4, 6), torch.zeros(4).double())},
+            r"teacher_classifier: got a bias of torch.float64, .* \(on rank 1 of 2\)",
+        ),
     ],
 )
 def test_an_error_on_one_rank_is_raised_on_all(name: str, deviation: dict[str, Any], message: str) -> None:

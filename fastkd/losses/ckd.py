@@ -16,7 +16,7 @@ class CKDLoss(nn.Module):
 
     Args:
         temperature: > 0; divides the cosines. 1 in the paper.
-        group, backend: see :func:`fastkd.dcd_loss`.
+        group, backend: see :class:`fastkd.DCDLoss`.
     """
 
     def __init__(self, temperature: float = 1.0, *, group: Group = None, backend: str | None = None) -> None:

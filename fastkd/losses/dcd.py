@@ -35,7 +35,8 @@ class DCDLoss(nn.Module):
         learnable: ``False`` fixes the scale at ``1 / temperature`` without a clamp, the paper's ablation.
         temperature: of the fixed scale; 0.07 in the paper. Used only if ``learnable=False``.
         logit_bias: keep a ``logit_bias`` parameter, so that state dicts which hold one load. Its gradient is zero.
-        group, backend: see :func:`fastkd.dcd_loss`.
+        group, backend: see :func:`fastkd.dcd_loss`. A module that holds a ProcessGroup, of any method, can be neither
+            deep-copied nor pickled, as the group cannot; with ``None`` or ``"local"`` it can.
     """
 
     def __init__(

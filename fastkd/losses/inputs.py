@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fastkd.validate import check_number
+from fastkd.validate import check_float_dtype, check_number
 
 Classifier = nn.Linear | tuple[Tensor, Tensor | None]
 
@@ -31,12 +31,13 @@ def check_layer_input(name: str, x: Tensor, layer: nn.Module) -> None:
 
 
 def weight_and_bias(
-    name: str, classifier: Classifier, width: int, classes: int | None = None
+    name: str, classifier: Classifier, features: Tensor, classes: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The weight [classes, width] and the bias [classes] or None.
+    """The weight [classes, features.shape[1]] and the bias [classes] or None, of any one float dtype.
 
     Raises:
-        TypeError, ValueError: not a linear layer or a pair (weight, bias) of these shapes.
+        TypeError, ValueError: not a linear layer or a pair (weight, bias) of these shapes, one float dtype and the
+            device of ``features``.
     """
     weight: Tensor
     bias: Tensor | None
@@ -49,9 +50,16 @@ def weight_and_bias(
     if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
         kinds = f"({type(weight).__name__}, {type(bias).__name__})"
         raise TypeError(f"{name}: got a pair {kinds}, expected tensors, the bias may be None")
+    width = features.shape[1]
     if weight.ndim != 2 or weight.shape[1] != width or classes not in (None, weight.shape[0]):
         expected = f"[{'classes' if classes is None else classes}, {width}]"
         raise ValueError(f"{name}: got a weight of shape {list(weight.shape)}, expected {expected}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}: got a bias of shape {list(bias.shape)}, expected [{weight.shape[0]}]")
+    check_float_dtype(f"{name}: weight", weight.dtype)
+    if bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(f"{name}: got a bias of {bias.dtype}, expected the dtype of the weight, {weight.dtype}")
+    for part in (weight, bias):
+        if part is not None and part.device != features.device:
+            raise ValueError(f"{name}: got device {part.device}, expected that of the features, {features.device}")
     return weight, bias

@@ -1,6 +1,7 @@
 """Contrastive representation distillation of multi-scale local features (arXiv 2502.05835)."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,16 @@ from fastkd.contrastive import POSITIVES, masked_contrast_loss
 from fastkd.distributed import Group, Peers, check_group, resolve_group
 from fastkd.losses.inputs import Classifier, check_layer_input, check_part_weights, weight_and_bias
 from fastkd.pooling import multiscale_pool
-from fastkd.validate import check_choice, check_feature_map, check_int, check_number, check_sides, check_windows
+from fastkd.validate import (
+    check_choice,
+    check_feature_map,
+    check_int,
+    check_number,
+    check_sides,
+    check_temperature,
+    check_type,
+    check_windows,
+)
 
 MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens that are looked for in front of a square grid
 
@@ -34,8 +44,8 @@ class MSDCRDLoss(nn.Module):
     The student's map is brought to the teacher's channels by a 1x1 convolution where these differ, and to its grid by
     adaptive average pooling. The teacher's map and classifier get no gradient. Sample-wise this is
     :func:`fastkd.masked_contrast_loss`: a region of the same class is no negative. Feature-wise all comes from the
-    products of the channels, [C, C], and their norms, so no sample is copied; channels no longer than 1e-12 count as
-    zero, and float32 squares must not overflow (1e19).
+    products of the channels, [C, C], and their norms, so no sample travels; channels no longer than 1e-12 count as
+    zero.
 
     From the paper (arXiv 2502.05835): the multi-scale sliding-window pooling, the categorization of local samples, the
     sample-wise and the feature-wise contrast within one batch, without a memory of samples. Our reading: the scales and
@@ -56,7 +66,7 @@ class MSDCRDLoss(nn.Module):
         sample_weight, feature_weight: >= 0, of the two terms. A term of weight zero is left out.
         student_prefix_tokens, teacher_prefix_tokens: how many tokens precede the grid's (class, registers), dropped.
             Default: the smallest number that leaves a square grid.
-        group, backend: see :func:`fastkd.dcd_loss`.
+        group, backend: see :class:`fastkd.DCDLoss`.
     """
 
     def __init__(
@@ -86,6 +96,8 @@ class MSDCRDLoss(nn.Module):
             if tokens is not None:
                 check_int(f"{name}_prefix_tokens", tokens, minimum=0)
         for name, sides in (("windows", windows), ("strides", strides)):
+            if sides is not None:
+                check_type(name, sides, Sequence)
             for side in sides or ():
                 if side is not None or name == "strides":
                     check_int(name, side, minimum=1)
@@ -112,7 +124,8 @@ class MSDCRDLoss(nn.Module):
         student_map, teacher_map: [B, C, H, W] or tokens [B, L, C], one of each kind if need be; their dtypes may
         differ. teacher_classifier: an nn.Linear, a pair (weight [classes, teacher_channels], bias or None), or any
         function of the samples [B * M, teacher_channels] that returns their logits: of a teacher with further layers
-        between pooling and classes.
+        between pooling and classes. A layer or a pair computes in its own float dtype, autocast or not; a function is
+        called as it is, under the caller's autocast.
         """
         process_group = resolve_group(self.group)
         student = teacher = student_map
@@ -132,9 +145,12 @@ class MSDCRDLoss(nn.Module):
             if self.adapter is not None:
                 check_layer_input("student_map", student, self.adapter)
             if isinstance(teacher_classifier, nn.Linear) or not callable(teacher_classifier):
-                weight_and_bias("teacher_classifier", teacher_classifier, self.teacher_channels)
+                weight_and_bias("teacher_classifier", teacher_classifier, teacher)
+            check_temperature(self.temperature, torch.promote_types(student.dtype, teacher.dtype))
             windows, strides = self.scales(teacher.shape[2], teacher.shape[3])
             check_windows(check_sides("windows", windows), check_sides("strides", strides), teacher)
+            if process_group is None:
+                return {}
             dtypes = (student.dtype, teacher.dtype)
             return {"grid": tuple(teacher.shape[2:]), "dtypes": dtypes, "module": self.extra_repr()}
 
@@ -190,8 +206,9 @@ class MSDCRDLoss(nn.Module):
     def _labels(self, samples: Tensor, classifier: Classifier | Callable[[Tensor], Tensor]) -> Tensor:
         """The class that the teacher's classifier gives each of its local samples."""
         if isinstance(classifier, nn.Linear) or not callable(classifier):
-            weight, bias = weight_and_bias("teacher_classifier", classifier, self.teacher_channels)
-            return F.linear(samples.to(weight.dtype), weight, bias).argmax(dim=1)
+            weight, bias = weight_and_bias("teacher_classifier", classifier, samples)
+            with torch.autocast(samples.device.type, enabled=False):  # a rounded tie would be another class
+                return F.linear(samples.to(weight.dtype), weight, bias).argmax(dim=1)
         return classifier(samples).argmax(dim=1)
 
     def extra_repr(self) -> str:
@@ -206,7 +223,7 @@ def _as_grid(whose: str, x: Tensor, channels: int, prefix_tokens: int | None) ->
     """The map [B, C, H, W]; tokens [B, L, C] become a view of their square grid, without the prefix."""
     name = f"{whose}_map"
     if isinstance(x, Tensor) and x.ndim == 3 and x.shape[2] == channels:
-        count = x.shape[1]
+        count = operator.index(x.shape[1])  # a number under torch.compile too: it has no square root of a symbol
         prefixes = range(MAX_PREFIX_TOKENS + 1) if prefix_tokens is None else (prefix_tokens,)
         square = [k for k in prefixes if k < count and math.isqrt(count - k) ** 2 == count - k]
         if not square:
@@ -230,14 +247,25 @@ def _channel_contrast(s: Tensor, t: Tensor, scale: float, peers: Peers | None) -
     dtype = accumulation_dtype(s.dtype)
     with torch.autocast(s.device.type, enabled=False):
         s, t = s.to(dtype), t.to(dtype)
+        largest = torch.stack([_largest(x) for x in (s, t)])
+        if peers is not None:
+            from fastkd.rank_terms import max_over_ranks, sum_over_ranks
+
+            largest = max_over_ranks(largest, peers)
+        # Divided before squaring, as in reference.unit_rows: the square of 1e20 overflows float32.
+        largest = largest.clamp_min(torch.finfo(dtype).tiny)
+        s, t = s / largest[0], t / largest[1]
         norms = [torch.linalg.vector_norm(x, dim=0) for x in (s, t)]
         sums = torch.cat([s.T @ t, torch.stack(norms).square()])
         if peers is not None:
-            from fastkd.rank_terms import sum_over_ranks
-
             sums = sum_over_ranks(sums, peers)
         squares = sums[-2:]
-        is_zero = squares <= NORM_EPS**2
+        is_zero = largest * squares.detach().sqrt() <= NORM_EPS
         inverse_s, inverse_t = squares.masked_fill(is_zero, 1).rsqrt().masked_fill(is_zero, 0)
         cosines = sums[:-2] * inverse_s[:, None] * inverse_t
         return F.cross_entropy(scale * cosines, torch.arange(len(cosines), device=s.device))
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude of every column, [C]; zero without rows."""
+    return torch.linalg.vector_norm(x.detach(), torch.inf, dim=0) if len(x) > 0 else x.new_zeros(x.shape[1])

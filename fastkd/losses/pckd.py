@@ -1,5 +1,6 @@
 """Preview-based category contrastive distillation (arXiv 2410.14143): the module with its heads."""
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from fastkd.functional import kd_loss
 from fastkd.losses.inputs import Classifier, check_layer_input, check_part_weights, weight_and_bias
 from fastkd.preview import weights_by_difficulty
 from fastkd.validate import check_int, check_labels, check_number, check_pair, check_rows
+
+MAX_LOG_THRESHOLD = 700.0  # beyond it, exp overflows a float; no sample is that hard
 
 
 class PCKDLoss(nn.Module):
@@ -53,7 +56,7 @@ class PCKDLoss(nn.Module):
             is not computed, not among the terms, and has no parameters.
         preview_base: > 0; of the preview's threshold. 1.005 in the authors' code.
         hidden_dim: of the MLP.
-        group, backend: see :func:`fastkd.dcd_loss`.
+        group, backend: see :class:`fastkd.DCDLoss`.
     """
 
     def __init__(
@@ -123,11 +126,15 @@ class PCKDLoss(nn.Module):
         labels: [B], int64, in [0, C). student_classifier, teacher_classifier: the layers between features and logits,
         each an nn.Linear or a pair (weight, bias or None). epoch: >= 0, from which the preview's threshold follows.
 
-        ``center`` is absent if the two [weight | bias] differ in shape, as those of models of unequal widths do.
+        ``center`` is absent if the weights differ in shape, as those of models of unequal widths do, or if only one
+        classifier has a bias. The classifiers' dtypes may differ from that of the features.
         """
         process_group = resolve_group(self.group)
+        student: tuple[Tensor, Tensor | None]
+        teacher: tuple[Tensor, Tensor | None]
 
         def check() -> dict[str, Any]:
+            nonlocal student, teacher
             may_be_empty = process_group is not None
             check_pair(
                 "student_logits", student_logits, "teacher_logits", teacher_logits, "[B, C]", may_be_empty=may_be_empty
@@ -140,9 +147,16 @@ class PCKDLoss(nn.Module):
                     check_layer_input("student_features", student_features, layer)
             self._check_features("teacher_features", teacher_features, self.teacher_dim, student_logits)
             classes = student_logits.shape[1]
-            weight_and_bias("student_classifier", student_classifier, self.student_dim, classes)
-            weight_and_bias("teacher_classifier", teacher_classifier, self.teacher_dim, classes)
-            return {"dtype": student_logits.dtype, "epoch": epoch, "module": self.extra_repr()}
+            student = weight_and_bias("student_classifier", student_classifier, student_features, classes)
+            teacher = weight_and_bias("teacher_classifier", teacher_classifier, teacher_features, classes)
+            if process_group is None:
+                return {}
+            return {
+                "dtype": student_logits.dtype,
+                "epoch": epoch,
+                "module": self.extra_repr(),
+                "center": self._has_center(student, teacher),
+            }
 
         n, peers = len(student_logits), None
         if process_group is None:
@@ -154,8 +168,6 @@ class PCKDLoss(nn.Module):
 
             peers = agree_on_rows(process_group, "PCKDLoss", check, student_logits)
             per_sample = peers.world_size / peers.total
-        student = weight_and_bias("student_classifier", student_classifier, self.student_dim)
-        teacher = weight_and_bias("teacher_classifier", teacher_classifier, self.teacher_dim)
         preview = self._preview(student_logits, labels, epoch, peers)
         terms = {}
         if self.student_head is not None and self.teacher_head is not None:
@@ -169,7 +181,7 @@ class PCKDLoss(nn.Module):
                 group=self.group,
                 backend=self.backend,
             )
-        if self.weights["center"] > 0 and _shape(*student) == _shape(*teacher):
+        if self._has_center(student, teacher):
             terms["center"] = _mean_square(student, teacher)
         if self.mlp is not None:
             terms["feature"] = per_sample * _cosine_distances(self.mlp(student_features), teacher_features).sum()
@@ -184,10 +196,16 @@ class PCKDLoss(nn.Module):
         if features.device != logits.device:
             raise ValueError(f"{name}: got device {features.device}, expected that of the logits, {logits.device}")
 
+    def _has_center(self, student: tuple[Tensor, Tensor | None], teacher: tuple[Tensor, Tensor | None]) -> bool:
+        """Whether the term is wanted, and [weight | bias] of the two agree in their parts."""
+        has_bias = [bias is not None for _, bias in (student, teacher)]
+        return self.weights["center"] > 0 and student[0].shape == teacher[0].shape and has_bias[0] == has_bias[1]
+
     def _preview(self, logits: Tensor, labels: Tensor, epoch: float, peers: Peers | None) -> Tensor:
         with torch.no_grad():
             ce = cross_entropy(logits, labels)
-        return weights_by_difficulty(ce, self.preview_base**epoch, peers)
+        is_finite = epoch * math.log(self.preview_base) < MAX_LOG_THRESHOLD
+        return weights_by_difficulty(ce, self.preview_base**epoch if is_finite else math.inf, peers)
 
     def _kd_sum(self, student_logits: Tensor, teacher_logits: Tensor, weight: Tensor) -> Tensor:
         n = len(student_logits)
@@ -214,11 +232,6 @@ def _cosine_distances(x: Tensor, teacher: Tensor) -> Tensor:
     """``2 - 2 cos`` of the rows, [B]."""
     dtype = torch.promote_types(accumulation_dtype(x.dtype), accumulation_dtype(teacher.dtype))
     return 2 - 2 * (unit_rows(x.to(dtype))[0] * unit_rows(teacher.detach().to(dtype))[0]).sum(dim=1)
-
-
-def _shape(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
-    """That of [weight | bias]."""
-    return weight.shape[0], weight.shape[1] + (bias is not None)
 
 
 def _mean_square(student: tuple[Tensor, Tensor | None], teacher: tuple[Tensor, Tensor | None]) -> Tensor:
