@@ -161,6 +161,10 @@ def join_ranks() -> Ranks:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
             return Ranks()
         # With a CPU backend beside NCCL, what the ranks agree on beforehand does not wait for the device.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # torchrun's store outlives a restart: without a prefix, ranks read the addresses of those that died.
+        store, rank, world_size = next(iter(dist.rendezvous("env://")))
+        store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         started_here = True
     return Ranks(dist.get_rank(), dist.get_world_size(), started_here)
