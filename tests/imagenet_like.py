@@ -104,13 +104,12 @@ def soak(kills: int, seed: int, folder: Path, workers: int = 2) -> dict[str, flo
     write_images(folder)
     train(dataclasses.replace(teacher(str(folder)), quiet=True))
     base = dataclasses.replace(
-        student(str(folder)), epochs=max(4, kills // 2), save_every_steps=1, quiet=True, keep=3,
+        student(str(folder)), epochs=max(4, 2 * kills), save_every_steps=1, quiet=True, keep=3,
         data=data(str(folder), workers=workers),
     )  # fmt: skip
     whole = dataclasses.replace(base, run_dir=f"{folder}/whole")
     started = time.perf_counter()
     expected = train(whole)
-    uninterrupted = time.perf_counter() - started
     cut = dataclasses.replace(base, run_dir=f"{folder}/cut", resume_or_start=True)
     file = folder / "cut.json"
     file.write_text(json.dumps(cut.to_dict()))
@@ -119,26 +118,34 @@ def soak(kills: int, seed: int, folder: Path, workers: int = 2) -> dict[str, flo
         "train(TrainConfig.from_dict(json.loads(open(sys.argv[1]).read())))"
     )
     generator = random.Random(seed)
-    saved, done, resumed = 0, 0, 0
+    checkpoints = folder / "cut" / "checkpoints"
+
+    def newest() -> int:
+        found = list_checkpoints(checkpoints) if checkpoints.exists() else []
+        return int(found[-1].name.split("-")[1]) if found else 0
+
+    saved, done, resumed, steps = 0, 0, 0, read_checkpoint(Path(str(expected.path))).manifest["step"]
     while True:
         process = subprocess.Popen([sys.executable, "-c", code, str(file)], stderr=subprocess.PIPE)
-        begun = time.perf_counter()
-        wait = generator.uniform(0.5, 1.5) * uninterrupted / (kills + 1) + 4 if done < kills else 600
-        while process.poll() is None and time.perf_counter() - begun < wait:
-            time.sleep(0.01)
-        if process.poll() is None and done < kills:
-            process.send_signal(signal.SIGKILL)
-            done += 1
+        if done < kills:
+            # Within a step or a save some way on; now and then while the process starts.
+            goal, begun = saved + generator.randint(0, steps // (kills + 1)), time.perf_counter()
+            early = generator.uniform(0, 6) if goal == saved else 600
+            while process.poll() is None and time.perf_counter() - begun < early and newest() < max(goal, saved + 1):
+                time.sleep(0.002)
+            time.sleep(generator.uniform(0, 0.1))
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                done += 1
         _, errors = process.communicate(timeout=600)
         assert process.returncode in (0, -signal.SIGKILL), errors.decode()
-        found = list_checkpoints(folder / "cut" / "checkpoints")
-        newest = int(found[-1].name.removeprefix("step-")) if found else 0
-        assert newest >= saved, f"step {saved} was saved, the newest is {newest}"
-        resumed += newest > saved
-        saved = newest
+        found = newest()
+        assert found >= saved, f"step {saved} was saved, the newest is {found}"
+        resumed += found > saved
+        saved = found
         if process.returncode == 0:
             break
-    one, other = (read_checkpoint(Path(path)) for path in (expected.path, found[-1]))
+    one, other = (read_checkpoint(Path(path)) for path in (expected.path, list_checkpoints(checkpoints)[-1]))
     for name in ("student", "loss", "ema"):
         for key, value in getattr(one, name).items():
             assert value.equal(getattr(other, name)[key]), f"{name} {key} differs"
