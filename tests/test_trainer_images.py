@@ -1,6 +1,7 @@
 """Images on disk: folders, shards and CIFAR's files are read right, broken images are replaced and counted."""
 
 import io
+import os
 import pickle
 import tarfile
 import warnings
@@ -101,6 +102,58 @@ def test_an_index_follows_its_shards(tmp_path: Path) -> None:
     assert after.labels[-1] == 7
 
 
+@pytest.mark.parametrize("damage", ["empty", "flipped", "other header", "shapes", "beyond"])
+def test_a_damaged_index_is_made_again(tmp_path: Path, damage: str) -> None:
+    root = write_shards(tmp_path) / "train"
+    before = ShardImages(root, identity, NORMALIZATION)
+    (kept,) = root.glob(".fastkd-index-*.npz")
+    right = kept.read_bytes()
+    assert kept.stat().st_mode & 0o777 == 0o644 & ~_umask()
+    if damage == "empty":
+        kept.write_bytes(b"")
+    elif damage in ("flipped", "other header"):
+        place = 200 if damage == "flipped" else right.rindex(b"PK\1\2") + 10  # the kind of compression
+        kept.write_bytes(right[:place] + bytes([right[place] ^ 0xFF]) + right[place + 1 :])
+    else:
+        index = dict(np.load(io.BytesIO(right)))
+        index["size"] = index["size"][:-1] if damage == "shapes" else index["size"] + 10**6
+        np.savez(kept, **index)
+    after = ShardImages(root, identity, NORMALIZATION)
+    assert torch.equal(after.labels, before.labels)
+    assert all(torch.equal(after[index][0], before[index][0]) for index in range(len(before)))
+    assert kept.read_bytes() == right
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_an_index_that_cannot_be_kept_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    root = write_shards(tmp_path) / "train"
+    assert len(ShardImages(root, identity, NORMALIZATION)) == 9
+    assert not list(root.glob(".fastkd-index-*"))
+
+
+def test_cls_is_the_label_whatever_json_says(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name, content in {
+            "a.cls": b"1",
+            "a.json": b'{"label": 2}',
+            "a.png": b"x",
+            "b.json": b'{"caption": "no label"}',
+            "b.png": b"x",
+            "b.cls": b"3",
+        }.items():
+            add(archive, name, content)
+    assert ShardImages(tmp_path, identity, NORMALIZATION).labels.tolist() == [1, 3]
+
+
 def test_shards_are_read_by_worker_processes(tmp_path: Path) -> None:
     dataset = ShardImages(write_shards(tmp_path) / "train", identity, NORMALIZATION)
     dataset[0]  # opens a file before the workers are forked
@@ -115,6 +168,11 @@ def test_shards_are_read_by_worker_processes(tmp_path: Path) -> None:
         ({"a.png": b"x", "a.cls": b"dog"}, "not a WebDataset shard"),
         ({"a.png": b"x", "a.json": b"{}"}, "not a WebDataset shard"),
         ({"a.png": b"x", "a.cls": b"-1"}, "got the label -1"),
+        ({"a.png": b"x", "a.cls": b"10000000"}, r"0\.tar: .*got the label 10000000"),
+        ({"a.png": b"x", "a.cls": b"1e30"}, r"0\.tar: is not a WebDataset shard"),
+        ({"a.png": b"x", "a.json": b'{"label": 1e30}'}, r"0\.tar: .*got the label 1e\+30, expected an int"),
+        ({"a.png": b"x", "a.json": b'{"label": true}'}, "got the label True, expected an int"),
+        ({"a.png": b"x", "a.jpg": b"x", "a.cls": b"1"}, r"0\.tar: 1 samples have a second image .* such as a\.jpg"),
         ({"a.txt": b"x"}, "hold no image with a label"),
     ],
 )
