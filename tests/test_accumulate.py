@@ -15,7 +15,7 @@ from tests.checks import assert_close
 
 
 class Net(nn.Module):
-    """Dropout, noise of Python's and numpy's generators, batch norm, and (as spectral norm does) a buffer that every forward pass changes and reads."""
+    """Dropout, noise of Python and numpy, batch norm, and (as spectral norm) a buffer that a pass changes and reads."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
