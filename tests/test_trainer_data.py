@@ -1,7 +1,8 @@
 """The digits, the labelled subset, the order of the data, any dataset."""
 
-import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -131,13 +132,23 @@ def test_a_signal_to_the_whole_process_group_ends_no_worker(kind):
     seen = [next(iterator)[1]]
     (worker,) = iterator._workers
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        os.kill(worker.pid, number)
+        subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True)
     time.sleep(0.2)
     seen += [labels for _, labels in iterator]
     assert sorted(torch.cat(seen).tolist()) == list(range(64))
     del iterator, loader
     worker.join(10)
     assert not worker.is_alive()
+
+
+def test_a_process_that_ends_within_an_epoch_does_not_wait_for_its_workers():
+    program = (
+        "import torch; from fastkd.trainer import *; from fastkd.trainer.data import train_loader\n"
+        "data = TensorImages(torch.zeros(64, 1), torch.arange(64))\n"
+        "config = DataConfig(batch_size=4, num_workers=2)\n"
+        "iterator = iter(train_loader(data, config, 0, torch.device('cpu'))[0]); next(iterator)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_the_loader_leaves_the_global_generator_alone():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -308,7 +310,17 @@ def collate(batch: Any) -> Any:
 def _leave_signals_to_main(worker: int) -> None:
     """torchrun, timeout and scancel signal the whole process group, and a worker that dies takes the run with it."""
     for number in (*SIGNALS, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    # The main process itself ends its workers by SIGTERM, and would wait for one that ignored that for ever.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_main, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_main(main: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
+        pass
+    os._exit(0)
 
 
 def train_loader(
