@@ -1,5 +1,10 @@
 """The digits, the labelled subset, the order of the data, any dataset."""
 
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -11,7 +16,7 @@ from fastkd.trainer import (
     load_digits,
     train,
 )
-from fastkd.trainer.data import EpochSampler, SeededFetch, train_loader
+from fastkd.trainer.data import EpochSampler, SeededFetch, eval_loader, train_loader
 from tests.trainer_runs import DropoutNet, batch, distiller, lines, noisy_data, one_thread, tiny_config  # noqa: F401
 
 
@@ -115,6 +120,35 @@ def test_the_workers_generators_depend_on_seed_epoch_and_batch_alone():
     assert not torch.equal(drawn(0, [3, 1], seed=1), first)
     plain = noisy_data()[0].images
     assert not torch.equal(drawn(0, [4, 1])[1] - plain[1], first[1] - plain[1])
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_a_signal_to_the_whole_process_group_ends_no_worker(kind):
+    data = TensorImages(torch.zeros(64, 1), torch.arange(64))
+    config = DataConfig(batch_size=4, eval_batch_size=4, num_workers=1)
+    cpu = torch.device("cpu")
+    loader = train_loader(data, config, 0, cpu)[0] if kind == "train" else eval_loader(data, config, cpu)
+    iterator = iter(loader)
+    seen = [next(iterator)[1]]
+    (worker,) = iterator._workers
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True)
+    time.sleep(0.2)
+    seen += [labels for _, labels in iterator]
+    assert sorted(torch.cat(seen).tolist()) == list(range(64))
+    del iterator, loader
+    worker.join(10)
+    assert not worker.is_alive()
+
+
+def test_a_process_that_ends_within_an_epoch_does_not_wait_for_its_workers():
+    program = (
+        "import torch; from fastkd.trainer import *; from fastkd.trainer.data import train_loader\n"
+        "data = TensorImages(torch.zeros(64, 1), torch.arange(64))\n"
+        "config = DataConfig(batch_size=4, num_workers=2)\n"
+        "iterator = iter(train_loader(data, config, 0, torch.device('cpu'))[0]); next(iterator)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_the_loader_leaves_the_global_generator_alone():

@@ -22,6 +22,7 @@ from fastkd.trainer import (
     load_weights,
     train,
 )
+from fastkd.trainer.config import differences
 from fastkd.trainer.log import Meter
 from tests.trainer_runs import DropoutNet, batch, distiller, lines, noisy_data, one_thread, tiny_config  # noqa: F401
 
@@ -198,3 +199,12 @@ def test_a_config_survives_json(tmp_path):
         TrainConfig.from_dict({"optim": {"rate": 1}})
     with pytest.raises(TypeError, match="expected numbers, strings, lists and dicts"):
         dataclasses.replace(config, student=ModelConfig(name="a:b", options={"layer": nn.ReLU})).to_dict()
+
+
+def test_a_resumed_run_may_find_its_data_elsewhere_but_not_other_data():
+    def saved(chunks=1, **data):
+        options = {"root": data.pop("root", "/a"), "image_size": data.pop("image_size", 224)}
+        return TrainConfig(chunks=chunks, data=DataConfig(options=options, **data)).to_dict()
+
+    assert differences(saved(), saved(chunks=2, root="/b", num_workers=3, eval_batch_size=7)) == []
+    assert differences(saved(), saved(image_size=32)) == ["data.options.image_size: 224 -> 32"]

@@ -1,7 +1,7 @@
 """Images on disk: folders, shards and CIFAR's files are read right, broken images are replaced and counted."""
 
 import io
-import pickle
+import os
 import tarfile
 import warnings
 from pathlib import Path
@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from fastkd.trainer.cifar import PIXELS, load_cifar, shift_and_flip
+from fastkd.trainer import cli
 from fastkd.trainer.data import DataConfig, EpochSampler, train_loader
-from fastkd.trainer.images import IMAGENET_MEAN, IMAGENET_STD, BrokenImagesError, FolderImages, load_images
+from fastkd.trainer.images import IMAGENET_MEAN, IMAGENET_STD, BrokenImagesError, FolderImages, decode, load_images
 from fastkd.trainer.shards import ShardImages
 
 CLASSES = ("ant", "bee", "cat")
@@ -101,6 +101,58 @@ def test_an_index_follows_its_shards(tmp_path: Path) -> None:
     assert after.labels[-1] == 7
 
 
+@pytest.mark.parametrize("damage", ["empty", "flipped", "other header", "shapes", "beyond"])
+def test_a_damaged_index_is_made_again(tmp_path: Path, damage: str) -> None:
+    root = write_shards(tmp_path) / "train"
+    before = ShardImages(root, identity, NORMALIZATION)
+    (kept,) = root.glob(".fastkd-index-*.npz")
+    right = kept.read_bytes()
+    assert kept.stat().st_mode & 0o777 == 0o644 & ~_umask()
+    if damage == "empty":
+        kept.write_bytes(b"")
+    elif damage in ("flipped", "other header"):
+        place = 200 if damage == "flipped" else right.rindex(b"PK\1\2") + 10  # the kind of compression
+        kept.write_bytes(right[:place] + bytes([right[place] ^ 0xFF]) + right[place + 1 :])
+    else:
+        index = dict(np.load(io.BytesIO(right)))
+        index["size"] = index["size"][:-1] if damage == "shapes" else index["size"] + 10**6
+        np.savez(kept, **index)
+    after = ShardImages(root, identity, NORMALIZATION)
+    assert torch.equal(after.labels, before.labels)
+    assert all(torch.equal(after[index][0], before[index][0]) for index in range(len(before)))
+    assert kept.read_bytes() == right
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_an_index_that_cannot_be_kept_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    root = write_shards(tmp_path) / "train"
+    assert len(ShardImages(root, identity, NORMALIZATION)) == 9
+    assert not list(root.glob(".fastkd-index-*"))
+
+
+def test_cls_is_the_label_whatever_json_says(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name, content in {
+            "a.cls": b"1",
+            "a.json": b'{"label": 2}',
+            "a.png": b"x",
+            "b.json": b'{"caption": "no label"}',
+            "b.png": b"x",
+            "b.cls": b"3",
+        }.items():
+            add(archive, name, content)
+    assert ShardImages(tmp_path, identity, NORMALIZATION).labels.tolist() == [1, 3]
+
+
 def test_shards_are_read_by_worker_processes(tmp_path: Path) -> None:
     dataset = ShardImages(write_shards(tmp_path) / "train", identity, NORMALIZATION)
     dataset[0]  # opens a file before the workers are forked
@@ -115,6 +167,11 @@ def test_shards_are_read_by_worker_processes(tmp_path: Path) -> None:
         ({"a.png": b"x", "a.cls": b"dog"}, "not a WebDataset shard"),
         ({"a.png": b"x", "a.json": b"{}"}, "not a WebDataset shard"),
         ({"a.png": b"x", "a.cls": b"-1"}, "got the label -1"),
+        ({"a.png": b"x", "a.cls": b"10000000"}, r"0\.tar: .*got the label 10000000"),
+        ({"a.png": b"x", "a.cls": b"1e30"}, r"0\.tar: is not a WebDataset shard"),
+        ({"a.png": b"x", "a.json": b'{"label": 1e30}'}, r"0\.tar: .*got the label 1e\+30, expected an int"),
+        ({"a.png": b"x", "a.json": b'{"label": true}'}, "got the label True, expected an int"),
+        ({"a.png": b"x", "a.jpg": b"x", "a.cls": b"1"}, r"0\.tar: 1 samples have a second image .* such as a\.jpg"),
         ({"a.txt": b"x"}, "hold no image with a label"),
     ],
 )
@@ -196,6 +253,47 @@ def test_every_kind_of_image_becomes_rgb(tmp_path: Path, mode: str, kind: str) -
     assert FolderImages(tmp_path, identity, NORMALIZATION)[0][0].shape == (3, 24, 28)
 
 
+@pytest.mark.parametrize(("dtype", "kind"), [(np.uint16, "PNG"), (">u2", "TIFF"), (np.int32, "TIFF")])
+def test_sixteen_bits_become_eight(dtype: str, kind: str) -> None:
+    pixels = np.array([[0, 257, 129 * 257 + 100], [256 * 128, 65535, 300]])
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(dtype)).save(buffer, kind)
+    image = np.array(decode(buffer.getvalue()))
+    assert image.shape == (2, 3, 3)
+    assert image[..., 0].tolist() == [[0, 1, 129], [128, 255, 1]]
+
+
+def test_floating_point_pixels_count_as_broken(tmp_path: Path) -> None:
+    root = write_folder(tmp_path) / "train"
+    Image.fromarray(np.full((24, 28), 0.5, np.float32)).save(root / "ant" / "0.tiff")
+    dataset = FolderImages(root, identity, NORMALIZATION)
+    with pytest.warns(RuntimeWarning, match=r"ant/0\.tiff: cannot be read \(ValueError: has floating-point pixels"):
+        assert torch.equal(dataset[1][0], dataset[2][0])
+
+
+def test_names_of_files_need_not_be_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name, content in ((b"caf\xe9.png", encoded(0)), (b"empty\xe9.png", b"")):
+        (tmp_path / "a" / os.fsdecode(name)).write_bytes(content)
+    dataset = FolderImages(tmp_path, identity, NORMALIZATION)
+    assert torch.equal(dataset[0][0], identity(Image.open(io.BytesIO(encoded(0)))))
+    with pytest.warns(RuntimeWarning, match=r"empty\\xe9\.png: cannot be read"):
+        dataset[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_broken_images_are_one_line_of_the_command(
+    tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_folder(tmp_path) / "train"
+    (root / "ant" / "1.png").write_bytes(b"")
+    dataset = FolderImages(root, identity, NORMALIZATION, max_broken=0)
+    monkeypatch.setitem(cli._COMMANDS, "train", lambda _: len(list(DataLoader(dataset, 9, num_workers=workers))))
+    assert cli.main(["train"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fastkd train: data: 1 images cannot be read, expected at most 0")
+
+
 def test_bad_image_options_are_named(tmp_path: Path) -> None:
     write_folder(tmp_path)
     for options, message in (
@@ -257,118 +355,3 @@ def test_a_run_may_ask_for_shards_only_of_data_that_has_them(tmp_path: Path) -> 
     train, _ = load_images(str(tmp_path / "folder"), image_size=8)
     with pytest.raises(ValueError, match=r"data\.shuffle_shards: got FolderImages"):
         train_loader(train, config, 0, torch.device("cpu"))
-
-
-# CIFAR
-
-
-def records(classes: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels [n, 3072], coarse and fine labels [n]."""
-    generator = np.random.default_rng(seed)
-    pixels = generator.integers(0, 256, (n, PIXELS), dtype=np.uint8)
-    return pixels, generator.integers(0, 20, n, dtype=np.uint8), generator.integers(0, classes, n, dtype=np.uint8)
-
-
-def python2_pickle(pixels: np.ndarray, name: bytes, labels: list[int]) -> bytes:
-    """As Python 2 wrote the published files: byte strings everywhere, the array by numpy's ``_reconstruct``."""
-
-    def string(value: bytes) -> bytes:
-        return b"T" + len(value).to_bytes(4, "little") + value
-
-    def number(value: int) -> bytes:
-        return b"J" + value.to_bytes(4, "little")
-
-    rows, columns = pixels.shape
-    dtype = b"cnumpy\ndtype\n" + string(b"u1") + number(0) + number(1) + b"\x87R"
-    dtype += b"(" + number(3) + string(b"|") + b"NNN" + b"J\xff\xff\xff\xff" * 2 + number(0) + b"tb"
-    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + number(0) + b"\x85" + string(b"b") + b"\x87R"
-    array += b"(" + number(1) + number(rows) + number(columns) + b"\x86" + dtype + b"\x89" + string(pixels.tobytes())
-    array += b"tb"
-    listed = b"](" + b"".join(number(label) for label in labels) + b"e"
-    return b"\x80\x02}(" + string(b"data") + array + string(name) + listed + b"u."
-
-
-def write_cifar(root: Path, kind: str, classes: int) -> tuple[Path, np.ndarray, np.ndarray]:
-    """Returns the folder, and pixels and labels of the training set."""
-    folder = {
-        ("binary", 10): "cifar-10-batches-bin",
-        ("binary", 100): "cifar-100-binary",
-        ("python", 10): "cifar-10-batches-py",
-        ("python", 100): "cifar-100-python",
-    }[kind, classes]
-    end = ".bin" if kind == "binary" else ""
-    train = ["train"] if classes == 100 else [f"data_batch_{i}" for i in range(1, 6)]
-    (root / folder).mkdir()
-    everything = []
-    for seed, name in enumerate([*train, "test" if classes == 100 else "test_batch"]):
-        pixels, coarse, fine = records(classes, 7, seed)
-        everything.append((pixels, fine))
-        if kind == "binary":
-            columns = (coarse[:, None], fine[:, None], pixels) if classes == 100 else (fine[:, None], pixels)
-            np.concatenate(columns, axis=1).tofile(root / folder / f"{name}{end}")
-        else:
-            key = b"fine_labels" if classes == 100 else b"labels"
-            (root / folder / name).write_bytes(python2_pickle(pixels, key, fine.tolist()))
-    pixels, labels = (np.concatenate(parts) for parts in zip(*everything[:-1], strict=True))
-    return root / folder, pixels, labels
-
-
-@pytest.mark.parametrize("classes", [10, 100])
-@pytest.mark.parametrize("kind", ["binary", "python"])
-def test_cifar_is_read_in_both_layouts(tmp_path: Path, kind: str, classes: int) -> None:
-    folder, pixels, labels = write_cifar(tmp_path, kind, classes)
-    for root in (tmp_path, folder):
-        train, test = load_cifar(str(root), classes=classes)
-        assert torch.equal(train.images, torch.from_numpy(pixels).view(-1, 3, 32, 32))
-        assert train.labels.tolist() == labels.tolist()
-        assert len(test) == 7
-        images, chosen = test.__getitems__([3, 1])
-        assert torch.equal(chosen, test.labels[[3, 1]])
-        mean, std = (torch.tensor(values)[:, None, None] for values in test.normalization)
-        torch.testing.assert_close(images[0], (test.images[3] / 255 - mean) / std)
-
-
-def test_a_pickle_that_names_code_is_refused_before_it_runs(tmp_path: Path) -> None:
-    folder, _, _ = write_cifar(tmp_path, "python", 100)
-
-    class Bomb:
-        def __reduce__(self) -> tuple[object, tuple[Path]]:
-            return Path.mkdir, (tmp_path / "ran",)
-
-    (folder / "train").write_bytes(pickle.dumps({b"data": Bomb(), b"fine_labels": []}))
-    with pytest.raises(ValueError, match=r"train: is not a file of CIFAR-100 \(UnpicklingError: names "):
-        load_cifar(str(tmp_path))
-    assert not (tmp_path / "ran").exists()
-
-
-def test_damaged_cifar_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"found no CIFAR-100 in .*cifar-100-binary or cifar-100-python"):
-        load_cifar(str(tmp_path))
-    folder, _, _ = write_cifar(tmp_path, "binary", 100)
-    content = (folder / "train.bin").read_bytes()
-    (folder / "train.bin").write_bytes(content[:-1])
-    with pytest.raises(ValueError, match="expected a multiple of 3074"):
-        load_cifar(str(tmp_path))
-    (folder / "train.bin").write_bytes(content[:1] + b"\xc8" + content[2:])
-    with pytest.raises(ValueError, match=r"expected one each in \[0, 100\)"):
-        load_cifar(str(tmp_path))
-
-
-def test_augmented_images_are_shifted_windows_and_their_mirrors() -> None:
-    torch.manual_seed(0)
-    images = torch.randint(1, 256, (64, 3, 6, 5), dtype=torch.uint8)
-    result = shift_and_flip(images, 2)
-    padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
-    found = set()
-    for before, after in zip(padded, result, strict=True):
-        matches = {
-            (top, left, flip)
-            for top in range(5)
-            for left in range(5)
-            for flip in (False, True)
-            if torch.equal(after.flip(2) if flip else after, before[:, top : top + 6, left : left + 5])
-        }
-        assert len(matches) == 1
-        found |= matches
-    assert {flip for *_, flip in found} == {False, True}
-    assert {top for top, *_ in found} == {left for _, left, _ in found} == set(range(5))

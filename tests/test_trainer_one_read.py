@@ -65,6 +65,17 @@ def test_one_term_alone_is_computed_alone(
     assert list(named) == [terms[-2:]]
 
 
+def test_class_probabilities_go_through_torchs_cross_entropy(
+    reads: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective, "_ONE_READ_DEVICES", {"cpu"})
+    student, teacher, labels = outputs()
+    model = Objective(ObjectiveConfig(terms="ce + kd"), *shapes(6, 9))
+    _, named = model(student, teacher, F.one_hot(labels, 5).float())
+    assert not reads
+    torch.testing.assert_close(named["ce"], F.cross_entropy(student.logits, labels).detach())
+
+
 def test_a_users_own_cross_entropy_is_not_replaced(reads: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objective, "_ONE_READ_DEVICES", {"cpu"})
 

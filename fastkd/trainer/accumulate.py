@@ -10,9 +10,11 @@ it. Memory is that of one chunk's activations and the whole batch's outputs; tim
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -97,11 +99,15 @@ def average_gradients(module: nn.Module, world_size: int) -> None:
             grad.copy_(part.view_as(grad))
 
 
-def _generators(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+def _generators(device: torch.device) -> tuple[Tensor, Tensor | None, Any, Any]:
+    """Torch's, the device's, Python's and numpy's: a student may draw from any (stochastic depth, masks)."""
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), on_device, random.getstate(), np.random.get_state()  # noqa: NPY002
 
 
-def _set_generators(state: tuple[Tensor, Any], device: torch.device) -> None:
+def _set_generators(state: tuple[Tensor, Tensor | None, Any, Any], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)
+    random.setstate(state[2])
+    np.random.set_state(state[3])  # noqa: NPY002

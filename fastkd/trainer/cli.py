@@ -41,13 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"fastkd: {error}", file=sys.stderr)
         return 1
+    from fastkd.trainer.export import ExportError
+    from fastkd.trainer.images import BrokenImagesError
+
+    ours = (trainer.CheckpointError, trainer.NonFiniteLossError, BrokenImagesError, ExportError)
     try:
         return _COMMANDS[command](rest)
     # What a user can put right is told in one line; any other exception keeps its traceback.
-    except (ValueError, TypeError, OSError, trainer.CheckpointError, trainer.NonFiniteLossError) as error:
+    except (ValueError, TypeError, OSError, *ours) as error:
         if isinstance(error, TypeError) and not _is_ours(error):
             raise
-        print(f"fastkd {command}: {error}", file=sys.stderr)
+        message = str(error)
+        if isinstance(error, BrokenImagesError):  # one from a loader's worker contains its traceback
+            message = message.rpartition("BrokenImagesError: ")[2].strip()
+        print(f"fastkd {command}: {message}", file=sys.stderr)
         return 1
 
 

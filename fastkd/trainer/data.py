@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_colla
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastkd.trainer.imports import import_object
+from fastkd.trainer.stop import SIGNALS
 from fastkd.validate import check_int, check_type
 
 
@@ -303,6 +307,22 @@ def collate(batch: Any) -> Any:
     return default_collate(batch) if isinstance(batch, list) else batch
 
 
+def _leave_signals_to_main(worker: int) -> None:
+    """torchrun, timeout and scancel signal the whole process group, and a worker that dies takes the run with it."""
+    for number in (*SIGNALS, signal.SIGINT):
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    # The main process itself ends its workers by SIGTERM, and would wait for one that ignored that for ever.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_main, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_main(main: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
+        pass
+    os._exit(0)
+
+
 def train_loader(
     dataset: Any, config: DataConfig, seed: int, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> tuple[StatefulDataLoader, Callable[[int], None]]:
@@ -332,6 +352,7 @@ def train_loader(
         num_workers=config.num_workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_main,
         # A generator of its own: otherwise every pass draws a number from torch's global one.
         generator=torch.Generator().manual_seed(seed),
     )
@@ -356,5 +377,6 @@ def eval_loader(
         num_workers=config.num_workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_main,
         generator=torch.Generator(),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -92,10 +93,15 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
 
 
 def decode(encoded: bytes) -> Any:
-    """An RGB image of PIL's."""
+    """An RGB image of PIL's, 16 bits scaled to 8. ValueError for floating-point pixels, whose range is unknown."""
     from PIL import Image
 
     with Image.open(io.BytesIO(encoded)) as image:
+        if image.mode == "F":
+            raise ValueError("has floating-point pixels, expected 8 or 16 bits")
+        if image.mode == "I" or image.mode.startswith("I;16"):  # PIL would clip them to 8 bits
+            pixels = np.asarray(image, dtype=np.float64) / 257
+            return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
 
 
@@ -120,7 +126,7 @@ class FolderImages(ImageSamples):
         except FileNotFoundError as error:
             raise ValueError(f"data.options.root: {error}") from None
         # One array for all names: a list of a million strings is copied into every worker as soon as it is read.
-        self._names = np.array([str(Path(path).relative_to(root)).encode() for path, _ in samples])
+        self._names = np.array([os.fsencode(Path(path).relative_to(root)) for path, _ in samples])
         self.root = root
         super().__init__(torch.tensor([label for _, label in samples]), classes, transform, normalization, max_broken)
 
@@ -128,10 +134,10 @@ class FolderImages(ImageSamples):
         return self._path(index).read_bytes()
 
     def describe(self, index: int) -> str:
-        return str(self._path(index))
+        return os.fsencode(self._path(index)).decode(errors="backslashreplace")
 
     def _path(self, index: int) -> Path:
-        return self.root / self._names[index].decode()
+        return self.root / os.fsdecode(self._names[index])
 
 
 def train_transform(

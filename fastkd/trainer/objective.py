@@ -98,6 +98,8 @@ def _ce_and_kd(
     ce, kd = terms.get("ce"), terms.get("kd")
     if not (isinstance(ce, CETerm) and isinstance(kd, KDTerm) and student.logits.device.type in _ONE_READ_DEVICES):
         return {}
+    if labels.ndim != 1:  # class probabilities, which only torch's cross-entropy takes
+        return {}
     assert teacher is not None
     ce_value, kd_value = ce_kd_terms(
         *one_dtype(student.logits, teacher.logits), labels, kd.loss.temperature, label_smoothing=ce.label_smoothing

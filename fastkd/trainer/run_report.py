@@ -77,7 +77,12 @@ def render(runs: Sequence[RecordedRun]) -> str:
         sections=draw_sections(runs),
         facts=side_by_side([facts(run) for run in runs]),
         settings=settings,
-        differing={name: row for name, row in settings.items() if len(row) > 1 and name not in FREE_TO_CHANGE},
+        # Data that a run may find elsewhere when it is resumed are other data, as far as two runs tell.
+        differing={
+            name: row
+            for name, row in settings.items()
+            if len(row) > 1 and (name not in FREE_TO_CHANGE or name == "data.options.root")
+        },
         thinned=[run for run in runs if len(run.steps) > MAX_POINTS],
         max_points=MAX_POINTS,
     )

@@ -7,12 +7,13 @@ reader would make them depend on the number of ranks and workers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import tarfile
-import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,16 @@ from torch import Tensor
 from fastkd.trainer.images import EXTENSIONS, ImageSamples
 
 OPEN_SHARDS = 64  # file handles that a process keeps
+MAX_LABELS = 10_000_000  # a label beyond is a damaged one; there is a class, with a name, for every number up to it
+_COLUMNS = ("shard", "offset", "size", "label")
 
 
 class ShardImages(ImageSamples):
     """The images of all ``*.tar`` in a folder; classes are the numbers up to the largest label.
 
     A sample is the files of one shard that share everything before the first dot: an image and its label, ``.cls`` (a
-    number as text) or ``.json`` (with ``"label"`` or ``"cls"``). Other files are ignored. The index is kept in
-    ``.fastkd-index-*.npz`` beside the shards, or in memory where the folder cannot be written.
+    number as text) or else ``.json`` (with the int ``"label"`` or ``"cls"``). Other files are ignored. The index is
+    kept in ``.fastkd-index-*.npz`` beside the shards, or in memory where the folder cannot be written.
     """
 
     def __init__(
@@ -89,30 +92,58 @@ def _handle(path: str, process: int) -> int:
 def read_index(root: Path, shards: list[Path]) -> dict[str, np.ndarray]:
     """``shard``, ``offset``, ``size`` and ``label`` of every sample; the kept ones if the shards are unchanged."""
     states = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
-    kept = root / f".fastkd-index-{hashlib.sha256(repr(states).encode()).hexdigest()[:16]}.npz"
+    # 2: the version of what is kept.
+    kept = root / f".fastkd-index-{hashlib.sha256(repr((2, states)).encode()).hexdigest()[:16]}.npz"
     try:
         with np.load(kept, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in ("shard", "offset", "size", "label")}
-    except (OSError, ValueError, KeyError):
+            index = {name: arrays[name] for name in _COLUMNS}
+        if _is_sound(index, np.array([size for _, size, _ in states])):
+            return index
+    except Exception:  # missing; or damaged, which raises almost anything
         pass
     rows = [(number, *sample) for number, shard in enumerate(shards) for sample in _samples(shard)]
     if not rows:
         raise ValueError(f"data.options.root: the {len(shards)} tar files in {root} hold no image with a label")
     table = np.array(rows, dtype=np.int64)
-    index = dict(zip(("shard", "offset", "size", "label"), np.ascontiguousarray(table.T), strict=True))
-    try:
-        with tempfile.NamedTemporaryFile(dir=root, prefix=".fastkd-index-", suffix=".tmp", delete=False) as file:
-            np.savez(file, **index)
-        os.replace(file.name, kept)
-    except OSError:
-        pass  # a folder that cannot be written: the index is made again next time
+    index = dict(zip(_COLUMNS, np.ascontiguousarray(table.T), strict=True))
+    # A folder that cannot be written, or is full: the index is made again next time.
+    with contextlib.suppress(OSError):
+        _keep(index, kept)
     return index
+
+
+def _is_sound(index: dict[str, np.ndarray], sizes: np.ndarray) -> bool:
+    """Whether every sample lies within a shard; ``sizes``: those of the shards in bytes."""
+    rows = index["shard"].shape
+    if len(rows) != 1 or rows[0] == 0 or any(column.shape != rows for column in index.values()):
+        return False
+    if any(column.dtype != np.int64 or column.min() < 0 for column in index.values()):
+        return False
+    shard, offset, size, label = (index[name] for name in _COLUMNS)
+    if shard.max() >= len(sizes) or (np.diff(shard) < 0).any() or label.max() >= MAX_LABELS:
+        return False
+    return bool((offset <= sizes[shard]).all() and (size <= sizes[shard] - offset).all())
+
+
+def _keep(index: dict[str, Any], path: Path) -> None:
+    """Write the index whole or not at all, readable to others as far as the umask allows."""
+    temporary = path.with_name(f".fastkd-index-{uuid.uuid4().hex}.tmp")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
+            np.savez(file, **index)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _samples(shard: Path) -> list[tuple[int, int, int]]:
     """(offset, size, label) of every image of a shard."""
     images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
+    texts: dict[str, dict[str, bytes]] = {".cls": {}, ".json": {}}
+    twice: list[str] = []
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
@@ -122,14 +153,29 @@ def _samples(shard: Path) -> list[tuple[int, int, int]]:
                 stem, _, extension = name.partition(".")
                 key, extension = f"{folder}/{stem}", f".{extension.lower()}"
                 if extension in EXTENSIONS:
+                    found = key in images
                     images[key] = member.offset_data, member.size
-                elif extension in (".cls", ".json"):
+                elif extension in texts:
+                    found = key in texts[extension]
                     file = archive.extractfile(member)
                     assert file is not None
-                    labels[key] = _label(file.read(), extension)
+                    texts[extension][key] = file.read()
+                else:
+                    continue
+                if found:
+                    twice.append(member.name)
+        missing = sorted(images.keys() - texts[".cls"].keys() - texts[".json"].keys())
+        labels = {
+            key: _label(texts[extension][key], extension)
+            for key in images.keys() - set(missing)
+            for extension in [".cls" if key in texts[".cls"] else ".json"]
+        }
     except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{shard}: is not a WebDataset shard ({type(error).__name__}: {error})") from error
-    missing = sorted(images.keys() - labels.keys())
+    if twice:
+        raise ValueError(
+            f"{shard}: {len(twice)} samples have a second image or label, expected one of each; such as {twice[0]}"
+        )
     if missing:
         raise ValueError(f"{shard}: {len(missing)} images have no .cls or .json, such as {missing[0].lstrip('/')}")
     return [(*place, labels[key]) for key, place in images.items()]
@@ -140,7 +186,9 @@ def _label(text: bytes, extension: str) -> int:
         label = int(text)
     else:
         entries = json.loads(text)
-        label = int(entries["label"] if "label" in entries else entries["cls"])
-    if label < 0:
-        raise ValueError(f"got the label {label}, expected a number >= 0")
+        label = entries["label"] if "label" in entries else entries["cls"]
+        if not isinstance(label, int) or isinstance(label, bool):
+            raise ValueError(f"got the label {label!r}, expected an int")
+    if not 0 <= label < MAX_LABELS:
+        raise ValueError(f"got the label {label}, expected a number in [0, {MAX_LABELS})")
     return label
