@@ -16,12 +16,11 @@ from fastkd.validate import check_choice, check_int, check_number, check_type
 
 # What may differ between a run and its resumption: nothing that changes what it computes. The teacher's file and the
 # data may have moved, because the hashes of its weights and of their labels are compared. ``chunks`` sums in another
-# order, so that fewer GPUs can take over. Random augmentations are the same with any number of workers >= 1, but others
-# with 0, which draws them from the main process's generators.
+# order, so that fewer GPUs can take over.
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "resume_or_start", "keep", "max_skipped", "tensorboard", "progress", "quiet", "device"),
     *("log_every", "save_every_steps", "save_every_epochs", "chunks", "teacher.weights", "teacher.min_accuracy"),
-    *("data.options.root", "data.options.max_broken", "data.num_workers", "data.eval_batch_size"),
+    *("data.options.root", "data.options.max_broken", "data.eval_batch_size"),
 )
 
 

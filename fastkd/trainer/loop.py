@@ -18,7 +18,7 @@ from fastkd.trainer.distiller import build_distiller, weights_hash
 from fastkd.trainer.evaluation import choose_device, evaluate
 from fastkd.trainer.log import Clock, Meter, NonFiniteLossError, RunLog, check_finite, describe, header
 from fastkd.trainer.optim import Schedule
-from fastkd.trainer.prepare import check_teacher, prepare
+from fastkd.trainer.prepare import check_fit, check_teacher, prepare
 from fastkd.trainer.ranks import join_ranks
 from fastkd.trainer.state import (
     Progress,
@@ -74,6 +74,7 @@ def train(
     sample = first_images(train_set)
     initial = config if checkpoint is None else without_initial_weights(config)
     distiller = build_distiller(initial, sample, student=student, teacher=teacher, terms=terms).to(device)
+    check_fit(config, distiller, sample, loader.batch_sampler, train_set, eval_set)
     prepared = prepare(distiller, initial, device, ranks, normalization_of(train_set))
     per_epoch = len(loader)
     total = per_epoch * config.epochs
