@@ -58,6 +58,16 @@ def test_shards_train_as_the_folder_does(images, tmp_path):
     assert results[0].history == results[1].history
 
 
+def test_images_that_cannot_be_read_are_reported(tmp_path, capsys):
+    write_images(tmp_path)
+    for name in ("n00000003/0001.JPEG", "n00000007/0000.JPEG"):
+        (tmp_path / "folder" / "train" / name).write_bytes(b"")
+    config = dataclasses.replace(teacher(str(tmp_path)), epochs=1)
+    with pytest.warns(RuntimeWarning, match="cannot be read"):
+        train(config)
+    assert "2 of 120 training images cannot be read; others took their places" in capsys.readouterr().out
+
+
 def test_killed_at_random_moments_nothing_that_was_saved_is_lost(tmp_path):
     found = soak(2, 3, tmp_path, workers=1)
     assert found["kills"] == 2

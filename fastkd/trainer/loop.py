@@ -18,7 +18,7 @@ from fastkd.trainer.distiller import build_distiller, weights_hash
 from fastkd.trainer.evaluation import choose_device, evaluate
 from fastkd.trainer.log import Clock, Meter, NonFiniteLossError, RunLog, check_finite, describe, header
 from fastkd.trainer.optim import Schedule
-from fastkd.trainer.prepare import check_fit, check_teacher, prepare
+from fastkd.trainer.prepare import check_fit, check_teacher, prepare, report_broken
 from fastkd.trainer.ranks import join_ranks
 from fastkd.trainer.state import (
     Progress,
@@ -57,8 +57,7 @@ def train(
 
     Raises:
         ValueError, TypeError: a setting that is wrong, or does not fit the others.
-        CheckpointError: run folder in use, or a checkpoint or weights file missing, damaged or not belonging to this
-            run; a checkpoint that cannot be written.
+        CheckpointError: run folder in use; a checkpoint or weights missing, damaged, of another run, or not writable.
         NonFiniteLossError: the loss became NaN or infinite too often; the last good checkpoint stays.
         BrokenImagesError: too many images cannot be read.
     """
@@ -210,6 +209,7 @@ def train(
                 meter.flush()
                 if clock.images:
                     log.speed(progress.step, clock.values())
+                    report_broken(train_set, log.print)
                 if stopping and progress.step < end:
                     break
                 record = {"epoch": epoch, "lr": schedule(end - 1), **meter.means(), **distiller.scalars()}

@@ -192,3 +192,10 @@ def check_teacher(
     if ranks.is_main and not config.quiet:
         print(f"teacher accuracy {accuracy:.4f} (at least {floor})")
     return accuracy
+
+
+def report_broken(dataset: Any, tell: Callable[[str], None]) -> None:
+    """Tell how many images of a dataset that counts them could not be read, by this rank, if there are any."""
+    broken = getattr(dataset, "broken", 0)
+    if broken:
+        tell(f"{broken} of {len(dataset)} training images cannot be read; others took their places")
