@@ -8,9 +8,8 @@ BIN := .venv/bin
 PY := $(BIN)/python
 SETUP := $(if $(filter command,$(origin BIN) $(origin PY)),,setup)
 
-KERNEL_TESTS := tests/test_triton_dual_softmax.py tests/test_triton_contrast.py \
-	tests/test_triton_soft_target.py tests/test_triton_multiscale_pool.py tests/test_pack.py
-GPU_TESTS := $(KERNEL_TESTS) tests/test_exchange.py
+KERNEL_TESTS := tests/interpreted tests/ranks/test_pack.py
+GPU_TESTS := $(KERNEL_TESTS) tests/ranks/test_exchange.py
 # Small cases of every operation: compute-sanitizer makes a kernel tens of times slower.
 DUAL_CASES := gpu_equals_the_definition and highest and (63-16 or 129-128)
 SOFT_CASES := definition_on_a_gpu and 3.0 and (64-10- or 33-1001)
@@ -23,7 +22,7 @@ SANITIZER := compute-sanitizer --report-api-errors no --error-exitcode 1
 
 setup: .venv/.installed
 
-.venv/.installed: pyproject.toml setup.py constraints.txt fastkd/pack.py $(wildcard csrc/*)
+.venv/.installed: pyproject.toml setup.py constraints.txt fastkd/distributed/pack.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fastkd needs Python >= 3.11, found $$($(PYTHON) --version 2>&1); run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
@@ -44,11 +43,11 @@ demo: $(SETUP)
 
 # One process and two gloo ranks, side by side; fails when they differ by more than float32 rounding.
 demo-ddp: $(SETUP)
-	$(PY) -m fastkd.trainer.demo_ddp
+	$(PY) -m fastkd.demo.ddp
 
 # Kills a training run 20 times at random moments; fails unless the resumed run ends as the uninterrupted one, bit for bit.
 soak: $(SETUP)
-	$(PY) -m tests.imagenet_like soak --kills 20
+	$(PY) -m tests.helpers.imagenet_like soak --kills 20
 
 test: $(SETUP)
 	$(PY) -m pytest
@@ -71,7 +70,7 @@ bench-scale: $(SETUP)
 
 # Compiles every kernel for every target of the launch table, without a GPU, and fails on what would make it slow.
 aot: $(SETUP)
-	$(PY) -m bench.aot
+	$(PY) -m bench.aot.dual_softmax
 
 # The sanitizer comes last, so that a machine without a usable one still shows what the tests found.
 gpu-test: gpu-ready

@@ -2,7 +2,7 @@
 
 Everything declarative is in pyproject.toml. The C++/CUDA extension is optional: where torch is not installed (an
 isolated build), where there is no compiler or where compiling fails, the package is installed without it, with a
-notice, and ``fastkd.pack`` computes the same in Python. A build happens here only, never at import.
+notice, and ``fastkd.distributed.pack`` computes the same in Python. A build happens here only, never at import.
 
     python setup.py build_ext --inplace      builds fastkd/_native.so in the repository (``make ext``)
 
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
@@ -61,8 +61,10 @@ def cuda_version(home: str) -> str | None:
 
 
 def interface() -> str:
-    """The number that fastkd.pack compares before it loads what is built here."""
-    found = re.search(r"^INTERFACE = (\d+)", Path(__file__).with_name("fastkd").joinpath("pack.py").read_text(), re.M)
+    """The number that fastkd.distributed.pack compares before it loads what is built here."""
+    found = re.search(
+        r"^INTERFACE = (\d+)", Path(__file__).with_name("fastkd").joinpath("distributed", "pack.py").read_text(), re.M
+    )
     assert found is not None
     return found.group(1)
 
@@ -134,8 +136,11 @@ def extension() -> dict[str, Any]:
 
 if __name__ == "__main__":
     setup(
-        packages=["fastkd", "fastkd.backends", "fastkd.losses", "fastkd.ops", "fastkd.trainer", "fastkd.kernels"],
+        packages=[
+            *find_packages(include=["fastkd*"]),
+            *(f"fastkd.{name}" for name in find_packages(include=["kernels*"])),
+        ],
         package_dir={"fastkd": "fastkd", "fastkd.kernels": "kernels"},
-        package_data={"fastkd": ["py.typed", "trainer/*.html"]},
+        package_data={"fastkd": ["py.typed", "demo/*.html", "trainer/report/*.html"]},
         **extension(),
     )

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 
 from bench.providers import PROVIDERS
-from fastkd.backends.gemm import product
-from fastkd.backends.tiles import Workspace, blocks, for_each_tile, pair_rounds
+from fastkd.backends.blocked.gemm import product
+from fastkd.backends.blocked.tiles import Workspace, blocks, for_each_tile, pair_rounds
 
 ROWS, WIDTH, REPEATS = 8192, 128, 7
 

@@ -24,7 +24,8 @@ from fastkd import (
     multiscale_pool,
     sup_con_loss,
 )
-from fastkd.functional import ce_kd_terms, dcd_terms
+from fastkd.functional.dcd import dcd_terms
+from fastkd.functional.kd import ce_kd_terms
 
 Loss = Callable[..., Tensor]
 Providers = dict[str, Callable[[], Loss]]

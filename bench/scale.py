@@ -33,7 +33,8 @@ from torch import Tensor
 
 from bench.report import hardware
 from bench.traffic import CountedBytes
-from fastkd import dcd_loss, distributed
+from fastkd import dcd_loss
+from fastkd.distributed import group as distributed
 
 WIDTH = 128
 MEASURED_ROWS = 512  # of a rank

@@ -136,10 +136,11 @@ def table_with(hardware: str, entry: Entry, config: LaunchConfig) -> Iterator[No
 
 def compiled(hardware: str, entry: Entry, config: LaunchConfig) -> LaunchConfig | None:
     """The candidate with its ``ctas_per_sm``, or None where it spills or does not fit."""
-    from bench import aot
+    from bench.aot import compile as aot
+    from bench.aot.jobs import jobs
 
     with table_with(hardware, entry, dataclasses.replace(config, ctas_per_sm=1)):
-        results = [aot.examine(job) for job in aot.jobs(hardware) if _compiles(job, entry, config)]
+        results = [aot.examine(job) for job in jobs(hardware) if _compiles(job, entry, config)]
     assert results
     if any(result.failures() for result in results):
         return None
@@ -180,7 +181,9 @@ def step_of(entry: Entry, rows: int, device: torch.device) -> Callable[[], objec
         _, stats = soft_target.soft_target_losses(x, y, labels, None, **options)
         one = torch.ones((), device=device)
         return lambda: soft_target.soft_target_gradient(x, y, labels, None, stats, one, one, **options)
-    from fastkd.kernels import dual_softmax, dual_softmax_rows, normalize
+    from fastkd.kernels import normalize
+    from fastkd.kernels.dual_softmax import per_row as dual_softmax_rows
+    from fastkd.kernels.dual_softmax import streaming as dual_softmax
 
     x, y = (torch.randn(rows, entry.block_d, device=device, dtype=entry.dtype) for _ in range(2))
     units, _ = normalize.unit_rows(x, y, width=entry.block_d)
@@ -326,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
         for entry, current in work:
             print(entry.name, *(line_of(config) for config in candidates(entry, current)), sep="\n    ")
         return 0
-    from bench import aot  # noqa: F401  # names the cache that the workers fill
+    from bench.aot import dual_softmax as aot  # noqa: F401  # names the cache that the workers fill
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # spawn: a process that was forked cannot use CUDA.

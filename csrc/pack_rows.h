@@ -5,7 +5,7 @@
 
 namespace fastkd {
 
-// Rows no longer than this count as zero; fastkd.backends.reference.NORM_EPS.
+// Rows no longer than this count as zero; fastkd.numerics.NORM_EPS.
 constexpr double kNormEps = 1e-12;
 
 // Rows are divided by their largest magnitude before squaring: the square of 1e30 overflows float, that of 1e-30

@@ -4,11 +4,12 @@ The losses need PyTorch alone. Importing this package compiles nothing and never
 ``fastkd.trainer`` and brings its own dependencies (``pip install 'fastkd[train]'``).
 """
 
-from fastkd.contrastive import ckd_loss, info_nce_loss, masked_contrast_loss, sup_con_loss
-from fastkd.functional import dcd_loss, kd_loss
+from fastkd.functional.contrast import ckd_loss, info_nce_loss, masked_contrast_loss, sup_con_loss
+from fastkd.functional.dcd import dcd_loss
+from fastkd.functional.kd import kd_loss
+from fastkd.functional.pool import multiscale_pool
+from fastkd.functional.preview import preview_weight
 from fastkd.losses import CKDLoss, DCDLoss, KDLoss, MSDCRDLoss, PCKDLoss
-from fastkd.pooling import multiscale_pool
-from fastkd.preview import preview_weight
 
 __version__ = "0.1.0"
 __all__ = [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastkd.backends.reference import accumulation_dtype
+from fastkd.numerics import accumulation_dtype
 
 CONSISTENCIES = ("student||teacher", "teacher||student")
 LARGEST = sys.float_info.max  # the largest finite float

@@ -21,7 +21,7 @@ import triton.language as tl
 from fastkd.kernels.launch import hardware_of, multiprocessors, pool_config
 from torch import Tensor
 
-from fastkd.backends.reference import NORM_EPS, window_counts
+from fastkd.numerics import NORM_EPS, window_counts
 
 EPS = tl.constexpr(NORM_EPS)
 INF = tl.constexpr(float("inf"))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.backends.reference import NORM_EPS
+from fastkd.numerics import NORM_EPS
 
 EPS = tl.constexpr(NORM_EPS)
 BLOCK_ELEMENTS = 2048

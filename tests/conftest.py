@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fastkd import pack
-from tests.building import run_setup
+from fastkd.distributed import pack
+from tests.helpers.building import run_setup
 
 
 @pytest.fixture(scope="session")

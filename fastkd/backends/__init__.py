@@ -10,23 +10,18 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastkd.backends import blocked
-
 BACKENDS = ("reference", "blocked", "triton")
 # The operations that have a kernel; the others stream through ``blocked`` on every device.
 TRITON_OPERATIONS = frozenset({"contrast", "dual_softmax", "multiscale_pool", "soft_target"})
 MAX_WIDTH = 1 << 13  # of a row that one program normalises
 
 
-class _Streaming(dict[str, ModuleType]):
-    """The streaming backends by name. Triton's is imported on first use: it must not load with the package."""
+def implementation(operation: str, backend: str) -> ModuleType:
+    """The module of a streaming backend that computes ``operation``.
 
-    def __missing__(self, name: str) -> ModuleType:
-        self[name] = importlib.import_module(f"fastkd.backends.{name}")
-        return self[name]
-
-
-STREAMING = _Streaming(blocked=blocked)
+    It is imported when it is first used, so that importing fastkd does not load Triton.
+    """
+    return importlib.import_module(f"fastkd.backends.{backend}.{operation}")
 
 
 def check_name(backend: str | None) -> None:
@@ -91,7 +86,7 @@ def _launch_error() -> str | None:
     Triton builds its launcher with a C compiler, Python's headers and the driver's library when it first needs them.
     """
     try:
-        STREAMING["triton"]
+        implementation("dual_softmax", "triton")
         importlib.import_module("triton").runtime.driver.active.get_current_target()
     except Exception as error:  # what is missing decides its type
         reason = f"cannot launch kernels here ({type(error).__name__}: {error})"

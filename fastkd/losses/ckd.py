@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from fastkd import backends
-from fastkd.contrastive import ckd_loss
-from fastkd.distributed import Group, check_group
+from fastkd.distributed.group import Group, check_group
+from fastkd.functional.contrast import ckd_loss
 from fastkd.validate import check_number
 
 

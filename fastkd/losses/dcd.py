@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import backends
-from fastkd.distributed import Group, check_group
-from fastkd.functional import dcd_terms
+from fastkd.distributed.group import Group, check_group
+from fastkd.functional.dcd import dcd_terms
 from fastkd.validate import CONSISTENCIES, check_choice, check_int, check_number, check_type
 
 

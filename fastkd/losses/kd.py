@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from fastkd import backends
-from fastkd.functional import kd_loss
+from fastkd.functional.kd import kd_loss
 from fastkd.validate import check_number
 
 

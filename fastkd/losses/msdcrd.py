@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import backends
-from fastkd.backends.reference import NORM_EPS, accumulation_dtype
-from fastkd.contrastive import POSITIVES, masked_contrast_loss
-from fastkd.distributed import Group, Peers, check_group, resolve_group
+from fastkd.distributed.agree import Peers
+from fastkd.distributed.group import Group, check_group, resolve_group
+from fastkd.functional.contrast import POSITIVES, masked_contrast_loss
+from fastkd.functional.pool import multiscale_pool
 from fastkd.losses.inputs import Classifier, check_layer_input, check_part_weights, weight_and_bias
-from fastkd.pooling import multiscale_pool
+from fastkd.numerics import NORM_EPS, accumulation_dtype
 from fastkd.validate import (
     check_choice,
     check_feature_map,
@@ -159,7 +160,7 @@ class MSDCRDLoss(nn.Module):
             check()
         else:
             # Imported here because it loads torch's compiler, to keep it out.
-            from fastkd.rank_terms import agree_on_rows
+            from fastkd.distributed.reduce import agree_on_rows
 
             peers = agree_on_rows(process_group, "MSDCRDLoss", check, student_map)
         if self.adapter is not None:
@@ -249,7 +250,7 @@ def _channel_contrast(s: Tensor, t: Tensor, scale: float, peers: Peers | None) -
         s, t = s.to(dtype), t.to(dtype)
         largest = torch.stack([_largest(x) for x in (s, t)])
         if peers is not None:
-            from fastkd.rank_terms import max_over_ranks, sum_over_ranks
+            from fastkd.distributed.reduce import max_over_ranks, sum_over_ranks
 
             largest = max_over_ranks(largest, peers)
         # Divided before squaring, as in reference.unit_rows: the square of 1e20 overflows float32.

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import backends
-from fastkd.backends.reference import accumulation_dtype, cross_entropy, unit_rows
-from fastkd.contrastive import sup_con_loss
-from fastkd.distributed import Group, Peers, check_group, resolve_group
-from fastkd.functional import kd_loss
+from fastkd.backends.reference import cross_entropy
+from fastkd.distributed.agree import Peers
+from fastkd.distributed.group import Group, check_group, resolve_group
+from fastkd.functional.contrast import sup_con_loss
+from fastkd.functional.kd import kd_loss
+from fastkd.functional.preview import weights_by_difficulty
 from fastkd.losses.inputs import Classifier, check_layer_input, check_part_weights, weight_and_bias
-from fastkd.preview import weights_by_difficulty
+from fastkd.numerics import accumulation_dtype, unit_rows
 from fastkd.validate import check_int, check_labels, check_number, check_pair, check_rows
 
 MAX_LOG_THRESHOLD = 700.0  # beyond it, exp overflows a float; no sample is that hard
@@ -164,7 +166,7 @@ class PCKDLoss(nn.Module):
             per_sample = 1 / n
         else:
             # Imported here because it loads torch's compiler, to keep it out.
-            from fastkd.rank_terms import agree_on_rows
+            from fastkd.distributed.reduce import agree_on_rows
 
             peers = agree_on_rows(process_group, "PCKDLoss", check, student_logits)
             per_sample = peers.world_size / peers.total

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.backends import STREAMING
+from fastkd.backends import implementation
 from fastkd.backends.masks import Mask
-from fastkd.backends.reference import accumulation_dtype
+from fastkd.numerics import accumulation_dtype
 
 
 @torch.library.custom_op("fastkd::contrast", mutates_args=())
@@ -36,7 +36,7 @@ def contrast(
     """
     mask = _mask(key, query_labels, key_labels, positive_index, by_label)
     with torch.autocast(query.device.type, enabled=False):
-        return STREAMING[backend].contrast_forward(query, key, logit_scale, weight, mask, normalize)
+        return implementation("contrast", backend).contrast_forward(query, key, logit_scale, weight, mask, normalize)
 
 
 @contrast.register_fake
@@ -76,7 +76,7 @@ def contrast_backward(
     """Gradients of query and key (empty where not needed, or absent) and of logit_scale, in their inputs' dtypes."""
     mask = _mask(key, query_labels, key_labels, positive_index, by_label)
     with torch.autocast(query.device.type, enabled=False):
-        return STREAMING[backend].contrast_backward(
+        return implementation("contrast", backend).contrast_backward(
             query, key, logit_scale, weight, mask, stats, grad_loss, normalize, need_query, need_key
         )
 

@@ -5,6 +5,7 @@ and then for the backward, so that nothing waits for them. Queries that are cont
 in ``global_batch``, the upstream gradients must be equal on all ranks.
 """
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastkd.backends import STREAMING
 from fastkd.backends.masks import Mask
-from fastkd.backends.reference import weighted_sum
-from fastkd.distributed import Peers, exchange_dtype
-from fastkd.exchange import Exchange, Numbers, start, start_numbers
-from fastkd.pack import pack_rows
+from fastkd.distributed.agree import Peers
+from fastkd.distributed.exchange import Exchange, Numbers, start, start_numbers
+from fastkd.distributed.group import exchange_dtype
+from fastkd.distributed.pack import pack_rows
+from fastkd.numerics import weighted_sum
 
 
 def global_contrast(
@@ -74,7 +75,7 @@ class _Contrast(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(query.device.type, enabled=False):
             ctx.normalize, ctx.dtype, ctx.peers = normalize, query.dtype, peers
-            ctx.backend = STREAMING[f"{backend}_contrast_rows"]
+            ctx.backend = importlib.import_module(f"fastkd.backends.{backend}.contrast_rows")
             dtype, is_self = exchange_dtype(query.dtype), key is None
             own_labels = query_labels if is_self else key_labels
             labels = None if own_labels is None else start_numbers(peers.keys, own_labels[:, None])

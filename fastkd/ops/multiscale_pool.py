@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.backends import STREAMING
-from fastkd.backends.reference import accumulation_dtype, window_counts
+from fastkd.backends import implementation
+from fastkd.numerics import accumulation_dtype, window_counts
 
 
 @torch.library.custom_op("fastkd::multiscale_pool", mutates_args=())
@@ -18,7 +18,9 @@ def multiscale_pool(
     features: [B, C, H, W]. windows, strides: height and width of every scale in turn.
     """
     with torch.autocast(features.device.type, enabled=False):
-        return STREAMING[backend].multiscale_pool_forward(features, windows, strides, normalize, dtype)
+        return implementation("multiscale_pool", backend).multiscale_pool_forward(
+            features, windows, strides, normalize, dtype
+        )
 
 
 @multiscale_pool.register_fake
@@ -49,7 +51,9 @@ def multiscale_pool_backward(
     """
     with torch.autocast(grad.device.type, enabled=False):
         grad_features = _empty_gradient(grad, size, channels_last, dtype)
-        STREAMING[backend].multiscale_pool_backward(grad, unit, inverse_norm, windows, strides, grad_features)
+        implementation("multiscale_pool", backend).multiscale_pool_backward(
+            grad, unit, inverse_norm, windows, strides, grad_features
+        )
     return grad_features
 
 

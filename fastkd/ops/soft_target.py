@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.backends import STREAMING
-from fastkd.backends.reference import accumulation_dtype
+from fastkd.backends import implementation
+from fastkd.numerics import accumulation_dtype
 
 # Numbers a row that a backend's forward saves for its backward.
 SAVED = {"blocked": 0, "triton": 5}
@@ -28,7 +28,7 @@ def soft_target(
     NaN. weight: [B] or None for ones. Without labels, or without a teacher, that term's sum is zero.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
-        return STREAMING[backend].soft_target_forward(
+        return implementation("soft_target", backend).soft_target_forward(
             student_logits, teacher_logits, labels, weight, temperature, label_smoothing
         )
 
@@ -63,7 +63,7 @@ def soft_target_backward(
 ) -> Tensor:
     """Gradient of the student's logits, in their dtype, from the upstream gradients of the two sums."""
     with torch.autocast(student_logits.device.type, enabled=False):
-        return STREAMING[backend].soft_target_backward(
+        return implementation("soft_target", backend).soft_target_backward(
             student_logits,
             teacher_logits,
             labels,

@@ -1,4 +1,4 @@
-"""The thin trainer: ``train(config)`` distils a student; see ``fastkd.trainer.loop``.
+"""The thin trainer: ``train(config)`` distils a student; see ``fastkd.trainer.run.loop``.
 
 Names are imported on first use, so that ``fastkd.trainer`` itself needs nothing beyond torch.
 """
@@ -9,34 +9,81 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastkd.trainer.checkpoint import CheckpointError, find_checkpoint, load_weights
+    from fastkd.trainer.commands.evaluate_checkpoint import EvalResult, evaluate_checkpoint
     from fastkd.trainer.config import TrainConfig
-    from fastkd.trainer.data import DataConfig, TensorImages, labelled_subset, load_digits
-    from fastkd.trainer.distiller import Distiller, weights_hash
-    from fastkd.trainer.evaluation import EvalResult, evaluate, evaluate_checkpoint
-    from fastkd.trainer.log import NonFiniteLossError
-    from fastkd.trainer.loop import train
-    from fastkd.trainer.models import FeatureModel, ModelConfig, ModelOutput, ModelShapes, build_model, find_classifier
-    from fastkd.trainer.objective import Objective, ObjectiveConfig
+    from fastkd.trainer.data.config import DataConfig
+    from fastkd.trainer.data.labels import labelled_subset
+    from fastkd.trainer.data.memory import TensorImages, load_digits
+    from fastkd.trainer.models.build import ModelConfig, build_model
+    from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShapes, find_classifier
+    from fastkd.trainer.objective.config import (
+        CEConfig,
+        CKDConfig,
+        DCDConfig,
+        KDConfig,
+        MSDCRDConfig,
+        ObjectiveConfig,
+        PCKDConfig,
+    )
+    from fastkd.trainer.objective.objective import Objective
+    from fastkd.trainer.objective.terms import TERMS
     from fastkd.trainer.optim import OptimConfig
-    from fastkd.trainer.recipes import RECIPES
-    from fastkd.trainer.state import TrainResult
-    from fastkd.trainer.terms import TERMS, CEConfig, CKDConfig, DCDConfig, KDConfig, MSDCRDConfig, PCKDConfig
+    from fastkd.trainer.recipes.digits import RECIPES
+    from fastkd.trainer.run.checkpoint import CheckpointError, find_checkpoint, load_weights
+    from fastkd.trainer.run.distiller import Distiller, weights_hash
+    from fastkd.trainer.run.evaluate import evaluate
+    from fastkd.trainer.run.folder import TrainResult
+    from fastkd.trainer.run.loop import train
+    from fastkd.trainer.run.meter import NonFiniteLossError
 
 _HOME = {
-    "checkpoint": ("CheckpointError", "find_checkpoint", "load_weights"),
+    "commands.evaluate_checkpoint": (
+        "EvalResult",
+        "evaluate_checkpoint",
+    ),
     "config": ("TrainConfig",),
-    "data": ("DataConfig", "TensorImages", "labelled_subset", "load_digits"),
-    "distiller": ("Distiller", "weights_hash"),
-    "evaluation": ("EvalResult", "evaluate", "evaluate_checkpoint"),
-    "log": ("NonFiniteLossError",),
-    "loop": ("train",),
-    "models": ("FeatureModel", "ModelConfig", "ModelOutput", "ModelShapes", "build_model", "find_classifier"),
-    "objective": ("Objective", "ObjectiveConfig"),
+    "data.config": ("DataConfig",),
+    "data.labels": ("labelled_subset",),
+    "data.memory": (
+        "TensorImages",
+        "load_digits",
+    ),
+    "models.build": (
+        "ModelConfig",
+        "build_model",
+    ),
+    "models.features": (
+        "FeatureModel",
+        "ModelOutput",
+        "ModelShapes",
+        "find_classifier",
+    ),
+    "objective.config": (
+        "CEConfig",
+        "CKDConfig",
+        "DCDConfig",
+        "KDConfig",
+        "MSDCRDConfig",
+        "ObjectiveConfig",
+        "PCKDConfig",
+    ),
+    "objective.objective": ("Objective",),
+    "objective.terms": ("TERMS",),
     "optim": ("OptimConfig",),
-    "recipes": ("RECIPES",),
-    "state": ("TrainResult",),
-    "terms": ("TERMS", "CEConfig", "CKDConfig", "DCDConfig", "KDConfig", "MSDCRDConfig", "PCKDConfig"),
+    "recipes.digits": ("RECIPES",),
+    "run.checkpoint": (
+        "CheckpointError",
+        "find_checkpoint",
+        "load_weights",
+    ),
+    "run.distiller": (
+        "Distiller",
+        "weights_hash",
+    ),
+    "run.evaluate": ("evaluate",),
+    "run.folder": ("TrainResult",),
+    "run.loop": ("train",),
+    "run.meter": ("NonFiniteLossError",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -8,9 +8,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastkd.trainer.data import DataConfig, check_seed
-from fastkd.trainer.models import ModelConfig
-from fastkd.trainer.objective import ObjectiveConfig
+from fastkd.trainer.data.config import DataConfig, check_seed
+from fastkd.trainer.models.build import ModelConfig
+from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.optim import OptimConfig
 from fastkd.validate import check_choice, check_int, check_number, check_type
 

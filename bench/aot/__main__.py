@@ -1,0 +1,78 @@
+"""``make aot``: compiles all kernels in parallel and prints a table."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import bench.aot
+from bench.aot.compile import (
+    TARGETS,
+    Job,
+    Result,
+    clocks,
+    examine,
+)
+from bench.aot.jobs import jobs
+
+
+def row(result: Result) -> str:
+    job, counts = result.job, result.counts
+    tile = "x".join(str(job.constants[x]) for x in ("BLOCK_M", "BLOCK_N") if x in job.constants)
+    line = (
+        f"{job.hardware:7}{job.name:50}{tile:>9}{job.num_warps:>3}w{job.num_stages:>2}s{result.registers:>5}"
+        f"{result.spills:>5}{result.shared:>8}{counts['matrix']:>5}{counts['exp']:>5}{counts['fp32']:>6}{counts['all']:>6}"
+    )
+    if job.hardware == "sm_90" and job.matrix_dtype:
+        c = clocks(result)
+        line += "".join(f"{c[x]:>7.0f}" for x in ("matrix", "exp", "issue", "shared", "L2", "bound", "serial"))
+        line += f"{c['matrix'] / c['bound']:>6.0%}"
+    return line
+
+
+HEADER = (
+    f"{'target':7}{'kernel':50}{'tile':>9}{'warps':>4}{'st':>3}{'regs':>5}{'spill':>5}{'shared':>8}{'mma':>5}{'ex2':>5}"
+    f"{'fp32':>6}{'all':>6}{'matrix':>7}{'exp':>7}{'issue':>7}{'shared':>7}{'L2':>7}{'bound':>7}{'serial':>7}{'limit':>6}"
+)
+
+
+def run(hardware: list[str], workers: int, select: Callable[[list[Job]], list[int]] | None = None) -> int:
+    """Compiles all jobs, or those of the numbers that ``select`` names; prints the table, returns how many failed."""
+    everything = [job for name in hardware for job in jobs(name)]
+    chosen = range(len(everything)) if select is None else select(everything)
+    work = [everything[index] for index in chosen]
+    print(HEADER)
+    failed = []
+    with ProcessPoolExecutor(workers) as pool:
+        tasks = ((hardware, index) for index in chosen)
+        for job, measured in zip(work, pool.map(_measure, tasks), strict=True):
+            result = Result(job=job, **measured)
+            print(row(result), flush=True)
+            failed += [f"{job.hardware} {job.name}: {failure}" for failure in result.failures()]
+    for line in failed:
+        print("FAILED", line)
+    print(f"{len(work)} kernels compiled, {len(failed)} failures")
+    return len(failed)
+
+
+def _measure(task: tuple[list[str], int]) -> dict[str, Any]:
+    """What :func:`examine` found, by the job's number: kernels do not travel between processes."""
+    hardware, index = task
+    fields = vars(examine([job for name in hardware for job in jobs(name)][index]))
+    del fields["job"]
+    return fields
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=bench.aot.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hardware", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    sys.exit(run(options.hardware, options.workers) > 0)
+
+
+if __name__ == "__main__":
+    main()

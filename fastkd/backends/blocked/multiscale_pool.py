@@ -1,0 +1,201 @@
+"""``multiscale_pool`` of the blocked backend: pooling is one linear map over the positions, so it is a matrix product.
+
+``out[b] = P x[b]`` with x[b] [H W, C] and P [M, H W], and its gradient is ``P^T grad[b]``: one read of the map and one
+write of the rows, in either memory format, for all scales at once. Larger maps take the axes one after the other, with
+the stacked ``P_w`` [N, W] of all scales (N columns of windows in all) and then each scale's ``P_h``: N H W + M H
+multiplications a channel instead of M H W.
+
+A product spreads 0 * inf = NaN over all rows of its sample and channel: the first row shows whether that has happened,
+and such samples go through torch's pooling. So do maps whose matrices would be large, and other devices than the CPU,
+where looking would wait for the device.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd.numerics import accumulation_dtype, unit_rows, window_counts
+
+BLOCK_ELEMENTS = 1 << 19  # of the map or of the rows, at a time: 2 MiB in float32
+MATRIX_ELEMENTS = 1 << 20  # a matrix no longer than this may be built
+# How many multiplications in one product take the time of one in two products (two cores, 7 x 7 to 56 x 56 maps).
+ONE_PRODUCT = 4
+NORM_RANGE = 1e-12, 1e15  # where float32 squares neither vanish nor overflow
+
+
+def form(height: int, width: int, windows: list[int], strides: list[int]) -> str:
+    """The cheapest way to pool on a CPU: "product", "axes" or "windows"."""
+    counts = window_counts(height, width, windows, strides)
+    M, N = sum(rows * columns for rows, columns in counts), sum(columns for _, columns in counts)
+    one = M * height * width
+    if one <= MATRIX_ELEMENTS and one <= ONE_PRODUCT * (N * height * width + M * height):
+        return "product"
+    # The sum also bounds the heights' matrices, which are built one a scale.
+    largest = max(N * width, sum(rows for rows, _ in counts) * height)
+    return "axes" if largest <= MATRIX_ELEMENTS else "windows"
+
+
+def multiscale_pool_forward(
+    features: Tensor, windows: list[int], strides: list[int], normalize: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Rows [B, M, C] in ``dtype``, and their inverse norms [B, M], or [B, 0] where they are not normalised."""
+    B, C, H, W = features.shape
+    M = sum(rows * columns for rows, columns in window_counts(H, W, windows, strides))
+    accumulation = accumulation_dtype(features.dtype)
+    out = features.new_empty((B, M, C), dtype=dtype)
+    inverse_norm = features.new_empty((B, M if normalize else 0), dtype=accumulation)
+    for samples in _blocks(B, C * max(H * W, M)):
+        rows = out[samples]
+        if dtype != accumulation:
+            rows = torch.empty_like(rows, dtype=accumulation)
+        _pool(features[samples].to(accumulation), windows, strides, rows)
+        if normalize:
+            inverse_norm[samples] = _normalize(rows)
+        if dtype != accumulation:
+            out[samples] = rows
+    return out, inverse_norm
+
+
+def multiscale_pool_backward(
+    grad: Tensor, unit: Tensor | None, inverse_norm: Tensor, windows: list[int], strides: list[int],
+    grad_features: Tensor,
+) -> None:  # fmt: skip
+    """Writes the gradient of the features, [B, C, H, W]; ``unit``: the forward's rows if it normalised them."""
+    B, C, H, W = grad_features.shape
+    for samples in _blocks(B, C * max(H * W, grad.shape[1])):
+        rows = grad[samples].to(inverse_norm.dtype)
+        if unit is not None:
+            u = unit[samples].to(inverse_norm.dtype)
+            inverse = inverse_norm[samples, :, None]
+            dots = (rows * u).sum(dim=2, keepdim=True)
+            rows = (rows * inverse).addcmul_(dots * inverse, u, value=-1)
+        part = grad_features[samples]
+        if part.dtype == rows.dtype:
+            _spread(rows.contiguous(), windows, strides, part)
+        else:
+            part.copy_(_spread(rows.contiguous(), windows, strides, torch.empty_like(part, dtype=rows.dtype)))
+
+
+def _blocks(samples: int, elements: int) -> list[slice]:
+    size = max(1, BLOCK_ELEMENTS // elements)
+    return [slice(start, start + size) for start in range(0, samples, size)]
+
+
+def _normalize(rows: Tensor) -> Tensor:
+    """Divides rows [b, M, C] by their norms, in place; returns the inverse norms [b, M]."""
+    norm = torch.linalg.vector_norm(rows, dim=2)
+    low, high = NORM_RANGE
+    # Reading the norms waits for a GPU, which takes the careful way at once.
+    if rows.device.type == "cpu" and bool(((norm > low) & (norm < high)).all()):
+        inverse_norm = norm.reciprocal_()
+        rows *= inverse_norm[:, :, None]
+        return inverse_norm
+    unit, inverse = unit_rows(rows.flatten(0, 1))
+    rows.copy_(unit.view_as(rows))
+    return inverse.view(rows.shape[:2])
+
+
+def _pool(x: Tensor, windows: list[int], strides: list[int], rows: Tensor) -> None:
+    """``rows`` [b, M, C] = the averages of x [b, C, H, W]."""
+    b, C, H, W = x.shape
+    way = form(H, W, windows, strides) if x.device.type == "cpu" else "windows"
+    if way == "windows":
+        _pool_windows(x, windows, strides, rows)
+        return
+    if way == "product":
+        P = _matrix(H, W, tuple(windows), tuple(strides), x.dtype)
+        torch.bmm(P.expand(b, -1, -1), x.flatten(2).transpose(1, 2), out=rows)
+    else:
+        P_w, P_h = _axes(H, W, tuple(windows), tuple(strides), x.dtype)
+        columns = x.new_empty(H, b, len(P_w), C)
+        for y in range(H):
+            torch.bmm(P_w.expand(b, -1, -1), x[:, :, y].transpose(1, 2), out=columns[y])
+        for scale, (i, j) in zip(P_h, _slices(H, W, windows, strides), strict=True):
+            part = columns[:, :, j].permute(1, 0, 2, 3).flatten(2)  # [b, H, columns of windows * C]
+            rows[:, i] = torch.bmm(scale.expand(b, -1, -1), part).view(b, -1, C)
+    bad = ~rows[:, 0].isfinite().all(dim=1)
+    if bool(bad.any()):
+        right = torch.empty_like(rows[bad])
+        _pool_windows(x[bad], windows, strides, right)
+        rows[bad] = right
+
+
+def _spread(rows: Tensor, windows: list[int], strides: list[int], grad: Tensor) -> Tensor:
+    """``grad`` [b, C, H, W] = for every position the sum of its windows' ``rows`` [b, M, C], divided by their areas."""
+    b, C, H, W = grad.shape
+    way = form(H, W, windows, strides) if rows.device.type == "cpu" else "windows"
+    if way == "windows":
+        return _spread_windows(rows, windows, strides, grad)
+    if way == "product":
+        P = _matrix(H, W, tuple(windows), tuple(strides), rows.dtype)
+        if grad.is_contiguous():
+            torch.bmm(rows.transpose(1, 2), P.expand(b, -1, -1), out=grad.view(b, C, H * W))
+        else:
+            torch.bmm(P.T.expand(b, -1, -1), rows, out=grad.permute(0, 2, 3, 1).view(b, H * W, C))
+    else:
+        P_w, P_h = _axes(H, W, tuple(windows), tuple(strides), rows.dtype)
+        columns = rows.new_empty(H, b, len(P_w), C)
+        for scale, (i, j) in zip(P_h, _slices(H, W, windows, strides), strict=True):
+            part = torch.bmm(scale.T.expand(b, -1, -1), rows[:, i].view(b, len(scale), -1))
+            columns[:, :, j] = part.view(b, H, -1, C).transpose(0, 1)
+        for y in range(H):
+            if grad.is_contiguous():
+                grad[:, :, y] = torch.bmm(columns[y].transpose(1, 2), P_w.expand(b, -1, -1))
+            else:
+                grad[:, :, y] = torch.bmm(P_w.T.expand(b, -1, -1), columns[y]).transpose(1, 2)
+    bad = ~grad[:, :, 0, 0].isfinite().all(dim=1)
+    if bool(bad.any()):
+        grad[bad] = _spread_windows(rows[bad], windows, strides, torch.empty_like(grad[bad]))
+    return grad
+
+
+def _pool_windows(x: Tensor, windows: list[int], strides: list[int], rows: Tensor) -> None:
+    for k, (i, _) in enumerate(_slices(x.shape[2], x.shape[3], windows, strides)):
+        part = slice(2 * k, 2 * k + 2)
+        rows[:, i] = F.avg_pool2d(x, windows[part], strides[part]).flatten(2).transpose(1, 2)
+
+
+def _spread_windows(rows: Tensor, windows: list[int], strides: list[int], grad: Tensor) -> Tensor:
+    b, C, H, W = grad.shape
+    grad.zero_()
+    for k, (i, _) in enumerate(_slices(H, W, windows, strides)):
+        window, stride = windows[2 * k : 2 * k + 2], strides[2 * k : 2 * k + 2]
+        height, width = (H - window[0]) // stride[0] + 1, (W - window[1]) // stride[1] + 1
+        above = rows[:, i].transpose(1, 2).reshape(b, C, height, width)
+        # The map is read for its shape alone.
+        grad += torch.ops.aten.avg_pool2d_backward(above, grad, window, stride, [0, 0], False, True, None)
+    return grad
+
+
+def _slices(height: int, width: int, windows: list[int], strides: list[int]) -> list[tuple[slice, slice]]:
+    """Where each scale's windows are among all M, and its columns of windows among all N."""
+    found, i, j = [], 0, 0
+    for rows, columns in window_counts(height, width, windows, strides):
+        found.append((slice(i, i + rows * columns), slice(j, j + columns)))
+        i, j = i + rows * columns, j + columns
+    return found
+
+
+@functools.lru_cache(maxsize=32)
+def _matrix(height: int, width: int, windows: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """P [M, H W] on the CPU."""
+    scales = zip(windows[::2], windows[1::2], strides[::2], strides[1::2], strict=True)
+    return torch.cat([torch.kron(_axis(height, h, s, dtype), _axis(width, w, t, dtype)) for h, w, s, t in scales])
+
+
+@functools.lru_cache(maxsize=32)
+def _axes(
+    height: int, width: int, windows: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """``P_w`` [N, W] of all scales and the ``P_h`` of each, [rows of windows, H], on the CPU."""
+    P_w = torch.cat([_axis(width, w, s, dtype) for w, s in zip(windows[1::2], strides[1::2], strict=True)])
+    return P_w, [_axis(height, h, s, dtype) for h, s in zip(windows[::2], strides[::2], strict=True)]
+
+
+def _axis(length: int, window: int, stride: int, dtype: torch.dtype) -> Tensor:
+    """[windows, length]: the weights of the positions in each window."""
+    first = torch.arange(0, length - window + 1, stride)[:, None]
+    offset = torch.arange(length) - first
+    return ((offset >= 0) & (offset < window)).to(dtype) / window

@@ -1,0 +1,52 @@
+"""``soft_target`` through the Triton kernels."""
+
+import torch
+from torch import Tensor
+
+from fastkd.kernels.soft_target import soft_target_gradient, soft_target_losses
+
+
+def soft_target_forward(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`fastkd.backends.blocked.soft_target_forward`, with the five numbers a row that the backward reads."""
+    labels = None if labels is None else labels.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    with torch.cuda.device_of(student_logits):
+        loss, stats = soft_target_losses(
+            student_logits, teacher_logits, labels, weight, temperature=temperature, smoothing=label_smoothing
+        )
+        ce = loss.new_zeros(()) if labels is None else loss[0].sum()
+        kd = loss.new_zeros(()) if teacher_logits is None else loss[1].sum()
+        return ce, kd, stats
+
+
+def soft_target_backward(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    stats: Tensor,
+    grad_ce: Tensor,
+    grad_kd: Tensor,
+    temperature: float,
+    label_smoothing: float,
+) -> Tensor:
+    """As :func:`fastkd.backends.blocked.soft_target_backward`."""
+    with torch.cuda.device_of(student_logits):
+        return soft_target_gradient(
+            student_logits,
+            teacher_logits,
+            None if labels is None else labels.contiguous(),
+            None if weight is None else weight.contiguous(),
+            stats,
+            grad_ce,
+            grad_kd,
+            temperature=temperature,
+            smoothing=label_smoothing,
+        )

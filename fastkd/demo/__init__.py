@@ -1,0 +1,1 @@
+"""The demo: students distilled on handwritten digits, their statistics, figures and report page."""

@@ -1,0 +1,356 @@
+"""The demo's results: the statistics, and the console table, results.json and HTML page drawn from them.
+
+The page is one file that needs nothing else: figures are inline SVG, the style sheet and texts are inside it.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from rich import box
+from rich.table import Table
+from scipy import stats  # type: ignore[import-untyped]
+
+from fastkd.demo import figures
+from fastkd.demo.costs import Cost
+from fastkd.trainer.report.style import write_atomically
+
+BASELINE = "ce"
+NAMES = {
+    "ce": "From scratch",
+    "kd": "KD",
+    "dcd": "DCD",
+    "dcd+kd": "DCD + KD",
+    "100*ckd": "CKD",
+    "pckd": "PCKD",
+    "msdcrd": "MSDCRD",
+    "msdcrd+kd": "MSDCRD + KD",
+}
+TITLE = "A student distilled on handwritten digits"
+COLUMNS = {
+    "method": "Method",
+    "accuracy": "Accuracy, %",
+    "scratch": "To scratch",
+    "kd": "To KD",
+    "time": "Step, ms",
+    "memory": "Memory, KiB",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One student: one method, one seed."""
+
+    method: str  # objective as the trainer names it: "ce", "dcd+kd", "100*ckd"
+    seed: int
+    seconds: float  # wall clock of the training, evaluation after every epoch included
+    curve: list[float]  # test accuracy after every epoch, in percent
+    scale: list[float]  # logit scale exp(tau) after every epoch; empty where the method has none
+    correlation_gap: list[list[float]]  # [C, C] |teacher's - student's| correlation of the class logits, test set
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy after the last epoch, in percent: no epoch is picked by its accuracy."""
+        return self.curve[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The one teacher of all students."""
+
+    accuracy: float  # on the test set, in percent
+    parameters: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Everything the report shows."""
+
+    teacher: Teacher
+    student_parameters: int
+    runs: list[Run]
+    costs: dict[str, Cost]  # of a training step of every method, and of the one from scratch
+    embeddings: dict[str, np.ndarray]  # "teacher" or a method -> t-SNE of the test-set features [n, 2]
+    labels: np.ndarray  # [n] class of every embedded test image
+    test_images: int
+    max_scale: float | None  # cap on exp(tau)
+    settings: dict[str, str]
+    environment: dict[str, str]
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods in the order they were asked for."""
+        return list(dict.fromkeys(run.method for run in self.runs))
+
+    def of(self, method: str) -> list[Run]:
+        """The runs of `method` by seed."""
+        return sorted((run for run in self.runs if run.method == method), key=lambda run: run.seed)
+
+    def extra_kib(self, method: str) -> float:
+        """Peak memory of a step of `method` less that of a student from scratch, in KiB."""
+        return (self.costs[method].peak_bytes - self.costs[BASELINE].peak_bytes) / 1024
+
+    def accuracies(self, method: str) -> list[float]:
+        """Last-epoch test accuracy of every seed, in percent."""
+        return [run.accuracy for run in self.of(method)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Paired difference in accuracy of two methods over the seeds both ran, in points."""
+
+    method: str
+    reference: str
+    seeds: int
+    mean: float
+    error: float | None  # standard error of the mean; None with one seed
+    low: float | None  # 95 % interval of Student's t
+    high: float | None
+
+    @property
+    def exceeds_noise(self) -> bool:
+        """Whether the 95 % interval leaves zero out."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def display_name(method: str) -> str:
+    """The method as the page writes it."""
+    return NAMES.get(method, method)
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Sample standard deviation (n - 1); None for a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def with_spread(values: Sequence[float], digits: int = 2) -> str:
+    """`mean ± standard deviation`, or the value alone where there is one only."""
+    deviation = spread(values)
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if deviation is None else f"{mean} ± {deviation:.{digits}f}"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """`value` with its sign, a proper minus, and no negative zero."""
+    text = f"{value:+.{digits}f}"
+    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
+
+
+def paired_difference(results: Results, method: str, reference: str) -> Difference | None:
+    """Accuracy of `method` minus that of `reference`, seed by seed; None without a common seed."""
+    first = {run.seed: run.accuracy for run in results.of(method)}
+    second = {run.seed: run.accuracy for run in results.of(reference)}
+    deltas = np.array([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
+    if not len(deltas):
+        return None
+    mean, error, low, high = float(deltas.mean()), None, None, None
+    if len(deltas) > 1:
+        error = float(deltas.std(ddof=1) / math.sqrt(len(deltas)))
+        margin = float(stats.t.ppf(0.975, len(deltas) - 1)) * error
+        low, high = mean - margin, mean + margin
+    return Difference(method=method, reference=reference, seeds=len(deltas), mean=mean, error=error, low=low, high=high)
+
+
+def differences(results: Results) -> list[Difference]:
+    """Every method against the student from scratch, then the others against KD."""
+    methods = results.methods
+    pairs = [(method, BASELINE) for method in methods if method != BASELINE and BASELINE in methods]
+    pairs += [(method, "kd") for method in methods if method not in (BASELINE, "kd") and "kd" in methods]
+    return [found for pair in pairs if (found := paired_difference(results, *pair))]
+
+
+def verdicts(results: Results) -> list[str]:
+    """A sentence for every pair of `differences` that stands out of the noise; one for all others of a reference."""
+    sentences = []
+    for reference in (BASELINE, "kd"):
+        found = [item for item in differences(results) if item.reference == reference]
+        within = [item for item in found if item.error is not None and not item.exceeds_noise]
+        sentences += [verdict(item) for item in found if item not in within]
+        if len(within) == 1:
+            sentences += [verdict(within[0])]
+        elif within:
+            listed = ", ".join(f"{display_name(item.method)} ({signed(item.mean)})" for item in within)
+            sentences.append(
+                f"Not different from {reference_name(reference)} by more than the noise, in points: {listed}."
+            )
+    return sentences
+
+
+def reference_name(method: str) -> str:
+    """What the others are compared with, within a sentence."""
+    return "training from scratch" if method == BASELINE else display_name(method)
+
+
+def verdict(difference: Difference) -> str:
+    """What the data say about one pair, in one plain sentence."""
+    name, reference = display_name(difference.method), reference_name(difference.reference)
+    size = f"{abs(difference.mean):.2f} points"
+    if difference.error is None:
+        return (
+            f"{name} against {reference}: {signed(difference.mean)} points on one seed, which says nothing about noise."
+        )
+    interval = (
+        f"95 % interval {signed(difference.low or 0)} to {signed(difference.high or 0)}, {difference.seeds} seeds"
+    )
+    if difference.exceeds_noise:
+        return f"{name} is {size} {'better' if difference.mean > 0 else 'worse'} than {reference} ({interval})."
+    change = f"{signed(difference.mean)} points; {interval}"
+    return f"{name} does not differ from {reference} by more than the noise ({change})."
+
+
+def mean_gap(run: Run) -> float:
+    """Mean absolute difference of the class-logit correlations, off the diagonal (which is zero by definition)."""
+    gap = np.array(run.correlation_gap)
+    return float(gap[~np.eye(len(gap), dtype=bool)].mean())
+
+
+def summary(results: Results) -> list[dict[str, str]]:
+    """Rows of the table, ready to print: the same text on the console and on the page."""
+    rows = [dict.fromkeys(COLUMNS, "") | {"method": "Teacher", "accuracy": f"{results.teacher.accuracy:.2f}"}]
+    for method in results.methods:
+        rows.append(
+            {
+                "method": display_name(method),
+                "accuracy": with_spread(results.accuracies(method)),
+                "scratch": in_points(results, method, BASELINE),
+                "kd": "" if method == BASELINE else in_points(results, method, "kd"),
+                "time": f"{results.costs[method].milliseconds:.1f}",
+                "memory": "" if method == BASELINE else f"{results.extra_kib(method):.0f}",
+            }
+        )
+    return rows
+
+
+def in_points(results: Results, method: str, reference: str) -> str:
+    """The paired difference of `method` to `reference` and its standard error; nothing where there is none."""
+    delta = None if method == reference else paired_difference(results, method, reference)
+    if delta is None:
+        return ""
+    return signed(delta.mean) + ("" if delta.error is None else f" ± {delta.error:.2f}")
+
+
+def console_table(results: Results) -> Table:
+    """The summary for a terminal, 80 columns wide."""
+    caption = (
+        f"{seed_count(results)} per method; accuracy on test images: mean ± standard deviation; differences in points: "
+        "mean ± standard error, paired by seed; memory: of a step, beyond that from scratch"
+    )
+    table = Table(title=TITLE, caption=caption, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for key, header in COLUMNS.items():
+        table.add_column(header, justify="left" if key == "method" else "right")
+    for row in summary(results):
+        table.add_row(*row.values())
+    return table
+
+
+def seed_count(results: Results) -> str:
+    """How many seeds every method ran, in words."""
+    counts = sorted({len(results.of(method)) for method in results.methods})
+    number = "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    return f"{number} seed{'' if number == '1' else 's'}"
+
+
+def as_json(results: Results) -> dict[str, Any]:
+    """Plain data: every run, the statistics and the settings."""
+    return {
+        "teacher": dataclasses.asdict(results.teacher),
+        "student_parameters": results.student_parameters,
+        "scratch_step_peak_bytes": results.costs[BASELINE].peak_bytes,
+        "summary": [
+            {
+                "method": method,
+                "accuracy_mean": float(np.mean(results.accuracies(method))),
+                "accuracy_std": spread(results.accuracies(method)),
+                "step_milliseconds": results.costs[method].milliseconds,
+                "step_peak_bytes": results.costs[method].peak_bytes,
+                "seconds_mean": float(np.mean([run.seconds for run in results.of(method)])),
+                "correlation_gap_mean": float(np.mean([mean_gap(run) for run in results.of(method)])),
+            }
+            for method in results.methods
+        ],
+        "differences": [
+            dataclasses.asdict(item) | {"exceeds_noise": item.exceeds_noise} for item in differences(results)
+        ],
+        "runs": [dataclasses.asdict(run) | {"accuracy": run.accuracy} for run in results.runs],
+        "test_images": results.test_images,
+        "settings": results.settings,
+        "environment": results.environment,
+    }
+
+
+def draw_figures(results: Results) -> dict[str, Any]:
+    """Every figure as SVG text; lists of (name, caption, SVG) for the small multiples."""
+    methods = results.methods
+    names = {method: display_name(method) for method in methods}
+    colours = figures.colour_of(methods)
+    gaps = {method: np.mean([run.correlation_gap for run in results.of(method)], axis=0) for method in methods}
+    limit = max(float(gap.max()) for gap in gaps.values()) or 1.0
+    scales = {method: [run.scale for run in results.of(method)] for method in methods if results.of(method)[0].scale}
+    maps = []
+    for index, (method, gap) in enumerate(gaps.items()):
+        number = with_spread([mean_gap(run) for run in results.of(method)], 3)
+        alt = (
+            f"Absolute difference of the teacher's and the {names[method]} student's class correlations: mean {number}."
+        )
+        maps.append((names[method], f"mean {number}", figures.heat_map(gap, limit, f"gap{index}", alt)))
+    embeddings = []
+    for index, (method, points) in enumerate(results.embeddings.items()):
+        name = names.get(method, "Teacher")
+        alt = f"t-SNE of the {name} network's features of {len(points)} test images, coloured by digit."
+        embeddings.append((name, "", figures.scatter_map(points, results.labels, f"tsne{index}", alt)))
+    return {
+        "curves": figures.learning_curves(
+            {method: [run.curve for run in results.of(method)] for method in methods}, names, results.teacher.accuracy
+        ),
+        "accuracy": figures.accuracy_dots(
+            {method: results.accuracies(method) for method in methods}, names, results.teacher.accuracy
+        ),
+        "scale": figures.scale_curves(scales, names, colours, results.max_scale) if scales else None,
+        "correlation": maps,
+        "embeddings": embeddings,
+    }
+
+
+def render(results: Results) -> str:
+    """The page as HTML text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    # One binomial standard error of an accuracy measured on this many test images.
+    accuracy = float(np.mean([run.accuracy for run in results.runs])) / 100
+    sampling_error = 100 * math.sqrt(accuracy * (1 - accuracy) / results.test_images)
+    return environment.get_template("page.html").render(
+        title=TITLE,
+        results=results,
+        columns=COLUMNS,
+        rows=summary(results),
+        seeds=seed_count(results),
+        teacher_parameters=f"{results.teacher.parameters:,}",
+        student_parameters=f"{results.student_parameters:,}",
+        verdicts=verdicts(results),
+        figures=draw_figures(results),
+        sampling_error=f"{sampling_error:.1f}",
+        colours={display_name(method): colour for method, colour in figures.colour_of(results.methods).items()},
+        digits=dict(enumerate(figures.CLASS_COLOURS)),
+    )
+
+
+def write_report(results: Results, folder: Path) -> Path:
+    """Writes results.json and report.html into `folder` (made if absent); returns the page's path.
+
+    Raises ValueError for a run with a value that is not finite: it would make every mean meaningless.
+    """
+    for run in results.runs:
+        if not np.isfinite([*run.curve, *run.scale, *np.ravel(run.correlation_gap)]).all():
+            raise ValueError(f"the run of {run.method}, seed {run.seed}, holds a value that is not finite")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "results.json", json.dumps(as_json(results), indent=1, allow_nan=False))
+    write_atomically(folder / "report.html", render(results))
+    return folder / "report.html"

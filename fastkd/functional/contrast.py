@@ -1,0 +1,283 @@
+"""The losses over one softmax a row: InfoNCE, CKD, supervised contrast and contrast with masked negatives.
+
+All are one operation, ``fastkd::contrast``, which differs in what counts as a positive and as a negative.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastkd import backends
+from fastkd.backends import reference
+from fastkd.backends.masks import Mask
+from fastkd.distributed.group import Group, resolve_group
+from fastkd.numerics import weighted_sum
+from fastkd.ops.contrast import contrast
+from fastkd.validate import (
+    check_bool,
+    check_choice,
+    check_no_tangent,
+    check_pair,
+    check_positive_index,
+    check_query_and_key,
+    check_row_labels,
+    check_rows,
+    check_scale,
+    check_temperature,
+    check_weight,
+)
+
+POSITIVES = ("index", "label")
+
+
+@dataclass(frozen=True)
+class ContrastInputs:
+    """Checked arguments of the operation, in its order; without ``key``, the queries are contrasted with each other."""
+
+    query: Tensor
+    key: Tensor | None
+    scale: Tensor
+    weight: Tensor | None
+    normalize: bool
+    query_labels: Tensor | None = None
+    key_labels: Tensor | None = None
+    positive_index: Tensor | None = None
+    by_label: bool = False
+
+
+def info_nce_loss(
+    query: Tensor,
+    key: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    normalize: bool = True,
+    sample_weight: Tensor | None = None,
+    group: Group = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""InfoNCE with in-batch negatives: row i of ``key`` is the positive of row i of ``query``, all others negatives.
+
+    .. code-block:: text
+
+        loss = mean_i w_i [-log softmax_j(logit_scale * q_i . k_j)_i]     q, k: L2-normalised rows if ``normalize``
+
+    Source: arXiv 1807.03748, eq. 4, with scaled dot products as the scores.
+
+    Args:
+        query, key: [n, D], float64, float32, bf16 or fp16, both alike.
+        logit_scale: the positive multiplier (an inverse temperature), a float or a 0-dim tensor that may need a
+            gradient.
+        normalize: L2-normalise the rows first; rows no longer than 1e-12 count as zero and get no gradient.
+        sample_weight, group, backend: as for :func:`dcd_loss`.
+
+    Returns:
+        The loss, 0-dim.
+
+    Raises:
+        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+    """
+
+    def check(may_be_empty: bool) -> ContrastInputs:
+        check_pair("query", query, "key", key, "[n, D]", may_be_empty=may_be_empty)
+        check_bool("normalize", normalize)
+        return ContrastInputs(
+            query, key, check_scale(logit_scale, query), check_weight(sample_weight, query), normalize
+        )
+
+    return _mean("info_nce_loss", check, group, backend)
+
+
+def ckd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    *,
+    sample_weight: Tensor | None = None,
+    group: Group = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""CKD, contrast on logits: the teacher's of sample i against the student's of i and of all others.
+
+    .. code-block:: text
+
+        loss = mean_i w_i [-log softmax_j(cos(teacher_i, student_j) / temperature)_i]
+
+    Source: arXiv 2404.14109, eq. 5-7. The weight of this loss beside cross-entropy is 100 on CIFAR-100 and 10 on
+    ImageNet in the authors' recipes.
+
+    Args:
+        student_logits, teacher_logits: [B, C] of the same samples, float64, float32, bf16 or fp16, both alike. The
+            teacher gets no gradient.
+        temperature: > 0; divides the cosines.
+        sample_weight, group, backend: as for :func:`dcd_loss`.
+
+    Returns:
+        The loss, 0-dim.
+
+    Raises:
+        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+    """
+
+    def check(may_be_empty: bool) -> ContrastInputs:
+        check_pair(
+            "student_logits", student_logits, "teacher_logits", teacher_logits, "[B, C]", may_be_empty=may_be_empty
+        )
+        check_temperature(temperature, student_logits.dtype)
+        scale = check_scale(1 / temperature, student_logits)
+        weight = check_weight(sample_weight, student_logits)
+        return ContrastInputs(teacher_logits.detach(), student_logits, scale, weight, normalize=True)
+
+    return _mean("ckd_loss", check, group, backend)
+
+
+def sup_con_loss(
+    features: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    exclude_self: bool = True,
+    normalize: bool = False,
+    sample_weight: Tensor | None = None,
+    group: Group = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Supervised contrast: every row is an anchor, the rows of its label are its positives.
+
+    .. code-block:: text
+
+        loss = mean_{i: P_i not empty} w_i [logsumexp_{a in A_i} x_ia - mean_{p in P_i} x_ip]
+        x_ia = logit_scale * f_i . f_a      A_i: all rows but i      P_i: those of A_i with i's label
+
+    Source: arXiv 2004.11362, eq. 2 (``L_out``), without its outer factor of the temperature.
+
+    Args:
+        features: [n, D], float64, float32, bf16 or fp16; taken as they are unless ``normalize``.
+        labels: [n], int64, any values.
+        logit_scale: the positive multiplier (an inverse temperature), a float or a 0-dim tensor that may need a
+            gradient.
+        exclude_self: ``False`` counts row i among A_i and P_i.
+        normalize: L2-normalise the rows first; rows no longer than 1e-12 count as zero and get no gradient.
+        sample_weight: [n], >= 0, of the anchors; the mean still divides by the number of anchors with a positive.
+        group, backend: as for :func:`dcd_loss`.
+
+    Returns:
+        The loss, 0-dim; zero if no anchor has a positive.
+
+    Raises:
+        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+    """
+
+    def check(may_be_empty: bool) -> ContrastInputs:
+        check_rows("features", features, may_be_empty=may_be_empty)
+        check_row_labels("labels", labels, features)
+        check_bool("exclude_self", exclude_self)
+        check_bool("normalize", normalize)
+        scale, weight = check_scale(logit_scale, features), check_weight(sample_weight, features)
+        if exclude_self:
+            return ContrastInputs(features, None, scale, weight, normalize, labels, by_label=True)
+        return ContrastInputs(features, features, scale, weight, normalize, labels, labels, by_label=True)
+
+    return _mean("sup_con_loss", check, group, backend)
+
+
+def masked_contrast_loss(
+    query: Tensor,
+    key: Tensor,
+    logit_scale: Tensor | float,
+    query_labels: Tensor,
+    key_labels: Tensor,
+    positive_index: Tensor | None = None,
+    *,
+    positives: str = "index",
+    normalize: bool = True,
+    sample_weight: Tensor | None = None,
+    group: Group = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""InfoNCE without false negatives: keys of the query's label are no negatives.
+
+    .. code-block:: text
+
+        loss = mean_i w_i [logsumexp_{j in D_i} x_ij - x_i,p(i)]        x_ij = logit_scale * q_i . k_j
+        p(i) = positive_index[i]        D_i: the key p(i), and all keys j with key_labels[j] != query_labels[i]
+
+    This is the sample-wise contrast of MSDCRD (arXiv 2502.05835). ``positives="label"`` is its other form: all keys of
+    the query's label are positives, the loss is ``logsumexp_j x_ij`` over all keys less the mean of theirs, and the
+    mean is over the queries that have one.
+
+    Args:
+        query, key: [n, D] and [N, D], float64, float32, bf16 or fp16, both alike.
+        logit_scale: the positive multiplier (an inverse temperature), a float or a 0-dim tensor that may need a
+            gradient.
+        query_labels, key_labels: [n] and [N], int64, any values.
+        positive_index: [n], int64, in [0, N): rows of this rank's ``key``. ``None``: query i's positive is key i, and n
+            = N. On CUDA, and under torch.compile, another value makes the loss NaN instead of raising, which would have
+            to wait for the device.
+        positives: ``"index"`` or ``"label"``; the latter takes no ``positive_index``.
+        normalize: L2-normalise the rows first; rows no longer than 1e-12 count as zero and get no gradient.
+        sample_weight: [n], as for :func:`dcd_loss`.
+        group, backend: as for :func:`dcd_loss`.
+
+    Returns:
+        The loss, 0-dim.
+
+    Raises:
+        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+    """
+
+    def check(may_be_empty: bool) -> ContrastInputs:
+        check_choice("positives", positives, POSITIVES)
+        by_label = positives == "label"
+        check_query_and_key(query, key, may_be_empty=may_be_empty)
+        check_row_labels("query_labels", query_labels, query)
+        check_row_labels("key_labels", key_labels, key)
+        check_bool("normalize", normalize)
+        scale, weight = check_scale(logit_scale, query), check_weight(sample_weight, query)
+        if by_label and positive_index is not None:
+            raise ValueError("positive_index: got a tensor with positives='label', expected None")
+        if not by_label:
+            weight = check_positive_index(positive_index, query, key, weight)
+        return ContrastInputs(query, key, scale, weight, normalize, query_labels, key_labels, positive_index, by_label)
+
+    return _mean("masked_contrast_loss", check, group, backend)
+
+
+def _mean(name: str, check: Callable[[bool], ContrastInputs], group: Group, backend: str | None) -> Tensor:
+    """The loss ``name`` of the inputs that ``check(may_be_empty)`` returns."""
+    process_group = resolve_group(group)
+    if process_group is not None:
+        # Imported here because it loads torch's compiler, to keep it out.
+        from fastkd.functional.across_ranks import global_contrast_mean
+
+        return global_contrast_mean(name, lambda: check(True), process_group, backend)
+    x = check(False)
+    backend = backends.resolve(backend, "contrast", x.query)
+    if backend == "reference":
+        total, positives = _reference(x)
+    else:
+        check_no_tangent(x.query, *(() if x.key is None else (x.key,)), x.scale)
+        total, stats = contrast(
+            x.query, x.key, x.scale, x.weight, x.query_labels, x.key_labels, x.positive_index, x.by_label, x.normalize,
+            backend,
+        )  # fmt: skip
+        positives = stats[1]
+    if x.by_label:
+        return total / (positives > 0).sum().clamp_min(1)
+    return total / x.query.shape[0]
+
+
+def _reference(x: ContrastInputs) -> tuple[Tensor, Tensor]:
+    """The weighted sum, and the number of positives of every query."""
+    mask = Mask(
+        query_labels=x.query_labels,
+        key_labels=x.query_labels if x.key is None else x.key_labels,
+        positive_index=x.positive_index,
+        by_label=x.by_label,
+        exclude_self=x.key is None,
+    )
+    with torch.autocast(x.query.device.type, enabled=False):
+        key = x.query if x.key is None else x.key
+        rows, positives = reference.contrast(x.query, key, x.scale, x.normalize, mask)
+        return weighted_sum(rows, x.weight), positives

@@ -1,0 +1,66 @@
+"""How hard each sample is for the student, and the weight that preview-based learning gives it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.distributed.agree import Peers
+from fastkd.distributed.group import Group, resolve_group
+from fastkd.numerics import accumulation_dtype
+from fastkd.validate import check_not_negative, check_number, check_vector
+
+
+def preview_weight(ce_per_sample: Tensor, threshold: float, *, group: Group = None) -> Tensor:
+    r"""The preview weights of PCKD: samples that are still too hard for the student count less.
+
+    .. code-block:: text
+
+        a_i = ce_i / mean_j ce_j        weight_i = 1 if a_i <= threshold else exp(-a_i^2)
+
+    Source: arXiv 2410.14143, and the authors' public code, where ``threshold`` is ``1.005**epoch``.
+
+    Args:
+        ce_per_sample: [B], the cross-entropy of every sample, >= 0; float64, float32, bf16 or fp16. No gradient
+            passes. On CUDA, and under torch.compile, a negative one makes the weights NaN instead of raising.
+        threshold: >= 0; the difficulty above which a sample's weight decays.
+        group: over whose samples the mean is taken, as for :func:`dcd_loss`: over those of all ranks, with one
+            exchange of two numbers a rank.
+
+    Returns:
+        The weights [B], float64 for float64 inputs, float32 otherwise. One if every cross-entropy is zero.
+
+    Raises:
+        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+    """
+    process_group = resolve_group(group)
+    ce = ce_per_sample
+
+    def check() -> dict[str, Any]:
+        nonlocal ce
+        check_vector("ce_per_sample", ce_per_sample, may_be_empty=process_group is not None)
+        check_number("threshold", threshold, minimum=0)
+        ce = check_not_negative("ce_per_sample", ce_per_sample, "cross-entropies")
+        return {"threshold": threshold, "dtype": accumulation_dtype(ce.dtype)}
+
+    if process_group is None:
+        check()
+        return weights_by_difficulty(ce, threshold, None)
+    # Imported here because it loads torch's compiler, to keep it out.
+    from fastkd.distributed.reduce import agree_on_rows
+
+    peers = agree_on_rows(process_group, "preview_weight", check, ce_per_sample)
+    return weights_by_difficulty(ce, threshold, peers)
+
+
+def weights_by_difficulty(ce_per_sample: Tensor, threshold: float, peers: Peers | None) -> Tensor:
+    """:func:`preview_weight` of checked arguments, the mean taken over the samples of ``peers``."""
+    ce = ce_per_sample.detach().to(accumulation_dtype(ce_per_sample.dtype))
+    if peers is None:
+        mean = ce.mean()
+    else:
+        from fastkd.distributed.reduce import sum_over_ranks
+
+        mean = sum_over_ranks(ce.sum(), peers) / peers.total
+    difficulty = ce / mean.clamp_min(torch.finfo(ce.dtype).tiny)
+    return torch.where(difficulty <= threshold, torch.ones_like(difficulty), (-difficulty.square()).exp())

@@ -1,0 +1,37 @@
+"""Arithmetic that every layer shares: the accumulation dtype, unit rows, weighted sums, window counts."""
+
+import torch
+from torch import Tensor
+
+NORM_EPS = 1e-12  # rows no longer than this count as zero
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a loss is computed in: float64 for float64 inputs, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def weighted_sum(rows: Tensor, weight: Tensor | None) -> Tensor:
+    """``sum_i w_i rows_i``; ``None``: weights of one."""
+    return rows.sum() if weight is None else (rows * weight.to(rows.dtype)).sum()
+
+
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x_i / |x_i|`` [n, D] and ``1 / |x_i|`` [n, 1]; rows with ``|x_i| <= NORM_EPS`` give 0 and 0, and no gradient.
+
+    Rows are divided by their largest magnitude before squaring: the square of 1e30 overflows float32, that of 1e-30
+    vanishes. Rows that are not finite give NaN.
+    """
+    largest = x.detach().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    scaled = x / largest  # its norm is at least 1, but for zero rows
+    norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp_min(0.5)
+    is_zero = largest * norm.detach() <= NORM_EPS
+    return (scaled / norm).masked_fill(is_zero, 0), (largest * norm).reciprocal().masked_fill(is_zero, 0)
+
+
+def window_counts(height: int, width: int, windows: list[int], strides: list[int]) -> list[tuple[int, int]]:
+    """How many windows of each scale lie below and beside each other; windows, strides: height and width in turn."""
+    return [
+        ((height - windows[k]) // strides[k] + 1, (width - windows[k + 1]) // strides[k + 1] + 1)
+        for k in range(0, len(windows), 2)
+    ]

@@ -1,0 +1,171 @@
+"""``fastkd train RECIPE --dry-run``: what a config comes to, without its weights, its data or a step of training.
+
+Models are built and run on tensors without memory, so that the largest cost seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastkd.trainer.commands.memory import memory_of
+from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.data.datasets import build_datasets, choose_data
+from fastkd.trainer.data.loader import first_images
+from fastkd.trainer.models.build import ModelConfig, build_model, count_parameters, torchvision_weights
+from fastkd.trainer.objective.objective import needs
+from fastkd.trainer.optim import Schedule
+from fastkd.trainer.precision import DTYPES
+from fastkd.trainer.run.checkpoint import CheckpointError, find_checkpoint
+from fastkd.trainer.run.distiller import Distiller, build_distiller
+
+MIB = 2**20
+LEFT_OUT = (
+    "  left out: what the terms compute with, gradients on their way back, work space of cuDNN and NCCL, the CUDA",
+    "  context, fragments of the allocator; not all of the above is needed at once, and torch.compile saves less",
+)
+
+
+def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
+    """The lines that describe a run of ``config`` on ``world_size`` ranks.
+
+    Raises ValueError for what training would refuse: unknown models, terms that do not fit them, batches too small.
+    """
+    if config.student is None:
+        raise ValueError("student: got None, expected a model")
+    samples, shape, unreadable = _data(config)
+    rows = -(-config.data.batch_size // world_size)
+    if config.data.batch_size < world_size:
+        raise ValueError(f"data.batch_size: got {config.data.batch_size}, expected at least a row for each rank")
+    chunks = min(config.chunks, rows)
+    with torch.device("meta"):
+        distiller = _build(config, torch.empty(2, *shape))
+    # The same on what claims to be a CPU: autocast knows no meta device.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        distiller.to_empty(device="cpu")
+        memory = memory_of(distiller, config, shape, rows, chunks, world_size)
+    lines = [_model("student", config.student, distiller.student.model)]
+    if distiller.teacher is not None and config.teacher is not None:
+        lines.append(_model("teacher", config.teacher, distiller.teacher.model.model))
+    lines.append("loss " + " + ".join(f"{weight:g} x {name}" for name, weight in distiller.objective.weights.items()))
+    heads = count_parameters(distiller.objective)
+    if heads:
+        lines[-1] += f" ({heads:,} parameters of its own)"
+    lines.append(
+        f"global batch {config.data.batch_size} on {world_size} rank{'s' if world_size > 1 else ''}: "
+        f"{_rows(config.data.batch_size, world_size)} each"
+        + (f", in {chunks} chunks of at most {-(-rows // chunks)}" if chunks > 1 else "")
+    )
+    lines.append(_steps(config, samples, unreadable))
+    lines.append(_rule(config))
+    options = [name for name in ("channels_last", "compile", "sync_batchnorm") if getattr(config, name)]
+    options += [] if config.ema is None else [f"moving average {config.ema:g}"]
+    lines.append(", ".join([f"precision {config.precision}", *options, f"images {' x '.join(map(str, shape))}"]))
+    lines.append("memory of a rank, MiB, estimated:")
+    memory["together"] = sum(memory.values())
+    width = max(map(len, memory))
+    lines += [f"  {name:<{width}} {size / MIB:10,.1f}" for name, size in memory.items()]
+    return [*lines, *LEFT_OUT]
+
+
+def _data(config: TrainConfig) -> tuple[int | None, tuple[int, ...], str]:
+    """Training samples (None: the data cannot be read here, with the reason) and the shape of an image."""
+    shape: tuple[int, ...] | None = None
+    if config.data.name == "images":
+        side = int(config.data.options.get("image_size", 224))
+        shape = (3, side, side)
+    elif config.data.name == "cifar":
+        shape = (3, 32, 32)
+    try:
+        if shape is None:
+            train_set, _ = choose_data(config.data, None, None)
+            return len(train_set), tuple(first_images(train_set).shape[1:]), ""
+        train_set, _ = build_datasets(config.data)
+        return min(len(train_set), config.data.labelled or len(train_set)), shape, ""
+    except (ValueError, OSError) as error:
+        if shape is None:
+            raise
+        return None, shape, str(error)
+
+
+def _build(config: TrainConfig, images: Tensor) -> Distiller:
+    def bare(model: ModelConfig) -> nn.Module:
+        return build_model(dataclasses.replace(model, pretrained=False, weights=None))
+
+    assert config.student is not None
+    teacher = bare(config.teacher) if config.teacher is not None and needs("teacher", config.objective) else None
+    distiller = build_distiller(config, images, student=bare(config.student), teacher=teacher)
+    if distiller.teacher is not None and config.teacher is not None:
+        distiller.teacher.to(DTYPES[config.teacher.dtype])
+    return distiller
+
+
+def _model(role: str, config: ModelConfig, model: nn.Module) -> str:
+    line = f"{role} {config.name} ({count_parameters(model):,} parameters)"
+    if config.dtype != "fp32":
+        line += f" in {config.dtype}"
+    if config.weights is not None or config.pretrained:
+        line += f", weights {_weights(config, model)}"
+    if config.min_accuracy is not None:
+        line += f", accuracy at least {config.min_accuracy:g}"
+    return line
+
+
+def _weights(config: ModelConfig, model: nn.Module) -> str:
+    """Where they come from, and whether they are there."""
+    if config.weights is not None:
+        path = Path(config.weights)
+        try:
+            found = path.is_file() or find_checkpoint(path).exists()
+        except CheckpointError:
+            found = False
+        return f"{path} ({'found' if found else 'not found'})"
+    published: Any = getattr(model, "pretrained_cfg", None)
+    if published is not None:
+        from huggingface_hub import try_to_load_from_cache
+
+        repository = published.get("hf_hub_id") or "?"
+        source = f"timm {repository}"
+        found = "/" in repository and isinstance(try_to_load_from_cache(repository, "model.safetensors"), str)
+    else:
+        weights = torchvision_weights(config.name.rpartition(":")[2])
+        source = f"torchvision {weights}"
+        found = (Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name).exists()
+    return f"{source} ({'found in the cache' if found else 'to be downloaded'})"
+
+
+def _rows(batch: int, world_size: int) -> str:
+    least, most = batch // world_size, -(-batch // world_size)
+    return str(least) if least == most else f"{least} or {most}"
+
+
+def _steps(config: TrainConfig, samples: int | None, unreadable: str) -> str:
+    if samples is None:
+        return f"{config.epochs} epochs; steps unknown, the data cannot be read here ({unreadable})"
+    batch = config.data.batch_size
+    per_epoch = samples // batch if config.data.drop_last else -(-samples // batch)
+    if per_epoch == 0:
+        raise ValueError(f"data.batch_size: got {batch}, expected at most the {samples} training samples")
+    return (
+        f"{config.epochs} epochs of {per_epoch} steps ({samples:,} training samples): {config.epochs * per_epoch} steps"
+    )
+
+
+def _rule(config: TrainConfig) -> str:
+    """Optimiser and learning rate, in epochs."""
+    optim, whole = config.optim, {"epochs": config.epochs, "global_batch": config.data.batch_size}
+    Schedule(optim, steps_per_epoch=1000, **whole)  # refuses a warm-up that is too long
+    parts = [optim.name, Schedule(dataclasses.replace(optim, warmup_epochs=0.0), steps_per_epoch=1, **whole).rule]
+    if optim.warmup_epochs:
+        parts.append(f"warm-up {optim.warmup_epochs:g} epochs")
+    if optim.milestones:
+        parts.append(f"times {optim.gamma:g} after epochs {' '.join(f'{epoch:g}' for epoch in optim.milestones)}")
+    parts.append(f"weight decay {optim.weight_decay:g}")
+    if optim.clip_norm is not None:
+        parts.append(f"gradient norm at most {optim.clip_norm:g}")
+    return ", ".join(parts)

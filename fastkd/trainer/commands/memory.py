@@ -1,0 +1,118 @@
+"""How much memory a rank needs in training, from models on tensors without memory."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.precision import DTYPES
+from fastkd.trainer.run.distiller import Distiller
+
+
+def memory_of(
+    distiller: Distiller, config: TrainConfig, shape: tuple[int, ...], rows: int, chunks: int, world_size: int
+) -> dict[str, int]:
+    """Bytes by what they hold, of a rank with ``rows`` images of ``shape`` a step.
+
+    Within FakeTensorMode, in which ``distiller`` was built: sizes and dtypes are those of a real step under autocast.
+    """
+    student, objective, teacher = distiller.student, distiller.objective, distiller.teacher
+    trained = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
+    weights = _bytes(trained)
+    moments = {"sgd": int(config.optim.momentum > 0), "lars": 1, "adamw": 2, "lamb": 2}[config.optim.name]
+    found = {
+        "student and terms": weights + _bytes(student.buffers()),
+        "gradients": weights,
+        f"optimiser ({config.optim.name})": moments * weights,
+    }
+    if world_size > 1:
+        found["buckets of the all-reduce"] = weights
+    if config.ema is not None:
+        found["moving average"] = _bytes(student.model.state_dict().values())
+    if teacher is not None:
+        found["teacher"] = _bytes(teacher.state_dict().values())
+    part = -(-rows // chunks)
+    images = torch.empty(part, *shape)
+    found["images"] = rows * images[0].nbytes
+    own = {tensor.untyped_storage()._cdata for tensor in (*student.parameters(), *student.buffers(), images)}
+    saved: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            saved[tensor.untyped_storage()._cdata] = tensor  # kept, so that no other takes its place
+        return tensor
+
+    distiller.train()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), _autocast(config):
+        output = student(images)
+    found["student's activations"] = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    outputs = 2 * _bytes(value for value in vars(output).values() if isinstance(value, Tensor))  # with their gradients
+    if teacher is not None:
+        with _LiveBytes() as live, _autocast(config):
+            taught = teacher(images)
+        found["teacher's forward pass"] = live.peak
+        outputs += _bytes(value for value in vars(taught).values() if isinstance(value, Tensor))
+    if chunks > 1:
+        found["outputs of all chunks"] = outputs * rows // part
+    if world_size > 1:
+        columns = _gathered(objective, output.logits.shape[1])
+        found["embeddings of all ranks"] = config.data.batch_size * columns * output.logits.element_size()
+    return found
+
+
+def _gathered(objective: nn.Module, classes: int) -> int:
+    """Columns that a row sends to the other ranks; of maps, nothing is counted."""
+    columns = 0
+    for term in getattr(objective, "terms", {}).values():
+        head = getattr(getattr(term, "loss", None), "student_head", None)
+        name = type(term).__name__
+        if name == "DCDTerm" and isinstance(head, nn.Linear):
+            columns += 2 * head.out_features
+        elif name in ("CKDTerm", "PCKDTerm"):
+            columns += 2 * classes
+    return columns
+
+
+class _LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors made in this context that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.live = 0
+        self._views: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in args if isinstance(tensor, Tensor)}
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._views:
+                    if key in given:
+                        continue  # a view of a weight
+                    self._views[key] = 0
+                    self.live += size
+                self._views[key] += 1
+                weakref.finalize(tensor, self._gone, key, size)
+        self.peak = max(self.peak, self.live)
+        return made
+
+    def _gone(self, key: int, size: int) -> None:
+        self._views[key] -= 1
+        if self._views[key] == 0:
+            del self._views[key]
+            self.live -= size
+
+
+def _autocast(config: TrainConfig) -> torch.autocast:
+    return torch.autocast("cpu", DTYPES[config.precision], enabled=config.precision != "fp32")
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,1 @@
+"""Data sets, and the loaders whose order depends on (seed, epoch) alone."""

@@ -1,0 +1,142 @@
+"""CIFAR-10 and CIFAR-100 in the layouts they are published in, held in memory and augmented a batch at a time."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkd.trainer.data.memory import TensorImages
+from fastkd.validate import check_choice, check_type
+
+SIDE, PIXELS = 32, 3 * 32 * 32
+# Means and standard deviations of the training images' channels, as the CIFAR distillation benchmarks use them.
+NORMALIZATION = {
+    10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    100: ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+# Of each layout: files of training and test set. The binary one has a byte for each label before an image's pixels.
+LAYOUTS: dict[tuple[str, int], tuple[str, list[str], list[str]]] = {
+    ("binary", 10): ("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]),
+    ("binary", 100): ("cifar-100-binary", ["train.bin"], ["test.bin"]),
+    ("python", 10): ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]),
+    ("python", 100): ("cifar-100-python", ["train"], ["test"]),
+}
+
+
+class CifarImages(TensorImages):
+    """uint8 images [N, 3, 32, 32], normalised a batch at a time; if ``augment``, shifted by up to 4 pixels and flipped.
+
+    Random numbers come from torch's global generator, which the trainer saves, or seeds for every batch of a worker.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, classes: int, *, augment: bool) -> None:
+        super().__init__(images, labels)
+        self.normalization = NORMALIZATION[classes]
+        self.augment = augment
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        chosen = torch.as_tensor(indices)
+        images = self.images[chosen]
+        if self.augment:
+            images = shift_and_flip(images, 4)
+        mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in self.normalization)
+        return (images.float() - mean) / std, self.labels[chosen]
+
+
+def shift_and_flip(images: Tensor, most: int) -> Tensor:
+    """Each image [C, H, W] shifted by up to ``most`` pixels over black, and mirrored with probability one half."""
+    B, _, H, W = images.shape
+    padded = torch.nn.functional.pad(images, (most, most, most, most))
+    top, left = torch.randint(2 * most + 1, (2, B, 1))
+    rows, columns = top + torch.arange(H), left + torch.arange(W)
+    columns = torch.where(torch.rand(B, 1) < 0.5, columns.flip(1), columns)
+    return padded[torch.arange(B)[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+
+
+def load_cifar(root: str, *, classes: int = 100, augment: bool = True) -> tuple[CifarImages, CifarImages]:
+    """(training set, test set) of CIFAR-100 or CIFAR-10 in ``root``, unpacked from the published archives.
+
+    Both layouts are read: ``cifar-100-binary`` (C version) and ``cifar-100-python``, whose pickles are read without
+    running code from them. ``root`` may be that folder or the one that holds it.
+
+    Raises ValueError: files that are missing, or do not hold what the layout says.
+    """
+    check_choice("data.options.classes", str(classes), ("10", "100"))
+    check_type("data.options.augment", augment, bool)
+    for kind in ("binary", "python"):
+        folder, train_files, test_files = LAYOUTS[kind, classes]
+        for place in (Path(root) / folder, Path(root)):
+            if all((place / name).is_file() for name in (*train_files, *test_files)):
+                read = _read_binary if kind == "binary" else _read_pickle
+                train, test = ([read(place / name, classes) for name in names] for names in (train_files, test_files))
+                return (
+                    CifarImages(*_joined(train), classes, augment=augment),
+                    CifarImages(*_joined(test), classes, augment=False),
+                )
+    expected = " or ".join(LAYOUTS[kind, classes][0] for kind in ("binary", "python"))
+    raise ValueError(f"data.options.root: found no CIFAR-{classes} in {root}, expected the folder {expected}")
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*parts, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def _read_binary(path: Path, classes: int) -> tuple[Tensor, Tensor]:
+    """Records of a label (CIFAR-100: a coarse one, then a fine one) and 3,072 pixels, a byte each."""
+    before = 2 if classes == 100 else 1
+    data = np.fromfile(path, np.uint8)
+    if data.size == 0 or data.size % (before + PIXELS):
+        raise ValueError(f"{path}: has {data.size} bytes, expected a multiple of {before + PIXELS}")
+    records = torch.from_numpy(data).view(-1, before + PIXELS)
+    return _checked(path, records[:, before:], records[:, before - 1], classes)
+
+
+def _read_pickle(path: Path, classes: int) -> tuple[Tensor, Tensor]:
+    try:
+        content = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        data, labels = content[b"data"], content[b"fine_labels" if classes == 100 else b"labels"]
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != PIXELS:
+            raise TypeError(f"'data' is not a uint8 array [n, {PIXELS}]")
+        labels = torch.tensor(labels, dtype=torch.int64)
+    # A damaged pickle raises almost anything.
+    except Exception as error:
+        raise ValueError(f"{path}: is not a file of CIFAR-{classes} ({type(error).__name__}: {error})") from error
+    return _checked(path, torch.from_numpy(data.copy()), labels, classes)
+
+
+def _checked(path: Path, pixels: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    if len(pixels) != len(labels) or int(labels.max()) >= classes or int(labels.min()) < 0:
+        raise ValueError(f"{path}: has {len(pixels)} images, {len(labels)} labels, expected one each in [0, {classes})")
+    return pixels.reshape(-1, 3, SIDE, SIDE).contiguous(), labels.long()
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Lists, numbers, strings, and numpy arrays of plain numbers. Whatever else a pickle names is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return _reconstruct
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
+        raise pickle.UnpicklingError(f"names {module}.{name}, which is neither data nor an array")
+
+
+def _reconstruct(kind: type, shape: tuple[int, ...], typecode: bytes) -> np.ndarray:
+    """What numpy's own function does for an array that is filled in afterwards."""
+    if kind is not np.ndarray or shape != (0,):
+        raise pickle.UnpicklingError("is not a plain array")
+    return np.ndarray.__new__(np.ndarray, (0,), np.uint8)

@@ -1,0 +1,194 @@
+"""WebDataset shards (tar files of ``KEY.jpg`` and ``KEY.cls``), read at random like a folder.
+
+The tar headers are read once into an index. A sample is then one positioned read, so that the order of the data, its
+split over ranks and workers, and resuming in the middle of an epoch are exactly those of any other dataset; a streaming
+reader would make them depend on the number of ranks and workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import tarfile
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkd.trainer.data.encoded import EXTENSIONS, ImageSamples
+
+OPEN_SHARDS = 64  # file handles that a process keeps
+MAX_LABELS = 10_000_000  # a label beyond is a damaged one; there is a class, with a name, for every number up to it
+_COLUMNS = ("shard", "offset", "size", "label")
+
+
+class ShardImages(ImageSamples):
+    """The images of all ``*.tar`` in a folder; classes are the numbers up to the largest label.
+
+    A sample is the files of one shard that share everything before the first dot: an image and its label, ``.cls`` (a
+    number as text) or else ``.json`` (with the int ``"label"`` or ``"cls"``). Other files are ignored. The index is
+    kept in ``.fastkd-index-*.npz`` beside the shards, or in memory where the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        transform: Callable[[Any], Tensor],
+        normalization: tuple[tuple[float, ...], tuple[float, ...]],
+        max_broken: int = 100,
+    ) -> None:
+        root = Path(root)
+        self.shards = sorted(root.glob("*.tar"))
+        if not self.shards:
+            raise ValueError(f"data.options.root: found no *.tar in {root}")
+        index = read_index(root, self.shards)
+        self._shard, self._offset, self._size = index["shard"], index["offset"], index["size"]
+        labels = torch.from_numpy(index["label"])
+        classes = [str(label) for label in range(int(labels.max()) + 1)]
+        super().__init__(labels, classes, transform, normalization, max_broken)
+
+    @property
+    def shard_starts(self) -> list[int]:
+        """The first sample of every shard that has one: what an order that reads shard by shard needs."""
+        return np.flatnonzero(np.diff(self._shard, prepend=-1)).tolist()
+
+    def encoded(self, index: int) -> bytes:
+        size = int(self._size[index])
+        encoded = os.pread(_handle(str(self.shards[self._shard[index]]), os.getpid()), size, int(self._offset[index]))
+        if len(encoded) != size:
+            raise OSError(f"got {len(encoded)} bytes, expected {size}")
+        return encoded
+
+    def describe(self, index: int) -> str:
+        return f"{self.shards[self._shard[index]]} at byte {self._offset[index]}"
+
+
+class _Handle:
+    """A file that is closed when it falls out of the cache."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+@functools.lru_cache(OPEN_SHARDS)
+def _opened(path: str, process: int) -> _Handle:
+    return _Handle(path)
+
+
+def _handle(path: str, process: int) -> int:
+    return _opened(path, process).descriptor
+
+
+def read_index(root: Path, shards: list[Path]) -> dict[str, np.ndarray]:
+    """``shard``, ``offset``, ``size`` and ``label`` of every sample; the kept ones if the shards are unchanged."""
+    states = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
+    # 2: the version of what is kept.
+    kept = root / f".fastkd-index-{hashlib.sha256(repr((2, states)).encode()).hexdigest()[:16]}.npz"
+    try:
+        with np.load(kept, allow_pickle=False) as arrays:
+            index = {name: arrays[name] for name in _COLUMNS}
+        if _is_sound(index, np.array([size for _, size, _ in states])):
+            return index
+    except Exception:  # missing; or damaged, which raises almost anything
+        pass
+    rows = [(number, *sample) for number, shard in enumerate(shards) for sample in _samples(shard)]
+    if not rows:
+        raise ValueError(f"data.options.root: the {len(shards)} tar files in {root} hold no image with a label")
+    table = np.array(rows, dtype=np.int64)
+    index = dict(zip(_COLUMNS, np.ascontiguousarray(table.T), strict=True))
+    # A folder that cannot be written, or is full: the index is made again next time.
+    with contextlib.suppress(OSError):
+        _keep(index, kept)
+    return index
+
+
+def _is_sound(index: dict[str, np.ndarray], sizes: np.ndarray) -> bool:
+    """Whether every sample lies within a shard; ``sizes``: those of the shards in bytes."""
+    rows = index["shard"].shape
+    if len(rows) != 1 or rows[0] == 0 or any(column.shape != rows for column in index.values()):
+        return False
+    if any(column.dtype != np.int64 or column.min() < 0 for column in index.values()):
+        return False
+    shard, offset, size, label = (index[name] for name in _COLUMNS)
+    if shard.max() >= len(sizes) or (np.diff(shard) < 0).any() or label.max() >= MAX_LABELS:
+        return False
+    return bool((offset <= sizes[shard]).all() and (size <= sizes[shard] - offset).all())
+
+
+def _keep(index: dict[str, Any], path: Path) -> None:
+    """Write the index whole or not at all, readable to others as far as the umask allows."""
+    temporary = path.with_name(f".fastkd-index-{uuid.uuid4().hex}.tmp")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
+            np.savez(file, **index)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _samples(shard: Path) -> list[tuple[int, int, int]]:
+    """(offset, size, label) of every image of a shard."""
+    images: dict[str, tuple[int, int]] = {}
+    texts: dict[str, dict[str, bytes]] = {".cls": {}, ".json": {}}
+    twice: list[str] = []
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                folder, name = os.path.split(member.name)
+                stem, _, extension = name.partition(".")
+                key, extension = f"{folder}/{stem}", f".{extension.lower()}"
+                if extension in EXTENSIONS:
+                    found = key in images
+                    images[key] = member.offset_data, member.size
+                elif extension in texts:
+                    found = key in texts[extension]
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    texts[extension][key] = file.read()
+                else:
+                    continue
+                if found:
+                    twice.append(member.name)
+        missing = sorted(images.keys() - texts[".cls"].keys() - texts[".json"].keys())
+        labels = {
+            key: _label(texts[extension][key], extension)
+            for key in images.keys() - set(missing)
+            for extension in [".cls" if key in texts[".cls"] else ".json"]
+        }
+    except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{shard}: is not a WebDataset shard ({type(error).__name__}: {error})") from error
+    if twice:
+        raise ValueError(
+            f"{shard}: {len(twice)} samples have a second image or label, expected one of each; such as {twice[0]}"
+        )
+    if missing:
+        raise ValueError(f"{shard}: {len(missing)} images have no .cls or .json, such as {missing[0].lstrip('/')}")
+    return [(*place, labels[key]) for key, place in images.items()]
+
+
+def _label(text: bytes, extension: str) -> int:
+    if extension == ".cls":
+        label = int(text)
+    else:
+        entries = json.loads(text)
+        label = entries["label"] if "label" in entries else entries["cls"]
+        if not isinstance(label, int) or isinstance(label, bool):
+            raise ValueError(f"got the label {label!r}, expected an int")
+    if not 0 <= label < MAX_LABELS:
+        raise ValueError(f"got the label {label}, expected a number in [0, {MAX_LABELS})")
+    return label

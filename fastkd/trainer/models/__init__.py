@@ -1,0 +1,1 @@
+"""Models of any source, and where their features, maps and classifiers are."""

@@ -1,0 +1,142 @@
+"""Builds the model that a config names, and tells how its images must be normalised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from fastkd.trainer.imports import import_object
+from fastkd.validate import check_choice, check_int, check_number, check_type
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass(kw_only=True, frozen=True)
+class ModelConfig:
+    """How to build a model.
+
+    ``name`` is ``timm:NAME``, ``torchvision:NAME``, ``package.module:callable``, or a bare name that is looked up in
+    timm first and then in torchvision. Which published weights is part of it: ``timm:resnet50.tv_in1k``,
+    ``torchvision:resnet50.IMAGENET1K_V1``; without, the library's default. ``classifier`` names the classifier layer
+    (``head.fc``), ``feature_map`` the layer whose output is the last map (``layer4``), for terms that use it; None
+    finds them.
+    ``weights`` is a ``.safetensors`` file, a ``.pt`` / ``.pth`` state dict, a fastkd checkpoint or a fastkd run
+    folder. ``pretrained`` asks timm / torchvision for their published weights (a download). ``options`` are further
+    keyword arguments of the builder.
+
+    ``normalization``: (means, standard deviations) of the channels of the images that the weights were trained with;
+    None asks timm / torchvision for that of their published weights, others were trained as the data are normalised.
+    Of a teacher alone: ``dtype``, in which its weights are kept and it is computed, and ``min_accuracy``, the top-1
+    accuracy in [0, 1] that it must reach on the evaluation set before training starts.
+    """
+
+    name: str
+    num_classes: int | None = None
+    classifier: str | None = None
+    feature_map: str | None = None
+    weights: str | None = None
+    pretrained: bool = False
+    normalization: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    min_accuracy: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_type("model.name", self.name, str)
+        if not self.name:
+            raise ValueError("model.name: got '', expected a model's name")
+        if self.num_classes is not None:
+            check_int("model.num_classes", self.num_classes, 1)
+        check_type("model.options", self.options, dict)
+        check_type("model.pretrained", self.pretrained, bool)
+        if self.pretrained and self.weights is not None:
+            raise ValueError(f"model.pretrained: got True together with weights={self.weights!r}, expected one of them")
+        if self.normalization is not None:
+            check_normalization("model.normalization", self.normalization)
+        check_choice("model.dtype", self.dtype, ("fp32", "bf16", "fp16"))
+        if self.min_accuracy is not None:
+            check_number("model.min_accuracy", self.min_accuracy, 0.0, 1.0)
+
+
+def check_normalization(name: str, value: Any) -> None:
+    """As many means as standard deviations, and those positive."""
+    if len(value) != 2 or len(value[0]) != len(value[1]) or not value[0]:
+        raise ValueError(f"{name}: got {value}, expected (means, standard deviations), a number for each channel")
+    for mean in value[0]:
+        check_number(name, mean)
+    for std in value[1]:
+        check_number(name, std, 0.0, exclusive=True)
+
+
+def build_model(config: ModelConfig) -> nn.Module:
+    """The module that ``config.name`` names, without ``config.weights`` (see ``checkpoint.load_weights``).
+
+    Raises:
+        ValueError: unknown name; ``pretrained`` for a ``package.module:callable``; reserved options.
+        TypeError: the callable did not return an ``nn.Module``.
+    """
+    options = dict(config.options)
+    if config.num_classes is not None:
+        options["num_classes"] = config.num_classes
+    source, _, name = config.name.rpartition(":")
+    if source in ("timm", ""):
+        import timm
+
+        if timm.is_model(name):
+            if "checkpoint_path" in options:
+                raise ValueError("model.options: got 'checkpoint_path', expected the file in model.weights")
+            return timm.create_model(name, pretrained=config.pretrained, **options)
+        if source == "timm":
+            raise ValueError(f"model.name: got {config.name!r}, expected a model that timm.list_models() knows")
+    if source in ("torchvision", ""):
+        import torchvision
+
+        known, _, _ = name.partition(".")
+        if known in torchvision.models.list_models():
+            weights = torchvision_weights(name)
+            return torchvision.models.get_model(known, weights=weights if config.pretrained else None, **options)
+        raise ValueError(
+            f"model.name: got {config.name!r}, expected 'package.module:callable' or a model that "
+            f"{'torchvision' if source else 'timm or torchvision'} knows"
+        )
+    if config.pretrained:
+        raise ValueError(f"model.pretrained: got True with name={config.name!r}, expected a timm or torchvision model")
+    model = import_object(config.name, "model.name")(**options)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model.name: {config.name!r} returned {type(model).__name__}, expected an nn.Module")
+    return model
+
+
+def torchvision_weights(name: str) -> Any:
+    """The published weights, of torchvision's, that ``NAME`` or ``NAME.WEIGHTS`` means. ValueError if unknown."""
+    import torchvision
+
+    model, _, tag = name.partition(".")
+    published = torchvision.models.get_model_weights(model)
+    if tag and tag not in published.__members__:
+        raise ValueError(f"model.name: got 'torchvision:{name}', expected weights among {list(published.__members__)}")
+    return published[tag] if tag else published.DEFAULT
+
+
+def trained_normalization(config: ModelConfig, model: nn.Module) -> Normalization | None:
+    """What the weights of ``model``, built from ``config``, were trained with; None where nothing tells it."""
+    if config.normalization is not None:
+        mean, std = config.normalization
+    elif not config.pretrained:
+        return None
+    elif hasattr(model, "pretrained_cfg"):
+        import timm
+
+        found = timm.data.resolve_model_data_config(model)
+        mean, std = found["mean"], found["std"]
+    else:
+        transforms = torchvision_weights(config.name.rpartition(":")[2]).transforms()
+        mean, std = transforms.mean, transforms.std
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters (not buffers)."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,247 @@
+"""Models: built from a name, their classifier layer found, its input and the last feature map captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.trainer.models.maps import CONVOLUTIONS, MapSource, find_map, pool_features
+
+_HEAD_NAMES = ("fc", "classifier", "head", "heads")
+_HOW_TO_NAME = "name it with ModelConfig(classifier='...'), or pass FeatureModel(module, '...') as the module"
+
+
+@dataclass
+class ModelOutput:
+    """What a model gives: ``logits`` [B, C] and ``features`` [B, D], the (pooled) input of its layer ``classifier``.
+
+    For terms that need maps also ``feature_map``, the last map [B, C, H, W] before global pooling, or tokens [B, L, C]
+    of which the first ``prefix_tokens`` stand for no position; and ``map_classifier``, which gives the logits [n, C] of
+    n of its positions, None where the model cannot.
+    """
+
+    logits: Tensor
+    features: Tensor
+    classifier: nn.Module | None = None
+    feature_map: Tensor | None = None
+    prefix_tokens: int = 0
+    map_classifier: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(kw_only=True, frozen=True)
+class ModelShapes:
+    """What a forward pass tells of a model: the features' width, the classes, the last map if it was asked for."""
+
+    features: int
+    classes: int
+    feature_map: MapSource | None = None
+
+
+def find_classifier(model: nn.Module, name: str | None = None) -> str:
+    """The name of the classifier layer of ``model``.
+
+    A given ``name`` is checked. Otherwise timm models are asked (``get_classifier``); for every other model it is the
+    last linear or convolution layer of the first child called fc, classifier, head or heads, as in all of
+    torchvision.
+
+    Raises ValueError when there is no such layer, or more than one (distilled timm models have two heads).
+    """
+    modules = dict(model.named_modules())
+    if name is not None:
+        if name not in modules or not name:
+            near = [key for key, module in modules.items() if isinstance(module, nn.Linear)][-5:]
+            raise ValueError(f"classifier: got {name!r}, expected a layer of {type(model).__name__}, such as {near}")
+        return name
+    hint = f"{_HOW_TO_NAME} (last layers of {type(model).__name__}: {list(modules)[-4:]})"
+    if callable(getattr(model, "get_classifier", None)):
+        head = model.get_classifier()  # type: ignore[operator]
+        if isinstance(head, nn.Module) and not isinstance(head, (nn.Identity, nn.ModuleList)):
+            for key, module in modules.items():
+                if module is head:
+                    return key
+        raise ValueError(f"classifier: {type(model).__name__} has no single classifier layer; {hint}")
+    for prefix in _HEAD_NAMES:
+        inside = [
+            key
+            for key, module in modules.items()
+            if (key == prefix or key.startswith(prefix + ".")) and isinstance(module, (nn.Linear, *CONVOLUTIONS))
+        ]
+        if inside:
+            return inside[-1]
+    raise ValueError(f"classifier: found no layer called {' / '.join(_HEAD_NAMES)}; {hint}")
+
+
+class FeatureModel(nn.Module):
+    """A model that also returns its penultimate features; the wrapped ``model`` itself is left as it is.
+
+    The model's output may be the logits or an object with ``logits`` (Inception in training, Hugging Face models).
+    Images are converted to the dtype of the model's first parameter, and a model that is not in float32 runs without
+    autocast: a teacher may be in half precision. ``channels_last``, when set, is the layout that they get.
+
+    Args:
+        model: any module; ``train`` takes a FeatureModel wherever it takes a module.
+        classifier: the name of the classifier layer; None finds it (``find_classifier``).
+        feature_map: the name of the layer whose output is the last map; None finds it when a term needs maps.
+        optional: features are not needed. Without one classifier layer that is called once they are [B, 0].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        classifier: str | None = None,
+        *,
+        feature_map: str | None = None,
+        optional: bool = False,
+    ) -> None:
+        super().__init__()
+        self.optional = optional
+        self.classifier_name: str | None = None
+        # A layer that only its name suggests is compared with the logits by ``probe``.
+        self.guessed = classifier is None and not callable(getattr(model, "get_classifier", None))
+        self.map_name = feature_map
+        self.map_source: MapSource | None = None  # set by ``probe`` when maps are needed
+        self.channels_last = False
+        # Filled by the hooks of one forward pass. The same lists every time, for those that torch.compile has traced.
+        self._inputs: list[Tensor] = []
+        self._maps: list[Tensor] = []
+        self._compiled: Callable[[Tensor], Any] | None = None
+        try:
+            self.classifier_name = find_classifier(model, classifier)
+        except ValueError:
+            if classifier is not None or not optional:
+                raise
+        self.model = model
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        """The ``ModelOutput``; RuntimeError unless the classifier layer is called once."""
+        handles = []
+        layer, source = self.classifier, self.map_source
+        # Hooked per call: the user's module carries nothing of ours before or after.
+        if layer is not None:
+            handles.append(layer.register_forward_pre_hook(self._note_input))
+        if source is not None:
+            handles.append(self.model.get_submodule(source.layer).register_forward_hook(self._note_map))
+        try:
+            output, captured, maps = (self._compiled or self._traced)(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+            # Empty on entering: a compiled graph is valid for lists of the length that it was traced with.
+            self._inputs.clear()
+            self._maps.clear()
+        if len(captured) != 1 and not self.optional:
+            raise RuntimeError(
+                f"classifier: layer {self.classifier_name!r} of {type(self.model).__name__} was called {len(captured)} "
+                f"times with positional input in one forward pass, expected once; for another layer, {_HOW_TO_NAME}"
+            )
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
+            raise TypeError(f"{type(self.model).__name__} returned {got}, expected logits [B, C]")
+        if layer is None or len(captured) != 1:
+            return ModelOutput(logits, logits.new_empty((len(logits), 0)))
+        found = ModelOutput(logits, pool_features(captured[0], layer), layer)
+        if source is not None:
+            found.feature_map = source.read(maps[-1])
+            found.prefix_tokens = source.prefix_tokens
+            found.map_classifier = source.classifier(self.model)
+        return found
+
+    @property
+    def classifier(self) -> nn.Module | None:
+        """The classifier layer."""
+        return None if self.classifier_name is None else self.model.get_submodule(self.classifier_name)
+
+    def compile(self, **options: Any) -> None:
+        """Run the model through ``torch.compile``, with its ``options``, from now on; names and weights stay."""
+        self._compiled = torch.compile(self._traced, **options)
+
+    def _traced(self, images: Tensor) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The model's output, and what the hooks caught meanwhile."""
+        return self._run(images), tuple(self._inputs), tuple(self._maps)
+
+    def _note_input(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
+        self._inputs.extend(args[:1])
+
+    def _note_map(self, _layer: nn.Module, _args: Any, value: Tensor) -> None:
+        self._maps.append(value)
+
+    def _run(self, images: Tensor) -> Any:
+        if self.channels_last and images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        dtype = next(self.model.parameters(), images).dtype
+        if not (images.is_floating_point() and dtype.is_floating_point):
+            return self.model(images)
+        if dtype == torch.float32:
+            return self.model(images.to(dtype))
+        # Autocast is made for float32 models; others fail in it (float64 layers, fp16 batch norms).
+        with torch.autocast(images.device.type, enabled=False):
+            return self.model(images.to(dtype))
+
+
+@torch.no_grad()
+def probe(model: FeatureModel, images: Tensor, *, feature_map: bool = False) -> ModelShapes:
+    """The shapes of ``model``, from one forward pass in eval mode; changes no state of the wrapped module.
+
+    ``feature_map`` finds the last map too, in a second pass, and lets ``model`` return it from then on.
+
+    Raises ValueError when the classifier layer is not as wide as the logits, or was found by its name and gives
+    something else than the logits; or when there is no map.
+    """
+    images = images.to(next(model.parameters(), images).device)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    model.map_source = None  # a model may have been in another run, with other terms
+    try:
+        shapes = _check_classifier(model, images)
+        if not feature_map:
+            return shapes
+        assert model.classifier_name is not None
+        model.map_source = find_map(lambda: model(images).features, model.model, model.classifier_name, model.map_name)
+        return replace(shapes, feature_map=model.map_source)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _check_classifier(model: FeatureModel, images: Tensor) -> ModelShapes:
+    """See ``probe``."""
+    given: list[Any] = []
+    layer = None if model.optional else model.classifier
+    handle = None if layer is None else layer.register_forward_hook(lambda _module, _args, value: given.append(value))
+    try:
+        output = model(images)
+    finally:
+        if handle is not None:
+            handle.remove()
+    classes = output.logits.shape[1]
+    width = getattr(layer, "out_features", getattr(layer, "out_channels", classes))
+    wrong = f"classifier: layer {model.classifier_name!r} of {type(model.model).__name__} gives"
+    if width != classes:
+        raise ValueError(
+            f"{wrong} {width} values but the model's logits have {classes}; find the layer whose output they are and "
+            f"{_HOW_TO_NAME}"
+        )
+    if layer is not None and model.guessed and not _leads_to(given[0], layer, output.logits):
+        raise ValueError(
+            f"{wrong} something else than the model's logits; find the layer whose output they are, or confirm this "
+            f"one: {_HOW_TO_NAME}"
+        )
+    return ModelShapes(features=output.features.shape[1], classes=classes)
+
+
+def _leads_to(value: Any, layer: nn.Module, logits: Tensor) -> bool:
+    """Whether ``logits`` are the layer's output, up to pooling, a ReLU (SqueezeNet) or a softmax."""
+    if not isinstance(value, Tensor) or logits.is_meta:
+        return logits.is_meta
+    for end in (lambda x: x, torch.relu, lambda x: x.log_softmax(1), lambda x: x.softmax(1)):
+        found = pool_features(end(value), layer)
+        if found.shape == logits.shape and torch.allclose(
+            found.float(), logits.float(), rtol=1e-3, atol=1e-4, equal_nan=True
+        ):
+            return True
+    return False

@@ -1,0 +1,1 @@
+"""The objective: named terms, their weights and their settings."""

@@ -1,0 +1,188 @@
+"""A run folder read back: ``run.json``, ``metrics.jsonl``, the newest checkpoint's manifest; never its weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastkd.trainer.run.checkpoint import MANIFEST, list_checkpoints
+from fastkd.trainer.run.log import METRICS, RUN, SPEED
+
+_RUN_KEYS = {
+    *("student", "teacher", "teacher_sha256", "train_samples", "eval_samples", "global_batch", "ranks", "steps"),
+    *("learning_rate", "loss_weights", "seed", "precision", "device", "versions", "given_as_objects", "config"),
+}
+_NOT_A_QUANTITY = {"kind", "step", "epoch"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedRun:
+    """One run as its files tell it.
+
+    ``info`` is ``run.json``, ``manifest`` that of the newest checkpoint (None: there is none). ``steps`` and ``epochs``
+    are the records of ``metrics.jsonl`` in the order of their steps, null as NaN, the latter with the values of
+    ``speed.jsonl``. ``cut``: its last line is incomplete.
+    """
+
+    name: str
+    folder: Path
+    info: dict[str, Any]
+    manifest: dict[str, Any] | None
+    steps: list[dict[str, Any]]
+    epochs: list[dict[str, Any]]
+    cut: bool
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return float(self.info["steps"] / self.info["config"]["epochs"])
+
+    @property
+    def last_step(self) -> int:
+        """The step of the last record, 0 before the first."""
+        return max((records[-1]["step"] for records in (self.steps, self.epochs) if records), default=0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is in a checkpoint, or in the records where the checkpoints were left elsewhere."""
+        at = self.manifest["step"] if self.manifest is not None else self.epochs[-1]["step"] if self.epochs else 0
+        return bool(at >= self.info["steps"])
+
+    @property
+    def evaluated(self) -> dict[str, Any] | None:
+        """The record of the last evaluated epoch."""
+        return next((record for record in reversed(self.epochs) if "accuracy" in record), None)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The record of the first epoch with the highest accuracy."""
+        known = [record for record in self.epochs if math.isfinite(record.get("accuracy", math.nan))]
+        return max(known, key=lambda record: record["accuracy"], default=None)
+
+    @cached_property
+    def quantities(self) -> list[str]:
+        """Names of all recorded values, in the order in which they first appear."""
+        found: dict[str, None] = {}
+        for record in (*self.steps, *self.epochs):
+            found.update(dict.fromkeys(record))
+        return [name for name in found if name not in _NOT_A_QUANTITY]
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[RecordedRun]:
+    """Read the run folders. ValueError for none, for one given twice, and as ``read_run``."""
+    paths = [Path(folder).resolve() for folder in folders]
+    if not paths:
+        raise ValueError("runs: got none, expected at least one run folder")
+    for path, given in zip(paths, folders, strict=True):
+        if paths.count(path) > 1:
+            raise ValueError(f"runs: got {str(given)!r} twice, expected different run folders")
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return [read_run(Path(given), "/".join(path.parts[-depth:])) for given, path in zip(folders, paths, strict=True)]
+
+
+def read_run(folder: Path, name: str) -> RecordedRun:
+    """Read one run folder. ValueError naming the file that is missing or cannot be understood."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such run folder")
+    info = _json_object(folder / RUN)
+    if missing := sorted(_RUN_KEYS - info.keys()):
+        raise ValueError(f"{folder / RUN}: lacks {', '.join(missing)}")
+    if missing := sorted({"epochs", "data", "optim"} - info["config"].keys()):
+        raise ValueError(f"{folder / RUN}: its config lacks {', '.join(missing)}")
+    records, cut = read_metrics(folder / METRICS)
+    by_kind: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "epoch": {}}
+    for record in records:
+        by_kind.get(record["kind"], {})[record["step"]] = record
+    for record in read_metrics(folder / SPEED)[0] if (folder / SPEED).exists() else []:
+        # An epoch that was broken off has a line too, and no record.
+        if record["step"] in by_kind["epoch"]:
+            by_kind["epoch"][record["step"]] |= {key: record[key] for key in record if key not in _NOT_A_QUANTITY}
+    ordered = {kind: [found[step] for step in sorted(found)] for kind, found in by_kind.items()}
+    return RecordedRun(
+        name=name,
+        folder=folder,
+        info=info,
+        manifest=_newest_manifest(folder),
+        steps=ordered["step"],
+        epochs=ordered["epoch"],
+        cut=cut,
+    )
+
+
+def read_metrics(file: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The records of ``metrics.jsonl``, and whether its last line is incomplete and left out (a run writes in blocks).
+
+    ValueError naming the file and the line for anything else that is not a record.
+    """
+    lines = _read(file).split(b"\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line.decode())
+        except ValueError:
+            if number == len(lines):
+                return records, True
+            raise ValueError(f"{file}: line {number} is not JSON") from None
+        if not (isinstance(record, dict) and isinstance(record.get("kind"), str) and _is_count(record.get("step"))):
+            raise ValueError(f"{file}: line {number} is not a record with a kind and a step")
+        if record["kind"] == "epoch" and not _is_count(record.get("epoch")):
+            raise ValueError(f"{file}: line {number} is the record of an epoch, but does not say which")
+        records.append({key: value for key, value in map(_plain, record.items()) if value is not None})
+    return records, False
+
+
+def _plain(item: tuple[str, Any]) -> tuple[str, Any]:
+    """NaN for what is not finite (null in the file), None for what is no number."""
+    name, value = item
+    if name in _NOT_A_QUANTITY:
+        return item
+    if value is None:
+        return name, math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return name, None
+    return name, value if math.isfinite(value) else math.nan
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _newest_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the newest checkpoint, whose other files are not looked at."""
+    found = list_checkpoints(folder / "checkpoints")
+    if not found:
+        return None
+    file = found[-1] / MANIFEST
+    # A run that is going on may have put a newer one in its place since.
+    if not file.exists() and list_checkpoints(folder / "checkpoints")[-1:] != found[-1:]:
+        return _newest_manifest(folder)
+    manifest = _json_object(file)
+    if not _is_count(manifest.get("step")) or "labels_sha256" not in manifest:
+        raise ValueError(f"{file}: has no step or no labels_sha256")
+    return manifest
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    data = _read(file)
+    try:
+        values = json.loads(data.decode())
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: holds {type(values).__name__}, expected an object")
+    return values
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{file}: is missing") from None

@@ -1,0 +1,1 @@
+"""A training run: the loop and everything it reads and writes."""

@@ -1,0 +1,118 @@
+"""Checks before the first step: whether data, student and teacher fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.data.labels import labels_of
+from fastkd.trainer.data.loader import GlobalBatches
+from fastkd.trainer.models.features import FeatureModel
+from fastkd.trainer.run.distiller import Distiller
+from fastkd.trainer.run.evaluate import evaluate
+from fastkd.trainer.run.ranks import Ranks
+
+
+def check_fit(
+    config: TrainConfig, distiller: Distiller, images: Tensor, batches: GlobalBatches, train_set: Any, eval_set: Any
+) -> None:
+    """Raise ValueError, before anything is written, for what would end the run in its first or last batch.
+
+    Labels that the student has no class for, as far as the datasets expose theirs; a chunk of one row, of which batch
+    norm gets a single value per channel. Called before ``prepare``, with images that the student can take.
+    """
+    rows = batches.rows(len(batches) - 1) // batches.world_size  # the fewest of any rank
+    rows //= min(config.chunks, rows)
+    classes, single = _classes_and_single_values(distiller.student, images[:1])
+    if rows == 1 and single and not config.sync_batchnorm:
+        raise ValueError(
+            f"data.batch_size: got {batches.batch_size} for {batches.length} samples with chunks={config.chunks} and "
+            f"drop_last={batches.drop_last} on {batches.world_size} rank(s), whose smallest chunk has one row, of "
+            f"which batch norm ({single[0]!r} of the student) gets one value per channel; expected at least two rows"
+        )
+    # Without cross-entropy the labels of the training set may mean anything.
+    for name, dataset in (("train_data", train_set), ("eval_data", eval_set)):
+        largest = _largest_label(dataset) if name == "eval_data" or "ce" in distiller.objective.weights else None
+        if largest is not None and largest >= classes:
+            raise ValueError(
+                f"student.num_classes: the student has {classes} classes, but {name} has the label {largest}; expected "
+                f"labels in [0, {classes})"
+            )
+
+
+def _classes_and_single_values(model: FeatureModel, image: Tensor) -> tuple[int, list[str]]:
+    """The logits' width, and the names of the batch norms that get one value per channel of one image [1, C, H, W]."""
+    single: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def look(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if inputs and inputs[0].numel() == inputs[0].shape[1]:
+                single.append(name)
+
+        return look
+
+    modes = [(module, module.training) for module in model.modules()]
+    hooks = [
+        module.register_forward_pre_hook(watch(name))
+        for name, module in model.model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+    ]
+    try:
+        with torch.no_grad():
+            logits = model.eval()(image.to(next(model.parameters(), image).device)).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    return logits.shape[1], single
+
+
+def _largest_label(dataset: Any) -> int | None:
+    """None for a dataset that does not expose its labels, or changes them on the way."""
+    whole = dataset
+    while isinstance(whole, Subset):
+        whole = whole.dataset
+    if getattr(whole, "target_transform", None) is not None:
+        return None
+    try:
+        labels = labels_of(dataset)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return None
+    if labels.ndim != 1 or labels.numel() == 0 or labels.is_floating_point():
+        return None
+    return int(labels.max())
+
+
+def check_teacher(
+    distiller: Distiller, config: TrainConfig, loader: Any, device: torch.device, precision: str, ranks: Ranks
+) -> float | None:
+    """The teacher's top-1 accuracy on ``loader``'s data, computed as in training; None where no floor asks for it.
+
+    Raises ValueError on every rank when it is below ``config.teacher.min_accuracy``: other weights, other classes or
+    another normalisation than the data's are the usual reasons.
+    """
+    if distiller.teacher is None or config.teacher is None or config.teacher.min_accuracy is None:
+        return None
+    floor = config.teacher.min_accuracy
+    accuracy = evaluate(distiller.teacher, loader, device, precision, ranks)["accuracy"]
+    if accuracy < floor:
+        raise ValueError(
+            f"teacher.min_accuracy: the teacher reaches {accuracy:.4f} on the evaluation set, expected at least "
+            f"{floor}; are its weights those of these classes, in this order, and of this normalization?"
+        )
+    if ranks.is_main and not config.quiet:
+        print(f"teacher accuracy {accuracy:.4f} (at least {floor})")
+    return accuracy
+
+
+def report_broken(dataset: Any, tell: Callable[[str], None]) -> None:
+    """Tell how many images of a dataset that counts them could not be read, by this rank, if there are any."""
+    broken = getattr(dataset, "broken", 0)
+    if broken:
+        tell(f"{broken} of {len(dataset)} training images cannot be read; others took their places")

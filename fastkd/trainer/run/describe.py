@@ -1,0 +1,92 @@
+"""What a run is: its models, settings, hardware and versions, for run.json and the first lines of the log."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.models.build import ModelConfig, count_parameters
+from fastkd.trainer.models.features import FeatureModel
+from fastkd.trainer.optim import Schedule
+from fastkd.trainer.run.distiller import Distiller
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, fastkd and of the packages that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for package in ("fastkd", "torch", "torchvision", "timm", "torchdata", "numpy", "safetensors"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "absent"
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def describe(
+    config: TrainConfig,
+    distiller: Distiller,
+    device: torch.device,
+    schedule: Schedule,
+    eval_samples: int,
+    identity: dict[str, Any],
+    ranks: int,
+) -> dict[str, Any]:
+    """What ``run.json`` holds: everything needed to tell what a run was."""
+
+    def model(role: str, model: FeatureModel, named: ModelConfig | None) -> dict[str, Any]:
+        name = type(model.model).__name__
+        if named is not None and role not in identity["given_as_objects"]:
+            name = named.name
+        return {
+            "name": name,
+            "classifier": model.classifier_name,
+            "feature_map": None if model.map_source is None else model.map_source.layer,
+            "parameters": count_parameters(model.model),
+        }
+
+    return {
+        "student": model("student", distiller.student, config.student),
+        "teacher": None if distiller.teacher is None else model("teacher", distiller.teacher.model, config.teacher),
+        "teacher_sha256": identity["teacher_sha256"],
+        "train_samples": identity["train_samples"],
+        "eval_samples": eval_samples,
+        "global_batch": config.data.batch_size,
+        "ranks": ranks,
+        "steps": schedule.total,
+        "learning_rate": schedule.rule,
+        "loss_weights": distiller.objective.weights,
+        "seed": config.seed,
+        "precision": config.precision,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "versions": versions(),
+        "torchrun": os.environ.get("TORCHELASTIC_RUN_ID"),
+        "given_as_objects": identity["given_as_objects"],
+        "config": identity["config"],
+    }
+
+
+def header(info: dict[str, Any]) -> list[str]:
+    """The lines a run prints before its first step."""
+    student, teacher = info["student"], info["teacher"]
+    lines = [f"student {student['name']} ({student['parameters']:,} parameters)"]
+    if teacher is not None:
+        lines.append(
+            f"teacher {teacher['name']} ({teacher['parameters']:,} parameters) sha256 {info['teacher_sha256']}"
+        )
+    on_ranks = f" on {info['ranks']} ranks" if info["ranks"] > 1 else ""
+    weights = " + ".join(f"{weight:g} x {name}" for name, weight in info["loss_weights"].items())
+    return [
+        *lines,
+        f"loss {weights}",
+        f"global batch {info['global_batch']}{on_ranks}, {info['train_samples']} training samples, "
+        f"{info['steps']} steps",
+        f"{info['learning_rate']}; {info['precision']} on {info['device']}; seed {info['seed']}",
+        ", ".join(f"{name} {version}" for name, version in info["versions"].items()),
+    ]

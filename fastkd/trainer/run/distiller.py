@@ -1,0 +1,177 @@
+"""Student, frozen teacher and objective in one module: what the loop calls."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.models.build import ModelConfig, Normalization, build_model
+from fastkd.trainer.models.features import FeatureModel, ModelOutput, probe
+from fastkd.trainer.objective.objective import Objective, needs
+from fastkd.trainer.objective.terms import TermFunction
+from fastkd.trainer.run.checkpoint import load_into, load_weights
+
+
+class FrozenModel(nn.Module):
+    """A model that stays in eval mode and without gradient whatever is called on it or on a module that holds it.
+
+    It may have been trained with another normalisation of its input than that of the data: see ``convert_input``.
+    """
+
+    def __init__(self, model: FeatureModel) -> None:
+        super().__init__()
+        self.model = model
+        # Listed once: the walk through a model's modules costs more than a look at each.
+        self._every = tuple(model.modules())
+        self.scale: Tensor | None
+        self.shift: Tensor | None
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("shift", None, persistent=False)
+        self.train(False)
+        self.requires_grad_(False)
+
+    def convert_input(self, data: Normalization, own: Normalization) -> None:
+        """From now on take images normalised as ``data`` is, and give the model what it would see as ``own``.
+
+        ``x s + b`` with ``s = data.std / own.std``, ``b = (data.mean - own.mean) / own.std``, for each channel.
+        """
+        (mean, std), (own_mean, own_std) = (torch.tensor(pair, dtype=torch.float64) for pair in (data, own))
+        device = next(self.model.parameters()).device
+        self.scale = (std / own_std).float().view(-1, 1, 1).to(device)
+        self.shift = ((mean - own_mean) / own_std).float().view(-1, 1, 1).to(device)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode."""
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Stays without gradient."""
+        return super().requires_grad_(False)
+
+    # no_grad, not inference_mode: the outputs are saved for the backward of the losses.
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> ModelOutput:
+        """The model's output, without a graph."""
+        # Someone may have called train() on the wrapped model itself, or on one of its batch norms.
+        if any(module.training for module in self._every):
+            self.model.eval()
+        if self.scale is not None and self.shift is not None:
+            images = torch.addcmul(self.shift, images, self.scale)
+        return self.model(images)
+
+
+class Distiller(nn.Module):
+    """``forward(images, labels)`` -> (total loss, named terms before weights)."""
+
+    def __init__(self, student: FeatureModel, teacher: FeatureModel | None, objective: Objective) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = None if teacher is None else FrozenModel(teacher)
+        self.objective = objective
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """For the student and the objective; the teacher stays without gradient."""
+        super().requires_grad_(requires_grad)
+        if self.teacher is not None:
+            self.teacher.requires_grad_(False)
+        return self
+
+    def teach(self, images: Tensor) -> ModelOutput | None:
+        """The teacher's output, without a graph; None without a teacher."""
+        return None if self.teacher is None else self.teacher(images)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Training mode, and the objective's terms told the epoch, counted from 0."""
+        self.train()
+        self.objective.set_epoch(epoch)
+
+    def scalars(self) -> dict[str, float]:
+        """The objective's further values (tau and scale) on the host."""
+        return {name: value.item() for name, value in self.objective.scalars().items()}
+
+    def forward(self, images: Tensor, labels: Tensor, share: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """``share``: see ``Objective``."""
+        teacher = self.teach(images)
+        return self.objective(self.student(images), teacher, labels, share)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over name, dtype, shape and bytes of every tensor of the state dict, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        # Through bytes, for dtypes that numpy lacks (bf16).
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def build_distiller(
+    config: TrainConfig,
+    images: Tensor,
+    *,
+    student: nn.Module | None = None,
+    teacher: nn.Module | None = None,
+    terms: Mapping[str, nn.Module | TermFunction] | None = None,
+) -> Distiller:
+    """The distiller of ``config``, with the given modules in place of those that the config would build.
+
+    ``images`` [B, C, H, W] is a small batch: one forward pass of each model tells its feature dimension and its
+    classes, a second one finds its last map if a term needs maps.
+
+    Raises:
+        ValueError: no student; a term needs a teacher and there is none, or the reverse; a teacher without weights;
+            student and teacher with different numbers of classes, or with a parameter in common.
+        CheckpointError: weights that are missing, damaged or do not fit.
+    """
+    maps = needs("maps", config.objective, terms)
+    optional = not (maps or needs("features", config.objective, terms))
+    student_model = _feature_model("student", config.student, student, optional)
+    if student_model is None:
+        raise ValueError("student: got None, expected config.student or a module")
+    shapes = probe(student_model, images, feature_map=maps)
+    wanted = needs("teacher", config.objective, terms)
+    if wanted != (config.teacher is not None or teacher is not None):
+        has = "needs a teacher but there is none" if wanted else "has no term that uses the teacher that is given"
+        raise ValueError(f"teacher: objective.terms={config.objective.terms!r} {has}")
+    if not wanted:
+        return Distiller(student_model, None, Objective(config.objective, shapes, shapes, terms))
+    if teacher is None and config.teacher is not None and not (config.teacher.weights or config.teacher.pretrained):
+        raise ValueError("teacher.weights: got None, expected trained weights (or pretrained=True, or a module)")
+    teacher_model = _feature_model("teacher", config.teacher, teacher, optional)
+    assert teacher_model is not None
+    _check_nothing_shared(student_model, teacher_model)
+    teacher_shapes = probe(teacher_model, images, feature_map=maps)
+    if shapes.classes != teacher_shapes.classes:
+        raise ValueError(f"teacher: has {teacher_shapes.classes} classes, expected the student's {shapes.classes}")
+    return Distiller(student_model, teacher_model, Objective(config.objective, shapes, teacher_shapes, terms))
+
+
+def _check_nothing_shared(student: FeatureModel, teacher: FeatureModel) -> None:
+    """Freezing the teacher would freeze what the student shares with it."""
+    frozen = {id(parameter) for parameter in teacher.model.parameters()}
+    shared = [name for name, parameter in student.model.named_parameters() if id(parameter) in frozen]
+    if shared:
+        more = f" and {len(shared) - 5} more" if len(shared) > 5 else ""
+        raise ValueError(f"teacher: shares parameters with the student, expected its own: {shared[:5]}{more}")
+
+
+def _feature_model(
+    role: str, config: ModelConfig | None, module: nn.Module | None, optional: bool
+) -> FeatureModel | None:
+    """The given module, or the configured one with its weights; None when there is neither."""
+    names = {} if config is None else {"classifier": config.classifier, "feature_map": config.feature_map}
+    if module is not None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{role}: got {type(module).__name__}, expected an nn.Module")
+        return module if isinstance(module, FeatureModel) else FeatureModel(module, **names, optional=optional)
+    if config is None:
+        return None
+    model = build_model(config)
+    if config.weights is not None:
+        load_into(model, load_weights(config.weights), config.weights)
+    return FeatureModel(model, **names, optional=optional)

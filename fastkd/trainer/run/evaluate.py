@@ -1,0 +1,57 @@
+"""Accuracy of a model, and of a checkpoint whose model is rebuilt from the checkpoint's own config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.trainer.precision import DTYPES
+from fastkd.trainer.run.ranks import Ranks
+from fastkd.trainer.signals import StopRequest
+from fastkd.validate import check_labels
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Any,
+    device: torch.device,
+    precision: str = "fp32",
+    ranks: Ranks | None = None,
+    *,
+    confusion: Tensor | None = None,
+    stop: StopRequest | None = None,
+) -> dict[str, float]:
+    """``accuracy`` (top-1) and ``top5`` in [0, 1], ``eval_loss`` (mean cross-entropy in nats).
+
+    Leaves ``model`` in eval mode. With several ``ranks``, over the loaders of all of them. ``confusion`` [C, C], int64,
+    is added to: one at (label, prediction) for every sample of this rank's loader. ``stop``: once it is requested, the
+    rest is left out, and the values mean nothing.
+    """
+    ranks = ranks or Ranks()
+    ranks.share_buffers(model)
+    model.eval()
+    counts = torch.zeros(3, dtype=torch.long, device=device)  # right, among the first five, samples
+    loss = torch.zeros((), device=device)
+    for images, labels in loader:
+        if stop is not None and stop.signal:
+            break
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+            logits = model(images).logits.float()
+        check_labels(labels, logits)
+        found = logits.argmax(1)
+        first = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        counts += torch.stack([(found == labels).sum(), first.sum(), torch.full_like(counts[2], len(labels))])
+        loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
+        if confusion is not None:
+            classes = len(confusion)
+            confusion += torch.bincount(labels * classes + found, minlength=classes**2).view(classes, classes).cpu()
+    counts, loss = ranks.sum(counts), ranks.sum(loss)
+    right, among_five, samples = counts.tolist()
+    if samples == 0 and not (stop is not None and stop.signal):
+        raise ValueError("eval_data: got an empty dataset, expected at least one sample")
+    samples = max(samples, 1)
+    return {"accuracy": right / samples, "top5": among_five / samples, "eval_loss": loss.item() / samples}

@@ -1,0 +1,126 @@
+"""Means of the logged values, and the speed of a run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.trainer.run.distiller import Distiller
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and the terms."""
+
+
+class Meter:
+    """Sums of the loss and its terms over an epoch, without a device synchronisation per step.
+
+    ``add`` keeps the step's values on the device; ``flush`` moves all of them to the host in one transfer and adds them
+    to ``sums`` in order. Steps whose loss, or gradient norm, is not finite were skipped: they are counted and reported,
+    and more than ``max_skipped`` of them raise NonFiniteLossError.
+    """
+
+    def __init__(
+        self,
+        reduce: Callable[[Tensor], Tensor] = lambda values: values,
+        *,
+        max_skipped: int = 0,
+        scaled: bool = False,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        """``reduce``: the mean over the ranks. ``scaled``: in fp16 a gradient that is not finite is how the loss scale
+        is found, and does not count."""
+        self.names: list[str] = []
+        self.skipped = 0
+        self.max_skipped = max_skipped
+        self.report = report
+        self._scaled = scaled
+        self.sums: dict[str, float] = {}
+        self.count = 0
+        self.latest: dict[str, float] = {}
+        self._pending: list[tuple[int, Tensor]] = []
+        self._reduce = reduce
+
+    def add(self, step: int, loss: Tensor, terms: dict[str, Tensor], norm: Tensor) -> None:
+        """Take the values of ``step``, counted from 1. Checked at once on the CPU, elsewhere every 64 steps."""
+        self.names = ["loss", *terms, "grad_norm"]
+        values = torch.stack([value.detach().float() for value in (loss, *terms.values(), norm)])
+        self._pending.append((step, values))
+        if values.device.type == "cpu" or len(self._pending) >= 64:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring the pending values to the host."""
+        if not self._pending:
+            return
+        steps, pending = zip(*self._pending, strict=True)
+        self._pending = []
+        rows = self._reduce(torch.stack(pending)).tolist()
+        for step, row in zip(steps, rows, strict=True):
+            if not math.isfinite(row[0]) or not (self._scaled or math.isfinite(row[-1])):
+                self._skip(step, row)
+                continue
+            for name, value in zip(self.names[:-1], row, strict=False):
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.count += 1
+        self.latest = dict(zip(self.names, rows[-1], strict=True))
+
+    def _skip(self, step: int, row: list[float]) -> None:
+        shown = ", ".join(f"{name} = {value}" for name, value in zip(self.names, row, strict=True))
+        what = "gradient" if math.isfinite(row[0]) else "loss"
+        self.skipped += 1
+        if self.skipped > self.max_skipped:
+            before = f", after {self.max_skipped} that were skipped" if self.max_skipped else ""
+            raise NonFiniteLossError(f"the {what} is not finite at step {step}{before}: {shown}")
+        self.report(f"step {step} skipped, the {what} is not finite ({self.skipped} of {self.max_skipped}): {shown}")
+
+    def means(self) -> dict[str, float]:
+        """Mean of each value over the epoch's steps so far, without those that were skipped."""
+        return {name: total / self.count for name, total in self.sums.items()}
+
+    def reset(self) -> None:
+        """Begin an epoch."""
+        self.sums, self.count = {}, 0
+
+
+def check_finite(distiller: Distiller, step: int) -> None:
+    """NonFiniteLossError when a weight is not finite: a finite loss can have a gradient that is not."""
+    for module in (distiller.student.model, distiller.objective):
+        trained = {name for name, _ in module.named_parameters()}
+        for name, tensor in module.state_dict().items():
+            # A buffer may hold infinities for good, such as an attention mask.
+            bad = ~tensor.isfinite() if name in trained else tensor.isnan()
+            if tensor.is_floating_point() and bad.any():
+                raise NonFiniteLossError(f"the weights are not finite after step {step}: {name}")
+
+
+class Clock:
+    """Images a second, and the share of the time in which the next batch was waited for."""
+
+    def __init__(self) -> None:
+        self._begun = time.perf_counter()
+        self._waited = 0.0
+        self.images = 0
+
+    def watch(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The batches of ``loader``; the time that it takes to hand them out counts as waiting."""
+        batches = iter(loader)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self._waited += time.perf_counter() - asked
+            yield batch
+
+    def values(self) -> dict[str, float]:
+        """``images_per_second`` and ``data_wait``, in [0, 1], since the beginning."""
+        seconds = time.perf_counter() - self._begun
+        return {"images_per_second": self.images / seconds, "data_wait": self._waited / seconds}

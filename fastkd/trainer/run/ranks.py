@@ -1,0 +1,170 @@
+"""The ranks of a run, as ``torchrun`` starts them; with one process, everything here does nothing.
+
+W ranks take the same steps as one: every global batch is split over them, terms that are means over a rank's rows are
+weighted so that the average over ranks is the mean over the global batch, DistributedDataParallel averages the
+gradients, metrics are averaged, every rank evaluates its share. Rank 0 logs and writes the checkpoints, which another
+number of ranks can resume. What differs from one process: batch norm normalises with a rank's own rows, and dropout
+and augmentations draw from a generator of each rank.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastkd.trainer.models.features import FeatureModel, ModelOutput
+from fastkd.trainer.objective.objective import Objective
+from fastkd.trainer.run.distiller import Distiller
+
+Value = TypeVar("Value")
+StepFunction = Callable[[Tensor, Tensor, float], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run. Every method is called by all ranks, in the same order."""
+
+    rank: int = 0
+    world_size: int = 1
+    started_here: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank logs and writes checkpoints."""
+        return self.rank == 0
+
+    def on_main(self, function: Callable[[], Value]) -> Value:
+        """What ``function`` returns on rank 0, on every rank; an exception there is raised on every rank."""
+        if self.world_size == 1:
+            return function()
+        answer: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = function()
+            except Exception as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer, 0)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all ranks."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        if self.world_size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the ranks."""
+        return self.sum(value) / self.world_size if self.world_size > 1 else value
+
+    def check_same(self, values: dict[str, Any]) -> None:
+        """Raise ValueError on every rank when the values differ between ranks."""
+        for rank, others in enumerate(self.gather(values)):
+            for name, value in others.items():
+                if value != values[name]:
+                    raise ValueError(f"{name}: got {values[name]!r} on rank {self.rank}, {value!r} on rank {rank}")
+
+    def share(self, rows: int, global_rows: int) -> float:
+        """W n / N: a mean over n of N rows times this, averaged over W ranks, is the mean over the global batch."""
+        return rows * self.world_size / global_rows
+
+    def place(self, device: torch.device) -> torch.device:
+        """The device of this rank: without an index, the GPU of its number on this machine."""
+        if self.world_size > 1 and device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank)))
+            torch.cuda.set_device(device)
+        return device
+
+    def step(self, distiller: Distiller) -> StepFunction:
+        """The distiller as (images, labels, share) -> (loss, terms), its trained part under DistributedDataParallel.
+
+        The teacher stays outside: its parameters and buffers are the same on every rank and never change.
+        """
+        if self.world_size == 1:
+            return distiller
+        # static_graph: parameters that no term uses (a classifier without cross-entropy) are found once.
+        trained = DistributedDataParallel(_Trained(distiller.student, distiller.objective), static_graph=True)
+
+        def step(images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, dict[str, Tensor]]:
+            return trained(images, distiller.teach(images), labels, share)
+
+        return step
+
+    def largest(self, value: int) -> int:
+        """The largest ``value`` of all ranks."""
+        if self.world_size == 1:
+            return value
+        on_cpu = "cpu:" in dist.get_backend_config()
+        found = torch.tensor(value, device=None if on_cpu else torch.device("cuda", torch.cuda.current_device()))
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def share_state(self, distiller: Distiller) -> None:
+        """Give every rank the trained weights and buffers of rank 0."""
+        if self.world_size > 1:
+            for part in (distiller.student, distiller.objective):
+                for tensor in part.state_dict().values():
+                    dist.broadcast(tensor, 0)
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every rank the buffers of rank 0 (the running statistics of batch norm), those of the checkpoints."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def close(self) -> None:
+        """End the process group if it was started here."""
+        if self.started_here:
+            gc.collect()  # DistributedDataParallel lies in reference cycles, and holds the group
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+class _Trained(nn.Module):
+    """What DistributedDataParallel sees: student, projection heads and tau."""
+
+    def __init__(self, student: FeatureModel, objective: Objective) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+
+    def forward(
+        self, images: Tensor, teacher: ModelOutput | None, labels: Tensor, share: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective(self.student(images), teacher, labels, share)
+
+
+def join_ranks() -> Ranks:
+    """The ranks of the default process group, or those that torchrun's environment names; else this process alone."""
+    if not dist.is_available():
+        return Ranks()
+    started_here = False
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+            return Ranks()
+        # With a CPU backend beside NCCL, what the ranks agree on beforehand does not wait for the device.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # torchrun's store outlives a restart: without a prefix, ranks read the addresses of those that died.
+        store, rank, world_size = next(iter(dist.rendezvous("env://")))
+        store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        started_here = True
+    return Ranks(dist.get_rank(), dist.get_world_size(), started_here)

@@ -1,0 +1,51 @@
+"""A request to stop that comes as a signal: SIGTERM, and SIGUSR1, which SLURM sends before the time is up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """While entered, the signals only set ``signal``, their number; the handlers that were there come back at the end.
+
+    Outside the main thread, where Python allows no handlers, it stays 0.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+
+def _leave_signals_to_main(worker: int) -> None:
+    """torchrun, timeout and scancel signal the whole process group, and a worker that dies takes the run with it."""
+    for number in (*SIGNALS, signal.SIGINT):
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    # The main process itself ends its workers by SIGTERM, and would wait for one that ignored that for ever.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_main, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_main(main: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
+        pass
+    os._exit(0)

@@ -1,0 +1,1 @@
+"""Kernels of the contrast operation: one softmax per query."""

@@ -1,0 +1,249 @@
+"""``contrast`` on a GPU: one streaming pass forward; backward, the owner of a row-block computes its whole gradient.
+
+Legend. Rows are what a launch owns, columns what they are compared with; either may be queries, keys, or both at once.
+Their vectors [n, BLOCK_D] are in the dtype they are multiplied in, ``x_ij = scale q_i . k_j``. ``first_row`` and
+``first_col`` number them: the key of query i's number is its positive where there is no POSITIVE, and is left out
+under EXCLUDE_SELF. POSITIVE: number of the key that is a query's positive. LABELS: int32, equal where labels are;
+NO_LABEL matches nothing. ``P``, ``D``, BY_LABEL: as :class:`fastkd.backends.masks.Mask` says.
+
+STATE [SPLITS, 3, n]: what a split of the columns has seen so far: maximum, ``sum exp2``, and the positive's logit or,
+BY_LABEL, the sum of theirs; in units of log 2. By index the maximum and the sum are those of the negatives alone, so
+that a loss near 0 keeps its digits. It can be carried from one block of columns to the next.
+COEF [2, n], of queries: ``log2 w_i - lse_i`` and what is special at the positives, see ``_coefficients_kernel``; then
+``G_ij = exp2(x_ij + log2 w_i - lse_i)`` is the gradient of ``x_ij`` away from them, at the cost of one multiply-add
+and one exponential, and no bound on the scale could make it cheaper.
+PARTIAL [SPLITS, n, BLOCK_D]: ``sum_j G_ij k_j`` if rows are queries (BY_ROW), ``sum_j G_ji q_j`` if columns are
+(BY_COLUMN). Queries contrasted with themselves are both: x is symmetric, one product serves ``G_ij + G_ji``.
+
+All sums are taken in a fixed order: there are no atomics. Nothing is read back to the host.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastkd.kernels.contrast.per_row import Side
+from fastkd.kernels.contrast.tile import accumulate, gradient, load_side, load_state, store_state
+from fastkd.kernels.dual_softmax.streaming import split_tiles
+from fastkd.kernels.launch import LaunchConfig, column_splits, contrast_config, hardware_of, multiprocessors
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@triton.jit(do_not_specialize=["n", "n_cols", "first_row", "first_col", "tiles_per_split"])
+def _forward_kernel(
+    ROWS, COLS, SCALE, POSITIVE, ROW_LABELS, COL_LABELS, STATE, n, n_cols, first_row, first_col, tiles_per_split,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HAS_LABELS: tl.constexpr,
+    BY_LABEL: tl.constexpr, HAS_INDEX: tl.constexpr, EXCLUDE_SELF: tl.constexpr, HAS_CARRY: tl.constexpr,
+):  # fmt: skip
+    row, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
+    offs_m = row + tl.arange(0, BLOCK_M)
+    in_rows = offs_m < n
+    STATE += split.to(tl.int64) * 3 * n + offs_m
+    scale = tl.load(SCALE).to(tl.float32)
+    state = load_state(STATE, n, in_rows, BLOCK_M=BLOCK_M, HAS_CARRY=HAS_CARRY)
+    queries = load_side(
+        ROW_LABELS, POSITIVE, None, 0, offs_m, first_row, in_rows,
+        HAS_LABELS=HAS_LABELS, HAS_INDEX=HAS_INDEX, HAS_COEF=False,
+    )  # fmt: skip
+    q = ROWS.load([row, 0])  # [BLOCK_M, BLOCK_D]
+    # Where the diagonal means nothing, it lies before the first column.
+    HAS_DIAGONAL: tl.constexpr = EXCLUDE_SELF or not (BY_LABEL or HAS_INDEX)
+    first, last, skip, resume, whole, ragged = split_tiles(
+        split, tiles_per_split, n_cols, row + first_row - first_col if HAS_DIAGONAL else -BLOCK_M, BLOCK_M, BLOCK_N
+    )  # fmt: skip
+    for index in range(first, last - ragged - (resume - skip)):
+        start = tl.where(index < skip, index, index + resume - skip) * BLOCK_N
+        state = _forward_tile(
+            q, COLS, scale, state, queries, COL_LABELS, first_col, start, n_cols, BLOCK_N=BLOCK_N,
+            PRECISION=PRECISION, HAS_LABELS=HAS_LABELS, BY_LABEL=BY_LABEL, HAS_INDEX=HAS_INDEX,
+            EXCLUDE_SELF=EXCLUDE_SELF, IS_EDGE=False,
+        )  # fmt: skip
+    for index in range(skip, resume + ragged):
+        start = tl.where(index < resume, index, whole) * BLOCK_N
+        state = _forward_tile(
+            q, COLS, scale, state, queries, COL_LABELS, first_col, start, n_cols, BLOCK_N=BLOCK_N,
+            PRECISION=PRECISION, HAS_LABELS=HAS_LABELS, BY_LABEL=BY_LABEL, HAS_INDEX=HAS_INDEX,
+            EXCLUDE_SELF=EXCLUDE_SELF, IS_EDGE=True,
+        )  # fmt: skip
+    store_state(STATE, n, in_rows, state)
+
+
+@triton.jit
+def _forward_tile(
+    q, COLS, scale, state, queries, COL_LABELS, first_col, start, n_cols,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HAS_LABELS: tl.constexpr, BY_LABEL: tl.constexpr,
+    HAS_INDEX: tl.constexpr, EXCLUDE_SELF: tl.constexpr, IS_EDGE: tl.constexpr,
+):  # fmt: skip
+    X = tl.dot(q, COLS.load([start, 0]).T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    offs_n = start + tl.arange(0, BLOCK_N)
+    keys = load_side(
+        COL_LABELS, None, None, 0, offs_n, first_col, offs_n < n_cols,
+        HAS_LABELS=HAS_LABELS, HAS_INDEX=False, HAS_COEF=False,
+    )  # fmt: skip
+    return accumulate(
+        X, scale, state, queries, keys, offs_n < n_cols, HAS_LABELS=HAS_LABELS, BY_LABEL=BY_LABEL,
+        HAS_INDEX=HAS_INDEX, EXCLUDE_SELF=EXCLUDE_SELF, IS_EDGE=IS_EDGE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gradient_tile(
+    a, COLS, scale, rows, COL_COEF, stride_cn, COL_POSITIVE, COL_LABELS, first_col, start, n_cols, total,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HAS_LABELS: tl.constexpr, BY_LABEL: tl.constexpr,
+    HAS_INDEX: tl.constexpr, EXCLUDE_SELF: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
+    IS_EDGE: tl.constexpr,
+):  # fmt: skip
+    b = COLS.load([start, 0])  # [BLOCK_N, BLOCK_D]
+    X = tl.dot(a, b.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    offs_n = start + tl.arange(0, BLOCK_N)
+    columns = load_side(
+        COL_LABELS, COL_POSITIVE, COL_COEF, stride_cn, offs_n, first_col, offs_n < n_cols,
+        HAS_LABELS=HAS_LABELS, HAS_INDEX=HAS_INDEX and BY_COLUMN, HAS_COEF=BY_COLUMN,
+    )  # fmt: skip
+    G = gradient(
+        X, scale, rows, columns, offs_n < n_cols, HAS_LABELS=HAS_LABELS, BY_LABEL=BY_LABEL, HAS_INDEX=HAS_INDEX,
+        EXCLUDE_SELF=EXCLUDE_SELF, BY_ROW=BY_ROW, BY_COLUMN=BY_COLUMN, IS_EDGE=IS_EDGE,
+    )  # fmt: skip
+    return tl.dot(G.to(b.dtype), b, total, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["stride_rn", "stride_cn", "n", "n_cols", "first_row", "first_col", "tiles_per_split"])
+def _backward_kernel(
+    ROWS, COLS, SCALE, ROW_COEF, stride_rn, COL_COEF, stride_cn, ROW_POSITIVE, COL_POSITIVE, ROW_LABELS, COL_LABELS,
+    PARTIAL, n, n_cols, first_row, first_col, tiles_per_split,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LABELS: tl.constexpr, BY_LABEL: tl.constexpr, HAS_INDEX: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
+    BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
+):  # fmt: skip
+    row, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
+    offs_m = row + tl.arange(0, BLOCK_M)
+    in_rows = offs_m < n
+    scale = tl.load(SCALE).to(tl.float32)
+    rows = load_side(
+        ROW_LABELS, ROW_POSITIVE, ROW_COEF, stride_rn, offs_m, first_row, in_rows,
+        HAS_LABELS=HAS_LABELS, HAS_INDEX=HAS_INDEX and BY_ROW, HAS_COEF=BY_ROW,
+    )  # fmt: skip
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    a = ROWS.load([row, 0])  # [BLOCK_M, BLOCK_D]
+    HAS_DIAGONAL: tl.constexpr = EXCLUDE_SELF or not (BY_LABEL or HAS_INDEX)
+    first, last, skip, resume, whole, ragged = split_tiles(
+        split, tiles_per_split, n_cols, row + first_row - first_col if HAS_DIAGONAL else -BLOCK_M, BLOCK_M, BLOCK_N
+    )  # fmt: skip
+    # The edge first: with its bounds alive during the other loop, that one holds more registers.
+    for index in range(skip, resume + ragged):
+        start = tl.where(index < resume, index, whole) * BLOCK_N
+        total = _gradient_tile(
+            a, COLS, scale, rows, COL_COEF, stride_cn, COL_POSITIVE, COL_LABELS, first_col, start, n_cols, total,
+            BLOCK_N=BLOCK_N, PRECISION=PRECISION, HAS_LABELS=HAS_LABELS, BY_LABEL=BY_LABEL, HAS_INDEX=HAS_INDEX,
+            EXCLUDE_SELF=EXCLUDE_SELF, BY_ROW=BY_ROW, BY_COLUMN=BY_COLUMN, IS_EDGE=True,
+        )  # fmt: skip
+    for index in range(first, last - ragged - (resume - skip)):
+        start = tl.where(index < skip, index, index + resume - skip) * BLOCK_N
+        total = _gradient_tile(
+            a, COLS, scale, rows, COL_COEF, stride_cn, COL_POSITIVE, COL_LABELS, first_col, start, n_cols, total,
+            BLOCK_N=BLOCK_N, PRECISION=PRECISION, HAS_LABELS=HAS_LABELS, BY_LABEL=BY_LABEL, HAS_INDEX=HAS_INDEX,
+            EXCLUDE_SELF=EXCLUDE_SELF, BY_ROW=BY_ROW, BY_COLUMN=BY_COLUMN, IS_EDGE=False,
+        )  # fmt: skip
+    PARTIAL += (split.to(tl.int64) * n + offs_m)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    tl.store(PARTIAL, total, mask=in_rows[:, None])
+
+
+def _launch(kernel: str, rows: Side, columns: Side, splits: int | None) -> tuple[LaunchConfig, int, dict[str, Any]]:
+    """Configuration, splits of the columns, and what both kernels are passed."""
+    a, b = rows.vectors, columns.vectors
+    assert a.shape[1] == b.shape[1]
+    assert a.dtype == b.dtype
+    config = contrast_config(kernel, dtype=a.dtype, block_d=a.shape[1], hardware=hardware_of(a.device))
+    tiles = triton.cdiv(b.shape[0], config.BLOCK_N)
+    if splits is None:
+        row_blocks = triton.cdiv(a.shape[0], config.BLOCK_M)
+        splits = column_splits(row_blocks, tiles, config.ctas_per_sm * multiprocessors(a.device))
+    arguments = {
+        "ROWS": TensorDescriptor.from_tensor(a, [config.BLOCK_M, a.shape[1]]),
+        "COLS": TensorDescriptor.from_tensor(b, [config.BLOCK_N, b.shape[1]]),
+        "ROW_LABELS": rows.labels,
+        "COL_LABELS": columns.labels,
+        "n": a.shape[0],
+        "n_cols": b.shape[0],
+        "first_row": rows.first,
+        "first_col": columns.first,
+        "tiles_per_split": triton.cdiv(tiles, splits),
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "PRECISION": "tf32",
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return config, splits, arguments
+
+
+def running_statistics(
+    queries: Side,
+    keys: Side,
+    scale: Tensor,
+    *,
+    by_label: bool,
+    exclude_self: bool,
+    state: Tensor | None = None,
+) -> Tensor:
+    """STATE [SPLITS, 3, n] of the queries after these keys.
+
+    ``state``: that of the keys before these; it is updated in place and returned.
+    """
+    config, splits, arguments = _launch("contrast_forward", queries, keys, None if state is None else state.shape[0])
+    n = queries.vectors.shape[0]
+    has_carry = state is not None
+    if state is None:
+        state = torch.empty(splits, 3, n, dtype=torch.float32, device=queries.vectors.device)
+    _forward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
+        **arguments,
+        SCALE=scale,
+        POSITIVE=queries.positive,
+        STATE=state,
+        HAS_LABELS=queries.labels is not None,
+        BY_LABEL=by_label,
+        HAS_INDEX=queries.positive is not None,
+        EXCLUDE_SELF=exclude_self,
+        HAS_CARRY=has_carry,
+    )
+    return state
+
+
+def gradient_sums(
+    rows: Side,
+    columns: Side,
+    scale: Tensor,
+    *,
+    by_label: bool,
+    exclude_self: bool,
+    partial: Tensor | None = None,
+) -> Tensor:
+    """PARTIAL [SPLITS, n, BLOCK_D] of the rows after these columns; queries are the sides that have COEF.
+
+    ``partial``: that of the columns before these; it is updated in place and returned.
+    """
+    kernel = "contrast_backward" if rows.coef is None or columns.coef is None else "contrast_self"
+    config, splits, arguments = _launch(kernel, rows, columns, None if partial is None else partial.shape[0])
+    n, BLOCK_D = rows.vectors.shape
+    sums = torch.empty(splits, n, BLOCK_D, dtype=torch.float32, device=rows.vectors.device)
+    _backward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
+        **arguments,
+        SCALE=scale,
+        ROW_COEF=rows.coef,
+        stride_rn=0 if rows.coef is None else rows.coef.stride(0),
+        COL_COEF=columns.coef,
+        stride_cn=0 if columns.coef is None else columns.coef.stride(0),
+        ROW_POSITIVE=rows.positive,
+        COL_POSITIVE=columns.positive,
+        PARTIAL=sums,
+        BLOCK_D=BLOCK_D,
+        HAS_LABELS=rows.labels is not None,
+        BY_LABEL=by_label,
+        HAS_INDEX=rows.positive is not None or columns.positive is not None,
+        EXCLUDE_SELF=exclude_self,
+        BY_ROW=rows.coef is not None,
+        BY_COLUMN=columns.coef is not None,
+    )
+    return sums if partial is None else partial.add_(sums)

@@ -1,0 +1,1 @@
+"""Kernels of the dual_softmax operation: two softmaxes per row."""

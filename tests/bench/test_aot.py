@@ -1,0 +1,118 @@
+"""The ahead-of-time gate: every kernel compiles without spilling, and the gate notices when one does not."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fastkd.kernels import launch
+
+from bench.aot import __main__ as command
+from bench.aot import compile as aot
+from bench.aot.jobs import jobs
+
+
+def one_of_each(work: list[aot.Job]) -> list[int]:
+    """Of every kernel, dtype, width and launch configuration the variant with the most flags; make aot has all."""
+    chosen: dict[tuple[object, ...], tuple[int, int]] = {}
+    for index, job in enumerate(work):
+        sizes = (job.constants.get(name) for name in ("BLOCK_M", "BLOCK_N", "BOUNDED"))
+        key = (job.hardware, *job.name.split()[:3], *sizes)
+        flags = sum(value is True for value in job.constants.values())
+        chosen[key] = max(chosen.get(key, (0, index)), (flags, index))
+    return sorted(index for _, index in chosen.values())
+
+
+@pytest.mark.timeout(900)
+def test_every_entry_of_the_launch_table_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    failures = command.run(list(aot.TARGETS), workers=2, select=one_of_each)
+    output = capsys.readouterr().out
+    assert failures == 0, output
+    for hardware in aot.TARGETS:
+        assert len(list(launch.entries(hardware))) <= output.count(f"{hardware:7}")
+
+
+def backward_job(**config: object) -> aot.Job:
+    """The sm_90 backward at D = 128, with another launch configuration."""
+    job = next(job for job in jobs("sm_90") if job.name.startswith("dual_softmax_backward bf16 D=128 bounded"))
+    return dataclasses.replace(job, **config)
+
+
+def test_a_spill_is_noticed() -> None:
+    failures = aot.examine(backward_job(num_stages=3)).failures()
+    assert any("spills" in failure for failure in failures), failures
+
+
+def test_too_few_resident_programs_are_noticed() -> None:
+    assert aot.examine(backward_job()).failures() == []
+    failures = aot.examine(backward_job(ctas_per_sm=3)).failures()
+    assert failures == ["2 programs resident, the table says 3"]
+
+
+def test_serialized_matrix_instructions_are_noticed() -> None:
+    result = aot.examine(backward_job())
+    assert "ptxas info" in result.log
+    assert result.failures() == []
+    result.log += "Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+    assert result.failures() == ["matrix instructions are serialized"]
+
+
+def test_too_much_shared_memory_is_noticed() -> None:
+    result = aot.examine(backward_job())
+    result.shared = aot.SHARED_LIMIT["sm_90"] + 1
+    assert any("shared memory" in failure for failure in result.failures())
+
+
+def test_a_kernel_without_warpgroup_instructions_is_noticed() -> None:
+    """Tiles of 32 rows are too small for a warpgroup: Triton then falls back to the older matrix instructions."""
+    job = backward_job(ctas_per_sm=1, num_warps=8)
+    types = {name: kind.replace("[64,", "[32,") for name, kind in job.types.items()}
+    small = dataclasses.replace(job, types=types, constants={**job.constants, "BLOCK_M": 32, "BLOCK_N": 32})
+    assert "no HGMMA" in aot.examine(small).failures()
+
+
+def test_the_main_loop_of_the_backward_is_counted() -> None:
+    result = aot.examine(backward_job())
+    elements = 64 * 64 // 128  # of a tile, a thread
+    assert result.counts["exp"] == 2 * elements
+    assert result.counts["matrix"] == 3 * 128 // 16
+    clocks = aot.clocks(result)
+    assert clocks["matrix"] == 1024
+    assert clocks["exp"] == 512
+
+
+@pytest.mark.parametrize("hardware", aot.TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_widths_that_fit_have_an_entry_for_both_kernels(hardware: str, dtype: torch.dtype) -> None:
+    for block_d in (16, 32, 64, 128, 256):
+        if launch.fits(dtype, block_d, hardware):
+            for kernel in ("dual_softmax_forward", "dual_softmax_backward"):
+                for bounded in (True, False):
+                    launch.launch_config(kernel, dtype=dtype, block_d=block_d, bounded=bounded, hardware=hardware)
+    assert launch.fits(dtype, 128, hardware)
+    assert not launch.fits(dtype, 512, hardware)
+
+
+def test_columns_are_split_only_where_rows_do_not_fill_the_chip() -> None:
+    assert launch.column_splits(1024, 1024, 264) == 1
+    assert launch.column_splits(64, 64, 264) == 4
+    assert launch.column_splits(1, 64, 264) == 64
+    assert launch.column_splits(16, 16, 264) == 16  # 15 would take as long as 8
+    for rows in (1, 3, 100, 263, 264, 300, 527):
+        splits = launch.column_splits(rows, 64, 264)
+        assert 1 <= splits <= 64
+        assert rows * splits <= 16 * 264
+
+
+@pytest.mark.parametrize("n", [256, 1000, 4096, 16384, 32768, 34000, 36000, 51000, 65536, 70000, 131072])
+@pytest.mark.parametrize(("BLOCK_M", "slots"), [(128, 132), (64, 264)])
+def test_splits_cost_little_more_than_the_best_number_of_them(n: int, BLOCK_M: int, slots: int) -> None:
+    """The second of two rounds with few programs would take as long as the first: N = 34000 is just above one round."""
+    row_blocks, tiles = -(-n // BLOCK_M), -(-n // 64)
+
+    def time(splits: int) -> int:
+        return -(-row_blocks * splits // slots) * -(-tiles // splits)
+
+    assert time(launch.column_splits(row_blocks, tiles, slots)) <= 1.15 * min(map(time, range(1, tiles + 1)))

@@ -1,0 +1,175 @@
+"""The command line, called as the console script calls it."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastkd.cli import main
+from fastkd.trainer import RECIPES, require_extras
+
+FAST = ["--epochs", "1", "--optim.warmup-epochs", "0", "--device", "cpu", "--no-tensorboard"]
+
+
+@pytest.fixture(autouse=True)
+def own_path(monkeypatch):
+    """``fastkd train`` puts the current folder on the import path."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def test_train_distil_and_evaluate(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "digits-teacher", *FAST]) == 0
+    out = capsys.readouterr().out
+    assert "global batch 128" in out
+    assert "checkpoint runs/digits_teacher/checkpoints/step-00000010" in out
+    flags = ["--objective.terms", "0.5*kd + dcd", "--student.options.width", "6", "--optim.lr", "0.05", "--seed", "3"]
+    assert main(["train", "digits", *FAST, *flags]) == 0
+    out = capsys.readouterr().out
+    assert "loss 1 x ce + 0.5 x kd + 1 x dcd" in out
+    assert "lr 0.05, cosine" in out
+    assert "seed 3" in out
+    assert main(["eval", "runs/digits"]) == 0
+    assert "step 4, accuracy 0." in capsys.readouterr().out
+    assert main(["train", "digits", *FAST, *flags, "--resume"]) == 0
+    assert "already finished" in capsys.readouterr().out
+
+
+def test_an_own_recipe_in_the_current_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(
+        "import dataclasses\nfrom fastkd.trainer.recipes.digits import digits_scratch\n"
+        "def small():\n    return dataclasses.replace(digits_scratch(), epochs=2, run_dir='runs/small')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "mine:small", "--no-tensorboard", "--device", "cpu", "--seed", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "epoch 2/2" in out
+    assert "seed 4" in out
+    assert main(["train", "mine:large"]) == 1
+    assert "recipe: cannot import 'mine:large'" in capsys.readouterr().err
+
+
+def test_what_a_user_can_put_right_is_one_line_and_status_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    for argv, message in (
+        (["eval", "nowhere"], "fastkd eval: nowhere: no such checkpoint or run folder"),
+        (["train", "digits", *FAST], "fastkd train: runs/digits_teacher: no such weights file"),
+        (["train", "digits-scratch", *FAST, "--resume"], "fastkd train: runs/digits_scratch: holds no run to resume"),
+        (["train", "digits-scratch", *FAST, "--run-dir", "file"], "fastkd train: run_dir: got 'file', which is a file"),
+        (["train", "digits-scratch", *FAST, "--run-dir", "file/run"], "fastkd train: [Errno 20]"),
+        (["train", "digits-scratch", *FAST, "--student.name", "nope"], "fastkd train: model.name: got 'nope'"),
+    ):
+        assert main(argv) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(message)
+        assert error.count("\n") == 1
+
+
+def test_options_are_replaced_by_json_and_a_teacher_is_added_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mlp = ["--student.name", "fastkd.trainer.models.small:MLP"]
+    assert main(["train", "digits-scratch", *FAST, *mlp]) == 1
+    assert "fastkd train: MLP.__init__() got an unexpected keyword argument 'width'" in capsys.readouterr().err
+    options = ["--student.options", '{"hidden": [8]}', '--data.options={"train_size": 1000}']
+    assert main(["train", "digits-scratch", *FAST, *mlp, *options]) == 0
+    assert "student fastkd.trainer.models.small:MLP (610 parameters)" in capsys.readouterr().out
+    teacher = ["--teacher.name=fastkd.trainer.models.small:MLP", "--teacher.weights", "runs/digits_scratch"]
+    flags = ["--teacher.options", '{"hidden": [8]}', "--objective.terms", "kd", "--run-dir", "runs/distilled"]
+    assert main(["train", "digits-scratch", *FAST, *teacher, *flags, "--student.options.width", "3"]) == 0
+    assert "teacher fastkd.trainer.models.small:MLP (610 parameters)" in capsys.readouterr().out
+    for bad, message in (
+        ("{", "expected a JSON object"),
+        ("[1]", "got '[1]', expected a JSON object"),
+    ):
+        assert main(["train", "digits-scratch", *FAST, "--student.options", bad]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_a_recipe_that_gives_no_config_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_recipes.py").write_text(
+        "from fastkd.trainer import TrainConfig\nempty = dict\nnumber = 3\n"
+        "def typed(): return TrainConfig(epochs='3')\ndef broken(): return 1 + 'a'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name, message in (
+        ("empty", "recipe: 'own_recipes:empty' returned dict, expected a TrainConfig"),
+        ("number", "recipe: 'own_recipes:number' is of type int, expected a function"),
+        ("typed", "epochs: got '3' of type str, expected an int >= 1"),
+    ):
+        assert main(["train", f"own_recipes:{name}"]) == 1
+        assert capsys.readouterr().err == f"fastkd train: {message}\n"
+    with pytest.raises(TypeError, match="unsupported operand"):
+        main(["train", "own_recipes:broken"])
+
+
+@pytest.mark.parametrize(
+    "argv", [["train", "digits", "--precision", "fp8"], ["train", "digits", "--epochs", "0"], ["eval"]]
+)
+def test_wrong_flags_exit_with_status_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+
+
+def test_help(capsys):
+    assert main([]) == main(["--help"]) == 0
+    assert "train RECIPE" in capsys.readouterr().out
+    assert main(["nonsense"]) == 2
+    assert "unknown command 'nonsense'" in capsys.readouterr().err
+    for argv in (["train", "--help"], ["eval", "--help"], ["demo", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            main(argv)
+        assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_valid_config(name):
+    assert RECIPES[name]().student is not None
+    assert RECIPES[name].__doc__
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2]
+    )
+
+
+def test_importing_fastkd_does_not_import_the_trainer():
+    code = "import fastkd, sys; print([m for m in ('fastkd.trainer', 'timm', 'torchdata', 'tyro') if m in sys.modules])"
+    assert run_python(code).stdout.strip() == "[]"
+
+
+def test_every_package_that_the_trainer_imports_is_checked_for():
+    folder = Path(__file__).parents[2] / "fastkd" / "trainer"
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else name.name).split(".")[0]
+        for file in folder.glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in node.names
+    }
+    known = set(inspect.getsource(require_extras).replace('"', " ").split())
+    imported -= {"onnxruntime", "onnxscript"}  # an extra of their own, asked for where it is needed
+    assert imported - set(sys.stdlib_module_names) - {"fastkd", "torch"} <= known
+
+
+def test_missing_extras_say_what_to_install():
+    code = (
+        "import importlib.util as u, sys; find = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n in ('timm', 'tyro') else find(n, *a)\n"
+        "from fastkd.cli import main; print(main(['train', 'digits']))\n"
+        "from fastkd.trainer import train"
+    )
+    done = run_python(code)
+    assert done.stdout.strip() == "1"
+    message = "fastkd.trainer: missing timm, tyro; run: pip install 'fastkd[train]'"
+    assert done.stderr.startswith(f"fastkd: {message}")
+    assert done.stderr.strip().endswith(f"ImportError: {message}")

@@ -1,0 +1,120 @@
+"""The demo end to end, as short as it gets; and what holds its comparison fair."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastkd.demo import digits as demo
+from fastkd.demo.results import display_name
+
+METHODS = ("ce", "dcd", "100*ckd", "pckd", "msdcrd+kd")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a demo of two seeds and two epochs, beside a file of the user's."""
+    out = tmp_path_factory.mktemp("demo")
+    (out / "notes.txt").write_text("mine")
+    return demo.run_demo(demo.DemoConfig(methods=METHODS, seeds=2, epochs=2, teacher_epochs=1, workers=2, out=out))
+
+
+def last_accuracies(folder: Path) -> dict[tuple[str, int], float]:
+    """(method, seed) -> last-epoch accuracy in percent, read from the trainer's own run folders."""
+    found = {}
+    for path in folder.glob("*-seed*/metrics.jsonl"):
+        name, _, seed = path.parent.name.rpartition("-seed")
+        method = next(method for method in METHODS if demo.folder_name(method) == name)
+        epochs = [line for line in map(json.loads, path.read_text().splitlines()) if line["kind"] == "epoch"]
+        found[method, int(seed)] = 100 * epochs[-1]["accuracy"]
+    return found
+
+
+def test_table_values_come_from_the_runs(finished: Path) -> None:
+    accuracies = last_accuracies(finished.parent)
+    assert len(accuracies) == 2 * len(METHODS)
+    text = finished.read_text()
+    saved = json.loads((finished.parent / "results.json").read_text())
+    for row in saved["summary"]:
+        values = [accuracies[row["method"], seed] for seed in range(2)]
+        assert row["accuracy_mean"] == pytest.approx(np.mean(values))
+        assert row["accuracy_std"] == pytest.approx(np.std(values, ddof=1))
+        assert f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" in text
+        assert display_name(row["method"]) in text
+
+
+def test_report_has_every_figure_and_needs_nothing_else(finished: Path) -> None:
+    text = finished.read_text()
+    assert text.count("<svg") == 3 + len(METHODS) + 1 + len(METHODS)
+    assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:|//)""", text)
+    for heading in ("Learning curves", "seed by seed", "Temperature of the contrast", "Correlation", "Features in two"):
+        assert heading in text
+
+
+def test_scale_is_recorded_for_the_methods_that_have_one(finished: Path) -> None:
+    saved = json.loads((finished.parent / "results.json").read_text())
+    for run in saved["runs"]:
+        assert len(run["scale"]) == (2 if "dcd" in run["method"] else 0)
+        assert len(run["curve"]) == 2
+
+
+def test_users_files_stay_and_latest_leads_to_the_report(finished: Path) -> None:
+    out = finished.parent.parent
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "latest" / "report.html").samefile(finished)
+
+
+def test_new_folders_never_collide(tmp_path: Path) -> None:
+    first, second = demo.new_folder(tmp_path), demo.new_folder(tmp_path)
+    assert first != second
+    demo.link_latest(tmp_path, first)
+    demo.link_latest(tmp_path, second)
+    assert (tmp_path / "latest").resolve() == second.resolve()
+
+
+def test_a_folder_of_the_users_called_latest_stays(tmp_path: Path) -> None:
+    (tmp_path / "latest").mkdir()
+    demo.link_latest(tmp_path, demo.new_folder(tmp_path))
+    assert not (tmp_path / "latest").is_symlink()
+
+
+def test_methods_differ_in_nothing_but_the_objective() -> None:
+    configs = [demo.student_config(demo.DemoConfig(), Path("runs"), method, 3) for method in METHODS]
+    same = [replace(c, objective=configs[0].objective, teacher=None, run_dir=None) for c in configs]
+    assert all(config == same[0] for config in same)
+    assert {config.data.subset_seed for config in configs} == {3}
+    assert configs[0].teacher is None
+    assert all(config.teacher is not None for config in configs[1:])
+
+
+def test_correlation_of_a_constant_logit_is_finite() -> None:
+    logits = np.random.default_rng(0).normal(size=(50, 4))
+    np.testing.assert_allclose(demo.class_correlation(logits), np.corrcoef(logits.T), atol=1e-12)
+    logits[:, 2] = 0.25
+    assert np.isfinite(demo.class_correlation(logits)).all()
+
+
+def test_command_repeats_the_run() -> None:
+    assert demo.command_line(demo.DemoConfig()) == "fastkd demo"
+    assert demo.command_line(demo.DemoConfig(seeds=2, methods=("ce", "kd"))) == "fastkd demo --seeds 2 --methods ce kd"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": 0}, "seeds"),
+        ({"epochs": 0}, "epochs"),
+        ({"workers": 0}, "workers"),
+        ({"methods": ()}, "methods"),
+        ({"methods": ("kd", "kd")}, "methods"),
+        ({"methods": ("kd+",)}, "kd+"),
+        ({"methods": ("ce", "nonsense")}, "nonsense"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_training(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        demo.DemoConfig(**options)

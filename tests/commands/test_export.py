@@ -1,0 +1,116 @@
+"""Export and linear probe: what is written computes what the student does."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fastkd.cli import main
+from fastkd.trainer import DataConfig, ModelConfig, ObjectiveConfig, train
+from fastkd.trainer.commands.export import ExportError, export
+from fastkd.trainer.commands.linear_probe import linear_probe
+from fastkd.trainer.commands.reopen import reopen
+from fastkd.trainer.data.memory import TensorImages
+from fastkd.trainer.models.features import FeatureModel
+from tests.helpers.trainer_runs import one_thread, tiny_config  # noqa: F401
+
+
+@pytest.fixture
+def run(tmp_path):
+    config = tiny_config(
+        tmp_path,
+        student=ModelConfig(name="fastkd.trainer.models.small:SmallConvNet", options={"width": 4}),
+        teacher=None,
+        data=DataConfig(name="digits", batch_size=64),
+        objective=ObjectiveConfig(terms="ce"),
+        epochs=1,
+    )
+    return train(config)
+
+
+def test_safetensors_hold_the_weights_and_where_they_come_from(run, tmp_path, capsys):
+    out = tmp_path / "new" / "student.safetensors"
+    assert main(["export", str(run.path), str(out)]) == 0
+    assert "checked bit for bit" in capsys.readouterr().out
+    with safe_open(out, "pt") as file:
+        for name, value in run.distiller.student.model.state_dict().items():
+            assert torch.equal(file.get_tensor(name), value)
+        assert json.loads(file.metadata()["model"])["name"] == "fastkd.trainer.models.small:SmallConvNet"
+        assert float(file.metadata()["accuracy"]) == run.accuracy
+    content = out.read_bytes()
+    assert main(["export", str(run.path), str(out)]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert out.read_bytes() == content
+
+
+def test_onnx_gives_the_students_logits_for_any_batch(run, tmp_path, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    out = tmp_path / "student.onnx"
+    assert main(["export", str(run.path), str(out)]) == 0
+    assert "logits within" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    images = torch.randn(13, 1, 8, 8)
+    found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    with torch.no_grad():
+        torch.testing.assert_close(found, run.distiller.student.model(images), rtol=1e-3, atol=1e-4)
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+def test_a_wrong_onnx_file_is_found_and_removed(run, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    reopened = reopen(run.path)
+
+    class Wrong(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.model(images) * (1.5 if torch.compiler.is_exporting() else 1.0)
+
+    reopened.model = Wrong(reopened.model)
+    with pytest.raises(ExportError, match=r"differ by 0\.\d+ of the largest"):
+        export(reopened, tmp_path / "student.onnx")
+    assert not list(tmp_path.glob("*.onnx")) + list(tmp_path.glob(".*.onnx"))
+
+
+def test_bad_export_arguments(run, tmp_path, capsys):
+    assert main(["export", str(run.path), str(tmp_path / "student.pt")]) == 1
+    assert "expected a name that ends in .safetensors or .onnx" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="image_shape: got None"):
+        export(reopen(run.path, with_data=False), tmp_path / "student.onnx")
+
+
+def test_a_probe_separates_what_the_features_separate():
+    class Halves(nn.Module):
+        """Features: the first four pixels. The other four, which tell classes 2 and 3 apart, are dropped."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(images.flatten(1)[:, :4])
+
+    torch.manual_seed(0)
+    labels = torch.arange(400) % 4
+    images = 0.1 * torch.randn(400, 1, 2, 4)
+    images[:, 0, 0, 0] += (labels == 0).float() + 2 * (labels == 1)
+    images[:, 0, 1, 0] += (labels == 3).float()
+    sets = TensorImages(images[:300], labels[:300]), TensorImages(images[300:], labels[300:])
+    result = linear_probe(FeatureModel(Halves()), *sets, DataConfig(eval_batch_size=64), torch.device("cpu"))
+    assert result.converged
+    assert result.features == 4
+    assert 0.6 < result.accuracy < 0.9  # two classes for certain, two by chance
+
+
+def test_the_probe_command(run, capsys):
+    assert main(["probe", str(run.path), "--data", "digits", "--options", '{"train_size": 600}']) == 0
+    printed = capsys.readouterr().out
+    accuracy = float(printed.split("linear probe on digits: accuracy ")[1].split()[0])
+    assert accuracy > 0.3  # ten classes
+    assert "of the 600 it was fitted to" in printed
+    assert main(["probe", str(run.path), "--data", "digits", "--options", "[1]"]) == 1
+    assert "--options: got '[1]', expected a JSON object" in capsys.readouterr().err

@@ -1,0 +1,329 @@
+"""``fastkd report``: pages of real tiny runs, and of folders made by hand for what a real run rarely leaves."""
+
+import json
+import math
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from fastkd.cli import main
+from fastkd.trainer import ObjectiveConfig, train
+from fastkd.trainer.report.curves import COLOURS, MAX_POINTS, thin
+from fastkd.trainer.report.page import write_run_report
+from fastkd.trainer.report.records import read_run
+from tests.helpers.trainer_runs import lines, one_thread, tiny_config  # noqa: F401 (one_thread is used by being imported)
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+ODD = '<script>alert("x")</script> & $a_b$ \ud800\x00'
+
+
+class Page(HTMLParser):
+    """The page's rows of text and exact numbers, its pictures; fails on a tag that is not closed in its turn."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.text = file.read_text()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.pictures: list[str] = []
+        self.captions: list[str] = []
+        self.rows: list[tuple[str, list[float]]] = []  # first heading of a row, the numbers in it
+        self.feed(self.text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attributes}
+        self.tags.append(tag)
+        self.ids += [values["id"]] if "id" in values else []
+        self.references += [values[name] for name in ("src", "href", "xlink:href", "srcset") if name in values]
+        if tag == "svg" and "role" in values:
+            self.pictures.append(values["aria-label"])
+        if tag == "figcaption":
+            self.captions.append("")
+        if tag == "tr":
+            self.rows.append(("", []))
+        if tag == "data":
+            self.rows[-1][1].append(float(values["value"]))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "figcaption" in self.open:
+            self.captions[-1] += data
+        if self.open[-1:] == ["th"] and not self.rows[-1][0]:
+            self.rows[-1] = (data.strip(), self.rows[-1][1])
+
+    def numbers(self, title: str) -> list[float]:
+        """Those of the first row with this heading."""
+        return next(numbers for heading, numbers in self.rows if heading == title)
+
+
+def page_of(*runs: Path, out: Path | None = None) -> Page:
+    """The page, after the checks that hold for every page."""
+    page = Page(write_run_report(runs, out))
+    assert not {"script", "iframe", "link", "object"} & set(page.tags)
+    assert all(reference.startswith(("#", "data:")) for reference in page.references)
+    assert "@import" not in page.text
+    assert not re.search(r"url\((?!#)", page.text)
+    assert len(page.ids) == len(set(page.ids)), "ids of two figures clash"
+    assert len(page.pictures) <= len(page.captions)
+    assert not re.search(r"\b(nan|inf)\b", page.text, re.IGNORECASE)
+    return page
+
+
+def write_lines(run: Path, records: list[dict[str, Any]], tail: str = "") -> None:
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs with all three terms."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(tiny_config(folder))
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return shutil.copytree(trained, tmp_path / "copy")
+
+
+def test_the_page_holds_every_value_of_the_last_and_the_best_epoch(run):
+    page = page_of(run)
+    epochs = [record for record in lines(run) if record["kind"] == "epoch"]
+    best = max(epochs, key=lambda record: record["accuracy"])
+    titles = {"accuracy": "Accuracy, top-1 (%)", "top5": "Accuracy, top-5 (%)", "eval_loss": "Evaluation loss (nats)"}
+    titles |= {"loss": "Training loss, weighted sum", "lr": "Learning rate"}
+    titles |= {"dcd/tau": "dcd/tau: τ", "dcd/scale": "dcd/scale: logit scale, exp(τ)"}
+    for name in sorted(set(epochs[-1]) - {"kind", "step", "epoch"}):
+        title = titles.get(name, name)
+        assert page.numbers(title) == [epochs[-1][name], best[name]]
+        assert title in page.captions
+    assert "Gradient norm before clipping" in page.captions
+    assert f"{100 * epochs[-1]['accuracy']:.2f}</data>" in page.text
+    assert len(page.pictures) == len(page.captions) == len(epochs[-1]) - 3 + 3  # each value, gradient norm, speed
+
+
+def test_the_page_says_what_the_run_was(run):
+    page = page_of(run)
+    info = json.loads((run / "run.json").read_text())
+    assert f"{info['student']['parameters']:,} parameters" in page.text
+    for text in (info["teacher_sha256"], info["learning_rate"], info["versions"]["torch"]):
+        assert text in page.text
+    for text in ("1 x ce + 1 x dcd + 1 x kd", "52 training samples, 20 evaluation samples", "fp32", "finished: all 26"):
+        assert text in page.text
+    manifest = json.loads((run / "checkpoints/step-00000026/manifest.json").read_text())
+    assert manifest["labels_sha256"] in page.text
+    assert "resumed" not in page.text
+    assert "optim.clip_norm" in page.text
+
+
+def test_an_unfinished_and_a_resumed_run_say_so(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "stopped")
+    shutil.rmtree(run / "checkpoints/step-00000026")
+    recorded = lines(run)
+    half = json.dumps(recorded[20])[:50]
+    write_lines(run, recorded[:20], half)
+    page = page_of(run)
+    assert "not finished: last record at step 19 of 26" in page.text
+    assert "newest checkpoint at step 13" in page.text
+    assert "is incomplete" in page.text
+    assert page.numbers("ce") == [recorded[13]["ce"]] * 2
+    config = tiny_config(tmp_path, run_dir=str(run), resume=True)
+    shutil.copy(trained.parent / "teacher.safetensors", tmp_path / "teacher.safetensors")
+    train(config)
+    page = page_of(run)
+    assert "finished: all 26 steps, 2 epochs; resumed at least once" in page.text
+    assert "is incomplete" not in page.text
+
+
+def test_one_epoch_without_a_teacher(tmp_path):
+    train(tiny_config(tmp_path, epochs=1, teacher=None, log_every=1000, objective=ObjectiveConfig(terms="ce")))
+    page = page_of(tmp_path / "run")
+    assert "1 epoch of 13 steps" in page.text
+    assert "Temperature" not in page.text
+    colour = f"stroke: {COLOURS[0]}"
+    dots = [figure for figure in page.text.split("<figure>")[1:] if re.search(f"<use [^>]*{colour}", figure)]
+    assert len(dots) == len(page.pictures), "a curve of one point is not visible"
+
+
+def test_several_runs_share_panels_and_tell_what_differs(trained, tmp_path):
+    other = tiny_config(tmp_path, seed=5, run_dir=str(tmp_path / "seed5"))
+    train(other)
+    page = page_of(trained, tmp_path / "seed5", out=tmp_path / "sub" / "both.html")
+    assert len(page.pictures) == len(page_of(trained, out=tmp_path / "one.html").pictures)
+    for name, folder in (("run", trained), ("seed5", tmp_path / "seed5")):
+        epochs = [record for record in lines(folder) if record["kind"] == "epoch"]
+        row = page.numbers(name)
+        best = max(record["accuracy"] for record in epochs)
+        assert row[:5] == [1, *(epochs[-1][key] for key in ("accuracy", "top5", "eval_loss", "loss"))]
+        assert row[6] == best  # after the speed
+        assert all(name in picture for picture in page.pictures)
+    differing = page.text[page.text.index("Settings that differ") : page.text.index("All settings")]
+    assert ">seed<" in differing
+    assert "run_dir" not in differing
+    assert "optim.lr" not in differing
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(trained, tmp_path):
+    copies = [shutil.copytree(trained, tmp_path / name / "run") for name in ("a", "b")]
+    page = page_of(*copies, out=tmp_path / "x.html")
+    assert page.numbers("a/run") == page.numbers("b/run")
+
+
+def test_odd_names_are_escaped(tmp_path):
+    def odd(student: Any, teacher: Any, labels: Any) -> dict[str, Any]:
+        return {ODD: nn.functional.cross_entropy(student.logits, labels)}
+
+    odd.needs_teacher = False  # type: ignore[attr-defined]
+    run = tmp_path / "<b> & $x$"
+    objective = ObjectiveConfig(terms="mine")
+    train(tiny_config(tmp_path, epochs=1, teacher=None, objective=objective, run_dir=str(run)), terms={"mine": odd})
+    page = page_of(run)
+    shown = "mine/" + ODD.replace("\ud800", "\ufffd").replace("\x00", "\ufffd")
+    assert shown in page.captions
+    assert len(page.numbers(shown)) == 2
+    assert "b" not in page.tags
+
+
+def test_null_is_a_gap_and_is_counted(run):
+    recorded = lines(run)
+    for record in recorded[2:5]:
+        record["grad_norm"] = None
+    for record in recorded:
+        record["kd"] = None
+    write_lines(run, recorded)
+    page = page_of(run)
+    assert "Gradient norm before clipping (3 of 26 values are not finite: gaps)" in page.captions
+    assert "kd (none of its 28 values is finite)" in page.captions
+    assert len(page.pictures) == len(page.captions) - 1
+    assert page.numbers("kd") == []
+
+
+def test_many_step_records_are_thinned_without_losing_a_peak(run):
+    recorded = lines(run)
+    steps = [recorded[0] | {"step": step, "loss": 2 + math.sin(step)} for step in range(1, 20001)]
+    steps[12345]["loss"] = 99.0
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | {"steps": 40000}))
+    write_lines(run, steps)
+    page = page_of(run)
+    assert "thinned to at most 600 points" in page.text
+    assert "has 20,000" in page.text
+    assert len(page.text) < 1_500_000
+    x, y = np.arange(20000.0), np.array([record["loss"] for record in steps])
+    kept, values = thin(x, y)
+    assert len(kept) <= MAX_POINTS
+    assert (kept[0], kept[-1], values.max()) == (0, 19999, 99.0)
+    assert np.array_equal(values, y[kept.astype(int)])
+
+
+def test_thinning_keeps_gaps_and_short_curves():
+    x = np.arange(5000.0)
+    y = np.where((x > 2000) & (x < 3000), np.nan, x)
+    kept, values = thin(x, y)
+    assert np.isnan(values[(kept > 2020) & (kept < 2980)]).all()
+    assert np.isfinite(values).sum() > 400
+    assert thin(x[:600], y[:600])[0] is not x
+    assert len(thin(x[:600], y[:600])[0]) == 600
+
+
+def test_throughput_is_shown_where_it_was_recorded(run):
+    steps = [record["step"] for record in lines(run) if record["kind"] == "epoch"]
+    speeds = [{"kind": "speed", "step": step, "images_per_second": 1234.5, "data_wait": 0.25} for step in steps]
+    broken_off = {**speeds[0], "step": 1, "images_per_second": 7.0}
+    text = "".join(json.dumps(speed) + "\n" for speed in (broken_off, *speeds))
+    (Path(run) / "speed.jsonl").write_text(text + '{"kind": "sp')
+    page = page_of(run)
+    assert page.numbers("Images a second") == [1234.5, 1234.5]
+    assert page.numbers("Time spent waiting for data (%)") == [0.25, 0.25]
+    assert "1,234.5</data>" in page.text
+    assert "25.00</data>" in page.text
+
+
+def test_epochs_that_were_not_evaluated(run):
+    recorded = lines(run)
+    for key in ("accuracy", "top5", "eval_loss"):
+        del recorded[-1][key]
+    write_lines(run, recorded)
+    page = page_of(run)
+    epochs = [record for record in recorded if record["kind"] == "epoch"]
+    assert page.numbers("Accuracy, top-1 (%)") == [epochs[0]["accuracy"]] * 2  # last evaluated, best
+    assert page.numbers("ce") == [epochs[1]["ce"], epochs[0]["ce"], epochs[0]["ce"]]
+    assert "last evaluated epoch (1)" in page.text
+
+
+def test_a_run_that_has_only_begun(run):
+    write_lines(run, [])
+    shutil.rmtree(run / "checkpoints")
+    page = page_of(run)
+    assert "No epoch is finished yet" in page.text
+    assert "no checkpoint in its folder" in page.text
+    assert "step 0 of 26" in page.text
+    assert not page.pictures
+
+
+def test_a_kind_of_record_or_value_from_elsewhere_is_left_out(run):
+    recorded = lines(run)
+    write_lines(run, [{"kind": "note", "step": 1, "text": "x"}, recorded[0] | {"comment": "y"}, *recorded[1:]])
+    found = read_run(run, "run")
+    assert len(found.steps) == 26
+    assert "comment" not in found.quantities
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: (run / "run.json").unlink(), r"run\.json: is missing"),
+        (lambda run: (run / "metrics.jsonl").unlink(), r"metrics\.jsonl: is missing"),
+        (lambda run: (run / "checkpoints/step-00000026/manifest.json").unlink(), r"manifest\.json: is missing"),
+        (lambda run: (run / "run.json").write_text('{"steps": 1'), r"run\.json: is not JSON"),
+        (lambda run: (run / "run.json").write_text("[]"), r"run\.json: holds list, expected an object"),
+        (lambda run: (run / "run.json").write_text('{"steps": 1}'), r"run\.json: lacks config, device"),
+        (lambda run: (run / "metrics.jsonl").write_text("{}\n{}\n"), r"metrics\.jsonl: line 1 is not a record"),
+        (lambda run: (run / "metrics.jsonl").write_text("{\n{}\n"), r"metrics\.jsonl: line 1 is not JSON"),
+        (shutil.rmtree, "copy: no such run folder"),
+    ],
+)
+def test_what_is_missing_or_damaged_is_one_line_that_names_the_file(run, capsys, spoil, message):
+    spoil(run)
+    assert main(["report", str(run)]) == 1
+    error = capsys.readouterr().err
+    assert re.match(f"fastkd report: .*{message}", error)
+    assert error.count("\n") == 1
+
+
+def test_the_command_writes_where_it_says_and_never_over_a_run_file(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree("copy", "second")
+    assert main(["report", "copy"]) == 0
+    assert capsys.readouterr().out == "copy/report.html\n"
+    assert main(["report", "copy", "second"]) == 0
+    assert capsys.readouterr().out == "comparison.html\n"
+    before = (run / "run.json").read_bytes()
+    for arguments, message in (
+        (["copy", "--out", "copy/run.json"], "out: got 'copy/run.json', expected a file that ends in .html"),
+        (["copy", "./copy"], "runs: got 'copy' twice"),
+        ([], "runs: got none"),
+    ):
+        assert main(["report", *arguments]) == 1
+        assert message in capsys.readouterr().err
+    assert (run / "run.json").read_bytes() == before

@@ -1,0 +1,147 @@
+"""What the trainer's tests share: small networks with dropout, noisy data, a small config, and a run to kill."""
+
+import dataclasses
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastkd.trainer import (
+    DataConfig,
+    Distiller,
+    FeatureModel,
+    ModelConfig,
+    ModelShapes,
+    Objective,
+    ObjectiveConfig,
+    OptimConfig,
+    TensorImages,
+    TrainConfig,
+    train,
+)
+
+
+class DropoutNet(nn.Module):
+    """Dropout and batch norm: their generator and their buffers must survive a resume."""
+
+    def __init__(self, width: int = 12, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(16, width), nn.BatchNorm1d(width), nn.ReLU())
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(width, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.dropout(self.body(images)))
+
+
+class NoisyImages(TensorImages):
+    """An augmentation that draws from the three global generators, one sample at a time."""
+
+    def __getitems__(self, indices: Any) -> Any:
+        return [self[int(index)] for index in indices]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = super().__getitem__(index)
+        shift = 0.05 * random.gauss(0, 1) + 0.05 * float(np.random.standard_normal())  # noqa: NPY002
+        return image + 0.1 * torch.randn(image.shape) + shift, label
+
+
+def noisy_data(samples: int = 52) -> tuple[NoisyImages, TensorImages]:
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.arange(samples) % 4
+    centres = torch.randn(4, 1, 4, 4, generator=generator)
+    images = centres[labels] + 0.5 * torch.randn(samples, 1, 4, 4, generator=generator)
+    return NoisyImages(images, labels), TensorImages(images[:20], labels[:20])
+
+
+def write_teacher(path: Path) -> str:
+    """A teacher's weights; which ones does not matter to any test."""
+    torch.manual_seed(11)
+    save_file(DropoutNet(width=24).state_dict(), path)
+    return str(path)
+
+
+def tiny_config(folder: Path, **changes: Any) -> TrainConfig:
+    """26 steps in 2 epochs of CE + KD + DCD with momentum, clipping, warm-up and cosine."""
+    teacher = folder / "teacher.safetensors"
+    if not teacher.exists():
+        write_teacher(teacher)
+    config = TrainConfig(
+        student=ModelConfig(name="tests.helpers.trainer_runs:DropoutNet"),
+        teacher=ModelConfig(name="tests.helpers.trainer_runs:DropoutNet", options={"width": 24}, weights=str(teacher)),
+        data=DataConfig(name="tests.helpers.trainer_runs:noisy_data", batch_size=4),
+        objective=ObjectiveConfig(terms="dcd+kd"),
+        optim=OptimConfig(lr=0.05, warmup_epochs=0.5, clip_norm=1.0),
+        epochs=2,
+        device="cpu",
+        run_dir=str(folder / "run"),
+        log_every=1,
+        tensorboard=False,
+        progress=False,
+        quiet=True,
+        max_skipped=0,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bits must not depend on what else the machine does; tiny networks are faster so, too. Autouse where imported."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def shapes(student: int, teacher: int) -> tuple[ModelShapes, ModelShapes]:
+    """Those of models with features of these widths and four classes."""
+    return ModelShapes(features=student, classes=4), ModelShapes(features=teacher, classes=4)
+
+
+def distiller(terms: str = "dcd+kd") -> Distiller:
+    torch.manual_seed(0)
+    objective = Objective(ObjectiveConfig(terms=terms), *shapes(12, 24))
+    return Distiller(FeatureModel(DropoutNet()), FeatureModel(DropoutNet(width=24)), objective)
+
+
+def batch(samples: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(samples, 1, 4, 4, generator=generator), torch.arange(samples) % 4
+
+
+def lines(run_dir: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal in every bit, through nested dicts and lists."""
+    if isinstance(left, Tensor):
+        return isinstance(right, Tensor) and left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return isinstance(right, dict) and left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+if __name__ == "__main__":
+    # python -m tests.helpers.trainer_runs CONFIG.json: a run slow enough to be killed anywhere in it.
+    torch.set_num_threads(1)
+    pause = float(sys.argv[2])
+    forward = DropoutNet.forward
+
+    def slow(self: DropoutNet, images: Tensor) -> Tensor:
+        time.sleep(pause)
+        return forward(self, images)
+
+    DropoutNet.forward = slow  # type: ignore[method-assign]
+    train(TrainConfig.from_dict(json.loads(Path(sys.argv[1]).read_text())))

@@ -1,0 +1,224 @@
+"""The contrast kernels: in the interpreter, when they are chosen, and on a GPU."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastkd import backends
+from tests.helpers.checks import assert_close, value_and_grads
+from tests.helpers.contrast_cases import MODES, NEEDS_PAIRS, Problem, check_against_definition, problem
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+
+
+def gpu(test: Callable[..., None]) -> Callable[..., None]:
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.mark.gpu(skip(test))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("file", ["interpreted_contrast.py", "interpreted_contrast_rows.py"])
+def test_kernels_in_the_interpreter(file: str) -> None:
+    """A process of its own: the interpreter is chosen when Triton is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+class OnGpu:
+    """What ``resolve`` reads of a CUDA tensor."""
+
+    is_cuda, ndim, device, dtype = True, 2, torch.device("cuda", 0), torch.bfloat16
+
+    def __init__(self, width: int) -> None:
+        self.shape = (8, width)
+
+
+@pytest.mark.parametrize("width", [1, 128, 21841])
+def test_cuda_tensors_of_any_width_get_the_kernels(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    monkeypatch.setattr(backends, "_launch_error", lambda: None)
+    assert backends.resolve(None, "contrast", OnGpu(width)) == "triton"
+
+
+def on_gpu(mode: str, n: int, N: int, D: int, dtype: torch.dtype, **options: object) -> Problem:
+    return problem(mode, n, N, D, dtype, device="cuda", **options)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("n", "d"), [(3, 5), (63, 16), (129, 128), (1000, 100), (513, 256), (700, 1000)])
+def test_contrast_on_a_gpu_equals_the_definition(n: int, d: int, mode: str, dtype: torch.dtype) -> None:
+    check_against_definition(on_gpu(mode, n, n, d, dtype))
+
+
+@gpu
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("n", "d"), [(63, 16), (129, 128), (300, 64)])
+def test_contrast_on_a_gpu_in_tf32(n: int, d: int, mode: str) -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        check_against_definition(on_gpu(mode, n, n, d, torch.float32), tolerance=torch.float16)  # the same mantissa
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@gpu
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("d", [100, 128, 1000])
+def test_gpu_blocks_of_several_ranks(d: int, mode: str, dtype: torch.dtype, precision: str) -> None:
+    if precision == "high" and dtype != torch.float32:
+        pytest.skip("the setting concerns float32 alone")
+    from tests.helpers.contrast_blocks import ranks_problem
+
+    sizes = (130, 0, 500)
+    key_sizes = sizes if MODES[mode][3] or mode in NEEDS_PAIRS else (1, 300, 70)
+    weight = torch.tensor([0.0, 5.0, 1.0]).repeat(210)
+    p, loss = ranks_problem(mode, sizes, key_sizes, d, dtype=dtype, device="cuda", weight=weight)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        check_against_definition(p, -37.0, torch.float16 if precision == "high" else None, loss)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("mode", ["given index", "masked, given index", "label"])
+@pytest.mark.parametrize(("n", "N", "d"), [(1, 500, 128), (500, 2, 128), (130, 1000, 64), (70, 300, 9001)])
+def test_gpu_other_numbers_of_queries_than_keys(n: int, N: int, d: int, mode: str, dtype: torch.dtype) -> None:
+    check_against_definition(on_gpu(mode, n, N, d, dtype))
+
+
+@gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_gpu_rows_as_they_are_weights_and_upstream(mode: str) -> None:
+    weight = torch.tensor([0.0, 5.0, 1.0]).repeat(100)
+    p = on_gpu(mode, 300, 300, 128, torch.bfloat16, normalize=False, scale=1.5, weight=weight)
+    check_against_definition(p, upstream=-37.0)
+
+
+@gpu
+def test_gpu_a_scale_that_needs_the_running_maximum() -> None:
+    check_against_definition(on_gpu("index", 300, 300, 6, torch.float32, scale=120.0))
+
+
+@gpu
+def test_gpu_losses_near_zero_keep_their_digits() -> None:
+    """Every loss is about 63 exp(-50): 1 plus it is 1."""
+    query = torch.eye(64, device="cuda", dtype=torch.bfloat16)
+    p = Problem((query, query.clone(), torch.tensor(50.0, device="cuda")), None, None, None, False, True)
+    loss, grad_query, _, grad_scale = value_and_grads(p.kernel, *p.inputs)
+    expected = 63 * torch.tensor(-50.0, dtype=torch.float64).exp()
+    assert_close(loss.cpu(), 64 * expected, torch.float32, floor=1e-30)
+    assert_close(grad_scale.cpu(), -64 * expected, torch.bfloat16, floor=1e-30)
+    assert grad_query.abs().max() > 0
+
+
+@gpu
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_gpu_frozen_inputs(wanted: tuple[int, ...]) -> None:
+    p = on_gpu("masked, given index", 300, 300, 128, torch.bfloat16)
+    full = value_and_grads(p.kernel, *p.inputs)
+    leaves = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(p.inputs)]
+    p.kernel(*leaves).backward()
+    for i, leaf in enumerate(leaves):
+        assert (leaf.grad is not None) == (i in wanted)
+        if i in wanted:
+            assert_close(leaf.grad, full[1 + i], torch.bfloat16, floor=30.0 if i == 2 else 1e-5)
+
+
+@gpu
+@pytest.mark.parametrize("mode", ["index", "self label", "masked, given index"])
+def test_gpu_large_batch_equals_float32_and_itself(mode: str) -> None:
+    p = on_gpu(mode, 20_000, 20_000, 128, torch.bfloat16, classes=1000)
+    one, again = (value_and_grads(p.kernel, *p.inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    expected = value_and_grads(p.kernel, *(x.float() for x in p.inputs))  # through torch.mm
+    for a, e in zip(one, expected, strict=True):
+        assert_close(a, e, torch.bfloat16, floor=2000.0 if a.ndim == 0 else 1e-5)
+
+
+@gpu
+@pytest.mark.parametrize("mode", ["index", "masked", "self label"])
+@pytest.mark.parametrize("d", [128, 1000])
+def test_gpu_memory_is_linear_and_no_host_synchronisation(d: int, mode: str) -> None:
+    p = on_gpu(mode, 8192, 8192, d, torch.bfloat16)
+    value_and_grads(p.kernel, *p.inputs)
+    leaves = [x.requires_grad_() for x in p.inputs]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        p.kernel(*leaves).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.max_memory_allocated() - before < (64 if d == 128 else 240) * 2**20  # N x N alone is 256 MiB
+
+
+@gpu
+def test_gpu_element_offsets_beyond_two_to_the_31() -> None:
+    """2^24 + 3 rows of 128: the last rows lie beyond 2^31 elements. Few columns keep the work small."""
+    n, columns, tail = 2**24 + 3, 64, 50
+    query = torch.randn(n, 128, device="cuda", dtype=torch.bfloat16)
+    key = torch.randn(columns, 128, device="cuda", dtype=torch.bfloat16)
+    index = torch.randint(columns, (n,), device="cuda")
+    scale = torch.tensor(10.0, device="cuda")
+
+    def run(rows: slice) -> Tensor:
+        p = Problem((query[rows], key, scale), None, None, index[rows], False, True)
+        leaf = p.inputs[0].detach().requires_grad_()
+        p.kernel(leaf, key, scale).backward()
+        assert leaf.grad is not None
+        return leaf.grad[-tail:]
+
+    assert_close(run(slice(None)), run(slice(n - tail, n)), torch.bfloat16)
+
+
+@gpu
+@pytest.mark.parametrize("mode", ["index", "self label"])
+def test_gpu_replays_from_a_cuda_graph(mode: str) -> None:
+    p = on_gpu(mode, 1000, 1000, 128, torch.bfloat16)
+    inputs = [x.requires_grad_() for x in p.inputs]
+    fresh = p.inputs[0].detach().flip(0).clone()
+
+    def step() -> tuple[Tensor, ...]:
+        loss = p.kernel(*inputs)
+        return loss, *torch.autograd.grad(loss, inputs)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    with torch.no_grad():
+        inputs[0].copy_(fresh)
+    graph.replay()
+    for a, e in zip(results, step(), strict=True):
+        assert torch.equal(a, e)
+
+
+@gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_gpu_compiles_as_one_graph(mode: str) -> None:
+    p = on_gpu(mode, 300, 300, 128, torch.bfloat16)
+    compiled = torch.compile(p.kernel, fullgraph=True)
+    for a, e in zip(value_and_grads(compiled, *p.inputs), value_and_grads(p.kernel, *p.inputs), strict=True):
+        assert_close(a, e, a.dtype)

@@ -1,0 +1,118 @@
+"""The modules: heads, the learnable temperature and its clamp, fixed temperature, state dicts, named terms."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastkd import DCDLoss, KDLoss, dcd_loss, kd_loss
+from tests.helpers.checks import CONSISTENCIES, assert_close
+
+
+def features(n: int = 12) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, 6, generator=generator), torch.randn(n, 9, generator=generator)
+
+
+@pytest.mark.parametrize("consistency", CONSISTENCIES)
+def test_terms_sum_to_the_functional_loss_of_the_projections(consistency: str) -> None:
+    module = DCDLoss(6, 9, 4, alpha=2.0, consistency=consistency)
+    student, teacher = features()
+    weight = torch.rand(12)
+    terms = module(student, teacher, weight)
+    assert set(terms) == {"contrast", "consistency"}
+    expected = dcd_loss(
+        module.student_head(student), module.teacher_head(teacher), math.e, alpha=2.0, consistency=consistency,
+        sample_weight=weight, backend="reference",
+    )  # fmt: skip
+    assert_close(sum(terms.values()), expected, torch.float32)
+
+
+def test_kd_module_is_the_functional_loss() -> None:
+    student, teacher = torch.randn(5, 7), torch.randn(5, 7)
+    terms = KDLoss(3.0)(student, teacher)
+    assert list(terms) == ["kd"]
+    assert_close(terms["kd"], kd_loss(student, teacher, 3.0, backend="reference"), torch.float32)
+    with pytest.raises(ValueError, match="temperature: got 0"):
+        KDLoss(0.0)
+
+
+def test_defaults_are_the_papers() -> None:
+    module = DCDLoss(6, 9)
+    assert (module.alpha, module.consistency, module.max_scale) == (0.5, "student||teacher", 10.0)
+    assert module.tau.item() == 1.0
+    assert module.student_head.out_features == module.teacher_head.out_features == 128
+    assert {name for name, _ in module.named_parameters()} == {
+        "tau", "student_head.weight", "student_head.bias", "teacher_head.weight", "teacher_head.bias",
+    }  # fmt: skip
+
+
+def test_every_parameter_gets_a_gradient_and_moves() -> None:
+    module = DCDLoss(6, 9, 4)
+    before = copy.deepcopy(module.state_dict())
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    sum(module(*features()).values()).backward()
+    optimizer.step()
+    assert all(not torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize(("bounds", "start", "bound"), [((None, 10.0), 5.0, 10.0), ((1.0, 100.0), -3.0, 1.0)])
+def test_tau_is_held_at_its_bound_and_comes_back(
+    bounds: tuple[float | None, float], start: float, bound: float
+) -> None:
+    module = DCDLoss(6, 6, 6, min_scale=bounds[0], max_scale=bounds[1])
+    outward = 1 if start > 0 else -1
+    with torch.no_grad():
+        module.tau.fill_(start)
+    optimizer = torch.optim.SGD([module.tau], lr=1.0)
+
+    def step(direction: int) -> float:
+        optimizer.zero_grad()
+        (-direction * module.logit_scale()).backward()  # descent moves the scale that way
+        assert module.tau.grad.item() != 0
+        optimizer.step()
+        return module.logit_scale().item()
+
+    assert module.logit_scale().item() == pytest.approx(bound, rel=1e-6)
+    for _ in range(50):
+        assert step(outward) == pytest.approx(bound, rel=1e-6)
+    # However long it was pushed against the bound, one step inwards leaves it.
+    assert outward * (bound - step(-outward)) > 0.1 * bound
+
+
+def test_without_bounds_tau_is_free() -> None:
+    module = DCDLoss(6, 9, max_scale=None)
+    with torch.no_grad():
+        module.tau.fill_(5.0)
+    assert module.logit_scale().item() == pytest.approx(math.exp(5.0), rel=1e-6)
+    assert all(term.isfinite() for term in module(*features()).values())
+
+
+def test_fixed_temperature_has_no_parameter_and_no_clamp() -> None:
+    module = DCDLoss(6, 9, learnable=False)
+    assert module.logit_scale().item() == pytest.approx(1 / 0.07, rel=1e-6)
+    assert "tau" not in dict(module.named_parameters())
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*tau"):
+        module.load_state_dict(DCDLoss(6, 9).state_dict())
+    sum(module(*features()).values()).backward()
+    assert module.tau.grad is None
+
+
+def test_state_dict_with_a_bias_loads_and_changes_nothing() -> None:
+    plain, biased = DCDLoss(6, 9, 4), DCDLoss(6, 9, 4, logit_bias=True)
+    biased.load_state_dict({**plain.state_dict(), "logit_bias": torch.tensor(-10.0)})
+    terms, expected = biased(*features()), plain(*features())
+    assert all(terms[name].item() == expected[name].item() for name in terms)
+    sum(terms.values()).backward()
+    assert biased.logit_bias.grad.item() == 0.0
+
+
+@pytest.mark.parametrize("learnable", [True, False])
+def test_copies_and_reloads_give_the_same_loss(learnable: bool) -> None:
+    module = DCDLoss(6, 9, 4, learnable=learnable)
+    other = DCDLoss(6, 9, 4, learnable=learnable)
+    other.load_state_dict(module.state_dict())
+    values = [sum(m(*features()).values()).item() for m in (module, copy.deepcopy(module), other)]
+    assert len(set(values)) == 1

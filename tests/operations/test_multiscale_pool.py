@@ -1,0 +1,329 @@
+"""Multi-scale pooling: the definition against torch, the blocked backend against the definition, layouts, errors."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastkd import multiscale_pool
+from fastkd.backends import reference
+from fastkd.backends.blocked import multiscale_pool as blocked_pool
+from fastkd.ops.multiscale_pool import multiscale_pool as pool_op
+from fastkd.ops.multiscale_pool import multiscale_pool_backward
+from tests.helpers.checks import assert_close
+from tests.helpers.pool_cases import FORMATS, feature_map, out_and_grad, rounding_floor
+
+BACKENDS = ("reference", "blocked")
+FORMS = ("product", "axes", "windows")
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every way of the blocked backend, whatever the size of the map."""
+    monkeypatch.setattr(blocked_pool, "form", lambda *_: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_rows_are_torchs_average_pools_scale_by_scale_row_by_row(backend: str, normalize: bool) -> None:
+    x = feature_map(2, 3, 5, 7)
+    out = multiscale_pool(x, [(5, 7), 3, (1, 2)], [1, (2, 1), 3], normalize=normalize, backend=backend)
+    scales = F.avg_pool2d(x, (5, 7)), F.avg_pool2d(x, 3, (2, 1)), F.avg_pool2d(x, (1, 2), 3)
+    expected = torch.cat([scale.flatten(2) for scale in scales], 2).transpose(1, 2)
+    assert out.shape == (2, 1 + 2 * 5 + 2 * 2, 3)
+    assert out.is_contiguous()
+    assert_close(out, F.normalize(expected, dim=2) if normalize else expected, torch.float64)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_definition_passes_gradcheck(normalize: bool) -> None:
+    x = feature_map(2, 3, 4, 5).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: reference.multiscale_pool(x, [4, 5, 3, 3, 2, 2], [1, 1, 1, 1, 2, 2], normalize), (x,)
+    )
+
+
+@st.composite
+def maps(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[int, int]], list[tuple[int, int]]]:
+    height, width = draw(st.integers(1, 13)), draw(st.integers(1, 13))
+    shape = draw(st.integers(0, 4)), draw(st.integers(1, 20)), height, width
+    scales = draw(st.integers(1, 4))
+    windows = [(draw(st.integers(1, height)), draw(st.integers(1, width))) for _ in range(scales)]
+    strides = [(draw(st.integers(1, 9)), draw(st.integers(1, 9))) for _ in range(scales)]
+    return shape, windows, strides
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    case=maps(),
+    memory_format=st.sampled_from(FORMATS),
+    normalize=st.booleans(),
+    way=st.sampled_from((None, *FORMS)),
+    block=st.sampled_from([1, 1000, 1 << 20]),
+)
+def test_blocked_equals_the_definition(
+    case: tuple, memory_format: torch.memory_format, normalize: bool, way: str | None, block: int
+) -> None:
+    shape, windows, strides = case
+    x = feature_map(*shape).contiguous(memory_format=memory_format)
+    expected = out_and_grad(x, windows, strides, normalize=normalize, backend="reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked_pool, "BLOCK_ELEMENTS", block)
+        if way is not None:
+            patch.setattr(blocked_pool, "form", lambda *_: way)
+        actual = out_and_grad(x, windows, strides, normalize=normalize, backend="blocked")
+    floor = 1e-5
+    if normalize and shape[1] == 1:
+        floor = rounding_floor(multiscale_pool(x, windows, strides, backend="reference"))
+    assert_close(actual[0], expected[0], torch.float64)
+    assert_close(actual[1], expected[1], torch.float64, floor=floor)
+    assert actual[0].is_contiguous()
+    assert actual[1].stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("out_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_low_precision_is_no_worse_than_torch(
+    dtype: torch.dtype, out_dtype: torch.dtype | None, normalize: bool, memory_format: torch.memory_format, backend: str
+) -> None:
+    x = (100 * feature_map(3, 65, 7, 7) + 50).to(dtype).contiguous(memory_format=memory_format)
+    options = {"normalize": normalize, "dtype": out_dtype}
+    exact = out_and_grad(x.double(), [7, 4, 2], [1, 1, 1], normalize=normalize, backend="reference")
+    low = out_and_grad(x, [7, 4, 2], [1, 1, 1], backend="reference", **options)
+    out, grad = out_and_grad(x, [7, 4, 2], [1, 1, 1], backend=backend, **options)
+    assert out.dtype == (out_dtype or dtype)
+    assert grad.dtype == dtype
+    assert grad.is_contiguous(memory_format=memory_format)
+    assert_close(out, exact[0], out.dtype, low[0])
+    # What comes back has been rounded to the dtype of the rows, or to that of the features.
+    coarser = max(out.dtype, dtype, key=lambda d: torch.finfo(d).eps)
+    assert_close(grad, exact[1], coarser, low[1])
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    x = torch.full((1, 1, 64, 64), 1000.0, dtype=torch.float16)
+    x[..., ::2] = 1001.0
+    for backend in BACKENDS:
+        assert multiscale_pool(x, [64], [1], backend=backend, dtype=torch.float32).item() == 1000.5
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_slices_and_expanded_maps(normalize: bool) -> None:
+    base = feature_map(6, 8, 9, 11)
+    for view in (
+        lambda x: x[::2, 1:6, 1:8, 2:9],
+        lambda x: x[:, ::3, ::2, 1::2],
+        lambda x: x.permute(0, 2, 3, 1),
+        lambda x: x[:1, :, :1, :1].expand(4, 8, 7, 7),
+        lambda x: x[:, :1].expand(6, 4, 9, 11),
+    ):
+        results = []
+        for backend in BACKENDS:
+            leaf = base.clone().requires_grad_()
+            out = multiscale_pool(view(leaf), [4, 3], [1, 2], normalize=normalize, backend=backend)
+            (out * torch.arange(out.numel()).view(out.shape).cos()).sum().backward()
+            results.append((out.detach(), leaf.grad))
+        floor = 1e-5
+        if normalize and view(base).stride(1) == 0:
+            floor = rounding_floor(multiscale_pool(view(base), [4, 3], [1, 2], backend="reference"))
+        assert_close(results[1][0], results[0][0], torch.float64)
+        assert_close(results[1][1], results[0][1], torch.float64, floor=floor)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_value_that_is_not_finite_reaches_its_windows_only(
+    form: str, bad: float, memory_format: torch.memory_format, normalize: bool
+) -> None:
+    x = feature_map(3, 4, 7, 7, dtype=torch.float32).contiguous(memory_format=memory_format)
+    x[1, 2, 3, 0] = bad
+    arguments = [4, 2, 1], [1, 2, 3]
+    expected = multiscale_pool(x, *arguments, normalize=normalize, backend="reference")
+    actual = multiscale_pool(x, *arguments, normalize=normalize, backend="blocked")
+    finite = expected.isfinite()
+    assert 0 < (~finite).sum() < 48
+    assert torch.equal(actual.isfinite(), finite)
+    if not normalize:
+        assert torch.equal(actual.isnan(), expected.isnan())
+        assert torch.equal(actual[actual.isinf()], expected[expected.isinf()])
+    assert_close(actual[finite], expected[finite], torch.float32)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_a_gradient_that_is_not_finite_reaches_its_window_only(
+    form: str, bad: float, memory_format: torch.memory_format
+) -> None:
+    grads = []
+    for backend in BACKENDS:
+        leaf = feature_map(3, 4, 7, 7).contiguous(memory_format=memory_format).requires_grad_()
+        out = multiscale_pool(leaf, [4, 2], [1, 2], backend=backend)
+        upstream = torch.ones_like(out)
+        upstream[1, 5, 3] = bad
+        out.backward(upstream)
+        grads.append(leaf.grad)
+    assert (~grads[0].isfinite()).sum() == 16
+    assert torch.equal(grads[1].isfinite(), grads[0].isfinite())
+    assert_close(grads[1][grads[0].isfinite()], grads[0][grads[0].isfinite()], torch.float64)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-13, 1e-10, 1e18, 1e30])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_tiny_and_huge_rows_normalise_as_in_the_definition(scale: float, backend: str) -> None:
+    x = scale * feature_map(2, 5, 4, 4, dtype=torch.float32)
+    out, grad = out_and_grad(x, [4, 2], [1, 1], normalize=True, backend=backend)
+    exact = out_and_grad(x.double(), [4, 2], [1, 1], normalize=True, backend="reference")
+    assert_close(out, exact[0], torch.float32)
+    assert_close(grad, exact[1], torch.float32, floor=1e-30)
+    if scale < 1e-13:
+        assert not out.any()
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_every_element_is_written_and_no_input_is(
+    form: str, memory_format: torch.memory_format, normalize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty, new_empty = torch.empty, Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(math.nan))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **options: new_empty(*args, **options).fill_(math.nan))
+    x = feature_map(3, 4, 7, 9, dtype=torch.float32).contiguous(memory_format=memory_format).requires_grad_()
+    before = x.detach().clone()
+    out = multiscale_pool(x, [5, 2], [2, 7], normalize=normalize, backend="blocked")
+    upstream = torch.ones_like(out)
+    kept = out.detach().clone()
+    out.backward(upstream)
+    assert out.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert torch.equal(x, before)
+    assert torch.equal(out, kept)
+    assert torch.equal(upstream, torch.ones_like(out))
+
+
+def test_the_form_follows_from_the_shape_and_keeps_matrices_small() -> None:
+    def form_of(height: int, width: int, sides: list[int], steps: list[int]) -> str:
+        both = [[x for side in values for x in (side, side)] for values in (sides, steps)]
+        return blocked_pool.form(height, width, *both)
+
+    assert form_of(7, 7, [7, 4, 2], [1, 1, 1]) == "product"
+    assert form_of(4, 4, [4, 2, 1], [1, 1, 1]) == "product"
+    assert form_of(14, 14, [14, 7, 4, 2], [1, 1, 1, 1]) == "axes"
+    assert form_of(56, 56, [56, 28, 7], [1, 1, 1]) == "axes"
+    assert form_of(2000, 2000, [2], [1]) == "windows"
+    assert blocked_pool.form(1, 100_000, [1, 3], [1, 1]) == "windows"
+
+
+def test_a_large_map_needs_memory_in_proportion() -> None:
+    x = feature_map(1, 2, 1, 5000)
+    for windows in ([(1, 5)], [(1, 5000), (1, 2)]):
+        strides = [1] * len(windows)
+        for a, e in zip(
+            out_and_grad(x, windows, strides, backend="blocked"),
+            out_and_grad(x, windows, strides, backend="reference"),
+            strict=True,
+        ):
+            assert_close(a, e, torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"features": [1.0]}, TypeError, "features: got list, expected a torch.Tensor"),
+        ({"features": torch.zeros(2, 3, 7, 7, dtype=torch.int64)}, TypeError, "features: got torch.int64"),
+        ({"features": torch.zeros(2, 3, 49)}, ValueError, r"features: got shape \[2, 3, 49\], expected \[B, C, H, W\]"),
+        (
+            {"features": torch.zeros(2, 0, 7, 7)},
+            ValueError,
+            r"features: got shape \[2, 0, 7, 7\], expected at least one",
+        ),
+        ({"windows": 7}, TypeError, "windows: got 7 of type int, expected one int or pair a scale"),
+        ({"windows": []}, ValueError, "windows: got no entry, expected one a scale"),
+        ({"windows": [7, 0]}, ValueError, "windows: got 0, expected an int >= 1"),
+        ({"windows": [7, 2.0]}, TypeError, "windows: got 2.0 of type float, expected an int >= 1"),
+        ({"windows": [7, True]}, TypeError, "windows: got True of type bool"),
+        ({"windows": [(7, 7, 7), 2]}, ValueError, r"windows: got the entry \(7, 7, 7\), expected an int or a pair"),
+        ({"windows": [6, 2]}, ValueError, "windows: got 6 x 6, expected at most the map's 7 x 5"),
+        ({"windows": [(8, 5), 2]}, ValueError, "windows: got 8 x 5, expected at most the map's 7 x 5"),
+        ({"strides": [1]}, ValueError, "strides: got 1 entries, expected one a window, 2"),
+        ({"strides": [1, 0]}, ValueError, "strides: got 0, expected an int >= 1"),
+        ({"normalize": 1}, TypeError, "normalize: got int, expected a bool"),
+        ({"dtype": torch.int8}, TypeError, "dtype: got torch.int8, expected float64"),
+        ({"backend": "fast"}, ValueError, "backend: got 'fast'"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments = {"features": torch.zeros(2, 3, 7, 5), "windows": [(7, 5), 2], "strides": [1, 1]}
+    with pytest.raises(error, match=message):
+        multiscale_pool(**arguments | change)
+
+
+def test_forward_mode_is_refused_by_the_streaming_backends() -> None:
+    x = feature_map(1, 2, 4, 4)
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="use backend='reference'"),
+    ):
+        multiscale_pool(torch.autograd.forward_ad.make_dual(x, x), [2], [1], backend="blocked")
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_second_derivative_is_refused_by_the_streaming_backends(normalize: bool) -> None:
+    x = feature_map(1, 2, 4, 4).requires_grad_()
+    for backend in BACKENDS:
+        out = multiscale_pool(x, [2], [1], normalize=normalize, backend=backend)
+        (grad,) = torch.autograd.grad(out.pow(3).sum(), x, create_graph=True)
+        if backend == "reference":
+            grad.square().sum().backward()
+            assert x.grad.any()
+        else:
+            with pytest.raises(RuntimeError, match="no autograd formula"):
+                grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("backend", "dynamic"), [("reference", True), ("blocked", True), ("blocked", None)])
+def test_compiles_as_one_graph_and_ignores_autocast(backend: str, dynamic: bool | None, normalize: bool) -> None:
+    torch.compiler.reset()
+
+    def loss(x: Tensor) -> Tensor:
+        out = multiscale_pool(x, (5, (4, 2)), (1, 2), normalize=normalize, dtype=torch.float32, backend=backend)
+        return (out * out.cos()).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for shape, memory_format in (((2, 3, 7, 7), FORMATS[0]), ((3, 4, 6, 8), FORMATS[0]), ((3, 4, 6, 8), FORMATS[1])):
+        x = feature_map(*shape, dtype=torch.float32).contiguous(memory_format=memory_format)
+        grads = []
+        for function in (loss, compiled):
+            leaf = x.clone().requires_grad_()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                value = function(leaf)
+            value.backward()
+            grads.append((value.detach(), leaf.grad))
+        for a, e in zip(*grads, strict=True):
+            assert_close(a, e, torch.float32)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype, memory_format: torch.memory_format, normalize: bool) -> None:
+    x = feature_map(2, 3, 5, 6, dtype=dtype).contiguous(memory_format=memory_format)
+    windows, strides = [5, 6, 2, 2], [1, 1, 2, 2]
+    torch.library.opcheck(pool_op, (x.requires_grad_(), windows, strides, normalize, torch.float32, "blocked"))
+    out, inverse_norm = pool_op(x.detach(), windows, strides, normalize, torch.float32, "blocked")
+    unit = out if normalize else None
+    is_last = memory_format == torch.channels_last
+    torch.library.opcheck(
+        multiscale_pool_backward, (out, unit, inverse_norm, [5, 6], windows, strides, is_last, dtype, "blocked")
+    )

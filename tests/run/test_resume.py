@@ -1,0 +1,296 @@
+"""Resume: the continued run equals the uninterrupted one in every bit, wherever it was stopped."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fastkd.trainer import CheckpointError, DataConfig, OptimConfig, TensorImages, TrainConfig, train
+from fastkd.trainer.run.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
+from tests.helpers.trainer_runs import DropoutNet, lines, noisy_data, one_thread, same, tiny_config  # noqa: F401
+
+
+class Stop(Exception):
+    """Stands for the kill in the tests that need no second process."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The next run dies in the optimiser step ``step``, after its forward and backward."""
+    count = 0
+    original = torch.amp.GradScaler.step
+
+    def counted(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == step:
+            raise Stop
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "step", counted)
+
+
+def assert_same_run(left: TrainConfig, right: TrainConfig) -> None:
+    """Weights, heads, tau, optimiser, scaler, generators, loader, sums and metrics lines."""
+    a, b = (read_checkpoint(find_checkpoint(config.run_dir)) for config in (left, right))
+    assert a.manifest["step"] == b.manifest["step"]
+    assert same(a.student, b.student)
+    assert {name.split(".")[-1] for name in a.loss} >= {"tau", "weight"}
+    assert same(a.loss, b.loss)
+    assert a.state.keys() == b.state.keys()
+    for key in a.state.keys() - {"seconds"}:
+        assert same(a.state[key], b.state[key]), key
+    assert lines(left.run_dir) == lines(right.run_dir)
+    steps = [line["step"] for line in lines(left.run_dir) if line["kind"] == "step"]
+    assert steps == list(range(1, a.manifest["step"] + 1))
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> TrainConfig:
+    """An uninterrupted run that saves every 3 steps."""
+    config = tiny_config(tmp_path, save_every_steps=3, run_dir=str(tmp_path / "whole"))
+    train(config)
+    return config
+
+
+@pytest.mark.parametrize("step", [2, 5, 13, 14, 17, 26])
+def test_resume_equals_the_uninterrupted_run(reference, tmp_path, monkeypatch, step):
+    config = dataclasses.replace(reference, run_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(Stop):
+            train(config)
+    # The process that resumes has used its generators in its own way.
+    torch.rand(7), random.random(), np.random.rand(3)  # noqa: NPY002
+    result = train(dataclasses.replace(config, resume=True))
+    # Saved every 3 steps and after each epoch of 13.
+    assert result.resumed_from == max(s for s in [*range(0, 26, 3), 13] if s < step)
+    assert_same_run(reference, config)
+
+
+@pytest.mark.parametrize("step", [8, 20])
+def test_resume_is_exact_with_worker_processes(tmp_path, monkeypatch, step):
+    data = DataConfig(name="tests.helpers.trainer_runs:noisy_data", batch_size=4, num_workers=2)
+    whole = tiny_config(tmp_path, data=data, save_every_steps=5, run_dir=str(tmp_path / "whole"))
+    train(whole)
+    config = dataclasses.replace(whole, run_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(Stop):
+            train(config)
+    assert train(dataclasses.replace(config, resume=True)).resumed_from == (step - 1) // 5 * 5
+    assert_same_run(whole, config)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_resume_is_exact_under_autocast_with_adamw(tmp_path, monkeypatch, precision):
+    optim = OptimConfig(name="adamw", lr=1e-2, schedule="step", milestones=(0.5, 1.2))
+    whole = tiny_config(tmp_path, precision=precision, optim=optim, save_every_steps=4, run_dir=str(tmp_path / "whole"))
+    train(whole)
+    config = dataclasses.replace(whole, run_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 19)
+        with pytest.raises(Stop):
+            train(config)
+    assert train(dataclasses.replace(config, resume=True)).resumed_from == 16
+    assert_same_run(whole, config)
+    state = read_checkpoint(find_checkpoint(config.run_dir)).state
+    assert (state["scaler"]["scale"] > 1) == (precision == "fp16")
+
+
+def test_killed_at_random_moments_and_resumed_equals_the_uninterrupted_run(tmp_path):
+    """kill -9 of a real process, most of whose time goes into checkpoints and steps."""
+    whole = tiny_config(tmp_path, save_every_steps=1, log_every=1, run_dir=str(tmp_path / "whole"), epochs=4)
+    train(whole)
+    config = dataclasses.replace(whole, run_dir=str(tmp_path / "cut"))
+    file = tmp_path / "config.json"
+    folder = Path(config.run_dir) / "checkpoints"
+    generator = random.Random(5)
+    kills, target = 0, 0
+    while True:
+        file.write_text(json.dumps(dataclasses.replace(config, resume=kills > 0).to_dict()))
+        target += generator.randint(6, 15)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.helpers.trainer_runs", str(file), "0.01"],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+        )
+        while process.poll() is None and kills < 3:
+            found = list_checkpoints(folder) if folder.exists() else []
+            if found and int(found[-1].name.removeprefix("step-")) >= target:
+                time.sleep(generator.uniform(0.0, 0.02))
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        _, errors = process.communicate(timeout=60)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors.decode()
+        kills += 1
+    assert kills == 3
+    assert_same_run(whole, config)
+    assert not list(folder.glob(".tmp-*"))
+
+
+def test_a_crash_at_every_point_of_a_save_leaves_a_run_that_resumes(tmp_path, monkeypatch):
+    """Dies at the k-th fsync, rename or removal of the third save, for every k."""
+    whole = tiny_config(tmp_path, save_every_steps=4, keep=1, run_dir=str(tmp_path / "whole"), epochs=1)
+    train(whole)
+    points = 0
+    while True:
+        config = dataclasses.replace(whole, run_dir=str(tmp_path / f"cut{points}"))
+        calls = 0
+
+        def crashing(original, limit=points):
+            def call(*args, **kwargs):
+                nonlocal calls
+                if len(list(Path(config.run_dir).glob("checkpoints/step-00000004"))):  # noqa: B023
+                    calls += 1
+                    if calls > limit:
+                        raise Stop
+                return original(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr("fastkd.trainer.run.checkpoint.os.fsync", crashing(os.fsync))
+            patch.setattr("fastkd.trainer.run.checkpoint.Path.rename", crashing(Path.rename))
+            patch.setattr("fastkd.trainer.run.checkpoint.shutil.rmtree", crashing(shutil.rmtree))
+            try:
+                train(config)
+                break
+            except Stop:
+                points += 1
+        train(dataclasses.replace(config, resume=True))
+        assert_same_run(whole, config)
+        left = {path.name for path in (Path(config.run_dir) / "checkpoints").iterdir()}
+        assert left == {".lock", "step-00000013"}
+    assert points >= 8
+
+
+def test_resuming_a_finished_run_changes_nothing_and_says_so(tmp_path, capsys):
+    config = tiny_config(tmp_path)
+    first = train(config)
+    before = {path: path.stat().st_mtime_ns for path in Path(config.run_dir).rglob("*")}
+    again = train(dataclasses.replace(config, resume=True, quiet=False))
+    assert again.already_finished
+    assert again.accuracy == first.accuracy
+    assert again.history == first.history
+    assert "already finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in Path(config.run_dir).rglob("*")} == before
+
+
+def test_a_new_run_never_falls_on_an_old_one(tmp_path):
+    config = tiny_config(tmp_path)
+    train(config)
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        train(config)
+
+
+def test_resume_without_a_run_or_without_its_checkpoints_raises(tmp_path):
+    config = tiny_config(tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="holds no run to resume"):
+        train(config)
+    train(dataclasses.replace(config, resume=False))
+    shutil.rmtree(Path(config.run_dir) / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"has metrics\.jsonl but no checkpoint"):
+        train(config)
+
+
+def test_resume_with_another_config_names_what_differs(tmp_path):
+    config = tiny_config(tmp_path)
+    train(config)
+    changed = dataclasses.replace(config, resume=True, epochs=3, optim=dataclasses.replace(config.optim, lr=0.1))
+    with pytest.raises(CheckpointError, match=r"epochs: 2 -> 3; optim\.lr: 0\.05 -> 0\.1"):
+        train(changed)
+
+
+def test_resume_with_another_teacher_or_student_raises(tmp_path):
+    config = tiny_config(tmp_path, student=None, teacher=None, epochs=1, save_every_steps=2)
+    teacher = DropoutNet(width=24)
+    train(config, student=DropoutNet(), teacher=teacher)
+    newest = find_checkpoint(config.run_dir)
+    shutil.rmtree(newest)  # so that something is left to do
+    config = dataclasses.replace(config, resume=True)
+    with pytest.raises(CheckpointError, match="teacher_sha256"):
+        train(config, student=DropoutNet(), teacher=DropoutNet(width=24))
+    with pytest.raises(CheckpointError, match=r"student\.safetensors.*body\.1\.weight: \(12, 16\).*\(9, 16\)"):
+        train(config, student=DropoutNet(width=9), teacher=teacher)
+    other = DropoutNet()
+    other.extra = nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match=r"missing extra\.weight; missing extra\.bias"):
+        train(config, student=other, teacher=teacher)
+
+
+def test_resume_with_other_data_raises(tmp_path):
+    config = tiny_config(tmp_path, epochs=1, save_every_steps=5)
+    images, held_out = noisy_data()
+    train(config, train_data=images, eval_data=held_out)
+    shutil.rmtree(find_checkpoint(config.run_dir))
+    config = dataclasses.replace(config, resume=True)
+    other = TensorImages(images.images, images.labels.flip(0))
+    with pytest.raises(CheckpointError, match="was written with labels_sha256="):
+        train(config, train_data=other, eval_data=held_out)
+    with pytest.raises(CheckpointError, match=r"its data was given as objects .* that of this run is not"):
+        train(config)
+    assert train(config, train_data=images, eval_data=held_out).resumed_from == 10
+
+
+def test_resume_needs_neither_the_first_weights_nor_the_old_place_of_the_teacher(tmp_path):
+    config = tiny_config(tmp_path, save_every_steps=5, epochs=1)
+    save_file(DropoutNet().state_dict(), tmp_path / "first.safetensors")
+    student = dataclasses.replace(config.student, weights=str(tmp_path / "first.safetensors"))
+    config = dataclasses.replace(config, student=student)
+    train(config)
+    shutil.rmtree(find_checkpoint(config.run_dir))
+    (tmp_path / "first.safetensors").unlink()
+    moved = (tmp_path / "teacher.safetensors").rename(tmp_path / "moved.safetensors")
+    teacher = dataclasses.replace(config.teacher, weights=str(moved))
+    assert train(dataclasses.replace(config, resume=True, teacher=teacher)).resumed_from == 10
+
+
+def test_resume_does_not_paper_over_metrics_that_were_lost(tmp_path):
+    config = tiny_config(tmp_path, save_every_steps=5, epochs=1)
+    train(config)
+    shutil.rmtree(find_checkpoint(config.run_dir))
+    (Path(config.run_dir) / "metrics.jsonl").write_text("")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: has 0 bytes, expected at least the \d+ that step-0+10"):
+        train(dataclasses.replace(config, resume=True))
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    config = tiny_config(tmp_path, save_every_steps=1)
+    train(dataclasses.replace(config))
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, pathlib; from fastkd.trainer.run.checkpoint import CheckpointFolder as F;"
+            f"f = F(pathlib.Path({config.run_dir!r}) / 'checkpoints', 2); print('held', flush=True); sys.stdin.read()",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    assert holder.stdin is not None
+    assert holder.stdout.readline() == b"held\n"
+    shutil.rmtree(find_checkpoint(config.run_dir))
+    before = (Path(config.run_dir) / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match="another process"):
+        train(dataclasses.replace(config, resume=True))
+    assert (Path(config.run_dir) / "metrics.jsonl").read_bytes() == before
+    holder.stdin.close()
+    holder.wait(timeout=20)
+    train(dataclasses.replace(config, resume=True))
