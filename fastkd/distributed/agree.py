@@ -1,22 +1,30 @@
-"""What the ranks agree on before their rows travel."""
+"""What the ranks agree on before their rows travel: one exchange of 32 bytes per rank.
+
+    with agreeing(group, "dcd_loss") as ranks:
+        ...                     # check the arguments: an error on one rank is raised on every rank
+        ranks.describe(...)     # what must be equal on all ranks
+    ranks.mean(total, n)
+
+With one rank there is nothing to agree on, and the same lines check the arguments and take the mean.
+"""
 
 import hashlib
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from fastkd.distributed.group import (
-    _config,
-)
+from fastkd.distributed.group import settings
 
 _FAILED, _HAS_WEIGHT, _NEEDS_GRAD, _NEEDS_KEY_GRAD = 1, 2, 4, 8
-
-
 SCALE_TOLERANCE = 1e-4  # relative; ranks whose scales differ by more are not computing one loss
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass
@@ -69,21 +77,115 @@ class Peers:
         return dist.get_global_rank(self.group, rank)
 
 
-def agree(group: dist.ProcessGroup, operation: str, describe: Callable[[], Call]) -> Peers:
-    """Exchange 32 bytes a rank; returns who holds how many rows once all ranks compute the same thing.
+class Agreement:
+    """What :func:`agreeing` gives on one rank, which has nobody to agree with."""
 
-    ``describe`` validates this rank's arguments. What it raises, and what differs between ranks, is raised on every
-    rank, so that none is left waiting. On a group that has no CPU backend this waits for the device.
+    several = False
+    peers: Peers | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    def describe(
+        self,
+        rows: Tensor,
+        other: Tensor,
+        scale: Tensor,
+        weight: Tensor | None,
+        backend: str,
+        options: dict[str, Any],
+    ) -> None:
+        """Say what this rank is about to compute. ``other``: the second rows, which may differ in number."""
+
+    def mean(self, total: Tensor, rows: int) -> Tensor:
+        """The mean of what sums to ``total`` over these ``rows``."""
+        return total / rows
+
+    def mean_over(self, total: Tensor, count: Tensor) -> Tensor:
+        """``total`` divided by a number that is known on the device alone, and by 1 if that is zero."""
+        return total / count.clamp_min(1)
+
+
+class _GroupAgreement(Agreement):
+    """The ranks of ``group``: what one raises is raised on all, when the block ends."""
+
+    several = True
+
+    def __init__(self, group: dist.ProcessGroup, operation: str) -> None:
+        self._group, self._operation = group, operation
+        self._call = Call()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None or isinstance(error, Exception):
+            call = self._call if error is None else Call(error=error)
+            self.peers = agree(self._group, self._operation, call)
+
+    def describe(
+        self,
+        rows: Tensor,
+        other: Tensor,
+        scale: Tensor,
+        weight: Tensor | None,
+        backend: str,
+        options: dict[str, Any],
+    ) -> None:
+        if backend == "reference":
+            raise ValueError(
+                "backend: got 'reference', expected None, 'blocked' or 'triton' for a group of several ranks"
+            )
+        has_grad = torch.is_grad_enabled()
+        same = {"width of the rows": rows.shape[1], "dtype": rows.dtype, "device": rows.device.type}
+        self._call = Call(
+            rows=len(rows),
+            key_rows=len(other),
+            options={**same, **options},
+            scale=math.nan if scale.is_cuda else scale.item(),
+            has_weight=weight is not None,
+            needs_grad=has_grad and any(x.requires_grad for x in (rows, other, scale)),
+            needs_key_grad=has_grad and other.requires_grad,
+        )
+
+    def mean(self, total: Tensor, rows: int) -> Tensor:
+        """W / N times the sum over this rank's rows: the average over the ranks is the mean over the global batch."""
+        assert self.peers is not None
+        return total * (self.peers.world_size / self.peers.total)
+
+    def mean_over(self, total: Tensor, count: Tensor) -> Tensor:
+        """The same for a number that the ranks have to add up first; ``count`` is overwritten."""
+        dist.all_reduce(count, group=self._group)
+        return total * dist.get_world_size(self._group) / count.clamp_min(1)
+
+
+def agreeing(group: dist.ProcessGroup | None, operation: str) -> Agreement:
+    """A context in which this rank checks its arguments, and at whose end the ranks of ``group`` have agreed."""
+    return Agreement() if group is None else _GroupAgreement(group, operation)
+
+
+def eagerly(group: dist.ProcessGroup | None, function: Function) -> Function:
+    """``function`` itself, kept out of torch.compile where several ranks take part: an exchange cannot be traced.
+
+    Only then is the compiler imported, which a single process may never need.
+    """
+    return function if group is None else torch.compiler.disable(function)
+
+
+def agree(group: dist.ProcessGroup, operation: str, call: Call) -> Peers:
+    """Exchange 32 bytes per rank; returns who holds how many rows once all ranks compute the same thing.
+
+    The error in a rank's ``call``, and what differs between ranks, is raised on every rank, so that none is left
+    waiting. On a group that has no CPU backend this waits for the device.
 
     Raises:
         TypeError, ValueError: an argument that a rank rejects, options that differ, or no rows at all.
     """
-    try:
-        call = describe()
-        _check_device(group, call)
-    except Exception as error:
-        call = Call(error=error)
-    call.options = {"operation": operation, **call.options, "configure": repr(_config)}
+    if call.error is None:
+        call.error = _wrong_device(group, call)
+    if call.error is not None:
+        call = Call(error=call.error)
+    call.options = {"operation": operation, **call.options, "configure": repr(settings())}
     flags = _FAILED * (call.error is not None) + _HAS_WEIGHT * call.has_weight
     flags += _NEEDS_GRAD * call.needs_grad + _NEEDS_KEY_GRAD * call.needs_key_grad
     digest = hashlib.sha256(repr(call.options).encode()).digest()
@@ -143,8 +245,8 @@ def _metadata_device(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _check_device(group: dist.ProcessGroup, call: Call) -> None:
-    device = call.options["device"]
-    backends = dist.get_backend_config(group)
-    if f"{device}:" not in backends:
-        raise ValueError(f"group: got a process group for {backends}, expected one for the inputs' device, {device}")
+def _wrong_device(group: dist.ProcessGroup, call: Call) -> ValueError | None:
+    device, available = call.options["device"], dist.get_backend_config(group)
+    if f"{device}:" in available:
+        return None
+    return ValueError(f"group: got a process group for {available}, expected one for the inputs' device, {device}")

@@ -15,7 +15,7 @@ Columns are numbered in the order in which they are computed with: a rank's own 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -35,18 +35,39 @@ MAX_CHUNKS = 4
 MERGED_COLUMNS = 4096  # small blocks of neighbouring ranks are joined to about this many columns
 
 
+class Alone:
+    """The exchange of one rank: its own rows are all the columns there are."""
+
+    is_packed = False  # the rows come as a backend makes them, not as pack_rows does
+    is_ring = False
+
+    def __init__(self, rows: int) -> None:
+        self.own = slice(0, rows)
+        self.total = rows
+
+    def columns(self, units: Tensor, gathered: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        """The rank's own rows, as :meth:`Exchange.columns` gives them first."""
+        yield self.own, units
+
+
 @dataclass
 class Exchange:
-    """Where a stack of every rank's rows is: whom the blocks of columns belong to, and what they must wait for.
+    """A running exchange. It knows which columns belong to which rank, and what must finish before a block is read.
 
-    ``bounds``: the rows 0, ..., n at which those of every rank are cut; empty where ranks hold unequal numbers.
-    ``works``: one for every chunk, or for every rank that holds rows.
+    ``bounds``: the rows 0, ..., n at which every rank's rows are cut into chunks; empty where ranks hold unequal
+    numbers. ``works``: the running collectives, one per chunk, or one per rank that holds rows.
     """
 
+    is_packed: ClassVar[bool] = True
     peers: Peers
     is_ring: bool
     bounds: list[int]
     works: "list[Work | None]"
+
+    @property
+    def total(self) -> int:
+        """N, the rows of all ranks."""
+        return self.peers.total
 
     @property
     def own(self) -> slice:

@@ -1,14 +1,16 @@
-"""Which rows count as in-batch, and what the ranks agree on before their rows travel.
+"""Which ranks' rows count as in-batch, and how rows are exchanged.
 
-``group=None`` means the default process group when torch.distributed is initialised. With W > 1 ranks every call of a
-contrastive loss is: one exchange of 32 bytes a rank in which the ranks agree on what they compute (:func:`agree`), then
-what ``fastkd.distributed.exchange`` does: an all-gather of the embeddings, in a few chunks, and one of the numbers a row that the
-backward needs. The backward itself communicates nothing, except in ring mode, where it passes the embeddings round once
-more.
+``group=None`` means the default process group when torch.distributed is initialised. With several ranks every call of a
+contrastive loss communicates in three steps:
+
+1. The ranks agree on what they compute (``fastkd.distributed.agree``): 32 bytes per rank.
+2. They gather the embeddings in a few chunks (``fastkd.distributed.exchange``).
+3. They gather the few numbers per row that the backward needs.
+
+The backward itself communicates nothing. Only in ring mode does it pass the embeddings round once more.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +52,11 @@ def configure(*, exchange_dtype: torch.dtype | None = None, max_gathered_bytes: 
     _config = _Config(exchange_dtype, max_gathered_bytes)
 
 
+def settings() -> _Config:
+    """What :func:`configure` has set, which must be equal on all ranks."""
+    return _config
+
+
 def exchange_dtype(dtype: torch.dtype) -> torch.dtype:
     """What inputs of ``dtype`` are exchanged and multiplied in."""
     return _config.exchange_dtype or dtype
@@ -79,13 +86,3 @@ def resolve_group(group: Group) -> dist.ProcessGroup | None:
 def may_hold(size: int) -> bool:
     """Whether a rank may hold ``size`` bytes of gathered rows."""
     return size <= _config.max_gathered_bytes
-
-
-class Alone:
-    """The exchange of one rank: its own rows are all the columns there are."""
-
-    def __init__(self, n: int) -> None:
-        self.own = slice(0, n)
-
-    def columns(self, units: Any, gathered: None) -> list[tuple[slice, Any]]:
-        return [(self.own, units)]

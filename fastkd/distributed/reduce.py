@@ -18,12 +18,11 @@ def agree_on_rows(group: ProcessGroup, name: str, check: Callable[[], dict[str, 
 
     ``check`` returns what must be equal on all ranks, by the name that an error gives it.
     """
-
-    def describe() -> Call:
-        options = check()
-        return Call(rows=len(rows), options={"device": rows.device.type, **options})
-
-    return agree(group, name, describe)
+    try:
+        call = Call(rows=len(rows), options={"device": rows.device.type, **check()})
+    except Exception as error:
+        call = Call(error=error)
+    return agree(group, name, call)
 
 
 @torch.compiler.disable

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastkd import backends
 from fastkd.backends import reference
-from fastkd.backends.masks import Mask
+from fastkd.backends.masks import Mask, label_codes
+from fastkd.distributed.agree import agreeing, eagerly
 from fastkd.distributed.group import Group, resolve_group
 from fastkd.numerics import weighted_sum
-from fastkd.ops.contrast import contrast
+from fastkd.ops.contrast import GlobalContrast, contrast
 from fastkd.validate import (
     check_bool,
     check_choice,
@@ -86,7 +88,8 @@ def info_nce_loss(
             query, key, check_scale(logit_scale, query), check_weight(sample_weight, query), normalize
         )
 
-    return _mean("info_nce_loss", check, group, backend)
+    process_group = resolve_group(group)
+    return eagerly(process_group, _mean)("info_nce_loss", check, process_group, backend)
 
 
 def ckd_loss(
@@ -129,7 +132,8 @@ def ckd_loss(
         weight = check_weight(sample_weight, student_logits)
         return ContrastInputs(teacher_logits.detach(), student_logits, scale, weight, normalize=True)
 
-    return _mean("ckd_loss", check, group, backend)
+    process_group = resolve_group(group)
+    return eagerly(process_group, _mean)("ckd_loss", check, process_group, backend)
 
 
 def sup_con_loss(
@@ -179,7 +183,8 @@ def sup_con_loss(
             return ContrastInputs(features, None, scale, weight, normalize, labels, by_label=True)
         return ContrastInputs(features, features, scale, weight, normalize, labels, labels, by_label=True)
 
-    return _mean("sup_con_loss", check, group, backend)
+    process_group = resolve_group(group)
+    return eagerly(process_group, _mean)("sup_con_loss", check, process_group, backend)
 
 
 def masked_contrast_loss(
@@ -241,34 +246,40 @@ def masked_contrast_loss(
             weight = check_positive_index(positive_index, query, key, weight)
         return ContrastInputs(query, key, scale, weight, normalize, query_labels, key_labels, positive_index, by_label)
 
-    return _mean("masked_contrast_loss", check, group, backend)
-
-
-def _mean(name: str, check: Callable[[bool], ContrastInputs], group: Group, backend: str | None) -> Tensor:
-    """The loss ``name`` of the inputs that ``check(may_be_empty)`` returns."""
     process_group = resolve_group(group)
-    if process_group is not None:
-        # Imported here because it loads torch's compiler, to keep it out.
-        from fastkd.functional.across_ranks import global_contrast_mean
+    return eagerly(process_group, _mean)("masked_contrast_loss", check, process_group, backend)
 
-        return global_contrast_mean(name, lambda: check(True), process_group, backend)
-    x = check(False)
-    backend = backends.resolve(backend, "contrast", x.query)
+
+def _mean(
+    name: str, check: Callable[[bool], ContrastInputs], group: ProcessGroup | None, backend: str | None
+) -> Tensor:
+    """The loss ``name`` of the inputs that ``check(may_be_empty)`` returns; this rank's part if there are several."""
+    with agreeing(group, name) as ranks:
+        x = check(ranks.several)
+        key = x.query if x.key is None else x.key
+        backend = backends.resolve(backend, "contrast", x.query)
+        options = {
+            "normalize": x.normalize,
+            "positives by label": x.by_label,
+            "labels": x.query_labels is not None,
+            "exclude_self": x.key is None,
+        }
+        ranks.describe(x.query, key, x.scale, x.weight, backend, options)
     if backend == "reference":
-        total, positives = _reference(x)
+        total, positives = _reference(x, key)
     else:
-        check_no_tangent(x.query, *(() if x.key is None else (x.key,)), x.scale)
-        total, stats = contrast(
-            x.query, x.key, x.scale, x.weight, x.query_labels, x.key_labels, x.positive_index, x.by_label, x.normalize,
-            backend,
-        )  # fmt: skip
+        check_no_tangent(x.query, key, x.scale)
+        labels = x.query_labels, x.key_labels
+        if ranks.peers is None and x.query_labels is not None:
+            queries, keys = label_codes(x.query_labels, x.query_labels if x.key_labels is None else x.key_labels)
+            labels = queries, None if x.key is None else keys
+        arguments = x.query, x.key, x.scale, x.weight, *labels, x.positive_index, x.by_label, x.normalize, backend
+        total, stats = contrast(*arguments) if ranks.peers is None else GlobalContrast.apply(*arguments, ranks.peers)
         positives = stats[1]
-    if x.by_label:
-        return total / (positives > 0).sum().clamp_min(1)
-    return total / x.query.shape[0]
+    return ranks.mean_over(total, (positives > 0).sum()) if x.by_label else ranks.mean(total, len(x.query))
 
 
-def _reference(x: ContrastInputs) -> tuple[Tensor, Tensor]:
+def _reference(x: ContrastInputs, key: Tensor) -> tuple[Tensor, Tensor]:
     """The weighted sum, and the number of positives of every query."""
     mask = Mask(
         query_labels=x.query_labels,
@@ -278,6 +289,5 @@ def _reference(x: ContrastInputs) -> tuple[Tensor, Tensor]:
         exclude_self=x.key is None,
     )
     with torch.autocast(x.query.device.type, enabled=False):
-        key = x.query if x.key is None else x.key
         rows, positives = reference.contrast(x.query, key, x.scale, x.normalize, mask)
         return weighted_sum(rows, x.weight), positives

@@ -10,12 +10,14 @@ import math
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastkd import backends
 from fastkd.backends import reference
+from fastkd.distributed.agree import agreeing, eagerly
 from fastkd.distributed.group import Group, resolve_group
 from fastkd.numerics import weighted_sum
-from fastkd.ops.dual_softmax import dual_softmax
+from fastkd.ops.dual_softmax import GlobalDualSoftmax, dual_softmax
 from fastkd.validate import (
     CONSISTENCIES,
     check_bias,
@@ -108,32 +110,42 @@ def dcd_terms(
     logit_scale from the device drop the running maxima; it does not clamp.
     """
     process_group = resolve_group(group)
-    if process_group is not None:
-        # Imported here because it loads torch's compiler, to keep it out.
-        from fastkd.functional.across_ranks import global_dcd_means
+    contrast_mean, consistency_mean = eagerly(process_group, _means)(
+        process_group, student, teacher, logit_scale, alpha, consistency, sample_weight, max_scale, backend
+    )
+    if logit_bias is not None:
+        contrast_mean = contrast_mean + 0.0 * check_bias(logit_bias, student).to(contrast_mean.dtype)
+    return contrast_mean, alpha * consistency_mean
 
-        contrast_mean, consistency_mean = global_dcd_means(
-            student, teacher, logit_scale, alpha, consistency, sample_weight, max_scale, process_group, backend
-        )
-    else:
-        check_pair("student", student, "teacher", teacher, "[n, D]")
+
+def _means(
+    group: ProcessGroup | None,
+    student: Tensor,
+    teacher: Tensor,
+    logit_scale: Tensor | float,
+    alpha: float,
+    consistency: str,
+    sample_weight: Tensor | None,
+    max_scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Mean contrast and mean consistency over the rows of all ranks; this rank's part of them if there are several."""
+    with agreeing(group, "dcd_loss") as ranks:
+        check_pair("student", student, "teacher", teacher, "[n, D]", may_be_empty=ranks.several)
         scale = check_scale(logit_scale, student)
         check_number("alpha", alpha, minimum=0)
         check_choice("consistency", consistency, CONSISTENCIES)
         weight = check_weight(sample_weight, student)
         backend = backends.resolve(backend, "dual_softmax", student)
-        n = student.shape[0]
-        if backend == "reference":
-            with torch.autocast(student.device.type, enabled=False):
-                rows = reference.dual_softmax(student, teacher, scale, consistency=consistency)
-                contrast_sum, consistency_sum = (weighted_sum(row, weight) for row in rows)
-        else:
-            check_no_tangent(student, teacher, scale)
-            bound = scale_bound(logit_scale, max_scale)
-            contrast_sum, consistency_sum, _ = dual_softmax(
-                student, teacher, scale, weight, consistency, bound, backend
-            )
-        contrast_mean, consistency_mean = contrast_sum / n, consistency_sum / n
-    if logit_bias is not None:
-        contrast_mean = contrast_mean + 0.0 * check_bias(logit_bias, student).to(contrast_mean.dtype)
-    return contrast_mean, alpha * consistency_mean
+        options = {"alpha": alpha, "consistency": consistency}
+        ranks.describe(student, teacher, scale, weight, backend, options)
+    if backend == "reference":
+        with torch.autocast(student.device.type, enabled=False):
+            rows = reference.dual_softmax(student, teacher, scale, consistency=consistency)
+            sums = [weighted_sum(row, weight) for row in rows]
+    else:
+        check_no_tangent(student, teacher, scale)
+        arguments = student, teacher, scale, weight, consistency, scale_bound(logit_scale, max_scale), backend
+        peers = ranks.peers
+        sums = dual_softmax(*arguments) if peers is None else GlobalDualSoftmax.apply(*arguments, peers)
+    return ranks.mean(sums[0], len(student)), ranks.mean(sums[1], len(student))

@@ -1,13 +1,93 @@
-"""``fastkd::contrast``: InfoNCE of query rows against key rows; :class:`Mask` says which keys count as what."""
+"""``contrast``: InfoNCE of query rows against key rows, over the rows of one rank or of several.
 
-from typing import Any
+:class:`fastkd.backends.masks.Mask` says which keys count as what. :func:`_forward` and :func:`_backward` are the
+operation. They hand blocks of keys to a backend's ``Forward`` or ``Backward``. On one rank its own keys are all there
+are; custom ops let torch.compile see through that case. On several ranks the keys of the others arrive through an
+exchange. Queries, and two numbers per query, travel only where a rank's keys need a gradient, and then for the
+backward, so that nothing waits for them. Queries that are contrasted with each other travel once. The upstream
+gradients must be equal on all ranks.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastkd.backends import implementation
-from fastkd.backends.masks import Mask
+from fastkd.backends.masks import Mask, label_codes
+from fastkd.distributed.agree import Peers
+from fastkd.distributed.exchange import Alone, Exchange, start, start_numbers
+from fastkd.distributed.group import exchange_dtype
+from fastkd.distributed.pack import pack_rows
 from fastkd.numerics import accumulation_dtype
+
+
+class _Side(NamedTuple):
+    """Queries or keys: this rank's rows [n, D], and their inverse norms [n, 1] if they were normalised."""
+
+    exchange: Exchange | Alone
+    rows: Tensor
+    inverse_norm: Tensor | None
+    gathered: Tensor | None = None
+
+
+def _forward(
+    queries: _Side, keys: _Side, scale: Tensor, weight: Tensor | None, mask: Mask, normalize: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum over this rank's queries, and two numbers per query for the backward, [2, n]."""
+    k = None if mask.exclude_self else keys.rows
+    is_packed = keys.exchange.is_packed
+    state = implementation("contrast", backend).Forward(queries.rows, k, scale, mask, normalize, is_packed)
+    for cols, block in keys.exchange.columns(keys.rows[None], keys.gathered):
+        state.add_own() if cols == keys.exchange.own else state.add(block[0], cols)
+    return state.finish(weight)
+
+
+def _backward(
+    queries: _Side,
+    keys: _Side,
+    scale: Tensor,
+    weight: Tensor | None,
+    mask: Mask,
+    stats: Tensor,
+    grad_loss: Tensor,
+    needs: tuple[bool, bool, bool],
+    like: Tensor,
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries and keys (empty where not needed), as wide as ``like`` and in its dtype; of the scale."""
+    need_query, need_key, need_scale = needs
+    # The gradient of logit_scale falls out of either side's. On all ranks the same side must yield it.
+    with_query = need_query or need_scale or not need_key
+    k, is_packed = None if mask.exclude_self else keys.rows, keys.exchange.is_packed
+    state = implementation("contrast", backend).Backward(
+        queries.rows, k, scale, mask, normalize, is_packed, stats, weight, grad_loss, with_query, need_key
+    )
+    # In a ring every rank must take part, whatever it needs itself.
+    if with_query or mask.exclude_self or keys.exchange.is_ring:
+        for cols, block in keys.exchange.columns(keys.rows[None], keys.gathered):
+            state.add_own() if cols == keys.exchange.own else state.add(block[0], cols)
+    else:
+        state.add_own()
+    if queries.exchange is not keys.exchange and (need_key or queries.exchange.is_ring):
+        for cols, block in queries.exchange.columns(queries.rows[None], queries.gathered):
+            if cols != queries.exchange.own:
+                state.add_queries(block[0], cols)
+    grad_query, grad_key, grad_scale = state.finish(queries.inverse_norm, keys.inverse_norm, like.dtype, like.shape[1])
+    return grad_query if need_query else grad_query.new_empty(0), grad_key, grad_scale
+
+
+def _alone(
+    query: Tensor, key: Tensor | None, logit_scale: Tensor, normalize: bool, backend: str
+) -> tuple[_Side, _Side, Tensor]:
+    """Queries, keys and scale of one rank, as the backend computes with them."""
+    rows = implementation("contrast", backend).rows
+    exchange = Alone(len(query if key is None else key))
+    queries = _Side(exchange, *rows(query, normalize))
+    keys = queries if key is None else _Side(exchange, *rows(key, normalize))
+    return queries, keys, logit_scale.to(accumulation_dtype(query.dtype))
 
 
 @torch.library.custom_op("fastkd::contrast", mutates_args=())
@@ -23,35 +103,26 @@ def contrast(
     normalize: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum over the queries, and two numbers a query for the backward, [2, n].
+    """The weighted sum over the queries, and two numbers per query for the backward, [2, n].
 
     ``sum_i w_i (logsumexp_{j in D_i} x_ij - mean_{j in P_i} x_ij)`` with ``x_ij = logit_scale q_i . k_j``.
 
     query [n, D], key [N, D]; without ``key`` the queries are contrasted with each other, none with itself, and
-    ``key_labels`` is None. logit_scale: 0-dim. weight: [n] or None for ones. The rest is described at
-    :class:`fastkd.backends.masks.Mask`.
+    ``key_labels`` is None. logit_scale: 0-dim. weight: [n] or None for ones. Labels are
+    int64 of any values, or what ``label_codes`` makes of them, which saves that step in the backward.
+    The rest is described at :class:`fastkd.backends.masks.Mask`.
 
     The two numbers: by index, the query's loss and its positive's logit; by label, its log-sum-exp and its number of
     positives.
     """
     mask = _mask(key, query_labels, key_labels, positive_index, by_label)
     with torch.autocast(query.device.type, enabled=False):
-        return implementation("contrast", backend).contrast_forward(query, key, logit_scale, weight, mask, normalize)
+        queries, keys, scale = _alone(query, key, logit_scale, normalize, backend)
+        return _forward(queries, keys, scale, weight, mask, normalize, backend)
 
 
 @contrast.register_fake
-def _(
-    query: Tensor,
-    key: Tensor | None,
-    logit_scale: Tensor,
-    weight: Tensor | None,
-    query_labels: Tensor | None,
-    key_labels: Tensor | None,
-    positive_index: Tensor | None,
-    by_label: bool,
-    normalize: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(query.dtype)
     return query.new_empty((), dtype=dtype), query.new_empty((2, query.shape[0]), dtype=dtype)
 
@@ -74,30 +145,18 @@ def contrast_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query and key (empty where not needed, or absent) and of logit_scale, in their inputs' dtypes."""
-    mask = _mask(key, query_labels, key_labels, positive_index, by_label)
+    mask, needs = _mask(key, query_labels, key_labels, positive_index, by_label), (need_query, need_key, False)
     with torch.autocast(query.device.type, enabled=False):
-        return implementation("contrast", backend).contrast_backward(
-            query, key, logit_scale, weight, mask, stats, grad_loss, normalize, need_query, need_key
+        queries, keys, scale = _alone(query, key, logit_scale, normalize, backend)
+        grad_query, grad_key, grad_scale = _backward(
+            queries, keys, scale, weight, mask, stats, grad_loss, needs, query, normalize, backend
         )
+    return grad_query, grad_key, grad_scale.to(logit_scale.dtype)
 
 
 @contrast_backward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor | None,
-    logit_scale: Tensor,
-    weight: Tensor | None,
-    query_labels: Tensor | None,
-    key_labels: Tensor | None,
-    positive_index: Tensor | None,
-    stats: Tensor,
-    grad_loss: Tensor,
-    by_label: bool,
-    normalize: bool,
-    need_query: bool,
-    need_key: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(query: Tensor, key: Tensor | None, logit_scale: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_query, need_key = inputs[-3:-1]
     dense = torch.contiguous_format
     return (
         torch.empty_like(query, memory_format=dense) if need_query else query.new_empty(0),
@@ -113,9 +172,12 @@ def _mask(
     positive_index: Tensor | None,
     by_label: bool,
 ) -> Mask:
+    key_labels = query_labels if key is None else key_labels
+    if query_labels is not None and key_labels is not None and query_labels.dtype != torch.int32:
+        query_labels, key_labels = label_codes(query_labels, key_labels)
     return Mask(
         query_labels=query_labels,
-        key_labels=query_labels if key is None else key_labels,
+        key_labels=key_labels,
         positive_index=positive_index,
         by_label=by_label,
         exclude_self=key is None,
@@ -127,17 +189,119 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    need_query, need_key, need_scale = ctx.needs_input_grad[:3]
-    grad_query, grad_key, grad_scale = contrast_backward(
-        *ctx.saved_tensors, grad_loss, ctx.by_label, ctx.normalize, need_query, need_key, ctx.backend
-    )
-    return (
-        grad_query if need_query else None,
-        grad_key if need_key else None,
-        grad_scale if need_scale else None,
-        *[None] * 7,
-    )
+def _op_backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:3]
+    found = contrast_backward(*ctx.saved_tensors, grad_loss, ctx.by_label, ctx.normalize, *needs[:2], ctx.backend)
+    return *(grad if need else None for grad, need in zip(found, needs, strict=True)), *[None] * 7
 
 
-contrast.register_autograd(_backward, setup_context=_setup_context)
+contrast.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+class GlobalContrast(torch.autograd.Function):
+    """The sum over this rank's queries, against the keys of all ``peers``; a process group cannot cross a custom op.
+
+    Labels are any int64, and ``positive_index`` counts this rank's keys. Returns what ``fastkd::contrast`` does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor | None,
+        logit_scale: Tensor,
+        weight: Tensor | None,
+        query_labels: Tensor | None,
+        key_labels: Tensor | None,
+        positive_index: Tensor | None,
+        by_label: bool,
+        normalize: bool,
+        backend: str,
+        peers: Peers,
+    ) -> tuple[Tensor, Tensor]:
+        if peers.has_weight and weight is None:
+            weight = query.new_ones(len(query))
+        dtype, is_self = exchange_dtype(query.dtype), key is None
+        # Where queries are contrasted with each other, the gradient of the scale needs the others' numbers too.
+        needs_numbers = peers.needs_grad if is_self else peers.needs_key_grad
+        with torch.autocast(query.device.type, enabled=False):
+            labels = query_labels if is_self else key_labels
+            running = None if labels is None else start_numbers(peers.keys, labels[:, None])
+            others = None
+            if query_labels is not None and needs_numbers and not is_self:
+                others = start_numbers(peers, query_labels[:, None])
+            exchange, keys = _exchanged(peers.keys, query if key is None else key, dtype, normalize)
+            of_queries, queries = exchange, keys
+            if not is_self and needs_numbers:
+                of_queries, queries = _exchanged(peers, query, dtype, normalize)
+            elif not is_self:
+                queries = _packed(exchange, query, dtype, normalize)
+            if query_labels is not None and running is not None:
+                key_labels = running.wait(exchange)[:, 0]
+                if is_self:
+                    query_labels = key_labels
+                elif others is not None:
+                    query_labels = others.wait(of_queries)[:, 0]
+                query_labels, key_labels = label_codes(query_labels, key_labels)
+            mask = Mask(
+                query_labels=query_labels,
+                key_labels=key_labels,
+                positive_index=positive_index,
+                by_label=by_label,
+                exclude_self=is_self,
+            )
+            scale = logit_scale.to(accumulation_dtype(query.dtype))
+            total, stats = _forward(queries, keys, scale, weight, mask, normalize, backend)
+            numbers = stats if weight is None else torch.cat([stats, weight.to(stats.dtype)[None]])
+            # Not among the saved tensors: they are still arriving, and autograd would take that for a change.
+            ctx.numbers = start_numbers(peers, numbers.T) if needs_numbers else None
+            ctx.gathered_queries = queries.gathered
+            ctx.exchanges, ctx.mask, ctx.normalize, ctx.backend = (
+                (queries.exchange, keys.exchange),
+                mask,
+                normalize,
+                backend,
+            )
+            ctx.like = query.new_empty(0, query.shape[1])
+            ctx.save_for_backward(
+                logit_scale,
+                weight,
+                stats,
+                queries.rows,
+                queries.inverse_norm,
+                keys.rows,
+                keys.inverse_norm,
+                keys.gathered,
+            )
+        ctx.mark_non_differentiable(stats)
+        return total, stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        logit_scale, weight, stats, q, inverse_q, k, inverse_k, gathered_keys = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        with torch.autocast(q.device.type, enabled=False):
+            queries = _Side(ctx.exchanges[0], q, inverse_q, ctx.gathered_queries)
+            keys = _Side(ctx.exchanges[1], k, inverse_k, gathered_keys)
+            if ctx.numbers is not None:
+                numbers = ctx.numbers.wait(queries.exchange).T.contiguous()
+                stats, weight = numbers[:2], None if weight is None else numbers[2]
+            scale = logit_scale.to(accumulation_dtype(ctx.like.dtype))
+            found = _backward(
+                queries, keys, scale, weight, ctx.mask, stats, grad_loss, needs, ctx.like, ctx.normalize, ctx.backend
+            )
+        grads = (*found[:2], found[2].to(logit_scale.dtype))
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 8
+
+
+def _exchanged(peers: Peers, rows: Tensor, dtype: torch.dtype, normalize: bool) -> tuple[Exchange, _Side]:
+    """Start to exchange a side."""
+    exchange, units, inverse_norm, gathered = start(peers, (rows,), dtype, normalize)
+    return exchange, _Side(exchange, units[0], inverse_norm[0] if normalize else None, gathered)
+
+
+def _packed(exchange: Exchange | Alone, rows: Tensor, dtype: torch.dtype, normalize: bool) -> _Side:
+    """A side that stays at home."""
+    units, inverse_norm = pack_rows((rows,), dtype, normalize)
+    return _Side(exchange, units[0], inverse_norm[0] if normalize else None)

@@ -1,12 +1,13 @@
 """``dual_softmax``: contrast and consistency of DCD, over the rows of one rank or of several.
 
-:func:`forward` and :func:`backward` are the operation; a backend gives them one ``Forward`` and one ``Backward`` to which
-columns are added. On one rank the columns are the rows themselves, and both are custom ops that torch.compile sees through.
-On several, other ranks' columns arrive by :mod:`fastkd.distributed.exchange`; every rank returns the sums over its own rows and computes
-the whole gradient of these, from three numbers a column. The upstream gradients must then be equal on all ranks.
+:func:`_forward` and :func:`_backward` are the operation. They hand blocks of columns to a backend's ``Forward`` or
+``Backward``. On one rank the rows themselves are all the columns; custom ops let torch.compile see through that case.
+On several ranks the columns of the others arrive through an exchange. Then every rank returns the sums over its own
+rows, and computes their whole gradient alone, from three numbers per column. For that the upstream gradients must be
+equal on all ranks, as they are when every rank calls ``backward`` on its loss.
 """
 
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,64 +15,117 @@ from torch.autograd.function import once_differentiable
 
 from fastkd.backends import implementation
 from fastkd.distributed.agree import Peers
-from fastkd.distributed.group import Alone, exchange_dtype
+from fastkd.distributed.exchange import Alone, Exchange, start, start_numbers
+from fastkd.distributed.group import exchange_dtype
 from fastkd.numerics import accumulation_dtype
 
-STATISTICS = {"blocked": 4, "triton": 3}  # numbers a row that a backend keeps for its backward
+STATISTICS = {"blocked": 4, "triton": 3}  # numbers per row that a backend keeps for its backward
+Value = TypeVar("Value")
 
 
-def forward(exchange, units, gathered, scale, weight, consistency, scale_bound, backend):
-    """``sum_i w_i contrast_i``, ``sum_i w_i consistency_i`` and the statistics of the rows ``units``."""
-    state = backend.Forward(units, scale, scale_bound)
+class _Options(NamedTuple):
+    """Which KL divergence, what is known of the scale, and who computes."""
+
+    consistency: str
+    scale_bound: float  # logit_scale is at most this; inf if nothing is known
+    backend: str
+
+    @property
+    def is_swapped(self) -> bool:
+        return self.consistency == "teacher||student"
+
+    def pair(self, student: Value, teacher: Value) -> tuple[Value, Value]:
+        """The pair (a, b) of which a backend computes ``KL(softmax_j a_i . b_j || softmax_j b_i . a_j)``.
+
+        KL(q || p) is KL(p || q) with student and teacher exchanged. Only the contrast then reads the other softmax.
+        """
+        return (teacher, student) if self.is_swapped else (student, teacher)
+
+    @property
+    def module(self) -> Any:
+        return implementation("dual_softmax", self.backend)
+
+
+def _forward(
+    exchange: Exchange | Alone,
+    units: Tensor,
+    gathered: Tensor | None,
+    scale: Tensor,
+    weight: Tensor | None,
+    options: _Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weighted sums of contrast and consistency, and the statistics of the rank's rows ``units`` [2, n, D]."""
+    state = options.module.Forward(units, scale, options.scale_bound, exchange.total, exchange.is_packed)
     for cols, block in exchange.columns(units, gathered):
-        state.add_own() if cols == exchange.own else state.add(block)
-    return state.finish(weight, consistency == "student||teacher")
+        state.add_own() if cols == exchange.own else state.add(block, cols)
+    return state.finish(weight, options.is_swapped)
 
 
-def backward(
-    exchange,
-    units,
-    gathered,
-    inverse_norm,
-    scale,
-    scale_bound,
-    stats,
-    everyone,
-    weight,
-    grads,
-    consistency,
-    needs,
-    dtype,
-    D,
-    backend,
-):
-    need_a, need_b, need_scale = needs
-    # The gradient of logit_scale falls out of either side's; on all ranks the same side must yield it.
-    state = backend.Backward(
-        units, scale, scale_bound, stats, everyone, weight, grads, consistency == "student||teacher",
-        need_a or need_scale or not need_b, need_b,
-    )  # fmt: skip
+class _Upstream(NamedTuple):
+    """What a backward starts from: numbers of all columns, their weights, and the gradients of the two sums."""
+
+    numbers: Tensor  # [3, N], the rank's own first
+    weight: Tensor | None  # [N]
+    grad_contrast: Tensor
+    grad_consistency: Tensor
+
+
+def _backward(
+    exchange: Exchange | Alone,
+    units: Tensor,
+    gathered: Tensor | None,
+    inverse_norm: Tensor,
+    logit_scale: Tensor,
+    stats: Tensor,
+    upstream: _Upstream,
+    needs: tuple[bool, bool, bool],
+    like: Tensor,
+    options: _Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of student and teacher (empty where not needed), as wide as ``like`` and in its dtype; of the scale."""
+    need_a, need_b = options.pair(needs[0], needs[1])
+    # The gradient of logit_scale falls out of either side's. On all ranks the same side must yield it.
+    with_a = need_a or needs[2] or not need_b
+    scale = logit_scale.to(accumulation_dtype(like.dtype))
+    state = options.module.Backward(
+        units,
+        scale,
+        options.scale_bound,
+        exchange.total,
+        exchange.is_packed,
+        stats,
+        upstream,
+        options.is_swapped,
+        with_a,
+        need_b,
+    )
     for cols, block in exchange.columns(units, gathered):
-        state.add_own() if cols == exchange.own else state.add(block, cols.start)
-    return state.finish(inverse_norm, dtype, D)
-
-
-def _pair(student, teacher, consistency):
-    """KL(q || p) is KL(p || q) with student and teacher exchanged; only the contrast then reads q instead of p."""
-    return (student, teacher) if consistency == "student||teacher" else (teacher, student)
+        state.add_own() if cols == exchange.own else state.add(block, cols)
+    grad_a, grad_b, grad_scale = state.finish(inverse_norm, like.dtype, like.shape[1])
+    if not need_a:
+        grad_a = grad_a.new_empty(0)
+    return *options.pair(grad_a, grad_b), grad_scale.to(logit_scale.dtype)
 
 
 @torch.library.custom_op("fastkd::dual_softmax", mutates_args=())
 def dual_softmax(
-    student: Tensor, teacher: Tensor, logit_scale: Tensor, weight: Tensor | None, consistency: str, scale_bound: float,
+    student: Tensor,
+    teacher: Tensor,
+    logit_scale: Tensor,
+    weight: Tensor | None,
+    consistency: str,
+    scale_bound: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The two sums, and what the backward needs, a few numbers a row. logit_scale: 0-dim, at most ``scale_bound``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``sum_i w_i contrast_i``, ``sum_i w_i consistency_i`` and the statistics that the backward needs.
+
+    student, teacher: [n, D]. logit_scale: 0-dim, at most ``scale_bound`` (inf: unknown). weight: [n] or None for ones.
+    """
+    options = _Options(consistency, scale_bound, backend)
     with torch.autocast(student.device.type, enabled=False):
-        module = implementation("dual_softmax", backend)
-        units, _ = module.units(*_pair(student, teacher, consistency))
+        units, _ = options.module.units(*options.pair(student, teacher))
         scale = logit_scale.to(accumulation_dtype(student.dtype))
-        return forward(Alone(len(student)), units, None, scale, weight, consistency, scale_bound, module)
+        return _forward(Alone(len(student)), units, None, scale, weight, options)
 
 
 @dual_softmax.register_fake
@@ -83,23 +137,26 @@ def _(student: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("fastkd::dual_softmax_backward", mutates_args=())
 def dual_softmax_backward(
-    student: Tensor, teacher: Tensor, logit_scale: Tensor, weight: Tensor | None, stats: Tensor, grad_contrast: Tensor,
-    grad_consistency: Tensor, consistency: str, scale_bound: float, need_student: bool, need_teacher: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    student: Tensor,
+    teacher: Tensor,
+    logit_scale: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    grad_contrast: Tensor,
+    grad_consistency: Tensor,
+    consistency: str,
+    scale_bound: float,
+    need_student: bool,
+    need_teacher: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of student and teacher (empty where not needed) and of logit_scale, in their inputs' dtypes."""
+    options, needs = _Options(consistency, scale_bound, backend), (need_student, need_teacher, False)
     with torch.autocast(student.device.type, enabled=False):
-        module = implementation("dual_softmax", backend)
-        units, inverse_norm = module.units(*_pair(student, teacher, consistency))
-        needs = (*_pair(need_student, need_teacher, consistency), False)
-        grad_a, grad_b, grad_scale = backward(
-            Alone(len(student)), units, None, inverse_norm, logit_scale.to(accumulation_dtype(student.dtype)), scale_bound, stats,
-            module.numbers(stats), weight, (grad_contrast, grad_consistency), consistency, needs, student.dtype,
-            student.shape[1], module,
-        )  # fmt: skip
-        if not needs[0]:
-            grad_a = grad_a.new_empty(0)
-        grads = _pair(grad_a, grad_b, consistency)
-        return grads[0], grads[1], grad_scale.to(logit_scale.dtype)
+        units, inverse_norm = options.module.units(*options.pair(student, teacher))
+        upstream = _Upstream(options.module.numbers(stats), weight, grad_contrast, grad_consistency)
+        alone = Alone(len(student))
+        return _backward(alone, units, None, inverse_norm, logit_scale, stats, upstream, needs, student, options)
 
 
 @dual_softmax_backward.register_fake
@@ -118,58 +175,60 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*tensors, output[2])
 
 
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _op_backward(ctx: Any, grad_contrast: Tensor, grad_consistency: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:3]
     found = dual_softmax_backward(
-        *ctx.saved_tensors, *grads[:2], ctx.consistency, ctx.scale_bound, needs[0], needs[1], ctx.backend
+        *ctx.saved_tensors, grad_contrast, grad_consistency, ctx.consistency, ctx.scale_bound, *needs[:2], ctx.backend
     )
     return *(grad if need else None for grad, need in zip(found, needs, strict=True)), *[None] * 4
 
 
-dual_softmax.register_autograd(_backward, setup_context=_setup_context)
+dual_softmax.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 class GlobalDualSoftmax(torch.autograd.Function):
-    """The two sums over this rank's rows, against the rows of all ``peers``."""
+    """The sums over this rank's rows, against the rows of all ``peers``; a process group cannot cross a custom op."""
 
     @staticmethod
-    def forward(ctx, student, teacher, logit_scale, weight, consistency, scale_bound, peers: Peers, backend):
-        from fastkd.distributed.exchange import start, start_numbers
-
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        logit_scale: Tensor,
+        weight: Tensor | None,
+        consistency: str,
+        scale_bound: float,
+        backend: str,
+        peers: Peers,
+    ) -> tuple[Tensor, Tensor]:
+        options = ctx.options = _Options(consistency, scale_bound, backend)
         if peers.has_weight and weight is None:
             weight = student.new_ones(len(student))
         with torch.autocast(student.device.type, enabled=False):
-            ctx.backend, ctx.consistency, ctx.scale_bound = (
-                implementation("dual_softmax", backend),
-                consistency,
-                scale_bound,
-            )
-            pair = _pair(student, teacher, consistency)
+            pair = options.pair(student, teacher)
             exchange, units, inverse_norm, gathered = start(peers, pair, exchange_dtype(student.dtype))
             scale = logit_scale.to(inverse_norm.dtype)
-            *sums, stats = forward(exchange, units, gathered, scale, weight, consistency, scale_bound, ctx.backend)
-            numbers = ctx.backend.numbers(stats)
+            contrast, consistency_sum, stats = _forward(exchange, units, gathered, scale, weight, options)
+            ctx.exchange, ctx.weighted, ctx.like = exchange, weight is not None, student.new_empty(0, student.shape[1])
+            numbers = options.module.numbers(stats)
             if weight is not None:
-                numbers = torch.cat([numbers, weight.to(stats.dtype)[None]])
-            ctx.exchange, ctx.weighted, ctx.dtype = exchange, weight is not None, student.dtype
-            # Not saved: it is still being received, and autograd would take that for a change of a saved tensor.
+                numbers = torch.cat([numbers, weight.to(numbers.dtype)[None]])
+            # Not among the saved tensors: they are still arriving, and autograd would take that for a change.
             ctx.numbers = start_numbers(peers, numbers.T) if peers.needs_grad else None
             ctx.save_for_backward(logit_scale, units, inverse_norm, gathered, stats)
-            return tuple(sums)
+        return contrast, consistency_sum
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_contrast: Tensor, grad_consistency: Tensor) -> tuple[Tensor | None, ...]:
         logit_scale, units, inverse_norm, gathered, stats = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
         with torch.autocast(units.device.type, enabled=False):
-            everyone = ctx.numbers.wait(ctx.exchange).T.contiguous()
-            everyone, weight = (everyone[:-1], everyone[-1]) if ctx.weighted else (everyone, None)
-            needs = (*_pair(*ctx.needs_input_grad[:2], ctx.consistency), ctx.needs_input_grad[2])
-            grad_a, grad_b, grad_scale = backward(
-                ctx.exchange, units, gathered, inverse_norm, logit_scale.to(inverse_norm.dtype), ctx.scale_bound, stats,
-                everyone, weight, grads, ctx.consistency, needs, ctx.dtype, units.shape[2], ctx.backend,
-            )  # fmt: skip
-            found = (*_pair(grad_a, grad_b, ctx.consistency), grad_scale.to(logit_scale.dtype))
-        return *(grad if need else None for grad, need in zip(found, ctx.needs_input_grad[:3], strict=True)), *[
-            None
-        ] * 5
+            numbers, weight = ctx.numbers.wait(ctx.exchange).T.contiguous(), None
+            if ctx.weighted:
+                numbers, weight = numbers[:-1], numbers[-1]
+            upstream = _Upstream(numbers, weight, grad_contrast, grad_consistency)
+            found = _backward(
+                ctx.exchange, units, gathered, inverse_norm, logit_scale, stats, upstream, needs, ctx.like, ctx.options
+            )
+        return *(grad if need else None for grad, need in zip(found, needs, strict=True)), *[None] * 5

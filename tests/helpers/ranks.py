@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 # A server that has imported torch once and forks: a fresh process costs milliseconds.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.helpers.ranks", "tests.ranks.rank_programs", "fastkd.functional.across_ranks"])
+_context.set_forkserver_preload(["tests.helpers.ranks", "tests.ranks.rank_programs", "fastkd.distributed.reduce"])
 
 
 def run_ranks(

@@ -220,8 +220,8 @@ def held_back(rank: int, sizes: tuple[int, ...], collective: int, library: str |
     store, happened = dist.distributed_c10d._get_default_store(), []
     add = blocked.Forward.add
 
-    def computing(self: Any, columns: Tensor) -> None:
-        add(self, columns)
+    def computing(self: Any, block: Tensor, cols: slice) -> None:
+        add(self, block, cols)
         if rank == 0 and not happened:
             store.set("computed", "")
             happened.append(True)
@@ -246,7 +246,7 @@ def exchanged(rank: int, library: str | None, chunks: int, ring: bool) -> dict[s
     result = {}
     for name, queries, keys in (("equal", (3, 3, 3), (5, 5, 5)), ("unequal", (2, 0, 3), (0, 4, 1))):
         call = agreement.Call(queries[rank], keys[rank], {"device": "cpu"})
-        peers = agreement.agree(dist.group.WORLD, name, lambda call=call: call)
+        peers = agreement.agree(dist.group.WORLD, name, call)
         for kind, of, sizes in (("queries", peers, queries), ("keys", peers.keys, keys)):
             first, second = embeddings(sum(sizes), D)
             labels = torch.arange(sum(sizes)) + (1 << 60)

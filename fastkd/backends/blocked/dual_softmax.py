@@ -1,64 +1,66 @@
 """``dual_softmax`` of the blocked backend: one pass of tiles forward, one backward, memory linear in the rows.
 
-A rank's own rows are columns too. They come first (:meth:`Forward.add_own`), and there the tiles (I, J) and (J, I) are one
-pair: two products serve both softmaxes of I and of J, 2 n^2 D operations forward and 6 n^2 D backward. The columns of other
-ranks, if there are any, follow block by block (:meth:`Forward.add`). With one rank, ``add_own`` is all there is.
+A rank's own rows are columns too. They come first (:meth:`Forward.add_own`). There the tiles (I, J) and (J, I) are one
+pair: two products serve both softmaxes of I and of J, 2 n^2 D operations forward and 6 n^2 D backward. The columns of
+other ranks, if there are any, follow block by block (:meth:`Forward.add`).
 
-Legend. ``a``, ``b``: unit rows; ``X_ij = scale a_i . b_j`` and ``Y_ij = scale b_i . a_j = X_ji``; ``p = softmax_j X``,
-``q = softmax_j Y``; ``la = -log p_ii``, ``lc = -log q_ii``; ``E_i = sum_j p_ij (X_ij - Y_ij)``; ``G_ij`` the gradient of
-``X_ij``.
+Legend. ``a``, ``b``: unit rows. ``X_ij = scale a_i . b_j`` and ``Y_ij = scale b_i . a_j = X_ji``. ``p = softmax_j X``
+and ``q = softmax_j Y``. ``la = -log p_ii`` and ``lc = -log q_ii``. ``E_i = sum_j p_ij (X_ij - Y_ij)``. ``G_ij``: the
+gradient of ``X_ij``.
 
-Positives are kept apart from the sums: ``la = log(1 + sum_{j != i} exp(X_ij - X_ii))`` and ``p_ii - 1 = expm1(-la)`` keep
-all their digits where a loss has almost vanished, and so does the gradient.
+Positives are kept apart from the sums: ``la = log(1 + sum_{j != i} exp(X_ij - X_ii))`` and ``p_ii - 1 = expm1(-la)``
+keep all their digits where a loss has almost vanished, and so does the gradient.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd.backends.blocked.contrast import contrast_backward as contrast_backward
-from fastkd.backends.blocked.contrast import contrast_forward as contrast_forward
 from fastkd.backends.blocked.gemm import product
-from fastkd.backends.blocked.multiscale_pool import multiscale_pool_backward as multiscale_pool_backward
-from fastkd.backends.blocked.multiscale_pool import multiscale_pool_forward as multiscale_pool_forward
-from fastkd.backends.blocked.soft_target import soft_target_backward as soft_target_backward
-from fastkd.backends.blocked.soft_target import soft_target_forward as soft_target_forward
-from fastkd.backends.blocked.sums import MAX_SHARED_SCALE as MAX_SHARED_SCALE
 from fastkd.backends.blocked.sums import (
     OnlineSums,
     RowGradient,
     beyond_positive,
-    finish,
     row_weights,
     shares_exponentials,
+    to_raw_rows,
 )
-from fastkd.backends.blocked.tiles import Workspace, blocks, for_each_tile, pair_rounds, rectangle_rounds
+from fastkd.backends.blocked.tiles import Tile, Workspace, blocks, for_each_tile, pair_rounds, rectangle_rounds
 from fastkd.numerics import accumulation_dtype, unit_rows, weighted_sum
 
 
+def units(a: Tensor, b: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The unit rows of both sides in the accumulation dtype, and their inverse norms [n, 1]."""
+    dtype = accumulation_dtype(a.dtype)
+    (a, inverse_a), (b, inverse_b) = unit_rows(a.to(dtype)), unit_rows(b.to(dtype))
+    return (a, b), (inverse_a, inverse_b)
+
+
 class _Pass:
-    """The rank's rows in the accumulation dtype, which is the scale's, and times the scale."""
+    """The rank's rows in the accumulation dtype, which is the scale's, and multiplied by the scale."""
 
     def __init__(self, units: tuple[Tensor, Tensor] | Tensor, scale: Tensor, scale_bound: float) -> None:
         self._a, self._b = (x.to(scale.dtype) for x in units)
         self._scale = scale
         self._scaled_a, self._scaled_b = self._a * scale, self._b * scale
         self._shared = shares_exponentials(self._a, scale, scale_bound)
-        self._blocks = blocks(len(self._a), self._a.device) if len(self._a) else []
+        self._blocks = blocks(len(self._a), self._a.device)
 
-    def _for_each(self, columns: Tensor, tile, buffers: int) -> None:
-        if len(self._a) and len(columns):
-            rounds = rectangle_rounds(self._blocks, blocks(len(columns), columns.device))
-            for_each_tile(rounds, tile, self._a, buffers, len(columns))
+    def _for_each_pair(self, tile: Tile, buffers: int) -> None:
+        for_each_tile(pair_rounds(self._blocks), tile, self._a, buffers)
 
-    def _for_each_pair(self, tile, buffers: int) -> None:
-        if len(self._a):
-            for_each_tile(pair_rounds(self._blocks), tile, self._a, buffers)
+    def _for_each(self, columns: Tensor, tile: Tile, buffers: int) -> None:
+        rounds = rectangle_rounds(self._blocks, blocks(len(columns), columns.device))
+        for_each_tile(rounds, tile, self._a, buffers, len(columns))
 
 
 class Forward(_Pass):
-    """(la, lc, E, X_ii) of every row, accumulated over columns."""
+    """(la, lc, E, X_ii) of every row, accumulated over the columns."""
 
-    def __init__(self, units, scale: Tensor, scale_bound: float) -> None:
+    def __init__(
+        self, units: tuple[Tensor, Tensor] | Tensor, scale: Tensor, scale_bound: float, columns: int, is_packed: bool
+    ) -> None:
         super().__init__(units, scale, scale_bound)
         self._p, self._q = OnlineSums(self._a), OnlineSums(self._a)
         if self._shared:  # no maximum is subtracted
@@ -67,7 +69,7 @@ class Forward(_Pass):
         self._positive = self._a.new_zeros(len(self._a))
 
     def add_own(self) -> None:
-        """The rows themselves as columns: row i's positive is column i."""
+        """Add the rows themselves as columns: row i's positive is column i."""
         self._for_each_pair(self._shared_pair if self._shared else self._online_pair, 2)
 
     def _shared_pair(self, rows: slice, cols: slice, workspace: Workspace) -> None:
@@ -106,9 +108,9 @@ class Forward(_Pass):
             self._p.add(cols, Y.T, d.neg_().T)
             self._q.add(cols, X.T)
 
-    def add(self, columns: Tensor) -> None:
-        """Columns of other ranks."""
-        a, b = columns.to(self._scale.dtype)
+    def add(self, block: Tensor, cols: slice) -> None:
+        """Add columns [2, m, D] of other ranks."""
+        a, b = block.to(self._scale.dtype)
 
         def tile(rows: slice, cols: slice, workspace: Workspace) -> None:
             d, U = workspace(rows, cols)
@@ -124,12 +126,12 @@ class Forward(_Pass):
 
         self._for_each(a, tile, 2)
 
-    def finish(self, weight: Tensor | None, forward_kl: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted contrast and consistency, and (la, lc, E, X_ii) [4, n]."""
+    def finish(self, weight: Tensor | None, is_swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted sums of contrast and consistency, and (la, lc, E, X_ii) [4, n]."""
         positive = self._positive
         la, lc = (beyond_positive(sums.logsumexp(), positive) for sums in (self._p, self._q))
         E = self._p.mean(positive)
-        contrast = weighted_sum(la if forward_kl else lc, weight)
+        contrast = weighted_sum(lc if is_swapped else la, weight)
         return contrast, weighted_sum(E - la + lc, weight), torch.stack([la, lc, E, positive])
 
 
@@ -142,58 +144,74 @@ def numbers(stats: Tensor) -> Tensor:
 class _Factors:
     """Per-row factors of ``G_ij = p_ij (k_i d_ij + r_i) + q_ji x_j - p_ji k_j``, with ``d = X - Y``, for ``i != j``.
 
-    If ``shared``, tiles hold plain exponentials, and what makes them p and q is folded in here.
+    ``wp``, ``wq``: upstream gradients of -log p_i(i) and of -log q_i(i). ``k``: upstream gradient of KL(p_i || q_i). If
+    ``shared``, tiles hold plain exponentials, and what makes them p and q is folded in here.
     """
 
     def __init__(self, numbers: Tensor, wp: Tensor, wq: Tensor, k: Tensor, shared: bool) -> None:
-        self.lse_p, self.lse_q, E = numbers
-        self.shared = shared
-        to_p, to_q = ((-lse).exp() if shared else 1.0 for lse in (self.lse_p, self.lse_q))
-        self.k, self.r, self.x = k * to_p, (wp - k * E) * to_p, (wq + k) * to_q
+        self._lse_p, self._lse_q, E = numbers
+        self._shared = shared
+        to_p, to_q = ((-lse).exp() if shared else 1.0 for lse in (self._lse_p, self._lse_q))
+        self._k, self._r, self._x = k * to_p, (wp - k * E) * to_p, (wq + k) * to_q
 
-    def exponentials(self, X: Tensor, Y: Tensor, rows: slice, columns: slice, U: Tensor, V: Tensor):
+    def exponentials(
+        self, X: Tensor, Y: Tensor, rows: slice, columns: slice, U: Tensor, V: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """p_ij, q_ij, p_ji and q_ji of a tile."""
-        if self.shared:
+        if self._shared:
             p = q_t = torch.exp(X, out=U)
             q = p_t = torch.exp(Y, out=V)
             return p, q, p_t, q_t
-        p, q = ((x - lse[rows, None]).exp_() for x, lse in ((X, self.lse_p), (Y, self.lse_q)))
-        p_t, q_t = ((x - lse[columns]).exp_() for x, lse in ((Y, self.lse_p), (X, self.lse_q)))
+        p, q = ((x - lse[rows, None]).exp_() for x, lse in ((X, self._lse_p), (Y, self._lse_q)))
+        p_t, q_t = ((x - lse[columns]).exp_() for x, lse in ((Y, self._lse_p), (X, self._lse_q)))
         return p, q, p_t, q_t
 
-    def gradient(self, p, p_t, q_t, d, rows: slice, columns: slice, out: Tensor, scratch: Tensor) -> Tensor:
+    def gradient(
+        self, p: Tensor, p_t: Tensor, q_t: Tensor, d: Tensor, rows: slice, columns: slice, out: Tensor, scratch: Tensor
+    ) -> Tensor:
         """``G`` of a tile [rows, columns], written to ``out``; every argument may be a transposed view."""
-        torch.mul(d, self.k[rows, None], out=out).add_(self.r[rows, None])
+        torch.mul(d, self._k[rows, None], out=out).add_(self._r[rows, None])
         if q_t is p:
-            out.add_(self.x[columns]).mul_(p)
+            out.add_(self._x[columns]).mul_(p)
         else:
-            out.mul_(p).add_(torch.mul(q_t, self.x[columns], out=scratch))
-        return out.sub_(torch.mul(p_t, self.k[columns], out=scratch))
+            out.mul_(p).add_(torch.mul(q_t, self._x[columns], out=scratch))
+        return out.sub_(torch.mul(p_t, self._k[columns], out=scratch))
 
 
 class Backward(_Pass):
-    """``sum_j G_ij b_j`` and ``sum_j G_ji a_j`` of the rows, accumulated over columns.
+    """``sum_j G_ij b_j`` and ``sum_j G_ji a_j`` of every row, accumulated over the columns.
 
-    ``stats`` [4, n]: what :class:`Forward` found. ``everyone`` [3, N]: :func:`numbers` of all columns, the rank's own first;
-    ``weight`` [N] likewise. ``grads``: the upstream gradients of contrast and consistency.
+    ``stats`` [4, n]: what :class:`Forward` found. ``upstream``: numbers and weights of all columns, the rank's own
+    first, and the gradients of the two sums.
     """
 
     def __init__(
-        self, units, scale: Tensor, scale_bound: float, stats: Tensor, everyone: Tensor, weight: Tensor | None,
-        grads: tuple[Tensor, Tensor], forward_kl: bool, need_a: bool, need_b: bool,
-    ) -> None:  # fmt: skip
+        self,
+        units: tuple[Tensor, Tensor] | Tensor,
+        scale: Tensor,
+        scale_bound: float,
+        columns: int,
+        is_packed: bool,
+        stats: Tensor,
+        upstream: Any,
+        is_swapped: bool,
+        need_a: bool,
+        need_b: bool,
+    ) -> None:
         super().__init__(units, scale, scale_bound)
+        everyone, weight, *grads = upstream
         w, k = (row_weights(weight, grad, everyone[0]) for grad in grads)
-        wp, wq = (w, torch.zeros_like(w)) if forward_kl else (torch.zeros_like(w), w)
+        wp, wq = (torch.zeros_like(w), w) if is_swapped else (w, torch.zeros_like(w))
         n = len(self._a)
         la, lc, E, _ = stats
         to_p, to_q = (-la).expm1(), (-lc).expm1()
         self._diagonal = (wp[:n] * to_p + wq[:n] * to_q - k[:n] * E * (-la).exp() + k[:n] * (to_q - to_p))[:, None]
         self._factors = _Factors(everyone, wp, wq, k, self._shared)
-        self._grad_a = RowGradient(self._a, self._b, self._blocks) if need_a else None
-        self._grad_b = RowGradient(self._b, self._a, self._blocks) if need_b else None
+        self._grad_a = RowGradient(self._a, self._b) if need_a else None
+        self._grad_b = RowGradient(self._b, self._a) if need_b else None
 
     def add_own(self) -> None:
+        """Add the rows themselves as columns, all but their positives."""
         self._for_each_pair(self._pair, 4)
 
     def _pair(self, rows: slice, cols: slice, workspace: Workspace) -> None:
@@ -218,9 +236,10 @@ class Backward(_Pass):
         if self._grad_b is not None:
             self._grad_b.add_rows(rows, cols, G)
 
-    def add(self, columns: Tensor, start: int) -> None:
-        """Columns of other ranks; ``start``: the first one's place among ``everyone``."""
-        a, b = columns.to(self._scale.dtype)
+    def add(self, block: Tensor, cols: slice) -> None:
+        """Add columns [2, m, D] of other ranks; ``cols``: their places among all columns."""
+        a, b = block.to(self._scale.dtype)
+        start = cols.start
 
         def tile(rows: slice, cols: slice, workspace: Workspace) -> None:
             U, V, G, scratch = workspace(rows, cols)
@@ -237,18 +256,16 @@ class Backward(_Pass):
 
         self._for_each(a, tile, 4)
 
-    def finish(self, inverse_norm: Tensor, dtype: torch.dtype, D: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the raw rows (empty if not needed), and this rank's part of the scale's."""
-        like = self._a.new_empty(0, dtype=dtype)
-        totals = (None if grad is None else grad.total() for grad in (self._grad_a, self._grad_b))
-        grad_a, scale_a = finish(like, next(totals), self._a, self._diagonal * self._b, inverse_norm[0], self._scale)
-        grad_b, scale_b = finish(like, next(totals), self._b, self._diagonal * self._a, inverse_norm[1], self._scale)
-        grad_scale = scale_b if scale_a is None else scale_a
-        assert grad_scale is not None
-        return grad_a, grad_b, grad_scale
-
-
-def units(a: Tensor, b: Tensor):
-    dtype = accumulation_dtype(a.dtype)
-    (a, inverse_a), (b, inverse_b) = unit_rows(a.to(dtype)), unit_rows(b.to(dtype))
-    return (a, b), (inverse_a, inverse_b)
+    def finish(
+        self, inverse_norm: tuple[Tensor, Tensor] | Tensor, dtype: torch.dtype, D: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the raw rows in ``dtype`` (empty if not needed), and this rank's part of the scale's."""
+        found, grad_scale = [], self._scale.new_zeros(())
+        sides = ((self._grad_b, self._b, self._a), (self._grad_a, self._a, self._b))
+        for (gradient, rows, other), inverse in zip(sides, (inverse_norm[1], inverse_norm[0]), strict=True):
+            if gradient is None:
+                found.append(rows.new_empty(0, dtype=dtype))
+                continue
+            grad, grad_scale = to_raw_rows(gradient.total().add_(self._diagonal * other), rows, inverse, self._scale)
+            found.append(grad.to(dtype))
+        return found[1], found[0], grad_scale

@@ -1,5 +1,6 @@
 """What the streaming operations share: sums of exponentials, gradients from tiles, the way back to the raw rows."""
 
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,7 @@ from fastkd.backends.blocked.gemm import product
 # exp(+-40) summed over any number of rows stays inside float32, so no maximum has to be subtracted.
 MAX_SHARED_SCALE = 40.0
 MAX_TRANSPOSED = 256  # columns of rows that are copied to be transposed
+BLOCK_ELEMENTS = 1 << 18  # of the rows in a row-wise step: 1 MiB in float32
 MAX_PART = 2048  # columns of a product that is added to a gradient: 4 MiB for 512 float32 rows
 
 
@@ -76,40 +78,43 @@ def row_weights(weight: Tensor | None, grad: Tensor, like: Tensor) -> Tensor:
     return weight.to(like.dtype) * grad.to(like.dtype)
 
 
-def finish(
-    raw_rows: Tensor, grad: Tensor | None, rows: Tensor, diagonal: Tensor, inverse_norm: Tensor | None, scale: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """From ``sum_{j != i} G_ij other_j`` to the gradient of the raw rows, and to that of the scale.
+def row_blocks(x: Tensor) -> list[slice]:
+    """Parts of the rows for row-wise steps, small enough for the cache."""
+    size = max(1, BLOCK_ELEMENTS // x.shape[1])
+    return [slice(start, start + size) for start in range(0, len(x), size)]
 
-    Adds the positives' part ``G_ii other_i`` (``diagonal``) and goes back through the normalisation. Its dot products
-    with the unit rows are the gradient of the scale, row by row. Without a gradient: an empty tensor and None.
+
+def to_raw_rows(grad: Tensor, rows: Tensor, inverse_norm: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """From ``grad``, the sums ``sum_j G_ij other_j``, to the gradient of the raw rows and that of the scale.
+
+    ``grad`` is overwritten and returned. Its dot products with the rows, which the normalisation needs, sum to the
+    scale's.
     """
-    if grad is None:
-        return raw_rows.new_empty(0), None
-    grad += diagonal
-    dots = (grad * rows).sum(dim=1, keepdim=True)
-    if inverse_norm is not None:
-        grad = grad.addcmul_(dots, rows, value=-1) * inverse_norm
-    return (grad * scale).to(raw_rows.dtype), dots.sum()
+    dots = grad.new_empty(len(grad), 1)
+    for block in row_blocks(grad):
+        part, row = grad[block], rows[block]
+        dot = torch.sum(part * row, dim=1, keepdim=True, out=dots[block])
+        if inverse_norm is not None:
+            part.addcmul_(dot, row, value=-1).mul_(inverse_norm[block])
+        part.mul_(scale)
+    return grad, dots.sum()
 
 
 class RowGradient:
     """``sum_j G_ij other_j`` [n, D], from tiles of G (``add_rows``) and of its transpose (``add_cols``).
 
     Up to ``MAX_TRANSPOSED`` columns, sums over a tile's columns are kept transposed, [D, n]: the products then read the
-    tile as it lies in memory. Wider rows cost more to copy than the tile does: there the tile is transposed, and
+    tile as it lies in memory. Wider rows cost more to copy than the tile does. There the tile is transposed, and
     products are split so that one that waits to be added stays in the cache.
     """
 
-    def __init__(
-        self, like: Tensor, other: Tensor, row_blocks: list[slice], *, by_rows: bool = True, by_cols: bool = True
-    ) -> None:
-        self._other = other
+    def __init__(self, like: Tensor, other: Tensor) -> None:
+        self._like, self._other = like, other
         self._is_wide = like.shape[1] > MAX_TRANSPOSED
-        self._total = torch.zeros_like(like) if by_rows or self._is_wide else None
-        if by_cols and not self._is_wide:
-            self._transposed = {block.start: other[block].T.contiguous() for block in row_blocks}
-            self._by_cols = like.new_zeros(like.shape[1], like.shape[0])
+        self._by_rows: Tensor | None = None
+        self._by_cols: Tensor | None = None
+        self._transposed: dict[int, Tensor] = {}
+        self._lock = threading.Lock()
 
     def add_rows(self, rows: slice, cols: slice, G: Tensor) -> None:
         """Add ``G other_cols`` to the gradient of the tile's rows."""
@@ -117,22 +122,40 @@ class RowGradient:
 
     def add(self, rows: slice, G: Tensor, other: Tensor) -> None:
         """Add ``G other`` to the gradient of the tile's rows."""
-        assert self._total is not None
+        if self._by_rows is None:
+            self._allocate()
+        assert self._by_rows is not None
         for part in self._parts():
             # oneDNN takes a transposed matrix as it is, but a transposed slice of columns a thousand times slower.
-            self._total[rows, part] += product(G, other[:, part].contiguous().T)
+            self._by_rows[rows, part] += product(G, other[:, part].contiguous().T)
 
     def add_cols(self, rows: slice, cols: slice, G: Tensor) -> None:
         """Add ``G^T other_rows`` to the gradient of the tile's columns."""
         if self._is_wide:
             self.add_rows(cols, rows, G.T.contiguous())
-        else:
-            self._by_cols[:, cols] += product(self._transposed[rows.start], G.T)
+            return
+        if self._by_cols is None:
+            self._allocate_transposed()
+        assert self._by_cols is not None
+        if rows.start not in self._transposed:
+            self._transposed[rows.start] = self._other[rows].T.contiguous()
+        self._by_cols[:, cols] += product(self._transposed[rows.start], G.T)
+
+    def _allocate(self) -> None:
+        with self._lock:  # tiles of one round run side by side
+            if self._by_rows is None:
+                self._by_rows = torch.zeros_like(self._like)
+
+    def _allocate_transposed(self) -> None:
+        with self._lock:
+            if self._by_cols is None:
+                self._by_cols = self._like.new_zeros(self._like.shape[1], self._like.shape[0])
 
     def total(self) -> Tensor:
-        if self._total is None:
-            return self._by_cols.T.contiguous()
-        return self._total.add_(self._by_cols.T) if hasattr(self, "_by_cols") else self._total
+        """The sum of everything that was added."""
+        if self._by_rows is None:
+            return torch.zeros_like(self._like) if self._by_cols is None else self._by_cols.T.contiguous()
+        return self._by_rows if self._by_cols is None else self._by_rows.add_(self._by_cols.T)
 
     def _parts(self) -> Iterator[slice]:
         D = self._other.shape[1]

@@ -33,24 +33,23 @@ class Workspace:
         return (flat[: m * k].view(m, k) for flat in self._flat)
 
 
+Tile = Callable[[slice, slice, Workspace], None]
+
+
 def worker_count(n: int, device: torch.device) -> int:
     """Threads that compute tiles of an n x n matrix side by side; 1 means in the calling thread."""
     return min(torch.get_num_threads(), MAX_WORKERS) if device.type == "cpu" and n >= MIN_PARALLEL_ROWS else 1
 
 
 def blocks(n: int, device: torch.device) -> list[slice]:
-    """Row-blocks of equal size, in an even number that splits evenly over the workers."""
+    """Row-blocks of equal size, in an even number that splits evenly over the workers; none for no rows."""
+    if n == 0:
+        return []
     workers = worker_count(n, device)
     largest = MAX_ROWS if device.type == "cpu" else MAX_ROWS_ACCELERATOR
     multiple = 2 * workers if workers > 1 else 1
     count = -(-n // (largest * multiple)) * multiple
     size = -(-n // count)
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
-
-
-def tile_slices(n: int, device: torch.device) -> list[slice]:
-    """The numbers below ``n`` in slices of a tile's size, the largest first; for one worker."""
-    size = MAX_ROWS if device.type == "cpu" else MAX_ROWS_ACCELERATOR
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
@@ -79,7 +78,7 @@ def rectangle_rounds(row_blocks: list[slice], col_blocks: list[slice]) -> Iterat
 
 def for_each_tile(
     rounds: Iterator[Round],
-    work: Callable[[slice, slice, Workspace], None],
+    work: Tile,
     like: Tensor,
     buffers: int,
     columns: int | None = None,
@@ -89,6 +88,8 @@ def for_each_tile(
     The matrix has a row for each of ``like``'s, and as many columns unless ``columns`` says otherwise.
     """
     n, N = len(like), len(like) if columns is None else columns
+    if n == 0 or N == 0:
+        return
     largest = [max(block.stop - block.start for block in blocks(count, like.device)) for count in (n, N)]
     workers = worker_count(min(n, N), like.device)
     if workers == 1:

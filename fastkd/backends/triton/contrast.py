@@ -1,121 +1,182 @@
-"""``contrast`` through the Triton kernels; :mod:`fastkd.backends.triton` exports both functions.
+"""``contrast`` through the Triton kernels: as the blocked backend, on CUDA or in Triton's interpreter.
 
-Labels become int32 numbers: a tile compares them element by element, which costs an instruction a pair. The other way
-to the positives of a label, sums of the keys of each label, would add up rounded p_ij and 1 / |P_i| apart, and lose the
-digits of their difference where a loss has almost converged.
+A tile compares labels element by element, which costs an instruction per pair. The other way to the positives of a
+label, sums of the keys of each label, would add up rounded p_ij and 1 / |P_i| apart, and lose the digits of their
+difference where a loss has almost converged.
 """
 
 import dataclasses
-from types import ModuleType
 
 import torch
 import triton
 from torch import Tensor
 
 from fastkd.backends.masks import Mask
-from fastkd.kernels.contrast import streaming as contrast
-from fastkd.kernels.contrast import wide as contrast_wide
+from fastkd.kernels.contrast import streaming, wide
 from fastkd.kernels.contrast.per_row import Side, coefficients, gradients, statistics, vectors
 from fastkd.kernels.launch import allows_tf32, contrast_fits, hardware_of
 from fastkd.kernels.normalize import padded_width
 
 
-def is_wide(rows: Tensor) -> bool:
+def _is_wide(rows: Tensor) -> bool:
     """Whether dot products come from torch.mm: rows too wide for a tile, or fp32 products that must not be tf32."""
     if not contrast_fits(rows.dtype, padded_width(rows.shape[1]), hardware_of(rows.device)):
         return True
     return rows.is_cuda and rows.dtype == torch.float32 and not allows_tf32()
 
 
-def rounds_to_tf32(rows: Tensor) -> bool:
-    """The streaming kernels' tf32 products would truncate; the interpreter's are exact."""
-    return rows.is_cuda and rows.dtype == torch.float32 and not is_wide(rows)
+def _ready(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Rows padded, rounded to tf32 where products are tf32, normalised if asked; copied only if that changes them."""
+    D, is_wide = rows.shape[1], _is_wide(rows)
+    width = triton.cdiv(D, 8) * 8 if is_wide else padded_width(D)
+    # The streaming kernels' tf32 products would truncate; the interpreter's are exact.
+    to_tf32 = rows.is_cuda and rows.dtype == torch.float32 and not is_wide
+    if not normalize and (not rows.numel() or (width == D and not to_tf32)):
+        return rows.contiguous(), None
+    with torch.cuda.device_of(rows):
+        return vectors(rows, width, normalize=normalize, to_tf32=to_tf32)
 
 
-def numbered(query_labels: Tensor, key_labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels of queries and keys as int32, equal where they are, and each query's number of keys of its label [n]."""
-    query_labels, key_labels = query_labels.contiguous(), key_labels.contiguous()
-    in_order = key_labels.sort().values
-    first = torch.searchsorted(in_order, query_labels, out_int32=True)
-    count = torch.searchsorted(in_order, query_labels, right=True, out_int32=True) - first
-    # A label that no key has would get the number of the next larger one.
-    return first.masked_fill_(count == 0, -1), torch.searchsorted(in_order, key_labels, out_int32=True), count
+def rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """The rows as the kernels multiply them, [n, width], and their inverse norms [n] if they are normalised."""
+    return _ready(raw_rows, normalize)
 
 
-def _sides(
-    query: Tensor, key: Tensor | None, mask: Mask, normalize: bool
-) -> tuple[ModuleType, Side, Side, Tensor | None, Tensor | None, Tensor | None]:
-    """The kernels to use, queries, keys, their inverse norms, and the numbers of positives if those are by label."""
-    D = query.shape[1]
-    width = triton.cdiv(D, 8) * 8 if is_wide(query) else padded_width(D)
-    q, inverse_q = vectors(query, width, normalize=normalize, to_tf32=rounds_to_tf32(query))
-    k, inverse_k = q, inverse_q
-    if key is not None:
-        k, inverse_k = vectors(key, width, normalize=normalize, to_tf32=rounds_to_tf32(query))
-    query_ids, key_ids, count = None, None, None
-    if mask.query_labels is not None and mask.key_labels is not None:
-        query_ids, key_ids, count = numbered(mask.query_labels, mask.key_labels)
-        if mask.exclude_self:
-            count -= 1
-    positive = None if mask.positive_index is None else mask.positive_index.contiguous()
-    queries = Side(vectors=q, labels=query_ids, positive=positive)
-    keys = Side(vectors=k, labels=key_ids)
-    kernels = contrast_wide if is_wide(query) else contrast
-    return kernels, queries, keys, inverse_q, inverse_k, count if mask.by_label else None
+class _Pass:
+    """A rank's queries and keys as the kernels take them; without ``k``, queries are contrasted with each other."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor | None, scale: Tensor, mask: Mask, normalize: bool, is_packed: bool
+    ) -> None:
+        self._kernels = wide if _is_wide(q) else streaming
+        self._scale, self._mask, self._is_self = scale, mask, k is None
+        self._options = {"by_label": mask.by_label, "exclude_self": mask.exclude_self}
+        if is_packed:
+            q, k = _ready(q, False)[0], None if k is None else _ready(k, False)[0]
+        self._labels = mask.labels or (None, None)
+        positive = None if mask.positive_index is None else mask.positive_index.contiguous()
+        self._queries = Side(vectors=q, labels=self._part(0, slice(0, len(q))), positive=positive)
+        k = q if k is None else k
+        self._keys = Side(vectors=k, labels=self._part(1, slice(0, len(k))))
+
+    def _part(self, side: int, rows: slice) -> Tensor | None:
+        labels = self._labels[side]
+        return None if labels is None else labels[rows]
+
+    def _other_keys(self, block: Tensor, cols: slice) -> Side:
+        return Side(vectors=_ready(block, False)[0], first=cols.start, labels=self._part(1, cols))
 
 
-def contrast_forward(
-    query: Tensor, key: Tensor | None, logit_scale: Tensor, weight: Tensor | None, mask: Mask, normalize: bool
-) -> tuple[Tensor, Tensor]:
-    """As :func:`fastkd.backends.blocked.contrast_forward`."""
-    weight = None if weight is None else weight.contiguous()
-    with torch.cuda.device_of(query):
-        kernels, queries, keys, _, _, count = _sides(query, key, mask, normalize)
-        state = kernels.running_statistics(
-            queries, keys, logit_scale, by_label=mask.by_label, exclude_self=mask.exclude_self
-        )
-        loss, stats = statistics(state, weight, count)
-        return loss.sum(), stats
+class Forward(_Pass):
+    """As :class:`fastkd.backends.blocked.contrast.Forward`."""
+
+    _state: Tensor | None = None  # what the kernels carry; None until there were keys
+
+    def add_own(self) -> None:
+        """Add this rank's own keys."""
+        self._add(self._keys)
+
+    def add(self, block: Tensor, cols: slice) -> None:
+        """Add keys [m, D] of other ranks; ``cols``: their places among all keys."""
+        self._add(self._other_keys(block, cols))
+
+    def _add(self, keys: Side) -> None:
+        if len(self._queries.vectors) and len(keys.vectors):
+            with torch.cuda.device_of(keys.vectors):
+                self._state = self._kernels.running_statistics(
+                    self._queries, keys, self._scale, state=self._state, **self._options
+                )
+
+    def finish(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the losses, and two numbers per query, [2, n]."""
+        if self._state is None:
+            return self._scale.new_zeros(()), self._scale.new_zeros(2, 0)
+        count = self._mask.positive_counts(len(self._queries.vectors)) if self._mask.by_label else None
+        with torch.cuda.device_of(self._state):
+            loss, stats = statistics(self._state, None if weight is None else weight.contiguous(), count)
+            return loss.sum(), stats
 
 
-def contrast_backward(
-    query: Tensor,
-    key: Tensor | None,
-    logit_scale: Tensor,
-    weight: Tensor | None,
-    mask: Mask,
-    stats: Tensor,
-    grad_loss: Tensor,
-    normalize: bool,
-    need_query: bool,
-    need_key: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fastkd.backends.blocked.contrast_backward`."""
-    weight = None if weight is None else weight.contiguous()
-    options = {"by_label": mask.by_label, "exclude_self": mask.exclude_self}
-    grad_query, grad_key = query.new_empty(0), query.new_empty(0)
-    with torch.cuda.device_of(query):
-        kernels, queries, keys, inverse_q, inverse_k, _ = _sides(query, key, mask, normalize)
-        coef, unscale = coefficients(stats, weight, grad_loss, by_label=mask.by_label)
-        queries = dataclasses.replace(queries, coef=coef)
+class Backward(_Pass):
+    """As :class:`fastkd.backends.blocked.contrast.Backward`. The tiles hold the positives by index too."""
 
-        def gradient_of(rows: Side, columns: Side, inverse_norm: Tensor | None) -> tuple[Tensor, Tensor]:
-            partial = kernels.gradient_sums(rows, columns, logit_scale, **options)
-            return gradients(
-                partial, rows.vectors, inverse_norm, logit_scale, unscale, D=query.shape[1], dtype=query.dtype
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        scale: Tensor,
+        mask: Mask,
+        normalize: bool,
+        is_packed: bool,
+        stats: Tensor,
+        weight: Tensor | None,
+        grad_loss: Tensor,
+        need_query: bool,
+        need_key: bool,
+    ) -> None:
+        super().__init__(q, k, scale, mask, normalize, is_packed)
+        self._needs = need_query or self._is_self, need_key and not self._is_self
+        self._of_queries: Tensor | None = None  # sums of the gradients; None until there was something to add
+        self._of_keys: Tensor | None = None
+        if stats.shape[1]:
+            weight = None if weight is None else weight.contiguous()
+            with torch.cuda.device_of(q):
+                self._coef, self._unscale = coefficients(stats, weight, grad_loss, by_label=mask.by_label)
+            self._queries = dataclasses.replace(self._queries, coef=self._coef[:, : len(q)])
+
+    def _sums(self, rows: Side, columns: Side, sums: Tensor | None) -> Tensor | None:
+        if not (len(rows.vectors) and len(columns.vectors)):
+            return sums
+        with torch.cuda.device_of(rows.vectors):
+            return self._kernels.gradient_sums(rows, columns, self._scale, partial=sums, **self._options)
+
+    def add_own(self) -> None:
+        """Add the products of own queries and own keys, for both gradients."""
+        if self._needs[0]:
+            keys = self._queries if self._is_self else self._keys
+            self._of_queries = self._sums(self._queries, keys, self._of_queries)
+        if self._needs[1]:
+            self._of_keys = self._sums(self._keys, self._queries, self._of_keys)
+
+    def add(self, block: Tensor, cols: slice) -> None:
+        """Add keys [m, D] of other ranks, which are queries too where queries are contrasted with each other."""
+        if self._needs[0]:
+            keys = self._other_keys(block, cols)
+            if self._is_self:
+                keys = dataclasses.replace(keys, coef=self._coef[:, cols], positive=self._no_positive(len(block)))
+            self._of_queries = self._sums(self._queries, keys, self._of_queries)
+
+    def add_queries(self, block: Tensor, queries: slice) -> None:
+        """Add queries [m, D] of other ranks, for the gradient of this rank's keys."""
+        if self._needs[1]:
+            columns = Side(
+                vectors=_ready(block, False)[0],
+                first=queries.start,
+                labels=self._part(0, queries),
+                positive=self._no_positive(len(block)),
+                coef=self._coef[:, queries],
             )
+            self._of_keys = self._sums(self._keys, columns, self._of_keys)
 
-        # The gradient of logit_scale falls out of either side's, so one side is always computed.
-        if key is None:
-            grad_query, dots = gradient_of(queries, queries, inverse_q)
-            dots = dots / 2  # a logit counts in both of its rows
-        elif need_query or not need_key:
-            grad_query, dots = gradient_of(queries, keys, inverse_q)
-            if need_key:
-                grad_key, _ = gradient_of(keys, queries, inverse_k)
-        else:
-            grad_key, dots = gradient_of(keys, queries, inverse_k)
-        grad_scale = dots.sum().to(logit_scale.dtype)
-    if not need_query:
-        grad_query = query.new_empty(0)
-    return grad_query, grad_key, grad_scale
+    def _no_positive(self, n: int) -> Tensor | None:
+        """Queries of other ranks have no positive by index among this rank's keys."""
+        index = self._mask.positive_index
+        return None if index is None else index.new_full((n,), -1)
+
+    def finish(
+        self, inverse_q: Tensor | None, inverse_k: Tensor | None, dtype: torch.dtype, D: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the raw queries and keys (empty if not needed) and this rank's part of the scale's."""
+        found, grad_scale = [], self._scale.new_zeros(())
+        sides = (self._of_keys, self._keys, inverse_k), (self._of_queries, self._queries, inverse_q)
+        for need, (sums, side, inverse_norm) in zip((self._needs[1], self._needs[0]), sides, strict=True):
+            if sums is None:  # not needed, or zero
+                shape = side.vectors.shape[0], D
+                found.append(side.vectors.new_zeros(shape if need else 0, dtype=dtype))
+                continue
+            inverse_norm = None if inverse_norm is None else inverse_norm.reshape(-1)
+            with torch.cuda.device_of(sums):
+                grad, dots = gradients(sums, side.vectors, inverse_norm, self._scale, self._unscale, D=D, dtype=dtype)
+            found.append(grad)
+            grad_scale = dots.sum()
+        return found[1], found[0], grad_scale / 2 if self._is_self else grad_scale

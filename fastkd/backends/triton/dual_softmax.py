@@ -1,4 +1,4 @@
-"""``dual_softmax`` through the Triton kernels: as :mod:`fastkd.backends.blocked.dual_softmax`, on CUDA or in the interpreter.
+"""``dual_softmax`` through the Triton kernels: as the blocked backend, on CUDA or in Triton's interpreter.
 
 The kernels carry the statistics of the columns seen so far, and the sums of the gradients, from one block to the next.
 """
@@ -6,13 +6,12 @@ The kernels carry the statistics of the columns seen so far, and the sums of the
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from fastkd.backends.blocked.sums import MAX_SHARED_SCALE
-from fastkd.kernels.dual_softmax import streaming as dual_softmax
-from fastkd.kernels.dual_softmax import wide as dual_softmax_wide
+from fastkd.kernels.contrast.per_row import vectors
+from fastkd.kernels.dual_softmax import streaming, wide
 from fastkd.kernels.dual_softmax.per_row import coefficients, gradients, statistics
 from fastkd.kernels.launch import allows_tf32, fits, hardware_of
 from fastkd.kernels.normalize import padded_width, unit_rows
@@ -20,66 +19,87 @@ from fastkd.kernels.normalize import padded_width, unit_rows
 
 def _is_wide(rows: Tensor) -> bool:
     """Whether the cosines come from torch.mm: rows too wide for a tile, or fp32 products that must not be tf32."""
-    if not fits(rows.dtype, padded_width(rows.shape[1]), hardware_of(rows.device)):
+    if not fits(rows.dtype, padded_width(rows.shape[-1]), hardware_of(rows.device)):
         return True
     return rows.is_cuda and rows.dtype == torch.float32 and not allows_tf32()
 
 
 def _width(rows: Tensor) -> int:
-    D = rows.shape[1]
+    """The width that the kernels want rows padded to."""
+    D = rows.shape[-1]
     return triton.cdiv(D, 8) * 8 if _is_wide(rows) else padded_width(D)
 
 
+def _to_tf32(rows: Tensor) -> bool:
+    """Whether rows must be rounded to tf32: the streaming kernels' products would truncate them on a GPU."""
+    return rows.is_cuda and rows.dtype == torch.float32 and not _is_wide(rows)
+
+
 def units(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    to_tf32 = a.is_cuda and a.dtype == torch.float32 and not _is_wide(a)
+    """The unit rows of both sides as the kernels multiply them, [2, n, width], and their inverse norms [2, n]."""
     with torch.cuda.device_of(a):
-        return unit_rows(a, b, width=_width(a), to_tf32=to_tf32)
+        return unit_rows(a, b, width=_width(a), to_tf32=_to_tf32(a))
 
 
 class _Pass:
-    """A rank's rows, padded with zeros to a tile's width, and the kernels that fit them."""
+    """A rank's rows as the kernels multiply them, and the kernels that fit them.
 
-    def __init__(self, units: Tensor, scale: Tensor, scale_bound: float) -> None:
-        self._kernels = dual_softmax_wide if _is_wide(units[0]) else dual_softmax
-        self._padded = max(units.shape[2], _width(units[0]))
-        self._units, self._scale = self._pad(units), scale
+    ``units`` [2, n, D]: what :func:`units` made, or, if ``is_packed``, rows of an exchange. ``columns``: how many will
+    come.
+    """
+
+    def __init__(self, units: Tensor, scale: Tensor, scale_bound: float, columns: int, is_packed: bool) -> None:
+        self._kernels = wide if _is_wide(units) else streaming
+        self._units = self._ready(units) if is_packed else units
+        self._scale, self._columns = scale, columns
         self._bounded = scale_bound <= MAX_SHARED_SCALE
-        self._sums: Tensor | None = None  # STATE or PARTIAL; None until there were columns
+        self._sums: Tensor | None = None  # what the kernels carry; None until there were columns
 
-    def _pad(self, columns: Tensor) -> Tensor:
-        missing = self._padded - columns.shape[2]
-        return F.pad(columns, (0, missing)) if missing else columns.contiguous()
+    def _ready(self, rows: Tensor) -> Tensor:
+        """Rows padded with zeros and, where products are tf32, rounded to it; a copy only where that changes them."""
+        width = _width(rows)
+        if (width == rows.shape[2] and not _to_tf32(rows)) or not rows.numel():
+            return rows.contiguous()
+        with torch.cuda.device_of(rows):
+            ready, _ = vectors(rows.flatten(0, 1), width, normalize=False, to_tf32=_to_tf32(rows))
+        return ready.view(2, -1, width)
 
     def add_own(self) -> None:
+        """Add the rows themselves as columns: row i's positive is column i."""
         if self._units.numel():
-            self._add(self._units, 0, 0)
+            self._add(self._units, 0, slice(0, self._units.shape[1]))
 
-    def add(self, columns: Tensor, start: int = 0) -> None:
-        """Row i's positive is column ``i + offset``: beyond the columns of other ranks."""
-        if self._units.numel() and columns.numel():
-            self._add(self._pad(columns), columns.shape[1], start)
+    def add(self, block: Tensor, cols: slice) -> None:
+        """Add columns [2, m, D] of other ranks. A positive is then ``offset`` columns away, beyond the block."""
+        if self._units.numel() and block.numel():
+            self._add(self._ready(block), block.shape[1], cols)
+
+    def _add(self, columns: Tensor, offset: int, cols: slice) -> None:
+        raise NotImplementedError
 
 
 class Forward(_Pass):
     """As :class:`fastkd.backends.blocked.dual_softmax.Forward`."""
 
-    def _add(self, columns: Tensor, offset: int, start: int) -> None:
+    def _add(self, columns: Tensor, offset: int, cols: slice) -> None:
         with torch.cuda.device_of(columns):
             self._sums = self._kernels.running_statistics(
                 self._units, columns, self._scale, offset=offset, bounded=self._bounded, state=self._sums
             )
 
-    def finish(self, weight: Tensor | None, forward_kl: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, weight: Tensor | None, is_swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted sums of contrast and consistency, and [3, n]: both log-sum-exps and E."""
         if self._sums is None:
             nothing = self._scale.new_zeros(3, 0)
             return nothing[0].sum(), nothing[1].sum(), nothing
         weight = None if weight is None else weight.contiguous()
         with torch.cuda.device_of(self._sums):
-            loss, stats = statistics(self._sums, self._scale, weight, swapped=not forward_kl)
+            loss, stats = statistics(self._sums, self._scale, weight, swapped=is_swapped)
             return loss[0].sum(), loss[1].sum(), stats
 
 
 def numbers(stats: Tensor) -> Tensor:
+    """What the owner of a column needs of a row, [3, n]: all that the kernels keep."""
     return stats
 
 
@@ -87,32 +107,55 @@ class Backward(_Pass):
     """As :class:`fastkd.backends.blocked.dual_softmax.Backward`."""
 
     def __init__(
-        self, units: Tensor, scale: Tensor, scale_bound: float, stats: Tensor, everyone: Tensor, weight: Tensor | None,
-        grads: tuple[Tensor, Tensor], forward_kl: bool, need_a: bool, need_b: bool,
-    ) -> None:  # fmt: skip
-        super().__init__(units, scale, scale_bound)
+        self,
+        units: Tensor,
+        scale: Tensor,
+        scale_bound: float,
+        columns: int,
+        is_packed: bool,
+        stats: Tensor,
+        upstream: Any,
+        is_swapped: bool,
+        need_a: bool,
+        need_b: bool,
+    ) -> None:
+        super().__init__(units, scale, scale_bound, columns, is_packed)
         self._needs: dict[str, Any] = {"need_a": need_a, "need_b": need_b}
+        everyone, weight, *grads = upstream
         weight = None if weight is None else weight.contiguous()
         with torch.cuda.device_of(units):
             self._coef, self._unscale = coefficients(
-                everyone, weight, *grads, scale, swapped=not forward_kl, bounded=self._bounded
+                everyone, weight, *grads, scale, swapped=is_swapped, bounded=self._bounded
             )
 
-    def _add(self, columns: Tensor, offset: int, start: int) -> None:
+    def _add(self, columns: Tensor, offset: int, cols: slice) -> None:
         with torch.cuda.device_of(columns):
             self._sums = self._kernels.gradient_sums(
-                self._units, columns, self._coef[:, : self._units.shape[1]],
-                self._coef[:, start : start + columns.shape[1]], self._scale, offset=offset, bounded=self._bounded,
-                partial=self._sums, **self._needs,
-            )  # fmt: skip
+                self._units,
+                columns,
+                self._coef[:, : self._units.shape[1]],
+                self._coef[:, cols],
+                self._scale,
+                offset=offset,
+                bounded=self._bounded,
+                partial=self._sums,
+                **self._needs,
+            )
 
     def finish(self, inverse_norm: Tensor, dtype: torch.dtype, D: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the raw rows in ``dtype`` (empty if not needed), and this rank's part of the scale's."""
         if self._sums is None:
             empty = self._units.new_empty((0, D), dtype=dtype)
             return empty, empty, self._scale.new_zeros(())
         with torch.cuda.device_of(self._sums):
             grad_a, grad_b, dots = gradients(
-                self._sums, self._units, inverse_norm.reshape(2, -1), self._scale, self._unscale, D=D, dtype=dtype,
+                self._sums,
+                self._units,
+                inverse_norm.reshape(2, -1),
+                self._scale,
+                self._unscale,
+                D=D,
+                dtype=dtype,
                 **self._needs,
-            )  # fmt: skip
+            )
         return grad_a, grad_b, dots.sum()
