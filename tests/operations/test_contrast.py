@@ -15,7 +15,7 @@ from fastkd.backends.blocked import contrast as blocked_contrast
 from fastkd.backends.blocked import sums as blocked_shared
 from fastkd.backends.blocked import tiles
 from fastkd.backends.masks import Mask
-from fastkd.ops.contrast import contrast
+from fastkd.ops.contrast import contrast, contrast_backward
 from tests.helpers.checks import assert_close, embeddings, relative_error, value_and_grads
 from tests.operations.test_backends import LargestTensor
 
@@ -336,10 +336,12 @@ def test_no_tensor_grows_with_the_number_of_pairs(mode: str, scale: float, monke
     q, k, mask = make_rows(mode, 4096, 3000, 16)
     monkeypatch.setattr(tiles, "worker_count", lambda *_: 1)  # the recording sees the calling thread alone
     key = None if mask.exclude_self else k.float()
-    query, c, one = q.float(), torch.tensor(scale), torch.tensor(1.0)
+    key_labels = None if key is None else mask.key_labels
+    labels = mask.query_labels, key_labels, mask.positive_index
+    inputs = q.float(), key, torch.tensor(scale), None, *labels
     with LargestTensor() as largest:
-        _, stats = blocked_contrast.contrast_forward(query, key, c, None, mask, True)
-        blocked_contrast.contrast_backward(query, key, c, None, mask, stats, one, True, True, True)
+        _, stats = contrast(*inputs, mask.by_label, True, "blocked")
+        contrast_backward(*inputs, stats, torch.tensor(1.0), mask.by_label, True, True, True, "blocked")
     assert 0 < largest.elements <= tiles.MAX_ROWS**2
 
 

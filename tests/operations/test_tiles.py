@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastkd import dcd_loss, info_nce_loss
-from fastkd.backends import blocked
 from fastkd.backends.blocked import contrast as blocked_contrast
+from fastkd.backends.blocked import dual_softmax as blocked_dual_softmax
 from fastkd.backends.blocked import tiles
 from tests.helpers.checks import assert_close, embeddings, value_and_grads
 
@@ -63,7 +63,7 @@ def test_results_are_the_same_bits_for_any_number_of_workers(scale: float, monke
     student, teacher = embeddings(n, 24, dtype=torch.float32)
     inputs = student, teacher, torch.tensor(scale)
     row_blocks = tiles.blocks(n, CPU)
-    for module in (blocked, blocked_contrast, tiles):
+    for module in (blocked_dual_softmax, blocked_contrast, tiles):
         monkeypatch.setattr(module, "blocks", lambda *_: row_blocks)
     results = []
     for workers in (2, 3, 4):

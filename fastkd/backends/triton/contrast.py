@@ -167,16 +167,22 @@ class Backward(_Pass):
         self, inverse_q: Tensor | None, inverse_k: Tensor | None, dtype: torch.dtype, D: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the raw queries and keys (empty if not needed) and this rank's part of the scale's."""
-        found, grad_scale = [], self._scale.new_zeros(())
-        sides = (self._of_keys, self._keys, inverse_k), (self._of_queries, self._queries, inverse_q)
-        for need, (sums, side, inverse_norm) in zip((self._needs[1], self._needs[0]), sides, strict=True):
-            if sums is None:  # not needed, or zero
-                shape = side.vectors.shape[0], D
-                found.append(side.vectors.new_zeros(shape if need else 0, dtype=dtype))
-                continue
-            inverse_norm = None if inverse_norm is None else inverse_norm.reshape(-1)
-            with torch.cuda.device_of(sums):
-                grad, dots = gradients(sums, side.vectors, inverse_norm, self._scale, self._unscale, D=D, dtype=dtype)
-            found.append(grad)
-            grad_scale = dots.sum()
-        return found[1], found[0], grad_scale / 2 if self._is_self else grad_scale
+        empty = self._scale.new_zeros(0, dtype=dtype)
+        grad_query = grad_key = empty
+        grad_scale = self._scale.new_zeros(())
+        if self._needs[1]:
+            grad_key, grad_scale = self._raw(self._of_keys, self._keys, inverse_k, dtype, D)
+        if self._needs[0]:  # on all ranks the same side must yield the gradient of the scale, also where it is zero
+            grad_query, grad_scale = self._raw(self._of_queries, self._queries, inverse_q, dtype, D)
+        return grad_query, grad_key, grad_scale / 2 if self._is_self else grad_scale
+
+    def _raw(
+        self, sums: Tensor | None, side: Side, inverse_norm: Tensor | None, dtype: torch.dtype, D: int
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of a side's raw rows, and its part of the scale's."""
+        if sums is None:
+            return side.vectors.new_zeros(len(side.vectors), D, dtype=dtype), self._scale.new_zeros(())
+        inverse_norm = None if inverse_norm is None else inverse_norm.reshape(-1)
+        with torch.cuda.device_of(sums):
+            grad, dots = gradients(sums, side.vectors, inverse_norm, self._scale, self._unscale, D=D, dtype=dtype)
+        return grad, dots.sum()
