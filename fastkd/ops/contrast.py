@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastkd.backends import implementation
+from fastkd.backends.inputs import ContrastRows, ContrastUpstream
 from fastkd.backends.masks import Mask, label_codes
 from fastkd.distributed.agree import Peers
 from fastkd.distributed.exchange import Alone, Exchange, start, start_numbers
@@ -32,41 +33,35 @@ class _Side(NamedTuple):
     gathered: Tensor | None = None
 
 
-def _forward(
-    queries: _Side, keys: _Side, scale: Tensor, weight: Tensor | None, mask: Mask, normalize: bool, backend: str
-) -> tuple[Tensor, Tensor]:
+def _rows(queries: _Side, keys: _Side, logit_scale: Tensor, mask: Mask, like: Tensor, normalize: bool) -> ContrastRows:
+    scale, k = logit_scale.to(accumulation_dtype(like.dtype)), None if mask.exclude_self else keys.rows
+    return ContrastRows(queries.rows, k, scale, mask, normalize, keys.exchange.total, keys.exchange.is_packed)
+
+
+def _forward(rows: ContrastRows, keys: _Side, weight: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     """The weighted sum over this rank's queries, and two numbers per query for the backward, [2, n]."""
-    k = None if mask.exclude_self else keys.rows
-    is_packed = keys.exchange.is_packed
-    state = implementation("contrast", backend).Forward(queries.rows, k, scale, mask, normalize, is_packed)
+    state = implementation("contrast", backend).Forward(rows)
     for cols, block in keys.exchange.columns(keys.rows[None], keys.gathered):
         state.add_own() if cols == keys.exchange.own else state.add(block[0], cols)
     return state.finish(weight)
 
 
 def _backward(
+    rows: ContrastRows,
     queries: _Side,
     keys: _Side,
-    scale: Tensor,
-    weight: Tensor | None,
-    mask: Mask,
-    stats: Tensor,
-    grad_loss: Tensor,
+    upstream: ContrastUpstream,
     needs: tuple[bool, bool, bool],
     like: Tensor,
-    normalize: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries and keys (empty where not needed), as wide as ``like`` and in its dtype; of the scale."""
     need_query, need_key, need_scale = needs
     # The gradient of logit_scale falls out of either side's. On all ranks the same side must yield it.
     with_query = need_query or need_scale or not need_key
-    k, is_packed = None if mask.exclude_self else keys.rows, keys.exchange.is_packed
-    state = implementation("contrast", backend).Backward(
-        queries.rows, k, scale, mask, normalize, is_packed, stats, weight, grad_loss, with_query, need_key
-    )
+    state = implementation("contrast", backend).Backward(rows, upstream, with_query, need_key)
     # In a ring every rank must take part, whatever it needs itself.
-    if with_query or mask.exclude_self or keys.exchange.is_ring:
+    if with_query or rows.keys is None or keys.exchange.is_ring:
         for cols, block in keys.exchange.columns(keys.rows[None], keys.gathered):
             state.add_own() if cols == keys.exchange.own else state.add(block[0], cols)
     else:
@@ -79,15 +74,12 @@ def _backward(
     return grad_query if need_query else grad_query.new_empty(0), grad_key, grad_scale
 
 
-def _alone(
-    query: Tensor, key: Tensor | None, logit_scale: Tensor, normalize: bool, backend: str
-) -> tuple[_Side, _Side, Tensor]:
-    """Queries, keys and scale of one rank, as the backend computes with them."""
-    rows = implementation("contrast", backend).rows
+def _alone(query: Tensor, key: Tensor | None, normalize: bool, backend: str) -> tuple[_Side, _Side]:
+    """Queries and keys of one rank, as the backend computes with them."""
+    make = implementation("contrast", backend).rows
     exchange = Alone(len(query if key is None else key))
-    queries = _Side(exchange, *rows(query, normalize))
-    keys = queries if key is None else _Side(exchange, *rows(key, normalize))
-    return queries, keys, logit_scale.to(accumulation_dtype(query.dtype))
+    queries = _Side(exchange, *make(query, normalize))
+    return queries, queries if key is None else _Side(exchange, *make(key, normalize))
 
 
 @torch.library.custom_op("fastkd::contrast", mutates_args=())
@@ -117,8 +109,8 @@ def contrast(
     """
     mask = _mask(key, query_labels, key_labels, positive_index, by_label)
     with torch.autocast(query.device.type, enabled=False):
-        queries, keys, scale = _alone(query, key, logit_scale, normalize, backend)
-        return _forward(queries, keys, scale, weight, mask, normalize, backend)
+        queries, keys = _alone(query, key, normalize, backend)
+        return _forward(_rows(queries, keys, logit_scale, mask, query, normalize), keys, weight, backend)
 
 
 @contrast.register_fake
@@ -147,10 +139,12 @@ def contrast_backward(
     """Gradients of query and key (empty where not needed, or absent) and of logit_scale, in their inputs' dtypes."""
     mask, needs = _mask(key, query_labels, key_labels, positive_index, by_label), (need_query, need_key, False)
     with torch.autocast(query.device.type, enabled=False):
-        queries, keys, scale = _alone(query, key, logit_scale, normalize, backend)
-        grad_query, grad_key, grad_scale = _backward(
-            queries, keys, scale, weight, mask, stats, grad_loss, needs, query, normalize, backend
+        queries, keys = _alone(query, key, normalize, backend)
+        rows, upstream = (
+            _rows(queries, keys, logit_scale, mask, query, normalize),
+            ContrastUpstream(stats, weight, grad_loss),
         )
+        grad_query, grad_key, grad_scale = _backward(rows, queries, keys, upstream, needs, query, backend)
     return grad_query, grad_key, grad_scale.to(logit_scale.dtype)
 
 
@@ -250,8 +244,8 @@ class GlobalContrast(torch.autograd.Function):
                 by_label=by_label,
                 exclude_self=is_self,
             )
-            scale = logit_scale.to(accumulation_dtype(query.dtype))
-            total, stats = _forward(queries, keys, scale, weight, mask, normalize, backend)
+            rows = _rows(queries, keys, logit_scale, mask, query, normalize)
+            total, stats = _forward(rows, keys, weight, backend)
             numbers = stats if weight is None else torch.cat([stats, weight.to(stats.dtype)[None]])
             # Not among the saved tensors: they are still arriving, and autograd would take that for a change.
             ctx.numbers = start_numbers(peers, numbers.T) if needs_numbers else None
@@ -287,10 +281,9 @@ class GlobalContrast(torch.autograd.Function):
             if ctx.numbers is not None:
                 numbers = ctx.numbers.wait(queries.exchange).T.contiguous()
                 stats, weight = numbers[:2], None if weight is None else numbers[2]
-            scale = logit_scale.to(accumulation_dtype(ctx.like.dtype))
-            found = _backward(
-                queries, keys, scale, weight, ctx.mask, stats, grad_loss, needs, ctx.like, ctx.normalize, ctx.backend
-            )
+            rows = _rows(queries, keys, logit_scale, ctx.mask, ctx.like, ctx.normalize)
+            upstream = ContrastUpstream(stats, weight, grad_loss)
+            found = _backward(rows, queries, keys, upstream, needs, ctx.like, ctx.backend)
         grads = (*found[:2], found[2].to(logit_scale.dtype))
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 8
 

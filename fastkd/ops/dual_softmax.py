@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastkd.backends import implementation
+from fastkd.backends.inputs import DualRows, DualUpstream
 from fastkd.distributed.agree import Peers
 from fastkd.distributed.exchange import Alone, Exchange, start, start_numbers
 from fastkd.distributed.group import exchange_dtype
@@ -46,38 +47,28 @@ class _Options(NamedTuple):
         return implementation("dual_softmax", self.backend)
 
 
+def _rows(exchange: Exchange | Alone, units: Tensor, logit_scale: Tensor, like: Tensor, options: _Options) -> DualRows:
+    scale = logit_scale.to(accumulation_dtype(like.dtype))
+    return DualRows(units, scale, options.scale_bound, exchange.total, exchange.is_packed)
+
+
 def _forward(
-    exchange: Exchange | Alone,
-    units: Tensor,
-    gathered: Tensor | None,
-    scale: Tensor,
-    weight: Tensor | None,
-    options: _Options,
+    exchange: Exchange | Alone, rows: DualRows, gathered: Tensor | None, weight: Tensor | None, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The weighted sums of contrast and consistency, and the statistics of the rank's rows ``units`` [2, n, D]."""
-    state = options.module.Forward(units, scale, options.scale_bound, exchange.total, exchange.is_packed)
-    for cols, block in exchange.columns(units, gathered):
+    """The weighted sums of contrast and consistency, and the statistics of the rank's rows."""
+    state = options.module.Forward(rows)
+    for cols, block in exchange.columns(rows.units, gathered):
         state.add_own() if cols == exchange.own else state.add(block, cols)
     return state.finish(weight, options.is_swapped)
 
 
-class _Upstream(NamedTuple):
-    """What a backward starts from: numbers of all columns, their weights, and the gradients of the two sums."""
-
-    numbers: Tensor  # [3, N], the rank's own first
-    weight: Tensor | None  # [N]
-    grad_contrast: Tensor
-    grad_consistency: Tensor
-
-
 def _backward(
     exchange: Exchange | Alone,
-    units: Tensor,
+    rows: DualRows,
     gathered: Tensor | None,
     inverse_norm: Tensor,
-    logit_scale: Tensor,
     stats: Tensor,
-    upstream: _Upstream,
+    upstream: DualUpstream,
     needs: tuple[bool, bool, bool],
     like: Tensor,
     options: _Options,
@@ -86,25 +77,13 @@ def _backward(
     need_a, need_b = options.pair(needs[0], needs[1])
     # The gradient of logit_scale falls out of either side's. On all ranks the same side must yield it.
     with_a = need_a or needs[2] or not need_b
-    scale = logit_scale.to(accumulation_dtype(like.dtype))
-    state = options.module.Backward(
-        units,
-        scale,
-        options.scale_bound,
-        exchange.total,
-        exchange.is_packed,
-        stats,
-        upstream,
-        options.is_swapped,
-        with_a,
-        need_b,
-    )
-    for cols, block in exchange.columns(units, gathered):
+    state = options.module.Backward(rows, stats, upstream, with_a, need_b)
+    for cols, block in exchange.columns(rows.units, gathered):
         state.add_own() if cols == exchange.own else state.add(block, cols)
     grad_a, grad_b, grad_scale = state.finish(inverse_norm, like.dtype, like.shape[1])
     if not need_a:
         grad_a = grad_a.new_empty(0)
-    return *options.pair(grad_a, grad_b), grad_scale.to(logit_scale.dtype)
+    return *options.pair(grad_a, grad_b), grad_scale
 
 
 @torch.library.custom_op("fastkd::dual_softmax", mutates_args=())
@@ -124,8 +103,8 @@ def dual_softmax(
     options = _Options(consistency, scale_bound, backend)
     with torch.autocast(student.device.type, enabled=False):
         units, _ = options.module.units(*options.pair(student, teacher))
-        scale = logit_scale.to(accumulation_dtype(student.dtype))
-        return _forward(Alone(len(student)), units, None, scale, weight, options)
+        alone = Alone(len(student))
+        return _forward(alone, _rows(alone, units, logit_scale, student, options), None, weight, options)
 
 
 @dual_softmax.register_fake
@@ -154,9 +133,13 @@ def dual_softmax_backward(
     options, needs = _Options(consistency, scale_bound, backend), (need_student, need_teacher, False)
     with torch.autocast(student.device.type, enabled=False):
         units, inverse_norm = options.module.units(*options.pair(student, teacher))
-        upstream = _Upstream(options.module.numbers(stats), weight, grad_contrast, grad_consistency)
+        upstream = DualUpstream(
+            options.module.numbers(stats), weight, grad_contrast, grad_consistency, options.is_swapped
+        )
         alone = Alone(len(student))
-        return _backward(alone, units, None, inverse_norm, logit_scale, stats, upstream, needs, student, options)
+        rows = _rows(alone, units, logit_scale, student, options)
+        *grads, grad_scale = _backward(alone, rows, None, inverse_norm, stats, upstream, needs, student, options)
+    return grads[0], grads[1], grad_scale.to(logit_scale.dtype)
 
 
 @dual_softmax_backward.register_fake
@@ -207,8 +190,8 @@ class GlobalDualSoftmax(torch.autograd.Function):
         with torch.autocast(student.device.type, enabled=False):
             pair = options.pair(student, teacher)
             exchange, units, inverse_norm, gathered = start(peers, pair, exchange_dtype(student.dtype))
-            scale = logit_scale.to(inverse_norm.dtype)
-            contrast, consistency_sum, stats = _forward(exchange, units, gathered, scale, weight, options)
+            rows = _rows(exchange, units, logit_scale, student, options)
+            contrast, consistency_sum, stats = _forward(exchange, rows, gathered, weight, options)
             ctx.exchange, ctx.weighted, ctx.like = exchange, weight is not None, student.new_empty(0, student.shape[1])
             numbers = options.module.numbers(stats)
             if weight is not None:
@@ -227,8 +210,10 @@ class GlobalDualSoftmax(torch.autograd.Function):
             numbers, weight = ctx.numbers.wait(ctx.exchange).T.contiguous(), None
             if ctx.weighted:
                 numbers, weight = numbers[:-1], numbers[-1]
-            upstream = _Upstream(numbers, weight, grad_contrast, grad_consistency)
-            found = _backward(
-                ctx.exchange, units, gathered, inverse_norm, logit_scale, stats, upstream, needs, ctx.like, ctx.options
+            upstream = DualUpstream(numbers, weight, grad_contrast, grad_consistency, ctx.options.is_swapped)
+            rows = _rows(ctx.exchange, units, logit_scale, ctx.like, ctx.options)
+            *grads, grad_scale = _backward(
+                ctx.exchange, rows, gathered, inverse_norm, stats, upstream, needs, ctx.like, ctx.options
             )
-        return *(grad if need else None for grad, need in zip(found, needs, strict=True)), *[None] * 5
+        grads.append(grad_scale.to(logit_scale.dtype))
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 5

@@ -58,17 +58,8 @@ def multiscale_pool_backward(
 
 
 @multiscale_pool_backward.register_fake
-def _(
-    grad: Tensor,
-    unit: Tensor | None,
-    inverse_norm: Tensor,
-    size: list[int],
-    windows: list[int],
-    strides: list[int],
-    channels_last: bool,
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
+def _(grad: Tensor, _unit: Tensor | None, _inverse_norm: Tensor, size: list[int], *inputs: Any) -> Tensor:
+    channels_last, dtype = inputs[-3:-1]
     return _empty_gradient(grad, size, channels_last, dtype)
 
 

@@ -34,18 +34,10 @@ def soft_target(
 
 
 @soft_target.register_fake
-def _(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    temperature: float,
-    label_smoothing: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(student_logits: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(student_logits.dtype)
     sums = [student_logits.new_empty((), dtype=dtype) for _ in range(2)]
-    return sums[0], sums[1], student_logits.new_empty((SAVED[backend], student_logits.shape[0]), dtype=dtype)
+    return sums[0], sums[1], student_logits.new_empty((SAVED[inputs[-1]], student_logits.shape[0]), dtype=dtype)
 
 
 @torch.library.custom_op("fastkd::soft_target_backward", mutates_args=())
@@ -64,31 +56,12 @@ def soft_target_backward(
     """Gradient of the student's logits, in their dtype, from the upstream gradients of the two sums."""
     with torch.autocast(student_logits.device.type, enabled=False):
         return implementation("soft_target", backend).soft_target_backward(
-            student_logits,
-            teacher_logits,
-            labels,
-            weight,
-            stats,
-            grad_ce,
-            grad_kd,
-            temperature,
-            label_smoothing,
+            student_logits, teacher_logits, labels, weight, stats, grad_ce, grad_kd, temperature, label_smoothing
         )
 
 
 @soft_target_backward.register_fake
-def _(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    stats: Tensor,
-    grad_ce: Tensor,
-    grad_kd: Tensor,
-    temperature: float,
-    label_smoothing: float,
-    backend: str,
-) -> Tensor:
+def _(student_logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(student_logits, memory_format=torch.contiguous_format)
 
 

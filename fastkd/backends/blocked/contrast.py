@@ -22,15 +22,18 @@ from torch import Tensor
 from fastkd.backends.blocked.gemm import product
 from fastkd.backends.blocked.sums import (
     MAX_SHARED_SCALE,
+    LabelSums,
     OnlineSums,
     PlainSums,
     RowGradient,
+    add_rows,
     beyond_positive,
     row_blocks,
     row_weights,
     to_raw_rows,
 )
 from fastkd.backends.blocked.tiles import Tile, Workspace, blocks, for_each_tile, pair_rounds, rectangle_rounds
+from fastkd.backends.inputs import ContrastRows, ContrastUpstream
 from fastkd.backends.masks import Mask
 from fastkd.numerics import accumulation_dtype, unit_rows, weighted_sum
 
@@ -47,31 +50,27 @@ def rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     return units, inverse_norm
 
 
-def _are_bounded(q: Tensor, k: Tensor, scale: Tensor, normalize: bool, is_packed: bool) -> bool:
+def _are_bounded(q: Tensor, k: Tensor, rows: ContrastRows) -> bool:
     """Whether one plain exponential per logit is safe; looks only where that costs no wait, on a CPU."""
-    if q.device.type != "cpu" or (is_packed and not normalize):  # other ranks' rows may be longer
+    if q.device.type != "cpu" or (rows.is_packed and not rows.normalized):  # other ranks' rows may be longer
         return False
-    bound = abs(scale.item())
-    if not normalize:
-        longest = [torch.linalg.vector_norm(rows, dim=1).amax().item() for rows in ((q,) if q is k else (q, k))]
+    bound = abs(rows.scale.item())
+    if not rows.normalized:
+        longest = [torch.linalg.vector_norm(x, dim=1).amax().item() for x in ((q,) if q is k else (q, k))]
         bound *= longest[0] * longest[-1]
     return bound <= MAX_SHARED_SCALE
 
 
 class _Pass:
-    """A rank's queries and keys in the accumulation dtype, which is the scale's.
+    """A rank's queries and keys in the accumulation dtype, and what the masks take out of a tile."""
 
-    ``k`` is None where queries are contrasted with each other. ``normalize``: the rows have length 1 or 0.
-    ``is_packed``: they are rows of an exchange, and other ranks' will follow.
-    """
-
-    def __init__(
-        self, q: Tensor, k: Tensor | None, scale: Tensor, mask: Mask, normalize: bool, is_packed: bool
-    ) -> None:
-        self._q = q.to(scale.dtype)
-        self._k = self._q if k is None else k.to(scale.dtype)
-        self._is_self, self._scale, self._mask = k is None, scale, mask
-        self._bounded = _are_bounded(self._q, self._k, scale, normalize, is_packed)
+    def __init__(self, rows: ContrastRows) -> None:
+        self._scale, self._mask = scale, mask = rows.scale, rows.mask
+        self._q = rows.queries.to(scale.dtype)
+        self._is_self = rows.keys is None
+        self._k = self._q if rows.keys is None else rows.keys.to(scale.dtype)
+        self._bounded = _are_bounded(self._q, self._k, rows)
+        q = self._q
         self._own = torch.arange(len(q), device=q.device)
         self._index = self._own if mask.positive_index is None else mask.positive_index
         self._positive = self._q.new_zeros(len(q))  # the positives' logits, by index
@@ -127,49 +126,16 @@ def _shifted(part: slice, by: int) -> slice:
     return slice(part.start + by, part.stop + by)
 
 
-class _LabelSums:
-    """Sums of rows by label, in float64: what the positives by label bring to losses and gradients.
-
-    Own rows are subtracted from their label's sum, which would lose the others' digits in float32 if they are short.
-    """
-
-    def __init__(self, codes: Tensor, width: int) -> None:
-        # The number of labels would have to be waited for on an accelerator.
-        labels = int(codes.max().item()) + 1 if codes.device.type == "cpu" and len(codes) else len(codes)
-        self._codes = codes.long()
-        self._sums = codes.new_zeros(labels, width, dtype=torch.float64)
-
-    def add(self, rows: Tensor, codes: Tensor, factor: Tensor | None = None) -> None:
-        """Add ``factor_i rows_i`` to the sum of each row's label, in an order that is the same every time."""
-        for block in row_blocks(rows):
-            part = rows[block].double() if factor is None else rows[block] * factor[block, None]
-            _add_rows(self._sums, codes[block].long(), part)
-
-    def of(self, codes: Tensor) -> Tensor:
-        """The sums of these labels."""
-        return self._sums[codes.long()]
-
-
-def _add_rows(sums: Tensor, index: Tensor, rows: Tensor) -> None:
-    """``sums[index_i] += rows_i``, in an order that is the same every time."""
-    if sums.device.type == "cpu":
-        sums.index_add_(0, index, rows.to(sums.dtype))
-    else:
-        sums.index_put_((index,), rows.to(sums.dtype), accumulate=True)
-
-
 class Forward(_Pass):
     """Losses and numbers of a rank's queries, accumulated over the keys."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor | None, scale: Tensor, mask: Mask, normalize: bool, is_packed: bool
-    ) -> None:
-        super().__init__(q, k, scale, mask, normalize, is_packed)
+    def __init__(self, rows: ContrastRows) -> None:
+        super().__init__(rows)
         self._sums = (PlainSums if self._bounded else OnlineSums)(self._q)
-        self._positives: _LabelSums | None = None
-        if mask.by_label:
-            assert mask.labels is not None
-            self._positives = _LabelSums(torch.cat(mask.labels), q.shape[1])
+        self._positives: LabelSums | None = None
+        if rows.mask.by_label:
+            assert rows.mask.labels is not None
+            self._positives = LabelSums(torch.cat(rows.mask.labels), self._q.shape[1])
 
     def add_own(self) -> None:
         """Add this rank's own keys."""
@@ -268,33 +234,21 @@ class Backward(_Pass):
     contrasted with each other.
     """
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        scale: Tensor,
-        mask: Mask,
-        normalize: bool,
-        is_packed: bool,
-        stats: Tensor,
-        weight: Tensor | None,
-        grad_loss: Tensor,
-        need_query: bool,
-        need_key: bool,
-    ) -> None:
-        super().__init__(q, k, scale, mask, normalize, is_packed)
-        self._w, self._stats = row_weights(weight, grad_loss, stats[0]), stats
+    def __init__(self, rows: ContrastRows, upstream: ContrastUpstream, need_query: bool, need_key: bool) -> None:
+        super().__init__(rows)
+        stats, mask, D = upstream.stats, rows.mask, self._q.shape[1]
+        self._w, self._stats = row_weights(upstream.weight, upstream.grad_loss, stats[0]), stats
         self._probabilities = _Probabilities(mask, stats, self._w, self._bounded)
         self._is_pair = self._is_self and mask.by_label
         self._of_queries = RowGradient(self._q, self._k) if need_query or self._is_self else None
         self._of_keys = RowGradient(self._k, self._q) if need_key or self._is_self else None
-        self._key_sums: _LabelSums | None = None
-        self._query_sums: _LabelSums | None = None
+        self._key_sums: LabelSums | None = None
+        self._query_sums: LabelSums | None = None
         if mask.by_label:
             assert mask.labels is not None
             self._share = (self._w.double() / stats[1]).masked_fill(stats[1] == 0, 0)  # w_i / |P_i|
             codes = torch.cat(mask.labels)
-            self._key_sums, self._query_sums = (_LabelSums(codes, q.shape[1]) for _ in range(2))
+            self._key_sums, self._query_sums = (LabelSums(codes, D) for _ in range(2))
 
     def add_own(self) -> None:
         """Add the products of own queries and own keys, for both gradients."""
@@ -417,4 +371,4 @@ class Backward(_Pass):
             if grad_q is not None:
                 grad_q[block].addcmul_(G[block, None], self._k[index[block]])
             if grad_k is not None:
-                _add_rows(grad_k, index[block], self._q[block] * G[block, None])
+                add_rows(grad_k, index[block], self._q[block] * G[block, None])

@@ -12,8 +12,6 @@ Positives are kept apart from the sums: ``la = log(1 + sum_{j != i} exp(X_ij - X
 keep all their digits where a loss has almost vanished, and so does the gradient.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -27,6 +25,7 @@ from fastkd.backends.blocked.sums import (
     to_raw_rows,
 )
 from fastkd.backends.blocked.tiles import Tile, Workspace, blocks, for_each_tile, pair_rounds, rectangle_rounds
+from fastkd.backends.inputs import DualRows, DualUpstream
 from fastkd.numerics import accumulation_dtype, unit_rows, weighted_sum
 
 
@@ -40,11 +39,11 @@ def units(a: Tensor, b: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
 class _Pass:
     """The rank's rows in the accumulation dtype, which is the scale's, and multiplied by the scale."""
 
-    def __init__(self, units: tuple[Tensor, Tensor] | Tensor, scale: Tensor, scale_bound: float) -> None:
-        self._a, self._b = (x.to(scale.dtype) for x in units)
-        self._scale = scale
+    def __init__(self, rows: DualRows) -> None:
+        self._scale = scale = rows.scale
+        self._a, self._b = (x.to(scale.dtype) for x in rows.units)
         self._scaled_a, self._scaled_b = self._a * scale, self._b * scale
-        self._shared = shares_exponentials(self._a, scale, scale_bound)
+        self._shared = shares_exponentials(self._a, scale, rows.scale_bound)
         self._blocks = blocks(len(self._a), self._a.device)
 
     def _for_each_pair(self, tile: Tile, buffers: int) -> None:
@@ -58,10 +57,8 @@ class _Pass:
 class Forward(_Pass):
     """(la, lc, E, X_ii) of every row, accumulated over the columns."""
 
-    def __init__(
-        self, units: tuple[Tensor, Tensor] | Tensor, scale: Tensor, scale_bound: float, columns: int, is_packed: bool
-    ) -> None:
-        super().__init__(units, scale, scale_bound)
+    def __init__(self, rows: DualRows) -> None:
+        super().__init__(rows)
         self._p, self._q = OnlineSums(self._a), OnlineSums(self._a)
         if self._shared:  # no maximum is subtracted
             self._p.maximum.zero_()
@@ -181,25 +178,12 @@ class _Factors:
 class Backward(_Pass):
     """``sum_j G_ij b_j`` and ``sum_j G_ji a_j`` of every row, accumulated over the columns.
 
-    ``stats`` [4, n]: what :class:`Forward` found. ``upstream``: numbers and weights of all columns, the rank's own
-    first, and the gradients of the two sums.
+    ``stats`` [4, n]: what :class:`Forward` found.
     """
 
-    def __init__(
-        self,
-        units: tuple[Tensor, Tensor] | Tensor,
-        scale: Tensor,
-        scale_bound: float,
-        columns: int,
-        is_packed: bool,
-        stats: Tensor,
-        upstream: Any,
-        is_swapped: bool,
-        need_a: bool,
-        need_b: bool,
-    ) -> None:
-        super().__init__(units, scale, scale_bound)
-        everyone, weight, *grads = upstream
+    def __init__(self, rows: DualRows, stats: Tensor, upstream: DualUpstream, need_a: bool, need_b: bool) -> None:
+        super().__init__(rows)
+        everyone, weight, *grads, is_swapped = upstream
         w, k = (row_weights(weight, grad, everyone[0]) for grad in grads)
         wp, wq = (torch.zeros_like(w), w) if is_swapped else (w, torch.zeros_like(w))
         n = len(self._a)

@@ -7,15 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.backends.blocked.sums import row_blocks
 from fastkd.backends.reference import soft_target
 from fastkd.numerics import accumulation_dtype
-
-BLOCK_ELEMENTS = 1 << 18  # a block of logits: 1 MiB in float32
-
-
-def _blocks(logits: Tensor) -> list[slice]:
-    size = max(1, BLOCK_ELEMENTS // logits.shape[1])
-    return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
 def soft_target_forward(
@@ -30,7 +24,7 @@ def soft_target_forward(
     dtype = accumulation_dtype(student_logits.dtype)
     n, classes = student_logits.shape
     ce, kd = student_logits.new_zeros(2, n, dtype=dtype)
-    for rows in _blocks(student_logits):
+    for rows in row_blocks(student_logits):
         if labels is not None:
             label = labels[rows].clamp(0, classes - 1)
             x = student_logits[rows].to(dtype)
@@ -61,7 +55,7 @@ def soft_target_backward(
     grad = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
     weights = _weights(weight, stats)
     w, k = (weights * grad_ce)[:, None], (weights * (grad_kd * temperature))[:, None]
-    for rows in _blocks(student_logits):
+    for rows in row_blocks(student_logits):
         x = student_logits[rows].to(dtype)
         total = None
         if teacher_logits is not None:

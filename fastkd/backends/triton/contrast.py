@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastkd.backends.masks import Mask
+from fastkd.backends.inputs import ContrastRows, ContrastUpstream
 from fastkd.kernels.contrast import streaming, wide
 from fastkd.kernels.contrast.per_row import Side, coefficients, gradients, statistics, vectors
 from fastkd.kernels.launch import allows_tf32, contrast_fits, hardware_of
@@ -45,18 +45,18 @@ def rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
 class _Pass:
     """A rank's queries and keys as the kernels take them; without ``k``, queries are contrasted with each other."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor | None, scale: Tensor, mask: Mask, normalize: bool, is_packed: bool
-    ) -> None:
-        self._kernels = wide if _is_wide(q) else streaming
-        self._scale, self._mask, self._is_self = scale, mask, k is None
-        self._options = {"by_label": mask.by_label, "exclude_self": mask.exclude_self}
-        if is_packed:
-            q, k = _ready(q, False)[0], None if k is None else _ready(k, False)[0]
-        self._labels = mask.labels or (None, None)
-        positive = None if mask.positive_index is None else mask.positive_index.contiguous()
+    def __init__(self, rows: ContrastRows) -> None:
+        self._kernels = wide if _is_wide(rows.queries) else streaming
+        self._scale, self._mask, self._is_self = rows.scale, rows.mask, rows.keys is None
+        self._options = {"by_label": rows.mask.by_label, "exclude_self": rows.mask.exclude_self}
+        self._columns = rows.columns
+        q, k = rows.queries, rows.queries if rows.keys is None else rows.keys
+        if rows.is_packed:
+            q, k = _ready(q, False)[0], _ready(k, False)[0]
+        self._labels = rows.mask.labels or (None, None)
+        index = rows.mask.positive_index
+        positive = None if index is None else index.contiguous()
         self._queries = Side(vectors=q, labels=self._part(0, slice(0, len(q))), positive=positive)
-        k = q if k is None else k
         self._keys = Side(vectors=k, labels=self._part(1, slice(0, len(k))))
 
     def _part(self, side: int, rows: slice) -> Tensor | None:
@@ -100,29 +100,17 @@ class Forward(_Pass):
 class Backward(_Pass):
     """As :class:`fastkd.backends.blocked.contrast.Backward`. The tiles hold the positives by index too."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        scale: Tensor,
-        mask: Mask,
-        normalize: bool,
-        is_packed: bool,
-        stats: Tensor,
-        weight: Tensor | None,
-        grad_loss: Tensor,
-        need_query: bool,
-        need_key: bool,
-    ) -> None:
-        super().__init__(q, k, scale, mask, normalize, is_packed)
+    def __init__(self, rows: ContrastRows, upstream: ContrastUpstream, need_query: bool, need_key: bool) -> None:
+        super().__init__(rows)
         self._needs = need_query or self._is_self, need_key and not self._is_self
         self._of_queries: Tensor | None = None  # sums of the gradients; None until there was something to add
         self._of_keys: Tensor | None = None
+        stats, weight, grad_loss = upstream
         if stats.shape[1]:
             weight = None if weight is None else weight.contiguous()
-            with torch.cuda.device_of(q):
-                self._coef, self._unscale = coefficients(stats, weight, grad_loss, by_label=mask.by_label)
-            self._queries = dataclasses.replace(self._queries, coef=self._coef[:, : len(q)])
+            with torch.cuda.device_of(stats):
+                self._coef, self._unscale = coefficients(stats, weight, grad_loss, by_label=rows.mask.by_label)
+            self._queries = dataclasses.replace(self._queries, coef=self._coef[:, : len(rows.queries)])
 
     def _sums(self, rows: Side, columns: Side, sums: Tensor | None) -> Tensor | None:
         if not (len(rows.vectors) and len(columns.vectors)):

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from fastkd.backends.blocked.sums import MAX_SHARED_SCALE
+from fastkd.backends.inputs import DualRows, DualUpstream
 from fastkd.kernels.contrast.per_row import vectors
 from fastkd.kernels.dual_softmax import streaming, wide
 from fastkd.kernels.dual_softmax.per_row import coefficients, gradients, statistics
@@ -42,17 +43,14 @@ def units(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Pass:
-    """A rank's rows as the kernels multiply them, and the kernels that fit them.
+    """A rank's rows as the kernels multiply them, and the kernels that fit them."""
 
-    ``units`` [2, n, D]: what :func:`units` made, or, if ``is_packed``, rows of an exchange. ``columns``: how many will
-    come.
-    """
-
-    def __init__(self, units: Tensor, scale: Tensor, scale_bound: float, columns: int, is_packed: bool) -> None:
-        self._kernels = wide if _is_wide(units) else streaming
-        self._units = self._ready(units) if is_packed else units
-        self._scale, self._columns = scale, columns
-        self._bounded = scale_bound <= MAX_SHARED_SCALE
+    def __init__(self, rows: DualRows) -> None:
+        assert isinstance(rows.units, Tensor)
+        self._kernels = wide if _is_wide(rows.units) else streaming
+        self._units = self._ready(rows.units) if rows.is_packed else rows.units
+        self._scale, self._columns = rows.scale, rows.columns
+        self._bounded = rows.scale_bound <= MAX_SHARED_SCALE
         self._sums: Tensor | None = None  # what the kernels carry; None until there were columns
 
     def _ready(self, rows: Tensor) -> Tensor:
@@ -106,26 +104,14 @@ def numbers(stats: Tensor) -> Tensor:
 class Backward(_Pass):
     """As :class:`fastkd.backends.blocked.dual_softmax.Backward`."""
 
-    def __init__(
-        self,
-        units: Tensor,
-        scale: Tensor,
-        scale_bound: float,
-        columns: int,
-        is_packed: bool,
-        stats: Tensor,
-        upstream: Any,
-        is_swapped: bool,
-        need_a: bool,
-        need_b: bool,
-    ) -> None:
-        super().__init__(units, scale, scale_bound, columns, is_packed)
+    def __init__(self, rows: DualRows, stats: Tensor, upstream: DualUpstream, need_a: bool, need_b: bool) -> None:
+        super().__init__(rows)
         self._needs: dict[str, Any] = {"need_a": need_a, "need_b": need_b}
-        everyone, weight, *grads = upstream
+        everyone, weight, *grads, is_swapped = upstream
         weight = None if weight is None else weight.contiguous()
-        with torch.cuda.device_of(units):
+        with torch.cuda.device_of(everyone):
             self._coef, self._unscale = coefficients(
-                everyone, weight, *grads, scale, swapped=is_swapped, bounded=self._bounded
+                everyone, weight, *grads, self._scale, swapped=is_swapped, bounded=self._bounded
             )
 
     def _add(self, columns: Tensor, offset: int, cols: slice) -> None:

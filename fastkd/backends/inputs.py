@@ -1,0 +1,50 @@
+"""What the operations hand to a backend's ``Forward`` and ``Backward``."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastkd.backends.masks import Mask
+
+
+class DualRows(NamedTuple):
+    """The rows of ``dual_softmax``: what the backend's ``units`` made, or, if ``is_packed``, rows of an exchange."""
+
+    units: Tensor | tuple[Tensor, Tensor]  # [2, n, D], or one [n, D] per side
+    scale: Tensor  # 0-dim, in the accumulation dtype
+    scale_bound: float  # the scale is at most this; inf if nothing is known
+    columns: int  # how many there are on all ranks
+    is_packed: bool
+
+
+class DualUpstream(NamedTuple):
+    """What a backward of ``dual_softmax`` starts from. Numbers and weights are those of all ranks, its own first."""
+
+    numbers: Tensor  # [3, N]
+    weight: Tensor | None  # [N]
+    grad_contrast: Tensor
+    grad_consistency: Tensor
+    is_swapped: bool  # the contrast reads q, not p
+
+
+class ContrastRows(NamedTuple):
+    """The rows of ``contrast``: what the backend's ``rows`` made, or, if ``is_packed``, rows of an exchange."""
+
+    queries: Tensor  # [n, D]
+    keys: Tensor | None  # [m, D]; None where queries are contrasted with each other
+    scale: Tensor  # 0-dim, in the accumulation dtype
+    mask: Mask
+    normalized: bool  # the rows have length 1 or 0
+    columns: int  # how many keys there are on all ranks
+    is_packed: bool
+
+
+class ContrastUpstream(NamedTuple):
+    """What a backward of ``contrast`` starts from.
+
+    Stats and weights are those of the rank's queries, followed by other ranks' where keys need a gradient.
+    """
+
+    stats: Tensor  # [2, n]
+    weight: Tensor | None  # [n]
+    grad_loss: Tensor
