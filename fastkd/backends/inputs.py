@@ -1,6 +1,6 @@
 """What the operations hand to a backend's ``Forward`` and ``Backward``."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from fastkd.backends.masks import Mask
 class DualRows(NamedTuple):
     """The rows of ``dual_softmax``: what the backend's ``units`` made, or, if ``is_packed``, rows of an exchange."""
 
-    units: Tensor | tuple[Tensor, Tensor]  # [2, n, D], or one [n, D] per side
+    units: Any  # [2, n, D], or one [n, D] per side
     scale: Tensor  # 0-dim, in the accumulation dtype
     scale_bound: float  # the scale is at most this; inf if nothing is known
     columns: int  # how many there are on all ranks

@@ -92,13 +92,18 @@ class Agreement:
     def describe(
         self,
         rows: Tensor,
-        other: Tensor,
-        scale: Tensor,
-        weight: Tensor | None,
-        backend: str,
         options: dict[str, Any],
+        *,
+        other: Tensor | None = None,
+        scale: Tensor | None = None,
+        weight: Tensor | None = None,
+        backend: str | None = None,
     ) -> None:
-        """Say what this rank is about to compute. ``other``: the second rows, which may differ in number."""
+        """Say what this rank is about to compute.
+
+        ``options``: what must be equal on all ranks, by the name that an error gives it. ``other``: the second rows,
+        which may differ in number.
+        """
 
     def mean(self, total: Tensor, rows: int) -> Tensor:
         """The mean of what sums to ``total`` over these ``rows``."""
@@ -126,26 +131,26 @@ class _GroupAgreement(Agreement):
     def describe(
         self,
         rows: Tensor,
-        other: Tensor,
-        scale: Tensor,
-        weight: Tensor | None,
-        backend: str,
         options: dict[str, Any],
+        *,
+        other: Tensor | None = None,
+        scale: Tensor | None = None,
+        weight: Tensor | None = None,
+        backend: str | None = None,
     ) -> None:
         if backend == "reference":
             raise ValueError(
                 "backend: got 'reference', expected None, 'blocked' or 'triton' for a group of several ranks"
             )
-        has_grad = torch.is_grad_enabled()
-        same = {"width of the rows": rows.shape[1], "dtype": rows.dtype, "device": rows.device.type}
+        needs = [x is not None and torch.is_grad_enabled() and x.requires_grad for x in (rows, other, scale)]
         self._call = Call(
             rows=len(rows),
-            key_rows=len(other),
-            options={**same, **options},
-            scale=math.nan if scale.is_cuda else scale.item(),
+            key_rows=None if other is None else len(other),
+            options={"device": rows.device.type, **options},
+            scale=math.nan if scale is None or scale.is_cuda else scale.item(),
             has_weight=weight is not None,
-            needs_grad=has_grad and any(x.requires_grad for x in (rows, other, scale)),
-            needs_key_grad=has_grad and other.requires_grad,
+            needs_grad=any(needs),
+            needs_key_grad=needs[1],
         )
 
     def mean(self, total: Tensor, rows: int) -> Tensor:
@@ -162,6 +167,11 @@ class _GroupAgreement(Agreement):
 def agreeing(group: dist.ProcessGroup | None, operation: str) -> Agreement:
     """A context in which this rank checks its arguments, and at whose end the ranks of ``group`` have agreed."""
     return Agreement() if group is None else _GroupAgreement(group, operation)
+
+
+def kind_of(rows: Tensor) -> dict[str, Any]:
+    """What rows that meet each other must have in common, by the name that an error gives it."""
+    return {"width of the rows": rows.shape[1], "dtype": rows.dtype}
 
 
 def eagerly(group: dist.ProcessGroup | None, function: Function) -> Function:

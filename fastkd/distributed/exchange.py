@@ -15,7 +15,7 @@ Columns are numbered in the order in which they are computed with: a rank's own 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,7 @@ class Alone:
         self.own = slice(0, rows)
         self.total = rows
 
-    def columns(self, units: Tensor, gathered: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    def columns(self, units: Any, gathered: Tensor | None) -> Iterator[tuple[slice, Any]]:
         """The rank's own rows, as :meth:`Exchange.columns` gives them first."""
         yield self.own, units
 

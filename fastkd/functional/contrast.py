@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from fastkd import backends
 from fastkd.backends import reference
 from fastkd.backends.masks import Mask, label_codes
-from fastkd.distributed.agree import agreeing, eagerly
+from fastkd.distributed.agree import agreeing, eagerly, kind_of
 from fastkd.distributed.group import Group, resolve_group
 from fastkd.numerics import weighted_sum
 from fastkd.ops.contrast import GlobalContrast, contrast
@@ -259,12 +259,13 @@ def _mean(
         key = x.query if x.key is None else x.key
         backend = backends.resolve(backend, "contrast", x.query)
         options = {
+            **kind_of(x.query),
             "normalize": x.normalize,
             "positives by label": x.by_label,
             "labels": x.query_labels is not None,
             "exclude_self": x.key is None,
         }
-        ranks.describe(x.query, key, x.scale, x.weight, backend, options)
+        ranks.describe(x.query, options, other=key, scale=x.scale, weight=x.weight, backend=backend)
     if backend == "reference":
         total, positives = _reference(x, key)
     else:

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from fastkd import backends
 from fastkd.backends import reference
-from fastkd.distributed.agree import agreeing, eagerly
+from fastkd.distributed.agree import agreeing, eagerly, kind_of
 from fastkd.distributed.group import Group, resolve_group
 from fastkd.numerics import weighted_sum
 from fastkd.ops.dual_softmax import GlobalDualSoftmax, dual_softmax
@@ -137,8 +137,8 @@ def _means(
         check_choice("consistency", consistency, CONSISTENCIES)
         weight = check_weight(sample_weight, student)
         backend = backends.resolve(backend, "dual_softmax", student)
-        options = {"alpha": alpha, "consistency": consistency}
-        ranks.describe(student, teacher, scale, weight, backend, options)
+        options = {**kind_of(student), "alpha": alpha, "consistency": consistency}
+        ranks.describe(student, options, other=teacher, scale=scale, weight=weight, backend=backend)
     if backend == "reference":
         with torch.autocast(student.device.type, enabled=False):
             rows = reference.dual_softmax(student, teacher, scale, consistency=consistency)

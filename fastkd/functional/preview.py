@@ -1,11 +1,10 @@
 """How hard each sample is for the student, and the weight that preview-based learning gives it."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from fastkd.distributed.agree import Peers
+from fastkd.distributed.agree import Peers, agreeing, eagerly
 from fastkd.distributed.group import Group, resolve_group
 from fastkd.numerics import accumulation_dtype
 from fastkd.validate import check_not_negative, check_number, check_vector
@@ -34,23 +33,16 @@ def preview_weight(ce_per_sample: Tensor, threshold: float, *, group: Group = No
         TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
     """
     process_group = resolve_group(group)
-    ce = ce_per_sample
+    return eagerly(process_group, _weights)(process_group, ce_per_sample, threshold)
 
-    def check() -> dict[str, Any]:
-        nonlocal ce
-        check_vector("ce_per_sample", ce_per_sample, may_be_empty=process_group is not None)
+
+def _weights(group: ProcessGroup | None, ce_per_sample: Tensor, threshold: float) -> Tensor:
+    with agreeing(group, "preview_weight") as ranks:
+        check_vector("ce_per_sample", ce_per_sample, may_be_empty=ranks.several)
         check_number("threshold", threshold, minimum=0)
         ce = check_not_negative("ce_per_sample", ce_per_sample, "cross-entropies")
-        return {"threshold": threshold, "dtype": accumulation_dtype(ce.dtype)}
-
-    if process_group is None:
-        check()
-        return weights_by_difficulty(ce, threshold, None)
-    # Imported here because it loads torch's compiler, to keep it out.
-    from fastkd.distributed.reduce import agree_on_rows
-
-    peers = agree_on_rows(process_group, "preview_weight", check, ce_per_sample)
-    return weights_by_difficulty(ce, threshold, peers)
+        ranks.describe(ce, {"threshold": threshold, "dtype": accumulation_dtype(ce.dtype)})
+    return weights_by_difficulty(ce, threshold, ranks.peers)
 
 
 def weights_by_difficulty(ce_per_sample: Tensor, threshold: float, peers: Peers | None) -> Tensor:

@@ -140,10 +140,8 @@ def contrast_backward(
     mask, needs = _mask(key, query_labels, key_labels, positive_index, by_label), (need_query, need_key, False)
     with torch.autocast(query.device.type, enabled=False):
         queries, keys = _alone(query, key, normalize, backend)
-        rows, upstream = (
-            _rows(queries, keys, logit_scale, mask, query, normalize),
-            ContrastUpstream(stats, weight, grad_loss),
-        )
+        rows = _rows(queries, keys, logit_scale, mask, query, normalize)
+        upstream = ContrastUpstream(stats, weight, grad_loss)
         grad_query, grad_key, grad_scale = _backward(rows, queries, keys, upstream, needs, query, backend)
     return grad_query, grad_key, grad_scale.to(logit_scale.dtype)
 

@@ -47,7 +47,7 @@ class _Options(NamedTuple):
         return implementation("dual_softmax", self.backend)
 
 
-def _rows(exchange: Exchange | Alone, units: Tensor, logit_scale: Tensor, like: Tensor, options: _Options) -> DualRows:
+def _rows(exchange: Exchange | Alone, units: Any, logit_scale: Tensor, like: Tensor, options: _Options) -> DualRows:
     scale = logit_scale.to(accumulation_dtype(like.dtype))
     return DualRows(units, scale, options.scale_bound, exchange.total, exchange.is_packed)
 

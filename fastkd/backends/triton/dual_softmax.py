@@ -46,7 +46,6 @@ class _Pass:
     """A rank's rows as the kernels multiply them, and the kernels that fit them."""
 
     def __init__(self, rows: DualRows) -> None:
-        assert isinstance(rows.units, Tensor)
         self._kernels = wide if _is_wide(rows.units) else streaming
         self._units = self._ready(rows.units) if rows.is_packed else rows.units
         self._scale, self._columns = rows.scale, rows.columns
