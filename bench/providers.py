@@ -18,15 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import (
-    ckd_loss,
-    dcd_loss,
-    info_nce_loss,
-    kd_loss,
-    masked_contrast_loss,
-    multiscale_pool,
-    sup_con_loss,
-)
+from fastkd import ckd_loss, dcd_loss, info_nce_loss, kd_loss, masked_contrast_loss, multiscale_pool, sup_con_loss
 from fastkd.functional.dcd import dcd_terms
 from fastkd.functional.kd import ce_kd_terms
 
@@ -276,10 +268,7 @@ def _with_torch(loss: Loss) -> Providers:
 
 
 def _ours(loss: Loss) -> Providers:
-    return {
-        "fastkd blocked": lambda: on_backend(loss, "blocked"),
-        "fastkd triton": lambda: on_backend(loss, "triton"),
-    }
+    return {"fastkd blocked": lambda: on_backend(loss, "blocked"), "fastkd triton": lambda: on_backend(loss, "triton")}
 
 
 GPU_BASELINE = "eager fp32"

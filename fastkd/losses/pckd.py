@@ -97,11 +97,8 @@ class PCKDLoss(nn.Module):
         hidden_dim = min(16 * teacher_dim, 4096) if hidden_dim is None else hidden_dim
         for name, size in (("student_dim", student_dim), ("teacher_dim", teacher_dim), ("hidden_dim", hidden_dim)):
             check_int(name, size, minimum=1)
-        for name, value in {
-            "temperature": temperature,
-            "relation_scale": relation_scale,
-            "preview_base": preview_base,
-        }.items():
+        positive = {"temperature": temperature, "relation_scale": relation_scale, "preview_base": preview_base}
+        for name, value in positive.items():
             check_number(name, value, minimum=0, exclusive=True)
         self.weights = {
             "category": category_weight,
