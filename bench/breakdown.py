@@ -29,15 +29,11 @@ def measure() -> dict[str, float]:
     transposed = {block.start: rows_a[block].T.contiguous() for block in row_blocks}
 
     def products(rows: slice, cols: slice, workspace: Workspace) -> None:
-        # A tile and its mirror image: similarities forward and again backward, then four products with the gradient.
-        G = product(rows_a[rows], rows_b[cols])
-        product(rows_a[rows], rows_b[cols])
-        product(G, rows_b[cols].T)
-        product(transposed[rows.start], G.T)
-        if rows != cols:
-            product(rows_b[rows], rows_a[cols])
-            product(rows_b[rows], rows_a[cols])
-            product(G, rows_a[cols].T)
+        # Of a tile and of its mirror image: similarities forward and again backward, then two products with the gradient.
+        for x, y in ((rows_a, rows_b), (rows_b, rows_a))[: 1 if rows == cols else 2]:
+            product(x[rows], y[cols])
+            G = product(x[rows], y[cols])
+            product(G, y[cols].T)
             product(transposed[rows.start], G.T)
 
     def exponentials(rows: slice, cols: slice, workspace: Workspace) -> None:
