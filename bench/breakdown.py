@@ -29,7 +29,7 @@ def measure() -> dict[str, float]:
     transposed = {block.start: rows_a[block].T.contiguous() for block in row_blocks}
 
     def products(rows: slice, cols: slice, workspace: Workspace) -> None:
-        # Of a tile and of its mirror image: similarities forward and again backward, then two products with the gradient.
+        # For a tile and its mirror image: similarities forward and again backward, then two products with the gradient.
         for x, y in ((rows_a, rows_b), (rows_b, rows_a))[: 1 if rows == cols else 2]:
             product(x[rows], y[cols])
             G = product(x[rows], y[cols])
