@@ -1,4 +1,7 @@
-"""Every example of a public docstring runs as it is written: in an empty namespace and folder, with a seeded torch."""
+"""Every example of a public docstring runs as it is written, in an empty folder and with a seeded torch.
+
+Its namespace is fresh. It holds torch and the public names of the module that the example belongs to.
+"""
 
 import doctest
 import importlib
@@ -15,9 +18,10 @@ def examples_of(module_name: str) -> dict[str, doctest.DocTest]:
     """The doctests of a module's public names and of their methods, by qualified name."""
     module = importlib.import_module(module_name)
     finder = doctest.DocTestFinder()
+    public = {name: getattr(module, name) for name in module.__all__}
     found = {}
-    for name in module.__all__:
-        for test in finder.find(getattr(module, name), f"{module_name}.{name}", module=False, globs={}):
+    for name, value in public.items():
+        for test in finder.find(value, f"{module_name}.{name}", module=False, globs={"torch": torch, **public}):
             if test.examples:
                 found[test.name] = test
     return found
