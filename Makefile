@@ -18,8 +18,16 @@ POOL_CASES := definition_on_a_gpu and (one-tile or rectangular) and (bfloat16 or
 SANITIZED := ($(DUAL_CASES)) or ($(CONTRAST_CASES)) or ($(SOFT_CASES)) or ($(POOL_CASES)) or 131069-1 or packs_on_a_gpu
 SANITIZER := compute-sanitizer --report-api-errors no --error-exitcode 1
 
-.PHONY: setup ext ext-cuda demo demo-ddp soak test lint format bench bench-scale aot gpu-test gpu-bench gpu-ready clean
+.PHONY: help setup ext ext-cuda demo demo-ddp soak test lint format bench bench-scale aot gpu-test gpu-bench gpu-ready clean
 
+.DEFAULT_GOAL := setup
+
+## Lists the targets. The text of each is the line with two # above it.
+help:
+	@awk '/^## / { text = substr($$0, 4); next } \
+		/^[a-z-]+:/ && text { sub(/:.*/, ""); printf "%-12s %s\n", $$0, text } { text = "" }' $(firstword $(MAKEFILE_LIST))
+
+## Creates .venv with everything pinned in constraints.txt, and installs fastkd editable with its extension.
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml setup.py constraints.txt fastkd/distributed/pack.py $(wildcard csrc/*)
@@ -30,49 +38,55 @@ setup: .venv/.installed
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-# The C++/CUDA extension, into fastkd/. `setup` tries it and goes on without it; here a failure is an error.
+## Builds the C++/CUDA extension into fastkd/. `setup` goes on where this fails; here a failure is an error.
 ext: $(SETUP)
 	FASTKD_EXTENSION=1 $(PY) setup.py build_ext --inplace
 
-# Compiles the CUDA kernel of the extension for sm_90, without a GPU, and prints its registers and spills.
+## Compiles the extension's CUDA kernel for sm_90, without a GPU, and prints its registers and spills.
 ext-cuda:
 	nvcc -std=c++17 -O3 -arch=sm_90 -Xptxas -v -c csrc/pack_rows_cuda.cu -o /dev/null
 
+## Distils students on handwritten digits by every method, prints a table and writes a report into runs/demo.
 demo: $(SETUP)
 	$(BIN)/fastkd demo
 
-# One process and two gloo ranks, side by side; fails when they differ by more than float32 rounding.
+## Trains with one process and with two gloo ranks; fails when they differ by more than float32 rounding.
 demo-ddp: $(SETUP)
 	$(PY) -m fastkd.demo.ddp
 
-# Kills a training run 20 times at random moments; fails unless the resumed run ends as the uninterrupted one, bit for bit.
+## Kills a training run 20 times and resumes it; fails unless it ends as the uninterrupted one, bit for bit.
 soak: $(SETUP)
 	$(PY) -m tests.helpers.imagenet_like soak --kills 20
 
+## Runs the tests.
 test: $(SETUP)
 	$(PY) -m pytest
 
+## Runs ruff (lint and format) and mypy.
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+## Formats the code and fixes what ruff can fix.
 format: $(SETUP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+## Measures time and memory of the losses on this machine's CPU, into bench/results.
 bench: $(SETUP)
 	$(PY) -m bench
 
-# Several ranks: measured on local gloo ranks, modelled for 8 to 1024 GPUs. Pass the GPU's time with ARGS="--gpu-ms 3.5".
+## Measures local gloo ranks and models 8 to 1024 GPUs; the time of one GPU comes with ARGS="--gpu-ms 3.5".
 bench-scale: $(SETUP)
 	$(PY) -m bench.scale $(ARGS)
 
-# Compiles every kernel for every target of the launch table, without a GPU, and fails on what would make it slow.
+## Compiles every kernel for every target of the launch table, without a GPU; fails on what would make it slow.
 aot: $(SETUP)
-	$(PY) -m bench.aot.dual_softmax
+	$(PY) -m bench.aot
 
 # The sanitizer comes last, so that a machine without a usable one still shows what the tests found.
+## Runs the tests that need a GPU, then small cases under compute-sanitizer.
 gpu-test: gpu-ready
 	$(PY) -m pytest -m gpu $(GPU_TESTS)
 	@command -v compute-sanitizer >/dev/null || \
@@ -82,13 +96,16 @@ gpu-test: gpu-ready
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) \
 		$(PY) -m pytest -m gpu --timeout 1800 $(KERNEL_TESTS) -k "$(SANITIZED)"
 
+## Measures the losses on a GPU against eager code, torch.compile and installed peers, into bench/results.
 gpu-bench: gpu-ready
 	$(PY) -m bench.gpu
 
+## Checks that there is a CUDA device and an installed fastkd.
 gpu-ready: $(SETUP)
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "this target needs a CUDA device")'
 	@$(PY) -c 'import fastkd.kernels' || \
 		{ echo "fastkd is not installed in $(PY); the first lines of the Makefile say how, also without a network"; exit 1; }
 
+## Removes .venv, everything built or cached, and runs/.
 clean:
 	rm -rf .venv build fastkd/_native.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks runs

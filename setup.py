@@ -1,13 +1,13 @@
 """Maps the repository's folders to packages (``kernels/`` is installed as ``fastkd.kernels``) and builds ``csrc/``.
 
-Everything declarative is in pyproject.toml. The C++/CUDA extension is optional: where torch is not installed (an
-isolated build), where there is no compiler or where compiling fails, the package is installed without it, with a
-notice, and ``fastkd.distributed.pack`` computes the same in Python. A build happens here only, never at import.
+Everything declarative is in pyproject.toml. The C++/CUDA extension is optional. The package is installed without it,
+with a notice, where torch is not installed (an isolated build), where there is no compiler and where compiling fails;
+``fastkd.distributed.pack`` then computes the same in Python. The extension is built here and never at import.
 
     python setup.py build_ext --inplace      builds fastkd/_native.so in the repository (``make ext``)
 
-FASTKD_EXTENSION=0 leaves the extension out, FASTKD_EXTENSION=1 makes its absence an error, FASTKD_CUDA=0 leaves out
-its CUDA part. TORCH_CUDA_ARCH_LIST is respected.
+FASTKD_EXTENSION=0 leaves the extension out. FASTKD_EXTENSION=1 makes its absence an error. FASTKD_CUDA=0 leaves out its
+CUDA part. TORCH_CUDA_ARCH_LIST is respected.
 """
 
 import os
@@ -28,7 +28,7 @@ def notice(text: str) -> None:
 
 
 def without_extension(reason: str) -> dict[str, Any]:
-    """Go on without the extension, or stop if it was asked for."""
+    """No arguments for ``setup``, after a notice; ends the program if the extension was asked for."""
     if os.environ.get("FASTKD_EXTENSION") == "1":
         sys.exit(f"fastkd: FASTKD_EXTENSION=1, but {reason}")
     notice(f"{reason}; installing without the extension, the Python path computes the same")
@@ -36,7 +36,7 @@ def without_extension(reason: str) -> dict[str, Any]:
 
 
 def find_cuda_home() -> str | None:
-    """The CUDA toolkit: CUDA_HOME, or where nvcc itself says it is (nvcc on PATH may be a wrapper), or the default."""
+    """The folder of the CUDA toolkit: CUDA_HOME, or what nvcc says (nvcc on PATH may be a wrapper), or the default."""
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     nvcc = shutil.which("nvcc")
     if nvcc:
@@ -54,7 +54,7 @@ def find_cuda_home() -> str | None:
 
 
 def cuda_version(home: str) -> str | None:
-    """``major.minor`` of the toolkit's compiler."""
+    """The version ``major.minor`` of the toolkit's compiler."""
     answer = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True)
     found = re.search(r"release (\d+\.\d+)", answer.stdout)
     return found.group(1) if found else None
@@ -62,15 +62,14 @@ def cuda_version(home: str) -> str | None:
 
 def interface() -> str:
     """The number that fastkd.distributed.pack compares before it loads what is built here."""
-    found = re.search(
-        r"^INTERFACE = (\d+)", Path(__file__).with_name("fastkd").joinpath("distributed", "pack.py").read_text(), re.M
-    )
+    source = Path(__file__).parent / "fastkd" / "distributed" / "pack.py"
+    found = re.search(r"^INTERFACE = (\d+)", source.read_text(), re.M)
     assert found is not None
     return found.group(1)
 
 
 def cuda_home_for(torch_cuda: str | None) -> str | None:
-    """The toolkit to build the CUDA part with; None, with the reason on stderr, where there is none that fits."""
+    """The toolkit to build the CUDA part with. None where no toolkit fits, and then the reason is on stderr."""
     if torch_cuda is None or os.environ.get("FASTKD_CUDA") == "0":
         return None
     home = find_cuda_home()
@@ -85,7 +84,7 @@ def cuda_home_for(torch_cuda: str | None) -> str | None:
 
 
 def extension() -> dict[str, Any]:
-    """The arguments of ``setup`` that build the extension; none where it cannot be built."""
+    """The arguments of ``setup`` that build the extension. Empty where it cannot be built."""
     if os.environ.get("FASTKD_EXTENSION") == "0":
         return {}
     try:
@@ -96,13 +95,13 @@ def extension() -> dict[str, Any]:
         return without_extension("there is no C++ compiler")
     home = cuda_home_for(torch.version.cuda)
     if home is not None:
-        # Before torch looks for it: behind a wrapper it guesses wrong.
+        # Set before torch looks for it, because torch guesses wrong where nvcc is a wrapper.
         os.environ["CUDA_HOME"] = home
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
     from torch.utils import cpp_extension
 
     class Build(cpp_extension.BuildExtension):
-        """A failure leaves the extension out."""
+        """Builds the extension; where that fails, it is left out."""
 
         def run(self) -> None:
             try:
@@ -119,7 +118,7 @@ def extension() -> dict[str, Any]:
     ]
     if torch.distributed.is_available():
         sources.append("csrc/gather.cpp")
-    # No fused multiply-add: the Python path computes the same bits.
+    # Without fused multiply-add, so that the extension and the Python path give the same bits.
     flags = {"cxx": ["-O3", "-std=c++17", "-ffp-contract=off"], "nvcc": ["-O3", "-std=c++17"]}
     kind = cpp_extension.CppExtension
     if home is not None:

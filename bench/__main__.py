@@ -1,9 +1,8 @@
 """``make bench``: runs every case and writes JSON, CSV, Markdown and a plot to bench/results, named by hardware.
 
-``python -m bench contrast`` runs those of bench_contrast.py alone.
+``python -m bench contrast`` runs the cases of bench_contrast.py alone.
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -11,16 +10,16 @@ import pytest
 
 from bench import breakdown, report
 
-# The cases of bench_<name>.py: their table's title, and what its lines differ in beside the provider.
+# For the cases of bench_<name>.py: the title of their table, and the name of its first column.
 TITLES = {
     "dcd": ("dcd_loss, forward + backward, float32, D = 128", "n"),
-    "contrast": ("Losses over one softmax a row, forward + backward, float32", "case"),
+    "contrast": ("Losses over one softmax per row, forward + backward, float32", "case"),
     "pool": ("multiscale_pool with normalisation, forward + backward, float32", "case"),
 }
 
 
 def main() -> int:
-    slug = re.sub(r"[^a-z0-9]+", "-", report.hardware().lower()).strip("-")
+    slug = report.slug(report.hardware())
     tables = []
     for name in sys.argv[1:] or TITLES:
         path = Path(__file__).parent / "results" / f"{name}-cpu-{slug}.json"

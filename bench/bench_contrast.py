@@ -1,35 +1,87 @@
-"""pytest-benchmark cases: the losses over one softmax a row, forward + backward, fp32, on this machine's CPU.
+"""pytest-benchmark cases: the losses over one softmax per row, forward + backward, fp32, on this machine's CPU.
 
-Run by ``make bench``, which also writes the tables; ``pytest bench/bench_contrast.py -k sup_con`` runs a part.
+Run by ``make bench``, which also writes the tables; ``pytest bench/bench_contrast.py -k sup_con`` runs a part. A
+provider takes (rows [N, D], rows [N, D], labels [N]). The first rows have unit length.
 """
+
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
-from bench.contrast_providers import CONTRAST_PROVIDERS
-from bench.measure import peak_resident_mib
+from bench import providers
+from bench.measure import run_case
+from bench.providers import Loss, Providers, eager_info_nce, eager_masked, eager_sup_con, metric_learning_sup_con
+from fastkd import ckd_loss, info_nce_loss, masked_contrast_loss, sup_con_loss
 
-ROWS, CLASSES = 8192, 100
+ROWS, CLASSES, SCALE = 8192, 100, 1 / 0.07
 WIDTHS = {"ckd_loss": 1000}  # others: 128
-CASES = [(case, provider) for case, providers in CONTRAST_PROVIDERS.items() for provider in providers]
+
+
+def sup_con_peer() -> Loss:
+    """It normalises its features, which takes little of its time; the other providers use the unit rows as they are."""
+    loss = metric_learning_sup_con(1 / SCALE)
+    return lambda features, other, labels: loss(features, other, None, labels)
+
+
+def info_nce_peer() -> Loss:
+    """NTXent with the rows' numbers as labels. It lists every pair."""
+    from pytorch_metric_learning.losses import NTXentLoss
+
+    module = NTXentLoss(temperature=1 / SCALE)
+
+    def loss(query: Tensor, key: Tensor, _: Tensor) -> Tensor:
+        rows = torch.arange(len(query), device=query.device)
+        return module(query, rows, ref_emb=key, ref_labels=rows)
+
+    return loss
+
+
+def on_cpu(eager: Loss, ours: Loss, peer: Callable[[], Loss] | None = None) -> Providers:
+    return {
+        "eager": lambda: eager,
+        "torch.compile(eager)": lambda: providers.compiled(eager),
+        **({"pytorch-metric-learning": peer} if peer else {}),
+        "fastkd blocked": lambda: ours,
+    }
+
+
+LOSSES: dict[str, Providers] = {
+    "sup_con_loss": on_cpu(
+        lambda a, b, labels: eager_sup_con(a, b, SCALE, labels, normalize=False),
+        lambda a, _, labels: sup_con_loss(a, labels, SCALE, backend="blocked"),
+        sup_con_peer,
+    ),
+    "info_nce_loss": on_cpu(
+        lambda a, b, _: eager_info_nce(a, b, torch.full((), SCALE)),
+        lambda a, b, _: info_nce_loss(a, b, SCALE, backend="blocked"),
+        info_nce_peer,
+    ),
+    "ckd_loss": on_cpu(
+        lambda student, teacher, _: eager_info_nce(teacher, student, torch.ones(())),
+        lambda student, teacher, _: ckd_loss(student, teacher, backend="blocked"),
+    ),
+    "masked_contrast_loss": on_cpu(
+        lambda a, b, labels: eager_masked(a, b, SCALE, labels),
+        lambda a, b, labels: masked_contrast_loss(a, b, SCALE, labels, labels, backend="blocked"),
+    ),
+}
+CASES = [(case, provider) for case, losses in LOSSES.items() for provider in losses]
 
 
 @pytest.mark.parametrize(("case", "provider"), CASES)
 def test_forward_and_backward(benchmark: BenchmarkFixture, case: str, provider: str) -> None:
     D = WIDTHS.get(case, 128)
-    benchmark.group = f"{case} forward + backward, N = {ROWS}, D = {D}"
-    benchmark.extra_info.update(
-        provider=provider, case=f"{case}, N = {ROWS}, D = {D}", dtype="float32", threads=torch.get_num_threads()
-    )
     generator = torch.Generator().manual_seed(0)
     second = torch.randn(ROWS, D, generator=generator)
     first = F.normalize(second + torch.randn(ROWS, D, generator=generator), dim=1).requires_grad_()
     labels = torch.randint(CLASSES, (ROWS,), generator=generator)
     second.requires_grad_(case != "ckd_loss")
     try:
-        loss = CONTRAST_PROVIDERS[case][provider]()
+        loss = LOSSES[case][provider]()
     except ImportError as error:
         pytest.skip(f"{provider}: {error}")
 
@@ -37,6 +89,4 @@ def test_forward_and_backward(benchmark: BenchmarkFixture, case: str, provider: 
         first.grad = second.grad = None
         loss(first, second, labels).backward()
 
-    step()  # compiles, and allocates what stays
-    benchmark.extra_info["peak_extra_mib"] = peak_resident_mib(step)
-    benchmark.pedantic(step, rounds=3)
+    run_case(benchmark, step, rounds=3, provider=provider, case=f"{case}, N = {ROWS}, D = {D}")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.measure import peak_resident_mib
+from bench.measure import run_case
 from bench.providers import PROVIDERS
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192)
@@ -17,8 +17,6 @@ WIDTH = 128
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_forward_and_backward(benchmark: BenchmarkFixture, provider: str, n: int) -> None:
-    benchmark.group = f"dcd_loss forward + backward, N = {n}"
-    benchmark.extra_info.update(provider=provider, n=n, d=WIDTH, dtype="float32", threads=torch.get_num_threads())
     generator = torch.Generator().manual_seed(n)
     teacher = torch.randn(n, WIDTH, generator=generator)
     student = (teacher + torch.randn(n, WIDTH, generator=generator)).requires_grad_()
@@ -31,6 +29,5 @@ def test_forward_and_backward(benchmark: BenchmarkFixture, provider: str, n: int
             leaf.grad = None
         loss(student, teacher, logit_scale).backward()
 
-    step()  # compiles, and allocates what stays
-    benchmark.extra_info["peak_extra_mib"] = peak_resident_mib(step)
-    benchmark.pedantic(step, rounds=5 if n >= 4096 else 15, warmup_rounds=1)
+    rounds = 5 if n >= 4096 else 15
+    run_case(benchmark, step, rounds, warmup_rounds=1, case=f"dcd_loss, N = {n}", provider=provider, n=n, d=WIDTH)

@@ -1,11 +1,12 @@
-"""Where the blocked backend's time goes: its products alone, its exponentials alone, and the rest."""
+"""Measures where the blocked backend's time goes: its products alone, its exponentials alone, and the rest."""
 
-import time
 from collections.abc import Callable
 
 import torch
 
+from bench.measure import called_ms
 from bench.providers import PROVIDERS
+from bench.report import table
 from fastkd.backends.blocked.gemm import product
 from fastkd.backends.blocked.tiles import Workspace, blocks, for_each_tile, pair_rounds
 
@@ -14,16 +15,11 @@ ROWS, WIDTH, REPEATS = 8192, 128, 7
 
 def _fastest(run: Callable[[], None]) -> float:
     run()
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(called_ms(run) for _ in range(REPEATS))
 
 
 def measure() -> dict[str, float]:
-    """Seconds, the fastest of a few runs: forward + backward, and the same tiles with nothing but one kind of work."""
+    """Milliseconds of forward + backward, and of the same tiles with one kind of work alone, fastest of some runs."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(ROWS, WIDTH, generator=generator, requires_grad=True) for _ in range(2))
     scale = torch.tensor(2.718, requires_grad=True)
@@ -33,15 +29,11 @@ def measure() -> dict[str, float]:
     transposed = {block.start: rows_a[block].T.contiguous() for block in row_blocks}
 
     def products(rows: slice, cols: slice, workspace: Workspace) -> None:
-        # A tile and its mirror image: similarities forward and again backward, then four products with the gradient.
-        G = product(rows_a[rows], rows_b[cols])
-        product(rows_a[rows], rows_b[cols])
-        product(G, rows_b[cols].T)
-        product(transposed[rows.start], G.T)
-        if rows != cols:
-            product(rows_b[rows], rows_a[cols])
-            product(rows_b[rows], rows_a[cols])
-            product(G, rows_a[cols].T)
+        # For a tile and its mirror image: similarities forward and again backward, then two products with the gradient.
+        for x, y in ((rows_a, rows_b), (rows_b, rows_a))[: 1 if rows == cols else 2]:
+            product(x[rows], y[cols])
+            G = product(x[rows], y[cols])
+            product(G, y[cols].T)
             product(transposed[rows.start], G.T)
 
     def exponentials(rows: slice, cols: slice, workspace: Workspace) -> None:
@@ -60,20 +52,17 @@ def measure() -> dict[str, float]:
 
 def markdown() -> str:
     """A table of :func:`measure`."""
-    operations = 8 * ROWS**2 * WIDTH
+    operations, rows = 8 * ROWS**2 * WIDTH, []
+    notes = {"products": f"{operations / 1e9:.1f} GFLOP", "exponentials": f"{2 * ROWS**2 / 1e6:.0f} million"}
+    for part, ms in measure().items():
+        rate = f" at {operations / ms / 1e6:.0f} GFLOP/s" if part == "products" else ""
+        rows.append([part, f"{ms:.0f}", notes.get(part, "") + rate])
     lines = [
         f"## Where the time of `fastkd blocked` goes, N = {ROWS}",
         "",
-        "The same tiles on the same workers with nothing but the products, or nothing but the exponentials; fastest of",
-        f"{REPEATS}. The rest: element-wise passes, row sums, normalisation, autograd, Python.",
+        "The same tiles run on the same workers with the products alone, or with the exponentials alone. The rest is",
+        f"element-wise passes, row sums, normalisation, autograd and Python. Fastest of {REPEATS} runs.",
         "",
-        "| part | ms | |",
-        "|---|---:|---|",
+        *table(("part", "ms", "work"), rows),
     ]
-    notes = {"products": f"{operations / 1e9:.1f} GFLOP", "exponentials": f"{2 * ROWS**2 / 1e6:.0f} million"}
-    for part, seconds in measure().items():
-        note = notes.get(part, "")
-        if part == "products":
-            note += f" at {operations / seconds / 1e9:.0f} GFLOP/s"
-        lines.append(f"| {part} | {1e3 * seconds:.0f} | {note} |")
     return "\n".join(lines) + "\n"

@@ -1,18 +1,16 @@
-"""``make gpu-bench``: forward + backward of every loss, and of pooling, on a GPU, against eager code, torch.compile and
-installed peers.
+"""``make gpu-bench`` measures forward + backward of every loss and of pooling on a GPU, against eager code,
+torch.compile and installed peers.
 
     python -m bench.gpu [--seconds 540] [--cases dcd_loss ...] [--output bench/results]
     python -m bench.gpu --device cpu --quick     # the whole path with tiny sizes, on any machine
 
-Ends within ``--seconds`` and a few more for the measurement under way. The most important cases come first; what there
-was no time for, no memory, no peer or no kernel, is in the results with the reason. Nothing is dropped. Writes CSV,
-Markdown and PNG to the output folder, named after the hardware: the CSV after every case, the others at the end and
-also after SIGINT or SIGTERM.
+The run ends within ``--seconds`` and the time of the measurement under way. The most important cases come first. Where
+there was no time, no memory, no peer or no kernel, the results give the reason; no case is left out. CSV, Markdown and
+PNG files are written to the output folder and named after the hardware. The CSV is written after every case, the others
+at the end, and also after SIGINT or SIGTERM.
 
-Needs torch, triton, numpy and matplotlib; no network. In an environment that is there already:
-``make gpu-bench BIN=/path/with/python`` (or ``PY=python3``), which installs nothing. fastkd itself comes from
-``python -m pip install --no-index --no-deps --no-build-isolation --editable .`` (with setuptools >= 77), or from a link
-in the checkout: ``ln -s ../kernels fastkd/kernels``.
+It needs torch, triton, numpy and matplotlib, and no network. The Makefile's first lines say how to run it in an
+environment that is there already, without installing anything.
 """
 
 import argparse
@@ -37,8 +35,8 @@ LOGITS = ((256, 1000), (1024, 1000), (8192, 1000), (65536, 1000), (1024, 21841),
 CKD = ((256, 1000), (1024, 1000), (4096, 1000), (16384, 1000), (1024, 21841), (4096, 21841))
 POOLED = ((256, 512, 7), (2048, 512, 7), (64, 256, 56))  # maps, channels, side; a 50 MB L2 cache holds the first
 EXACT_ELEMENTS = 2**28  # logits up to which the error against float64 is affordable
-GRAPH_ELEMENTS = 2**27  # logits above which Python costs nothing beside the kernels, and a graph's memory does
-GRAPH_HOST_MS = 20.0  # a node costs microseconds to launch: a few thousand of them
+GRAPH_ELEMENTS = 2**27  # logits above which Python's time does not count, but a graph's memory does
+GRAPH_HOST_MS = 20.0  # the time of launching a few thousand nodes
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Case:
 
     @property
     def elements(self) -> int:
-        """How many logits there are, given or implied, or elements of the maps."""
+        """The number of logits, given or implied by the rows, or of elements of the maps."""
         if self.side:
             return self.n * self.d * self.side**2
         return self.n * self.d if self.on_logits else self.n**2
@@ -71,9 +69,9 @@ class Case:
         return {"case": self.name, "dtype": dtype, "n": self.n, "d": self.d, "side": self.side}
 
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Student and teacher that agree in part, as in training, and the logit scale or the labels; leaves.
+        """Student and teacher that agree in part, as in training, and the logit scale or the labels.
 
-        Of pooling the maps and the gradient of their rows.
+        The inputs of pooling are the maps and the gradient of their rows.
         """
         generator = torch.Generator(device).manual_seed(self.n)
         if self.side:
@@ -93,9 +91,10 @@ class Case:
         )
 
     def bytes_moved(self) -> int | None:
-        """What cannot be avoided, of the losses on logits two reads forward, two reads and a write backward.
+        """The bytes that must be moved, or None where memory is not the limit.
 
-        Of pooling a read and a write of the maps and of the rows, and another read of the rows if they are normalised.
+        A loss on logits reads both forward; backward it reads both and writes one gradient. Pooling reads and writes
+        the maps and the rows, and reads the rows once more if they are normalised.
         """
         if self.side:
             rows = self.n * self.d * providers.pooled_rows(self.side)
@@ -104,7 +103,7 @@ class Case:
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """The most important first."""
+    """All cases, the most important first."""
     bf16, fp32 = torch.bfloat16, torch.float32
     if quick:
         for dtype in (bf16, fp32):
@@ -112,7 +111,7 @@ def cases(quick: bool) -> Iterator[Case]:
             yield from (Case(name, dtype, 12, classes) for name in ("ce_kd_terms", "kd_loss") for classes in (10, 33))
             yield from (Case(name, dtype, n, 20, side=7) for name in providers.POOLS for n in (2, 5))
         return
-    # torch.compile takes seconds a size, more than everything else: the sizes that the project's goals are set at.
+    # torch.compile takes seconds per size, more than everything else. It gets the sizes of the project's goals.
     yield from (Case("dcd_loss", bf16, n, 128, compiles=n in (4096, 32768, 65536)) for n in SIZES)
     yield from (Case("ce_kd_terms", bf16, n, classes, compiles=n == 8192) for n, classes in LOGITS)
     yield from (Case("info_nce_loss", bf16, n, 128, compiles=n == 32768) for n in SIZES)
@@ -132,7 +131,7 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def step_of(loss: providers.Loss, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
-    """Forward and backward; of what is not a scalar, the second input is the gradient."""
+    """A function that runs forward and backward. Where the value is no scalar, the second input is its gradient."""
 
     def step() -> Tensor:
         for x in inputs:
@@ -161,7 +160,7 @@ def exact_result(case: Case, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor
 
 @dataclass
 class Run:
-    """How everything is measured, and what has ended it. A signal interrupts a measurement and nothing else."""
+    """Says how everything is measured, and what has ended it. A signal interrupts a measurement and nothing else."""
 
     device: torch.device
     quick: bool
@@ -172,7 +171,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Of one measurement."""
+        """The time of one measurement."""
         return 0.002 if self.quick else 0.1
 
     def stopped(self) -> str | None:

@@ -4,7 +4,6 @@ import csv
 import datetime
 import importlib.metadata
 import platform
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,18 @@ from bench.providers import GPU_BASELINE, MEMORY_BOUND, ON_LOGITS, PEERS, POOLS
 NUMBERS = ("median_ms", "host_ms", "graph_ms", "peak_extra_mib", "loss_error", "grad_error", "gb_per_s")
 GROUP = ("case", "dtype", "n", "d", "side")
 COLUMNS = (*GROUP, "provider", "status", "note", *NUMBERS, "speedup", "memory_ratio", "of_copy")
+
+# The numbers of a table, by the title of their column: their name in a row, format and unit.
+SHOWN = {
+    "median ms": ("median_ms", ".4g"),
+    "host ms": ("host_ms", ".3g"),
+    "graph ms": ("graph_ms", ".4g"),
+    "speed-up": ("speedup", ".2f", "x"),
+    "memory MiB": ("peak_extra_mib", ".1f"),
+    "memory ratio": ("memory_ratio", ".1%"),
+    "error": ("grad_error", ".1e"),
+}
+SHOWN_OF_MEMORY_BOUND = {"GB/s": ("gb_per_s", ".0f"), "of copy": ("of_copy", ".0%")}
 
 
 def version(package: str) -> str:
@@ -35,12 +46,12 @@ def hardware(device: torch.device) -> str:
 
 
 class Results:
-    """The rows of a run: each case is in the CSV file once it is measured; the table and the plot come last."""
+    """The rows of a run. Each case goes to the CSV file once it is measured; the table and the plot come last."""
 
     def __init__(self, device: torch.device, ceilings: dict[str, float], command: str, output: Path) -> None:
         self.device, self.ceilings, self.command = device, ceilings, command
         name = hardware(device).split(", ")[0] if device.type == "cuda" else hardware(device)
-        self.path = output / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.md"
+        self.path = output / f"gpu-{report.slug(name)}.md"
         self.rows: list[dict[str, Any]] = []
 
     def append(self, rows: list[dict[str, Any]]) -> None:
@@ -77,15 +88,16 @@ def _markdown(
         f"- Ceilings, measured in this run: copy {ceilings['copy_gb_per_s']:.0f} GB/s, bf16 matmul "
         f"{ceilings['matmul_tflop_per_s']:.3g} TFLOP/s",
         f'- fp32 products: precision {torch.get_float32_matmul_precision()!r} ("high" is tf32), for every provider',
-        "- median: called from Python, cold L2 cache. host: what Python needs to launch a step on an idle GPU; where",
-        "  it is close to the median, the median is mostly launching, as at small N. graph: the same kernels in a CUDA",
-        "  graph, so without Python; not measured for peers, for `fastkd blocked` (too many nodes), and where the work",
-        "  is so large that launching does not count.",
-        "- memory: peak of one step beyond what was allocated before it, the gradients included. error: relative to",
-        "  float64, of the gradient of the student or of the map. speed-up (of the median) and memory ratio: against",
-        f"  `{GPU_BASELINE}`.",
-        "- GB/s: what must be moved over the shorter time, and of the copy. 5 elements a logit: both logits are read",
-        "  twice and one gradient is written. Pooling: 2 elements an element of the map and of rows, 3 of unit rows.",
+        "- median: the step is called from Python, with a cold L2 cache. host: what Python needs to launch a step on",
+        "  an idle GPU; near the median, as at small N, it means that the median is mostly launching. graph: the same",
+        "  kernels in a CUDA graph, so without Python. It is not measured for peers, for `fastkd blocked` (too many",
+        "  nodes), and where the work is so large that launching does not count.",
+        "- memory: the peak of one step beyond what was allocated before it, the gradients included. error: of the",
+        "  gradient of the student or of the map, relative to float64. speed-up (of the median) and memory ratio are",
+        f"  against `{GPU_BASELINE}`.",
+        "- GB/s: what must be moved over the shorter time, and its part of the copy. Losses on logits move 5 elements",
+        "  per logit: both logits are read twice and one gradient is written. Pooling moves 2 per element of the map",
+        "  and of the rows, 3 per element of unit rows.",
     ]
     for case, dtype in dict.fromkeys((row["case"], row["dtype"]) for row in rows):
         own = [row for row in rows if (row["case"], row["dtype"]) == (case, dtype)]
@@ -95,41 +107,19 @@ def _markdown(
 
 def _table(case: str, dtype: str, rows: list[dict[str, Any]]) -> list[str]:
     width = "C" if case in ON_LOGITS else "C x H x W" if case in POOLS else "D"
-    bandwidth = " GB/s | of copy |" if case in MEMORY_BOUND else ""
-    lines = [
-        f"## {case}, {dtype} inputs",
-        "",
-        f"| N | {width} | provider | median ms | host ms | graph ms | speed-up | memory MiB | memory ratio | error |"
-        + bandwidth,
-        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|" + "---:|---:|" * bool(bandwidth),
-    ]
+    shown = SHOWN | SHOWN_OF_MEMORY_BOUND if case in MEMORY_BOUND else SHOWN
+    cells = []
     for row in rows:
         size = " x ".join(str(x) for x in (row["d"], row["side"], row["side"]) if x is not None)
-        head = f"| {row['n']} | {size} | {row['provider']} |"
-        if row["status"] != "ok":
-            lines.append(f"{head} {row['status'].replace('|', '/')} |")
-            continue
-        cells = [
-            _format(row["median_ms"], ".4g"),
-            _format(row["host_ms"], ".3g"),
-            _format(row["graph_ms"], ".4g") or row["note"].replace("|", "/"),
-            _format(row["speedup"], ".2f", "x"),
-            _format(row["peak_extra_mib"], ".1f"),
-            _format(row["memory_ratio"], ".1%"),
-            _format(row["grad_error"], ".1e"),
-        ]
-        if bandwidth:
-            cells += [_format(row["gb_per_s"], ".0f"), _format(row["of_copy"], ".0%")]
-        lines.append(f"{head} {' | '.join(cells)} |")
-    return lines
-
-
-def _format(value: float | None, how: str, unit: str = "") -> str:
-    return "" if value is None else f"{value:{how}}{unit}"
+        numbers = {name: report.cell(row[name], *how) for name, *how in shown.values()}
+        numbers["graph_ms"] = numbers["graph_ms"] or row["note"].replace("|", "/")
+        values = numbers.values() if row["status"] == "ok" else [row["status"].replace("|", "/")]
+        cells.append([str(row["n"]), size, row["provider"], *values])
+    return [f"## {case}, {dtype} inputs", "", *report.table(("N", width, "provider", *shown), cells)]
 
 
 def _plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Time and memory of each case over N at its first width, bandwidth where memory bounds it over the size."""
+    """Draws time and memory of each case over N at its first width; where memory bounds it, bandwidth over the size."""
     names = list(dict.fromkeys(row["case"] for row in rows))
     figure, axes = plt.subplots(len(names), 2, figsize=(11, 3.8 * len(names)), layout="constrained", squeeze=False)
     for (time, other), name in zip(axes, names, strict=True):

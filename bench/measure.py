@@ -1,4 +1,4 @@
-"""Time, memory and ceilings of the device at hand. On a CPU everything runs too, timed by the wall clock."""
+"""Measures time, memory and ceilings of the device at hand. On a CPU the wall clock is the timer."""
 
 import contextlib
 import ctypes
@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,21 +19,22 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def median_ms(step: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Median over about ``seconds`` of calls, at least three, each with a cold L2 cache and timed on the device."""
-    synchronize(device)
+def called_ms(step: Callable[[], object], until: torch.device | None = None) -> float:
+    """The time that Python needs to call ``step``, and that the device ``until`` then needs to end it."""
     start = time.perf_counter()
     step()
+    if until is not None:
+        synchronize(until)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def median_ms(step: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """The median over about ``seconds`` of calls, at least three, each with a cold L2 cache and timed on the device."""
     synchronize(device)
-    estimate = time.perf_counter() - start
-    repeats = min(100, max(3, int(seconds / max(estimate, 1e-6))))
+    estimate = called_ms(step, until=device)
+    repeats = min(100, max(3, int(1e3 * seconds / max(estimate, 1e-3))))
     if device.type != "cuda":
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(times)
+        return statistics.median(called_ms(step) for _ in range(repeats))
     flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for begin, end in pairs:
@@ -45,16 +47,14 @@ def median_ms(step: Callable[[], object], device: torch.device, seconds: float) 
 
 
 def host_ms(step: Callable[[], object], device: torch.device, seconds: float) -> float | None:
-    """Median time in which Python launches the step on an idle GPU; None on a CPU, which launches nothing."""
+    """The median time in which Python launches the step on an idle GPU. None on a CPU, which launches nothing."""
     if device.type != "cuda":
         return None
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or (len(times) < 20 and time.perf_counter() < end):
         torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        step()
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(called_ms(step))
     torch.cuda.synchronize(device)
     return statistics.median(times)
 
@@ -64,7 +64,7 @@ class CaptureError(RuntimeError):
 
 
 def graph_ms(step: Callable[[], object], device: torch.device, seconds: float) -> float | None:
-    """As :func:`median_ms` for the step captured in a CUDA graph, so without Python; None on a CPU."""
+    """The :func:`median_ms` of the step captured in a CUDA graph, so without Python. None on a CPU."""
     if device.type != "cuda":
         return None
     current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
@@ -83,7 +83,7 @@ def graph_ms(step: Callable[[], object], device: torch.device, seconds: float) -
 
 
 def release(device: torch.device) -> None:
-    """Gives cached memory back to the device, unless a failed capture is in the way: torch asserts that none is."""
+    """Gives cached memory back to the device. After a failed capture torch refuses, and nothing is done."""
     if device.type == "cuda":
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
@@ -95,7 +95,7 @@ def in_one_line(error: BaseException) -> str:
 
 
 def peak_extra_mib(step: Callable[[], object], device: torch.device) -> float | None:
-    """The peak of allocated memory during one step beyond what was allocated before it; None on a CPU."""
+    """The peak of allocated memory during one step, beyond what was allocated before it. None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -112,8 +112,8 @@ def _resident_bytes(field: str) -> int:
 
 
 def peak_resident_mib(step: Callable[[], object]) -> float:
-    """The peak of this process's resident memory during one step beyond what was resident before it; Linux."""
-    # What earlier steps freed must not be resident still: a step that is served from it would seem to need nothing.
+    """The peak of this process's resident memory during one step, beyond what was resident before it. Linux only."""
+    # Memory that earlier steps freed goes back first. A step that is served from it would seem to need nothing.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     _RESET_PEAK.write_text("5")  # the peak of resident memory starts again at what is resident now
     before = _resident_bytes("VmRSS")
@@ -121,15 +121,24 @@ def peak_resident_mib(step: Callable[[], object]) -> float:
     return (_resident_bytes("VmHWM") - before) / 2**20
 
 
+def run_case(benchmark: Any, step: Callable[[], object], rounds: int, warmup_rounds: int = 0, **info: Any) -> None:
+    """Times ``step`` by pytest-benchmark's fixture, and notes its peak memory, the threads and ``info``."""
+    step()  # compiles, and allocates what stays
+    benchmark.group = info["case"]
+    benchmark.extra_info.update(dtype="float32", threads=torch.get_num_threads(), **info)
+    benchmark.extra_info["peak_extra_mib"] = peak_resident_mib(step)
+    benchmark.pedantic(step, rounds=rounds, warmup_rounds=warmup_rounds)
+
+
 def copy_gb_per_s(device: torch.device, quick: bool) -> float:
-    """Bytes read plus bytes written by a large copy, a second."""
+    """Bytes read plus bytes written per second by a large copy."""
     source = torch.ones(1 << (20 if quick else 30), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return 2 * len(source) / median_ms(lambda: target.copy_(source), device, 0.2) / 1e6
 
 
 def matmul_tflop_per_s(device: torch.device, quick: bool) -> float:
-    """A square bf16 product."""
+    """Operations per second of a square bf16 product."""
     n = 128 if quick else 8192
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     out = torch.empty_like(a)

@@ -1,29 +1,24 @@
-"""What is measured: every way to compute a loss, by name. A case's baseline is what every ratio is against.
+"""What is measured: every way to compute a loss, by name.
 
-``PROVIDERS``: the DCD loss on a CPU. A provider takes (student [N, D], teacher [N, D], logit_scale 0-dim) and returns
-the loss of ``fastkd.dcd_loss`` with its defaults. ``GPU_PROVIDERS``: the losses of bench/gpu.py, by case; those on
-logits take (student [B, C], teacher [B, C], labels [B]), those of ``POOLS`` (features [B, C, H, W], their rows'
-gradient, which is not for them) and return rows. What builds a provider raises ImportError where the peer is
-not installed; a provider raises Unsupported where our backend has no kernel.
+``PROVIDERS`` compute ``fastkd.dcd_loss`` with its defaults on a CPU. ``GPU_PROVIDERS`` are the losses of bench/gpu.py,
+by case. All ratios of a case are against its baseline. The function that builds a provider raises ImportError where the
+package is not installed. The provider itself raises Unsupported where our backend has no kernel.
+
+Losses on rows take (student [N, D], teacher [N, D], logit_scale 0-dim). Losses on logits take (student [B, C], teacher
+[B, C], labels [B]). The cases of ``POOLS`` take (features [B, C, H, W], and the gradient of the rows, which they
+ignore) and return rows.
 """
 
 from collections.abc import Callable
 from functools import partial
+from operator import add
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import (
-    ckd_loss,
-    dcd_loss,
-    info_nce_loss,
-    kd_loss,
-    masked_contrast_loss,
-    multiscale_pool,
-    sup_con_loss,
-)
+from fastkd import ckd_loss, dcd_loss, info_nce_loss, kd_loss, masked_contrast_loss, multiscale_pool, sup_con_loss
 from fastkd.functional.dcd import dcd_terms
 from fastkd.functional.kd import ce_kd_terms
 
@@ -31,19 +26,21 @@ Loss = Callable[..., Tensor]
 Providers = dict[str, Callable[[], Loss]]
 
 
-def eager(student: Tensor, teacher: Tensor, logit_scale: Tensor) -> Tensor:
-    """Careful eager code: normalise, one product, cross_entropy, two log_softmax."""
+def _contrast_and_logs(student: Tensor, teacher: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits = logit_scale * F.normalize(student, dim=1) @ F.normalize(teacher, dim=1).T
     contrast = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
-    log_p, log_q = logits.log_softmax(dim=1), logits.T.log_softmax(dim=1)
+    return contrast, logits.log_softmax(dim=1), logits.T.log_softmax(dim=1)
+
+
+def eager(student: Tensor, teacher: Tensor, logit_scale: Tensor) -> Tensor:
+    """Careful eager code: normalise, one product, cross_entropy, two log_softmax."""
+    contrast, log_p, log_q = _contrast_and_logs(student, teacher, logit_scale)
     return contrast + 0.5 * (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
 
 
 def eager_kl_div(student: Tensor, teacher: Tensor, logit_scale: Tensor) -> Tensor:
     """The same with torch's fused KL in log space: the fastest eager code we know."""
-    logits = logit_scale * F.normalize(student, dim=1) @ F.normalize(teacher, dim=1).T
-    contrast = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
-    log_p, log_q = logits.log_softmax(dim=1), logits.T.log_softmax(dim=1)
+    contrast, log_p, log_q = _contrast_and_logs(student, teacher, logit_scale)
     return contrast + 0.5 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
@@ -72,36 +69,37 @@ def eager_info_nce(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
-def eager_clip(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
-    """InfoNCE in both directions, as open_clip computes it: two products."""
-    return (eager_info_nce(query, key, logit_scale) + eager_info_nce(key, query, logit_scale)) / 2
-
-
 def eager_ckd(student: Tensor, teacher: Tensor, logit_scale: Tensor) -> Tensor:
     return eager_info_nce(teacher.detach(), student, torch.ones_like(logit_scale))
 
 
-def labels_of(rows: Tensor) -> Tensor:
-    """For the losses that take labels beside the inputs of the others: eight rows of every class."""
-    return torch.arange(len(rows), device=rows.device) % (len(rows) // 8)
+def labels_of(rows: Tensor, labels: Tensor | None = None) -> Tensor:
+    """``labels``, or where there are none, labels that give every class eight rows."""
+    return torch.arange(len(rows), device=rows.device) % (len(rows) // 8) if labels is None else labels
 
 
-def eager_sup_con(student: Tensor, teacher: Tensor, logit_scale: Tensor) -> Tensor:
-    features, labels = F.normalize(student, dim=1), labels_of(student)
-    diagonal = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    positive = (labels[:, None] == labels) & ~diagonal
-    logits = (logit_scale * features @ features.T).float().masked_fill(diagonal, -torch.inf)
-    log_p = logits - logits.logsumexp(dim=1, keepdim=True)
+def eager_sup_con(
+    features: Tensor, _: Tensor, logit_scale: Tensor | float, labels: Tensor | None = None, normalize: bool = True
+) -> Tensor:
+    """Supervised contrast: one product, logsumexp over the others, mean over the positives."""
+    labels = labels_of(features, labels)
+    features = F.normalize(features, dim=1) if normalize else features
+    logits = (logit_scale * features @ features.T).float()
+    own = torch.eye(len(features), dtype=torch.bool, device=features.device)
+    positive = (labels[:, None] == labels) & ~own
+    lse = logits.masked_fill(own, -torch.inf).logsumexp(dim=1)
     count = positive.sum(dim=1)
-    rows = log_p.masked_fill(~positive, 0).sum(dim=1) / count.clamp_min(1)
-    return -rows.sum() / (count > 0).sum().clamp_min(1)
+    rows = lse - logits.masked_fill(~positive, 0).sum(dim=1) / count.clamp_min(1)
+    return rows.masked_fill(count == 0, 0).sum() / (count > 0).sum().clamp_min(1)
 
 
-def eager_masked(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
-    labels, index = labels_of(query), torch.arange(len(query), device=query.device)
+def eager_masked(query: Tensor, key: Tensor, logit_scale: Tensor | float, labels: Tensor | None = None) -> Tensor:
+    labels = labels_of(query, labels)
     logits = logit_scale * F.normalize(query, dim=1) @ F.normalize(key, dim=1).T
-    false_negative = (labels[:, None] == labels) & (index[:, None] != index)
-    return F.cross_entropy(logits.masked_fill(false_negative, -torch.inf), index)
+    false_negative = (labels[:, None] == labels).fill_diagonal_(False)
+    return F.cross_entropy(
+        logits.masked_fill(false_negative, -torch.inf), torch.arange(len(query), device=query.device)
+    )
 
 
 def eager_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -113,7 +111,7 @@ def eager_ce_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(student.float(), labels) + eager_kd(student, teacher, labels)
 
 
-# Windows and strides by the map's side: of a network's last map, every position, and of an early one.
+# Windows and strides by the map's side. 7: a network's last map, at every position. 56: an early map.
 POOL_SCALES = {7: ([7, 4, 2], [1, 1, 1]), 56: ([56, 28, 14], [56, 14, 7])}
 
 
@@ -141,7 +139,8 @@ def in_autocast(loss: Loss) -> Loss:
 
 
 def both_directions(loss: Loss) -> Loss:
-    return lambda a, b, c: (loss(a, b, c) + loss(b, a, c)) / 2
+    """The mean of both directions. Of InfoNCE this is the loss of CLIP, as open_clip computes it: two products."""
+    return lambda a, b, c, **options: (loss(a, b, c, **options) + loss(b, a, c, **options)) / 2
 
 
 class Unsupported(Exception):
@@ -160,61 +159,42 @@ def on_backend(loss: Loss, backend: str) -> Loss:
     return with_backend
 
 
-def _dcd_bounded(student: Tensor, teacher: Tensor, logit_scale: Tensor, backend: str | None = None) -> Tensor:
-    """As ``DCDLoss`` calls it: its clamp bounds the scale, so that the kernels need no running maximum."""
+_dcd_contrast = partial(dcd_loss, alpha=0.0)  # InfoNCE
+
+
+def _dcd_bounded(student: Tensor, teacher: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
+    """As ``DCDLoss`` calls it: the module bounds the scale, so the kernels need no running maximum."""
     contrast, consistency = dcd_terms(student, teacher, logit_scale, max_scale=10.0, backend=backend)
     return contrast + consistency
 
 
-def _kd(student: Tensor, teacher: Tensor, labels: Tensor, backend: str | None = None) -> Tensor:
-    return kd_loss(student, teacher, TEMPERATURE, backend=backend)
-
-
-def _ce_kd(student: Tensor, teacher: Tensor, labels: Tensor, backend: str | None = None) -> Tensor:
-    ce, kd = ce_kd_terms(student, teacher, labels, TEMPERATURE, backend=backend)
-    return ce + kd
-
-
-def _ckd(student: Tensor, teacher: Tensor, logit_scale: Tensor, backend: str | None = None) -> Tensor:
-    return ckd_loss(student, teacher, backend=backend)
-
-
-def _sup_con(student: Tensor, teacher: Tensor, logit_scale: Tensor, backend: str | None = None) -> Tensor:
-    return sup_con_loss(student, labels_of(student), logit_scale, normalize=True, backend=backend)
-
-
-def _masked(query: Tensor, key: Tensor, logit_scale: Tensor, backend: str | None = None) -> Tensor:
-    return masked_contrast_loss(query, key, logit_scale, labels_of(query), labels_of(key), backend=backend)
-
-
 def _pool_providers(normalize: bool) -> Providers:
-    """Eager code twice: as careful as ours, and in the map's own dtype, which moves less."""
+    """Eager code stands here twice: in float32 as ours accumulates, and in the map's own dtype, which moves less."""
 
     def eager_pooled(features: Tensor, _: Tensor) -> Tensor:
         return eager_pool(features, *POOL_SCALES[features.shape[2]], normalize=normalize)
 
-    def pooled(features: Tensor, _: Tensor, backend: str | None = None) -> Tensor:
+    def pooled(features: Tensor, _: Tensor, backend: str) -> Tensor:
         return multiscale_pool(features, *POOL_SCALES[features.shape[2]], normalize=normalize, backend=backend)
 
     return {
         "eager fp32": lambda: lambda x, upstream: eager_pooled(x.float(), upstream).to(x.dtype),
         "eager": lambda: eager_pooled,
         "torch.compile": lambda: compiled(eager_pooled),
-        "fastkd blocked": lambda: on_backend(pooled, "blocked"),
-        "fastkd triton": lambda: on_backend(pooled, "triton"),
+        **_ours(pooled),
     }
 
 
 def metric_learning_sup_con(temperature: float) -> Loss:
-    """Its temperature is a number, so the scale gets no gradient; several N x N tensors."""
+    """Supervised contrast that normalises its features and stores several N x N tensors. No scale gets a gradient."""
     from pytorch_metric_learning.losses import SupConLoss
 
     module = SupConLoss(temperature=temperature)
-    return lambda student, teacher, logit_scale: module(student, labels_of(student))
+    return lambda student, teacher, logit_scale, labels=None: module(student, labels_of(student, labels))
 
 
 def inf_cl() -> Loss:
-    """InfoNCE in Triton; converts to fp32 and multiplies in tf32. D must be a multiple of a power of two <= 256."""
+    """InfoNCE in Triton. It converts to fp32 and multiplies in tf32. D must be a multiple of a power of two <= 256."""
     from inf_cl import cal_flash_loss
 
     def loss(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
@@ -226,7 +206,7 @@ def inf_cl() -> Loss:
 
 
 def cut_cross_entropy(filter_eps: str | None) -> Loss:
-    """InfoNCE as a classifier whose weights are the keys. ``filter_eps="high"``, its default, drops small gradients."""
+    """InfoNCE as a classifier whose weights are the keys. Its default, ``filter_eps="high"``, drops small gradients."""
     from cut_cross_entropy import linear_cross_entropy
 
     def loss(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
@@ -245,7 +225,7 @@ def open_clip() -> Loss:
 
 
 def liger_kd() -> Loss:
-    """Its KL takes log-probabilities: torch's log_softmax comes first."""
+    """KD. The package's KL takes log-probabilities, so torch's log_softmax comes first."""
     from liger_kernel.ops.kl_div import LigerKLDivLossFunction
 
     def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -256,7 +236,7 @@ def liger_kd() -> Loss:
 
 
 def liger_ce_kd() -> Loss:
-    """Its cross-entropy overwrites the logits with their gradient, so it comes last."""
+    """Cross-entropy and KD. The cross-entropy overwrites the logits with their gradient, so it comes last."""
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
     kd = liger_kd()
@@ -287,15 +267,18 @@ def _with_torch(loss: Loss) -> Providers:
     }
 
 
+def _ours(loss: Loss) -> Providers:
+    return {"fastkd blocked": lambda: on_backend(loss, "blocked"), "fastkd triton": lambda: on_backend(loss, "triton")}
+
+
 GPU_BASELINE = "eager fp32"
-# How the names of what may be captured in a CUDA graph begin. A peer may wait for the host, and one failed capture ends
-# them all; "fastkd blocked" is a node a block, 10^5 of them at 8192 x 131072 logits.
+# Names that begin like this may be captured in a CUDA graph. A peer may wait for the host, and one failed capture ends
+# all captures. "fastkd blocked" would be one node per block, 10^5 of them at 8192 x 131072 logits.
 CAPTURED = ("eager", "torch.compile", "fastkd triton")
 GPU_PROVIDERS: dict[str, Providers] = {
     "dcd_loss": {
         **_with_torch(eager_kl_div),
-        "fastkd blocked": lambda: on_backend(_dcd_bounded, "blocked"),
-        "fastkd triton": lambda: on_backend(_dcd_bounded, "triton"),
+        **_ours(_dcd_bounded),
         "fastkd triton, unbounded scale": lambda: on_backend(dcd_loss, "triton"),
     },
     "info_nce_loss": {
@@ -303,48 +286,36 @@ GPU_PROVIDERS: dict[str, Providers] = {
         "inf-cl": inf_cl,
         "cut-cross-entropy": lambda: cut_cross_entropy(None),
         "cut-cross-entropy, filtered": lambda: cut_cross_entropy("high"),
-        "fastkd blocked": lambda: on_backend(info_nce_loss, "blocked"),
-        "fastkd triton": lambda: on_backend(info_nce_loss, "triton"),
-        "fastkd triton (dcd_loss, alpha 0)": lambda: on_backend(partial(dcd_loss, alpha=0.0), "triton"),
+        **_ours(info_nce_loss),
+        "fastkd triton (dcd_loss, alpha 0)": lambda: on_backend(_dcd_contrast, "triton"),
     },
     "clip_loss": {
-        **_with_torch(eager_clip),
+        **_with_torch(both_directions(eager_info_nce)),
         "open_clip_torch bf16 autocast": lambda: in_autocast(open_clip()),
-        "fastkd blocked": lambda: both_directions(on_backend(info_nce_loss, "blocked")),
-        "fastkd triton": lambda: both_directions(on_backend(info_nce_loss, "triton")),
-        "fastkd triton (dcd_loss, alpha 0)": lambda: both_directions(
-            on_backend(partial(dcd_loss, alpha=0.0), "triton")
-        ),
+        **_ours(both_directions(info_nce_loss)),
+        "fastkd triton (dcd_loss, alpha 0)": lambda: on_backend(both_directions(_dcd_contrast), "triton"),
     },
-    "ckd_loss": {
-        **_with_torch(eager_ckd),
-        "fastkd blocked": lambda: on_backend(_ckd, "blocked"),
-        "fastkd triton": lambda: on_backend(_ckd, "triton"),
-    },
+    "ckd_loss": {**_with_torch(eager_ckd), **_ours(lambda a, b, _, backend: ckd_loss(a, b, backend=backend))},
     "sup_con_loss": {
         **_with_torch(eager_sup_con),
         "pytorch-metric-learning": lambda: in_float32(metric_learning_sup_con(1 / LOGIT_SCALE)),
-        "fastkd blocked": lambda: on_backend(_sup_con, "blocked"),
-        "fastkd triton": lambda: on_backend(_sup_con, "triton"),
+        **_ours(lambda a, _, scale, backend: sup_con_loss(a, labels_of(a), scale, normalize=True, backend=backend)),
     },
     "masked_contrast_loss": {
         **_with_torch(eager_masked),
-        "fastkd blocked": lambda: on_backend(_masked, "blocked"),
-        "fastkd triton": lambda: on_backend(_masked, "triton"),
+        **_ours(lambda a, b, scale, backend: masked_contrast_loss(a, b, scale, *[labels_of(a)] * 2, backend=backend)),
     },
     "kd_loss": {
         "eager fp32": lambda: eager_kd,
         "torch.compile fp32": lambda: compiled(eager_kd),
         "liger-kernel": liger_kd,
-        "fastkd blocked": lambda: on_backend(_kd, "blocked"),
-        "fastkd triton": lambda: on_backend(_kd, "triton"),
+        **_ours(lambda a, b, _, backend: kd_loss(a, b, TEMPERATURE, backend=backend)),
     },
     "ce_kd_terms": {
         "eager fp32": lambda: eager_ce_kd,
         "torch.compile fp32": lambda: compiled(eager_ce_kd),
         "liger-kernel": liger_ce_kd,
-        "fastkd blocked": lambda: on_backend(_ce_kd, "blocked"),
-        "fastkd triton": lambda: on_backend(_ce_kd, "triton"),
+        **_ours(lambda a, b, labels, backend: add(*ce_kd_terms(a, b, labels, TEMPERATURE, backend=backend))),
     },
     **{name: _pool_providers(normalize) for name, (_, normalize) in POOLS.items()},
 }

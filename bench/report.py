@@ -1,8 +1,10 @@
-"""Turns the JSON of pytest-benchmark into a CSV file, a Markdown table and a plot, with the ratios to the baseline."""
+"""Tables and plots of results. Turns the JSON of pytest-benchmark into a CSV file, a Markdown table and a plot."""
 
 import csv
 import json
 import platform
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,24 @@ def hardware() -> str:
     return f"{', '.join(sorted(names)) or platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def slug(name: str) -> str:
+    """``name`` as a part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table. Columns of text are aligned on the left, columns of numbers on the right."""
+    marks = ["---" if name in ("provider", "method", "case", "part", "work") else "---:" for name in columns]
+    return [f"| {' | '.join(cells)} |" for cells in (columns, marks, *rows)]
+
+
+def cell(value: float | None, how: str, unit: str = "") -> str:
+    """The value in a table; empty for None."""
+    return "" if value is None else f"{value:{how}}{unit}"
+
+
 def rows_of(report: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    """One row a case: the median time, the peak of extra memory, and both as ratios to the baseline of the same key."""
+    """One row per case: median time, peak of extra memory, and both as ratios to the baseline of the same key."""
     rows = [
         {
             "provider": case["extra_info"]["provider"],
@@ -69,6 +87,13 @@ def write(json_path: Path, command: str, title: str, key: str) -> Path:
 
 
 def _markdown(rows: list[dict[str, Any]], date: str, command: str, title: str, key: str) -> str:
+    cells = [
+        [
+            *(str(row[key]), row["provider"], cell(row["median_ms"], ".2f"), cell(row["min_ms"], ".2f")),
+            *(cell(row["speedup"], ".2f", "x"), cell(row["peak_extra_mib"], ".1f"), cell(row["memory_ratio"], ".1%")),
+        ]
+        for row in rows
+    ]
     lines = [
         f"# {title}",
         "",
@@ -78,16 +103,8 @@ def _markdown(rows: list[dict[str, Any]], date: str, command: str, title: str, k
         f"- Speed-up and memory ratio are against `{BASELINE}` in the same run; memory is the peak of resident memory",
         "  during one step, beyond what was resident before it.",
         "",
-        f"| {key} | provider | median ms | min ms | speed-up | peak extra MiB | memory ratio |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        *table((key, "provider", "median ms", "min ms", "speed-up", "peak extra MiB", "memory ratio"), cells),
     ]
-    for row in rows:
-        speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}x"
-        memory = "" if row["memory_ratio"] is None else f"{100 * row['memory_ratio']:.1f} %"
-        lines.append(
-            f"| {row[key]} | {row['provider']} | {row['median_ms']:.2f} | {row['min_ms']:.2f} | {speedup} "
-            f"| {row['peak_extra_mib']:.1f} | {memory} |"
-        )
     return "\n".join(lines) + "\n"
 
 
@@ -101,7 +118,7 @@ def _plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def draw(axis: Any, rows: list[dict[str, Any]], x: str, y: str, x_label: str, y_label: str) -> None:
-    """One line a provider, over the rows in which it was measured."""
+    """Draws one line per provider, over the rows in which it was measured."""
     measured = [row for row in rows if row[y] is not None]
     for provider in dict.fromkeys(row["provider"] for row in measured):
         own = [row for row in measured if row["provider"] == provider]

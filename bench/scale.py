@@ -1,16 +1,15 @@
-"""``make bench-scale``: how ``dcd_loss`` with negatives from all ranks scales. Part measured, part modelled.
+"""``make bench-scale`` shows how ``dcd_loss`` with negatives from all ranks scales. Part is measured, part modelled.
 
-Measured, on this machine: time and bytes of a forward and backward on 1 to 4 local gloo ranks of one thread each, for
-fastkd (one all-gather, owner-computes backward), its ring, and gather + reduce-scatter. Bytes are counted at the
-collectives, in Python or C++, wherever they are started.
+Measured on this machine are time and bytes of a forward and backward on 1 to 4 local gloo ranks of one thread each: of
+fastkd (one all-gather, owner-computes backward), of its ring, and of gather + reduce-scatter. Bytes are counted at the
+collectives, whether Python or C++ starts them.
 
-Modelled, for 8 to 1024 GPUs: step time, traffic and memory of a rank, from the byte counts that the measurement
-confirms, a bandwidth, and one ingredient: the time of a forward and backward on one GPU at N = 32768 (``--gpu-ms``).
+Modelled for 8 to 1024 GPUs are step time, traffic and memory of a rank. The model takes the byte counts that the
+measurement confirms, a bandwidth, and the time of a forward and backward on one GPU at N = 32768 (``--gpu-ms``).
 Nothing modelled was run.
 """
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -18,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from bench.report import hardware
+from bench.report import hardware, table, write_csv
 from bench.traffic import CountedBytes
 from fastkd import dcd_loss
 from fastkd.distributed import group as distributed
@@ -46,7 +45,7 @@ REFERENCE_N = 32768
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """What most public code does: gather the features, and reduce-scatter their gradients."""
+    """Gathers the features and reduce-scatters their gradients, as most public code does."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -62,7 +61,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def gather_reduce_scatter(student: Tensor, teacher: Tensor, scale: Tensor) -> Tensor:
-    """This rank's part of the loss, on features gathered with gradients; its rows of the logits in both directions."""
+    """This rank's part of the loss. The features are gathered with gradients; the rank has n rows of both logits."""
     s = torch.nn.functional.normalize(student, dim=1)
     t = torch.nn.functional.normalize(teacher, dim=1)
     s_all, t_all = _GatherWithGradient.apply(torch.cat([s, t], dim=1)).split(WIDTH, dim=1)
@@ -73,7 +72,7 @@ def gather_reduce_scatter(student: Tensor, teacher: Tensor, scale: Tensor) -> Te
 
 
 def fastkd_ring(student: Tensor, teacher: Tensor, scale: Tensor) -> Tensor:
-    """fastkd without room for the gathered rows."""
+    """``dcd_loss`` without room for the gathered rows, so that they are passed on in a ring."""
     distributed.configure(max_gathered_bytes=0)
     return dcd_loss(student, teacher, scale)
 
@@ -98,7 +97,7 @@ def _measure(rank: int, world_size: int, store: str, method: str, rounds: int, o
         begun = time.perf_counter()
         METHODS[method](student, teacher, scale).backward()
         times.append(time.perf_counter() - begun)
-    with CountedBytes() as counter:  # apart: counting takes time
+    with CountedBytes() as counter:  # not in the timed rounds, because counting takes time
         METHODS[method](student, teacher, scale).backward()
     if rank == 0:
         sent = sum(counter.sent.values())
@@ -108,7 +107,7 @@ def _measure(rank: int, world_size: int, store: str, method: str, rounds: int, o
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """A row a method and number of ranks."""
+    """One row per method and number of ranks."""
     rows = []
     for method in METHODS:
         for world_size in (1, 2, 3, 4):
@@ -122,29 +121,13 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _fastkd_bytes(ranks: int, n: int, b: int) -> int:
-    return (ranks - 1) * (n * (2 * WIDTH * b + 12) + 32)
-
-
-def _fastkd_ring_bytes(ranks: int, n: int, b: int) -> int:
-    return (ranks - 1) * (n * (2 * 2 * WIDTH * b + 12) + 32)
-
-
-def _gather_reduce_scatter_bytes(ranks: int, n: int, b: int) -> int:
-    return (ranks - 1) * n * 2 * (2 * WIDTH * b)
-
-
-def _fp32_ring_bytes(ranks: int, n: int, _: int) -> int:
-    # Forward: the features. Backward: the features and, travelling with them, the gradients.
-    return (ranks - 1) * n * 3 * (2 * WIDTH * 4)
-
-
-# Bytes that a rank sends in a step of n rows a rank, b bytes a number exchanged.
-METHOD_BYTES = {
-    "fastkd": _fastkd_bytes,
-    "fastkd ring": _fastkd_ring_bytes,
-    "gather + reduce-scatter": _gather_reduce_scatter_bytes,
-    "ring of fp32 features": _fp32_ring_bytes,
+# Bytes that a rank sends in a step of n rows per rank, with b bytes per exchanged number.
+METHOD_BYTES: dict[str, Callable[[int, int, int], int]] = {
+    "fastkd": lambda ranks, n, b: (ranks - 1) * (n * (2 * WIDTH * b + 12) + 32),
+    "fastkd ring": lambda ranks, n, b: (ranks - 1) * (n * (2 * 2 * WIDTH * b + 12) + 32),
+    "gather + reduce-scatter": lambda ranks, n, b: (ranks - 1) * n * 2 * (2 * WIDTH * b),
+    # The features travel forward. In the backward they travel again, together with the gradients.
+    "ring of fp32 features": lambda ranks, n, _: (ranks - 1) * n * 3 * (2 * WIDTH * 4),
 }
 
 
@@ -161,12 +144,12 @@ class Point:
 
 
 def model(gpu_ms: float) -> Iterator[Point]:
-    """Every method at every number of ranks and bandwidth.
+    """One point for every method at every number of ranks and bandwidth.
 
-    A forward takes 4 n N D operations; the owner-computes backward 8, the one that computes gradients for other ranks'
-    rows 12; all at the rate of ``gpu_ms``. A gather overlaps the rank's own block (fastkd's chunks overlap more: that
-    is left out), a ring step its block; a reduce-scatter overlaps nothing, because the gradient is complete only at the
-    end.
+    A forward takes 4 n N D operations. The owner-computes backward takes 8, and a backward that also computes gradients
+    for other ranks' rows takes 12, all at the rate of ``gpu_ms``. A gather overlaps the rank's own block; that fastkd's
+    chunks overlap more is left out. A ring step overlaps its block. A reduce-scatter overlaps nothing, because the
+    gradient is complete only at the end.
     """
     rate = 12 * REFERENCE_N**2 * WIDTH / (gpu_ms * 1e-3)
     n = MODELLED_ROWS
@@ -181,9 +164,9 @@ def model(gpu_ms: float) -> Iterator[Point]:
             half, full = 2 * WIDTH * 2, 2 * WIDTH * 4  # bytes of a row in bf16 and in fp32
             others = (ranks - 1) * n
             own = forward / ranks
-            gathered = LATENCY + max(own, sending(others * half)) + forward - own  # the first: what the ranks agree on
+            gathered = LATENCY + max(own, sending(others * half)) + forward - own  # LATENCY: the ranks agree first
             seconds = {
-                # The numbers a row travel while the loss goes back through whatever was computed from it.
+                # The numbers per row travel while the loss goes back through whatever was computed from it.
                 "fastkd": gathered + max(backward, sending(others * 12)),
                 "fastkd ring": LATENCY
                 + ranks * max(forward / ranks, sending(n * half))
@@ -204,36 +187,37 @@ def model(gpu_ms: float) -> Iterator[Point]:
 
 
 def plot(measured: list[dict[str, Any]], points: list[Point], path: Path) -> None:
-    """Measured: solid lines with filled markers. Modelled: dashed lines with open ones."""
+    """Draws what was measured with solid lines, and what was modelled with dashed lines and open markers."""
     figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
     colours = dict(zip(METHOD_BYTES, ("C0", "C2", "C3", "C1"), strict=True))
-    for axis, key, factor, label in (
-        (axes[0, 0], "bytes", 2**-20, "MiB sent by a rank a step"),
-        (axes[0, 1], "seconds", 1e3, "ms a step (2 cores for all ranks)"),
-    ):
-        for method in METHODS:
-            own = [row for row in measured if row["method"] == method]
+    modelled = [asdict(point) for point in points]
+    title = f"MEASURED: gloo, fp32, {MEASURED_ROWS} rows per rank"
+
+    def draw(axis: Any, rows: list[dict[str, Any]], key: str, factor: float, **style: Any) -> None:
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row for row in rows if row["method"] == method]
             x, y = [row["ranks"] for row in own], [row[key] * factor for row in own]
-            axis.plot(x, y, marker="o", color=colours[method], label=method)
-        axis.set(title=f"MEASURED: gloo, fp32, {MEASURED_ROWS} rows a rank", xlabel="ranks", ylabel=label)
-        axis.set_xticks([1, 2, 3, 4])
-    for axis, bandwidth in ((axes[1, 0], BANDWIDTHS[0]), (axes[1, 1], BANDWIDTHS[1])):
-        for method in METHOD_BYTES:
-            own_points = [point for point in points if point.method == method and point.bandwidth == bandwidth]
-            x, y = [point.ranks for point in own_points], [point.seconds * 1e3 for point in own_points]
-            axis.plot(x, y, "--", marker="o", markerfacecolor="none", color=colours[method], label=method)
-        axis.set(title=f"MODELLED: {bandwidth} GB/s, bf16, {MODELLED_ROWS} rows a rank", ylabel="ms a step")
-    for axis, key, label in ((axes[0, 2], "bytes", "MiB sent by a rank a step"), (axes[1, 2], "memory", "MiB a rank")):
-        for method in METHOD_BYTES:
-            own_points = [point for point in points if point.method == method and point.bandwidth == BANDWIDTHS[0]]
-            x, y = [point.ranks for point in own_points], [getattr(point, key) * 2**-20 for point in own_points]
-            axis.plot(x, y, "--", marker="o", markerfacecolor="none", color=colours[method], label=method)
-        axis.set(title=f"MODELLED: bf16, {MODELLED_ROWS} rows a rank", ylabel=label)
-    for axis in (axes[1, 0], axes[1, 1], axes[0, 2], axes[1, 2]):
-        axis.set(xlabel="ranks", xscale="log", yscale="log")
-        axis.set_xticks(MODELLED_RANKS, [str(ranks) for ranks in MODELLED_RANKS])
-    for axis in axes.flat:
+            axis.plot(x, y, marker="o", color=colours[method], label=method, **style)
         axis.grid(alpha=0.3)
+
+    for axis, key, factor, label in (
+        (axes[0, 0], "bytes", 2**-20, "MiB sent by a rank per step"),
+        (axes[0, 1], "seconds", 1e3, "ms per step (2 cores for all ranks)"),
+    ):
+        draw(axis, measured, key, factor)
+        axis.set(title=title, xlabel="ranks", ylabel=label)
+        axis.set_xticks([1, 2, 3, 4])
+    for axis, bandwidth, key, factor, label in (
+        (axes[1, 0], BANDWIDTHS[0], "seconds", 1e3, "ms per step"),
+        (axes[1, 1], BANDWIDTHS[1], "seconds", 1e3, "ms per step"),
+        (axes[0, 2], BANDWIDTHS[0], "bytes", 2**-20, "MiB sent by a rank per step"),
+        (axes[1, 2], BANDWIDTHS[0], "memory", 2**-20, "MiB per rank"),
+    ):
+        rows = [row for row in modelled if row["bandwidth"] == bandwidth]
+        draw(axis, rows, key, factor, linestyle="--", markerfacecolor="none")
+        title = f"MODELLED: {f'{bandwidth} GB/s, ' * (key == 'seconds')}bf16, {MODELLED_ROWS} rows per rank"
+        axis.set(title=title, xlabel="ranks", ylabel=label, xscale="log", yscale="log")
+        axis.set_xticks(MODELLED_RANKS, [str(ranks) for ranks in MODELLED_RANKS])
     axes[0, 0].legend(fontsize=8)
     axes[1, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -241,43 +225,45 @@ def plot(measured: list[dict[str, Any]], points: list[Point], path: Path) -> Non
 
 def markdown(measured: list[dict[str, Any]], points: list[Point], gpu_ms: float) -> str:
     """The tables, measured and modelled apart."""
+    by_key = {(point.method, point.ranks, point.bandwidth): point for point in points}
+    measured_cells = [
+        [
+            row["method"],
+            str(row["ranks"]),
+            f"{1e3 * row['seconds']:.1f}",
+            *(f"{row[x]:,}" for x in ("bytes", "modelled_bytes")),
+        ]
+        for row in measured
+    ]
+    modelled_cells = []
+    for method in METHOD_BYTES:
+        for ranks in MODELLED_RANKS:
+            slow, fast = (by_key[method, ranks, bandwidth] for bandwidth in BANDWIDTHS)
+            numbers = (1e3 * slow.seconds, 1e3 * fast.seconds, slow.bytes / 2**20, slow.memory / 2**20)
+            modelled_cells.append([method, str(ranks), *(f"{number:.2f}" for number in numbers)])
     lines = [
         "# dcd_loss with negatives from all ranks",
         "",
         f"- Hardware: {hardware()}; Python {platform.python_version()}, torch {torch.__version__}",
         f"- Command: `make bench-scale`; D = {WIDTH}",
         "",
-        f"## Measured: local gloo ranks of one thread, fp32, {MEASURED_ROWS} rows a rank, forward + backward",
+        f"## Measured: local gloo ranks of one thread, fp32, {MEASURED_ROWS} rows per rank, forward + backward",
         "",
         "The ranks share this machine's cores: times beyond 2 ranks show that, not the network's.",
         "",
-        "| method | ranks | ms | bytes sent by a rank | bytes of the model |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for row in measured:
-        lines.append(
-            f"| {row['method']} | {row['ranks']} | {1e3 * row['seconds']:.1f} | {row['bytes']:,} "
-            f"| {row['modelled_bytes']:,} |"
-        )
-    lines += [
+        *table(("method", "ranks", "ms", "bytes sent by a rank", "bytes of the model"), measured_cells),
         "",
-        f"## Modelled, not run: bf16, {MODELLED_ROWS} rows a rank",
+        f"## Modelled, not run: bf16, {MODELLED_ROWS} rows per rank",
         "",
         f"Ingredients: {gpu_ms:g} ms for a forward and backward of N = {REFERENCE_N} on one GPU (`--gpu-ms`), "
-        f"{1e6 * LATENCY:g} us a collective or ring step, the bytes above, the bandwidth a rank has. Memory: what the "
+        f"{1e6 * LATENCY:g} us per collective or ring step, the bytes above, the bandwidth of a rank. Memory: what the "
         "exchange needs; eager code adds several n x N matrices to gather + reduce-scatter.",
         "",
-        "| method | ranks | ms at 50 GB/s | ms at 400 GB/s | MiB sent by a rank | MiB of memory |",
-        "|---|---:|---:|---:|---:|---:|",
+        *table(
+            ("method", "ranks", "ms at 50 GB/s", "ms at 400 GB/s", "MiB sent by a rank", "MiB of memory"),
+            modelled_cells,
+        ),
     ]
-    by_key = {(point.method, point.ranks, point.bandwidth): point for point in points}
-    for method in METHOD_BYTES:
-        for ranks in MODELLED_RANKS:
-            slow, fast = (by_key[method, ranks, bandwidth] for bandwidth in BANDWIDTHS)
-            lines.append(
-                f"| {method} | {ranks} | {1e3 * slow.seconds:.2f} | {1e3 * fast.seconds:.2f} "
-                f"| {slow.bytes / 2**20:.2f} | {slow.memory / 2**20:.2f} |"
-            )
     return "\n".join(lines) + "\n"
 
 
@@ -293,12 +279,9 @@ def main() -> None:
     path = arguments.output / "scale"
     content = {"hardware": hardware(), "gpu_ms": arguments.gpu_ms, "measured": measured}
     path.with_suffix(".json").write_text(json.dumps({**content, "modelled": [asdict(x) for x in points]}, indent=1))
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=["kind", "method", "ranks", "bandwidth", "seconds", "bytes", "memory"])
-        writer.writeheader()
-        for row in measured:
-            writer.writerow({"kind": "measured", **{key: row[key] for key in ("method", "ranks", "seconds", "bytes")}})
-        writer.writerows({"kind": "modelled", **asdict(point)} for point in points)
+    names = [field.name for field in fields(Point)]
+    rows = [{"kind": "measured", **{name: row.get(name) for name in names}} for row in measured]
+    write_csv([*rows, *({"kind": "modelled", **asdict(point)} for point in points)], path.with_suffix(".csv"))
     plot(measured, points, path.with_suffix(".png"))
     path.with_suffix(".md").write_text(markdown(measured, points, arguments.gpu_ms))
     print(path.with_suffix(".md").read_text())

@@ -1,4 +1,4 @@
-"""Counts what a rank sends, at the collectives."""
+"""Counts the bytes that a rank sends, at the collectives."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class CountedBytes(TorchDispatchMode):
-    """``sent``: bytes that this rank sends to the others of a group, by collective.
+    """Counts in ``sent`` the bytes that this rank sends to the others of a group, by collective.
 
-    Counted where c10d dispatches a collective to its backend, whether Python or C++ issued it. A sender of n bytes to
-    all W ranks sends ``(W - 1) n``; of what is reduced and scattered, ``(W - 1)`` parts of W, and twice that of what is
-    reduced for all.
+    They are counted where c10d dispatches a collective to its backend, whether Python or C++ issued it. A rank that
+    sends n bytes to all W ranks sends ``(W - 1) n``. A reduce-scatter of n bytes sends ``(W - 1) / W`` of them, and an
+    all-reduce twice that.
     """
 
     def __init__(self) -> None:

@@ -1,5 +1,6 @@
-// fastkd_native::start_gather: packs the rows of this rank and starts the collectives that bring those of all ranks.
-// See fastkd/exchange.py, which does the same on torch.distributed, for what it returns.
+// fastkd_native::start_gather packs the rows of this rank and starts the collectives that bring the rows of all ranks.
+// start_gather in fastkd/distributed/exchange.py does the same on torch.distributed. Its docstring says what is
+// returned.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cat.h>
@@ -23,11 +24,11 @@ std::tuple<at::Tensor, at::Tensor> pack_rows(at::TensorList rows, at::ScalarType
   return op.call(rows, dtype, normalize);
 }
 
-// Every backend moves bytes, not every one moves every dtype.
+// Rows travel as bytes, because not every backend moves every dtype.
 at::Tensor bytes(const at::Tensor& x) { return x.view({-1}).view(at::kByte); }
 
-// sizes: the rows of every rank. bounds: where equal numbers of rows are cut into chunks; empty for unequal ones.
-// A work holds the tensors of its collective until it is done.
+// sizes: how many rows each rank holds. bounds: the rows at which equal numbers of rows are cut into chunks; empty if
+// the ranks hold unequal numbers. A work keeps the tensors of its collective alive until the collective is done.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, Works> start_gather(at::TensorList rows, at::ScalarType dtype,
                                                                    bool normalize, at::IntArrayRef sizes,
                                                                    at::IntArrayRef bounds, const Group& group) {

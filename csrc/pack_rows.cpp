@@ -1,4 +1,5 @@
-// fastkd_native::pack_rows for CPU, and the call of the CUDA kernel. See fastkd/pack.py for what it computes.
+// fastkd_native::pack_rows on a CPU, and the call of the CUDA kernel. pack_rows in fastkd/distributed/pack.py computes
+// the same in Python. Its docstring says what is returned.
 #include "pack_rows.h"
 
 #include <ATen/Dispatch.h>
@@ -21,7 +22,7 @@
 #define FASTKD_STRING_OF(x) #x
 #define FASTKD_STRING(x) FASTKD_STRING_OF(x)
 
-// Python reads this out of the file, without loading it.
+// Python reads this text from the file before it loads the library.
 extern "C" __attribute__((used, visibility("default"))) const char fastkd_native_built_for[] =
     "fastkd_native built for torch " FASTKD_STRING(FASTKD_TORCH) ", CUDA " FASTKD_STRING(FASTKD_CUDA)
     " and interface " FASTKD_STRING(FASTKD_INTERFACE);
@@ -29,9 +30,9 @@ extern "C" __attribute__((used, visibility("default"))) const char fastkd_native
 namespace fastkd {
 namespace {
 
-constexpr int64_t kLanes = 16;  // partial results that a compiler can keep in vector registers
+constexpr int64_t kLanes = 16;  // so many partial results that a compiler can keep them in vector registers
 
-// function(i, i % kLanes) for i < D, in whole blocks that a compiler can vectorise, then the rest.
+// Calls function(i, i % kLanes) for each i < D. Whole blocks come first, because a compiler can vectorise them.
 template <typename Function>
 void for_each_lane(int64_t D, Function&& function) {
   int64_t i = 0;
@@ -49,7 +50,7 @@ void pack_row(const From* source, To* target, Real* inverse_norm, int64_t D, boo
     return;
   }
   Real largest_of[kLanes] = {}, squares_of[kLanes] = {};
-  Real poison_of[kLanes] = {};  // NaN if an element is not finite; a NaN never is the larger one
+  Real poison_of[kLanes] = {};  // becomes NaN if an element is not finite; the comparison below would miss a NaN
   for_each_lane(D, [&](int64_t i, int64_t k) {
     const Real magnitude = std::abs(static_cast<Real>(source[i]));
     largest_of[k] = largest_of[k] < magnitude ? magnitude : largest_of[k];
@@ -65,7 +66,7 @@ void pack_row(const From* source, To* target, Real* inverse_norm, int64_t D, boo
   Real squares = 0;
   for (int64_t k = 0; k < kLanes; ++k) squares += squares_of[k] + poison_of[k];
   const Real inverse_scaled_norm = 1 / std::sqrt(squares);
-  const bool is_zero = divisor <= static_cast<Real>(kNormEps) * inverse_scaled_norm;  // false for NaN
+  const bool is_zero = divisor <= static_cast<Real>(kNormEps) * inverse_scaled_norm;  // false for NaN, which then stays
   if (is_zero) {
     std::fill(target, target + D, To(0));
     *inverse_norm = 0;
@@ -115,7 +116,7 @@ std::tuple<at::Tensor, at::Tensor> outputs(at::TensorList rows, at::ScalarType d
           at::empty({k, n, 1}, first.options().dtype(real))};
 }
 
-// Rows of any dtype that travel as they are. A copy: their owner may write to them meanwhile.
+// Copies rows of any dtype that travel as they are. A view would not do: their owner may write to them meanwhile.
 std::tuple<at::Tensor, at::Tensor> stacked(at::TensorList rows) {
   at::Tensor inverse_norm = std::get<1>(outputs(rows, rows.front().scalar_type()));
   return {at::stack(rows), inverse_norm.fill_(1)};

@@ -1,16 +1,17 @@
-// One pass over one or two sets of rows: L2-normalise, cast, pack them into one buffer. Free of torch headers.
+// Reads one or two sets of rows once, L2-normalises and casts them, and packs them into one buffer. This header includes
+// no torch headers, so that the CUDA file compiles in seconds.
 #pragma once
 
 #include <cstdint>
 
 namespace fastkd {
 
-// Rows no longer than this count as zero; fastkd.numerics.NORM_EPS.
+// Rows no longer than this count as zero. It equals fastkd.numerics.NORM_EPS.
 constexpr double kNormEps = 1e-12;
 
-// Rows are divided by their largest magnitude before squaring: the square of 1e30 overflows float, that of 1e-30
-// vanishes. Within these bounds the divisor's reciprocal is accurate; beyond the lower one a row counts as zero, beyond
-// the upper one the squares still fit.
+// Rows are divided by their largest magnitude before squaring, because in float the square of 1e30 overflows and the
+// square of 1e-30 vanishes. Within these bounds the divisor's reciprocal is accurate. Below the lower bound a row counts
+// as zero. Above the upper bound the squares still fit.
 template <typename Real>
 struct DivisorBounds {
   static constexpr Real low = Real(1e-20), high = Real(1e30);
@@ -22,8 +23,9 @@ struct DivisorBounds<double> {
 
 enum class DType : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-// first, second: n rows of D contiguous elements, first_stride and second_stride elements from row to row; stack: 2, or
-// 1 for the first alone. packed: [stack, n, D]. inverse_norm: [stack, n], float64 for float64 inputs, else float32; zero for rows that count as zero.
+// first, second: n rows of D contiguous elements; first_stride, second_stride: elements from one row to the next.
+// stack: 2, or 1 if there is only the first set. packed: [stack, n, D]. inverse_norm: [stack, n], float64 for float64
+// inputs and float32 otherwise, and zero for rows that count as zero.
 struct PackRows {
   const void* first;
   const void* second;
@@ -39,7 +41,7 @@ struct PackRows {
   bool normalize;
 };
 
-// Launches on `stream`, a cudaStream_t. Returns a cudaError_t.
+// Launches the kernel on `stream`, which is a cudaStream_t. Returns a cudaError_t.
 int pack_rows_cuda(const PackRows& arguments, void* stream);
 
 }  // namespace fastkd

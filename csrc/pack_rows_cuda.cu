@@ -1,4 +1,5 @@
-// The CUDA kernel of pack_rows: one warp a row, 16 bytes a load where rows are aligned, no atomics, 64-bit addresses.
+// The CUDA kernel of pack_rows. One warp packs one row. Where rows are aligned, one load reads 16 bytes. There are no
+// atomics, and addresses have 64 bits.
 #include "pack_rows.h"
 
 #include <cuda_bf16.h>
@@ -49,7 +50,7 @@ __device__ __half convert(double x) {
   return __double2half(x);
 }
 
-// Approximate to 2 ulp: the exact ones call a subroutine, around which registers are spilled.
+// These are approximate, to 2 ulp. The exact ones call a subroutine, around which the compiler spills registers.
 __device__ float reciprocal(float x) { return __fdividef(1.0f, x); }
 __device__ double reciprocal(double x) { return 1.0 / x; }
 __device__ float reciprocal_sqrt(float x) { return rsqrtf(x); }
@@ -75,8 +76,8 @@ __device__ T warp_sum(T x) {
   return x;
 }
 
-// A lane reads the vectors lane, lane + 32, ... of its row. The first HELD of them stay in registers; longer rows are
-// read again, from the cache.
+// A lane reads the vectors lane, lane + 32, ... of its row. The first HELD of them stay in registers. The rest of a
+// longer row is read again, from the cache.
 template <typename From, typename To, int WIDTH, int HELD>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, 6) pack_rows_kernel(PackRows arguments) {
   using Real = typename Accumulate<From>::type;
@@ -108,11 +109,11 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, 6) pack_rows_kernel(Pac
     }
   };
 
-  // Reciprocals, one a row: with a division an element the kernel would not keep up with the memory.
+  // Each row takes two reciprocals. With a division per element the kernel would not keep up with the memory.
   Real inverse_divisor = 1, inverse_scaled_norm = 1;
   bool is_zero = false;
   if (arguments.normalize) {
-    Real largest = 0, poison = 0;  // poison: NaN if an element is not finite; a NaN never is the larger one
+    Real largest = 0, poison = 0;  // poison becomes NaN if an element is not finite; the comparison would miss a NaN
     for_each([&](int64_t, const Vector<From, WIDTH>& x) {
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) {
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, 6) pack_rows_kernel(Pac
       }
     });
     inverse_scaled_norm = reciprocal_sqrt(warp_sum(squares) + poison);
-    is_zero = divisor <= static_cast<Real>(kNormEps) * inverse_scaled_norm;  // false for NaN
+    is_zero = divisor <= static_cast<Real>(kNormEps) * inverse_scaled_norm;  // false for NaN, which then stays
   }
   for_each([&](int64_t v, const Vector<From, WIDTH>& x) {
     Vector<To, WIDTH> unit;

@@ -1,7 +1,8 @@
 """Contrastive knowledge-distillation losses as fused, memory-linear kernels, and a thin trainer.
 
-The losses need PyTorch alone. Importing this package compiles nothing and never initialises CUDA; the trainer is in
-``fastkd.trainer`` and brings its own dependencies (``pip install 'fastkd[train]'``).
+The losses need PyTorch alone. Importing this package compiles nothing and never initialises CUDA. The trainer is in
+``fastkd.trainer`` and needs more packages (``pip install 'fastkd[train]'``). docs/architecture.md shows how all of it
+is built.
 """
 
 from fastkd.functional.contrast import ckd_loss, info_nce_loss, masked_contrast_loss, sup_con_loss
@@ -11,7 +12,7 @@ from fastkd.functional.pool import multiscale_pool
 from fastkd.functional.preview import preview_weight
 from fastkd.losses import CKDLoss, DCDLoss, KDLoss, MSDCRDLoss, PCKDLoss
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # pyproject.toml reads this line
 __all__ = [
     "CKDLoss",
     "DCDLoss",

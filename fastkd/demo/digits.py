@@ -311,7 +311,7 @@ def describe_settings(config: DemoConfig, first: TrainConfig, teacher: int, stud
         f"{pckd.preview_base:g}^epoch",
         "MSDCRD": ("three scales of the teacher's map" if msdcrd.windows is None else f"windows {msdcrd.windows}")
         + f", temperature {msdcrd.temperature:g}, positives by {msdcrd.positives}, samples and channels of weights "
-        f"{msdcrd.sample_weight:g} and {msdcrd.feature_weight:g}",
+        f"{msdcrd.sample_term_weight:g} and {msdcrd.feature_weight:g}",
         "accuracy": "on the test images after the last epoch",
         "cost of a step": "forward, backward and update of one batch, after the runs: one process, one thread, the "
         f"methods in turn, the median of {ROUNDS} steps. Memory: the most that torch's allocator holds at once during "

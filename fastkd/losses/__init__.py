@@ -1,6 +1,7 @@
-"""One nn.Module per method: its heads, its learnable parameters, its formula in words.
+"""One nn.Module per method, with the method's heads and learnable parameters.
 
-Every module returns a dict of named terms whose sum is the method's loss; weights between methods belong to the caller.
+Every module returns a dict of named terms, each 0-dim in float32 (float64 for float64 inputs). Their sum is the loss of
+the method. The weights between methods belong to the caller.
 """
 
 from fastkd.losses.ckd import CKDLoss

@@ -9,14 +9,29 @@ from fastkd.validate import check_number
 
 
 class CKDLoss(nn.Module):
-    """``mean_i -log softmax_j(cos(teacher_i, student_j) / temperature)_i`` of the logits: :func:`fastkd.ckd_loss`.
+    r"""Contrast of logits as a module: :func:`fastkd.ckd_loss` at a fixed temperature.
 
-    Source: arXiv 2404.14109, eq. 5-7. Its weight beside cross-entropy is the caller's: 100 on CIFAR-100 and 10 on
-    ImageNet in the authors' recipes.
+    .. code-block:: text
+
+        ckd = mean_i -log softmax_j(cos(teacher_i, student_j) / temperature)_i      j: all samples of the batch
+
+    The authors' recipes weigh this loss with 100 on CIFAR-100 and with 10 on ImageNet, beside cross-entropy with 1.
+
+    Source: arXiv 2404.14109, eq. 5-7.
 
     Args:
-        temperature: > 0; divides the cosines. 1 in the paper.
+        temperature: divides the cosines; > 0. The paper uses 1.
         group, backend: see :class:`fastkd.DCDLoss`.
+
+    Raises:
+        TypeError, ValueError: ``temperature`` is not a number > 0, or ``group`` or ``backend`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> from fastkd import CKDLoss
+        >>> student_logits, teacher_logits = torch.randn(6, 10, requires_grad=True), torch.randn(6, 10)
+        >>> terms = CKDLoss()(student_logits, teacher_logits)
+        >>> (100 * terms["ckd"]).backward()
     """
 
     def __init__(self, temperature: float = 1.0, *, group: Group = None, backend: str | None = None) -> None:
@@ -31,7 +46,10 @@ class CKDLoss(nn.Module):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, sample_weight: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """student_logits, teacher_logits: [B, C]; sample_weight: [B]. Returns ``{"ckd": loss}``."""
+        """Returns ``{"ckd": loss}``, 0-dim. The teacher gets no gradient.
+
+        student_logits, teacher_logits: [B, C], both in float64, float32, bf16 or fp16. sample_weight: [B], >= 0.
+        """
         loss = ckd_loss(
             student_logits,
             teacher_logits,

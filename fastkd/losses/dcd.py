@@ -1,4 +1,4 @@
-"""Discriminative and consistent distillation (arXiv 2407.11802): the module with its heads and its temperature."""
+"""Discriminative and consistent distillation (arXiv 2407.11802)."""
 
 import math
 
@@ -12,31 +12,55 @@ from fastkd.validate import CONSISTENCIES, check_choice, check_int, check_number
 
 
 class DCDLoss(nn.Module):
-    """Contrast each student embedding with every teacher embedding of the batch, and keep both directions consistent.
+    r"""The DCD loss with its two projection heads and its learnable temperature.
 
-    One linear head each projects the features of student and teacher to ``embed_dim``; the loss is
-    :func:`fastkd.dcd_loss` of the projections, with ``logit_scale = exp(tau)`` learnt along with the heads.
-    All parameters of this module (both heads and tau) belong in the optimiser, tau without weight decay. With several
-    ranks they belong inside the module that DistributedDataParallel wraps, and the loss is computed in its ``forward``:
-    then they stay identical on all ranks, and their averaged gradients are those of the global batch.
+    .. code-block:: text
 
-    The clamp is a projection: before each use, tau is set back to its bound if it went beyond. Its gradient is never
-    blocked, so it comes back as soon as the loss asks for it, and ranks that average gradients stay exact.
+        s, t = student_head(student_features), teacher_head(teacher_features)                [n, embed_dim] each
+        p_i  = softmax_j(exp(tau) cos(s_i, t_j))      q_i = softmax_j(exp(tau) cos(t_i, s_j))
+
+        contrast    = mean_i -log p_i(i)              consistency = alpha * mean_i KL(p_i || q_i)
+
+    :func:`fastkd.dcd_loss` describes the loss. This module adds one linear layer for each side, and tau.
+
+    All parameters of this module belong in the optimiser. tau gets no weight decay. With several ranks the module
+    belongs inside the module that DistributedDataParallel wraps, and the loss is computed in that module's ``forward``.
+    Then the parameters stay identical on all ranks, and their averaged gradients are the gradients of the global batch.
+
+    The bounds of exp(tau) are kept by projection: every forward first sets tau back to the bound that it went beyond
+    (:meth:`project_tau`). tau's gradient is never blocked. So tau leaves the bound as soon as the loss asks for it, and
+    ranks that average their gradients stay exact.
+
+    Source: arXiv 2407.11802, eq. 2-8. Where the paper and the authors' code differ, an argument chooses.
 
     Args:
         student_dim, teacher_dim: widths of the features that come in.
-        embed_dim: width of the shared space, 128 in the paper.
-        alpha: weight of the consistency term.
-        consistency: ``"student||teacher"``, the paper's KL(p || q), or ``"teacher||student"``, the authors' code.
-        max_scale: upper bound of exp(tau); 10 in the authors' code, which produced the published numbers.
-            ``None``: no bound.
+        embed_dim: width of the shared space; 128 in the paper.
+        alpha: weight of the consistency term; >= 0.
+        consistency: ``"student||teacher"`` is the paper's KL(p || q); ``"teacher||student"`` is the KL(q || p) of the
+            authors' code.
+        max_scale: upper bound of exp(tau). The authors' code, which produced the published numbers, has 10. ``None``
+            sets no bound.
         min_scale: lower bound of exp(tau). The paper's text clamps tau to [0, tau_max]: pass ``min_scale=1.0,
             max_scale=exp(tau_max)`` for that reading.
-        learnable: ``False`` fixes the scale at ``1 / temperature`` without a clamp, the paper's ablation.
-        temperature: of the fixed scale; 0.07 in the paper. Used only if ``learnable=False``.
-        logit_bias: keep a ``logit_bias`` parameter, so that state dicts which hold one load. Its gradient is zero.
+        learnable: ``False`` fixes the scale at ``1 / temperature`` without bounds, as in the paper's ablation.
+        temperature: fixes the scale if ``learnable=False``, and is unused otherwise; 0.07 in the paper.
+        logit_bias: keeps a parameter ``logit_bias``, so that state dicts that hold one load. Its gradient is zero.
         group, backend: see :func:`fastkd.dcd_loss`. A module that holds a ProcessGroup, of any method, can be neither
-            deep-copied nor pickled, as the group cannot; with ``None`` or ``"local"`` it can.
+            deep-copied nor pickled, because the group cannot. With ``None`` or ``"local"`` it can.
+
+    Raises:
+        TypeError, ValueError: a width is not an int >= 1, a number is out of range, ``min_scale`` exceeds
+            ``max_scale``, or ``consistency``, ``group`` or ``backend`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> from fastkd import DCDLoss
+        >>> dcd = DCDLoss(student_dim=8, teacher_dim=16)
+        >>> terms = dcd(torch.randn(6, 8), torch.randn(6, 16))
+        >>> list(terms)
+        ['contrast', 'consistency']
+        >>> sum(terms.values()).backward()
     """
 
     def __init__(
@@ -86,25 +110,40 @@ class DCDLoss(nn.Module):
             self.register_buffer("tau", torch.tensor(-math.log(temperature)), persistent=False)
         self.logit_bias = nn.Parameter(torch.tensor(0.0)) if logit_bias else None
 
-    def logit_scale(self) -> Tensor:
-        """``exp(tau)``, 0-dim, within its bounds; sets tau back to a bound that it went beyond."""
+    @property
+    def _tau_bounds(self) -> tuple[float | None, float | None]:
         low, high = (None if bound is None else math.log(bound) for bound in (self.min_scale, self.max_scale))
-        if low is not None or high is not None:
-            with torch.no_grad():
-                self.tau.clamp_(low, high)
-        return self.tau.exp()
+        return low, high
+
+    def bounded_tau(self) -> Tensor:
+        """tau within its bounds, 0-dim, as the next forward uses it. Nothing is written; the gradient reaches tau."""
+        if self._tau_bounds == (None, None):
+            return self.tau
+        return self.tau + (self.tau.clamp(*self._tau_bounds) - self.tau).detach()
+
+    def logit_scale(self) -> Tensor:
+        """``exp(tau)`` within its bounds, 0-dim, as the next forward uses it. Nothing is written."""
+        return self.bounded_tau().exp()
+
+    @torch.no_grad()
+    def project_tau(self) -> None:
+        """Sets tau back to the bound that the last optimiser step took it beyond. ``forward`` calls this first."""
+        if self._tau_bounds != (None, None):
+            self.tau.clamp_(*self._tau_bounds)
 
     def forward(
         self, student_features: Tensor, teacher_features: Tensor, sample_weight: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """student_features: [n, student_dim]; teacher_features: [n, teacher_dim]; sample_weight: [n].
+        """Returns ``{"contrast": ..., "consistency": ...}``, 0-dim, alpha applied. Their sum is the DCD loss.
 
-        Returns ``{"contrast": ..., "consistency": ...}`` with alpha applied; their sum is the DCD loss.
+        student_features: [n, student_dim]; teacher_features: [n, teacher_dim], both in the dtype of the parameters
+        unless autocast converts. sample_weight: [n], >= 0.
         """
+        self.project_tau()
         contrast, consistency = dcd_terms(
             self.student_head(student_features),
             self.teacher_head(teacher_features),
-            self.logit_scale(),
+            self.tau.exp(),
             self.logit_bias,
             alpha=self.alpha,
             consistency=self.consistency,

@@ -1,6 +1,4 @@
-"""Checks of what the modules share: the weights of their parts, classifiers, and what goes into a layer."""
-
-from collections.abc import Mapping
+"""Checks of arguments that several modules take: weights of parts, classifiers, inputs of layers."""
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +8,16 @@ from fastkd.validate import check_float_dtype, check_number
 Classifier = nn.Linear | tuple[Tensor, Tensor | None]
 
 
-def check_part_weights(weights: Mapping[str, float]) -> None:
-    """Each >= 0, one at least above."""
+def check_part_weights(**weights: float) -> None:
+    """Checks that the weights of a method's parts, by argument name, are >= 0 and that one of them is above."""
     for name, value in weights.items():
-        check_number(f"{name}_weight", value, minimum=0)
+        check_number(name, value, minimum=0)
     if not any(weights.values()):
-        raise ValueError(
-            f"{', '.join(f'{name}_weight' for name in weights)}: got 0 for all, expected one part at least"
-        )
+        raise ValueError(f"{', '.join(weights)}: got 0 for all, expected one part at least")
 
 
 def check_layer_input(name: str, x: Tensor, layer: nn.Module) -> None:
-    """That ``x`` and the weight of ``layer``, a linear one or a convolution, can be multiplied: autocast converts."""
+    """Checks that ``x`` has the device of the layer's weight, and its dtype unless autocast converts it."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if x.dtype != weight.dtype and (not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64):
@@ -33,11 +29,11 @@ def check_layer_input(name: str, x: Tensor, layer: nn.Module) -> None:
 def weight_and_bias(
     name: str, classifier: Classifier, features: Tensor, classes: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The weight [classes, features.shape[1]] and the bias [classes] or None, of any one float dtype.
+    """The classifier's weight [classes, features.shape[1]] and its bias [classes] or None, checked.
 
     Raises:
-        TypeError, ValueError: not a linear layer or a pair (weight, bias) of these shapes, one float dtype and the
-            device of ``features``.
+        TypeError, ValueError: ``classifier`` is neither a linear layer nor a pair (weight, bias), its shapes do not
+            fit, its two parts differ in dtype, or it is not on the device of ``features``.
     """
     weight: Tensor
     bias: Tensor | None

@@ -8,11 +8,30 @@ from fastkd.validate import check_number
 
 
 class KDLoss(nn.Module):
-    """``temperature^2 * mean_i KL(softmax(teacher_i / temperature) || softmax(student_i / temperature))``.
+    r"""Hinton's knowledge distillation as a module: :func:`fastkd.kd_loss` at a fixed temperature.
+
+    .. code-block:: text
+
+        kd = temperature^2 * mean_i KL(softmax(teacher_i / temperature) || softmax(student_i / temperature))
+
+    Every row stands alone, so there is no ``group``: with several ranks the mean is over the rows of this rank. Where
+    all ranks hold equally many rows, the average over the ranks is the mean over all of them.
+
+    Source: arXiv 1503.02531, section 2.
 
     Args:
-        temperature: > 0; 4 in the DCD paper's recipes.
-        backend: see :func:`fastkd.dcd_loss`.
+        temperature: divides the logits; > 0. The DCD paper's recipes use 4.
+        backend: see :func:`fastkd.kd_loss`.
+
+    Raises:
+        TypeError, ValueError: ``temperature`` is not a number > 0, or ``backend`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> from fastkd import KDLoss
+        >>> student_logits, teacher_logits = torch.randn(6, 10, requires_grad=True), torch.randn(6, 10)
+        >>> terms = KDLoss(temperature=4.0)(student_logits, teacher_logits)
+        >>> terms["kd"].backward()
     """
 
     def __init__(self, temperature: float = 4.0, *, backend: str | None = None) -> None:
@@ -25,7 +44,10 @@ class KDLoss(nn.Module):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, sample_weight: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """student_logits, teacher_logits: [B, C]; sample_weight: [B]. Returns ``{"kd": loss}``."""
+        """Returns ``{"kd": loss}``, 0-dim.
+
+        student_logits, teacher_logits: [B, C], both in float64, float32, bf16 or fp16. sample_weight: [B], >= 0.
+        """
         loss = kd_loss(
             student_logits, teacher_logits, self.temperature, sample_weight=sample_weight, backend=self.backend
         )

@@ -31,7 +31,7 @@ MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens that are looked
 
 
 class MSDCRDLoss(nn.Module):
-    r"""Contrast of the local samples of student and teacher at several scales, sample by sample and channel by channel.
+    r"""MSDCRD: contrast of local samples of the feature maps at several scales, by sample and by channel.
 
     .. code-block:: text
 
@@ -42,32 +42,49 @@ class MSDCRDLoss(nn.Module):
                   x_rk = cos(s_r, t_k) / temperature
         feature = mean_c -log softmax_d(cos(s^c, t^d) / temperature)_c          s^c: channel c of all local samples
 
-    The student's map is brought to the teacher's channels by a 1x1 convolution where these differ, and to its grid by
-    adaptive average pooling. The teacher's map and classifier get no gradient. Sample-wise this is
-    :func:`fastkd.masked_contrast_loss`: a region of the same class is no negative. Feature-wise all comes from the
-    products of the channels, [C, C], and their norms, so no sample travels; channels no longer than 1e-12 count as
-    zero.
+    A 1x1 convolution brings the student's map to the teacher's number of channels where they differ. Adaptive average
+    pooling brings it to the teacher's grid. The teacher's map and classifier get no gradient. The sample term is
+    :func:`fastkd.masked_contrast_loss`, in which a region of the same class is no negative. The feature term needs only
+    the products of the channels, [C, C], and their norms, so no sample travels between ranks. Channels no longer than
+    1e-12 count as zero.
 
-    From the paper (arXiv 2502.05835): the multi-scale sliding-window pooling, the categorization of local samples, the
-    sample-wise and the feature-wise contrast within one batch, without a memory of samples. Our reading: the scales and
-    strides, the temperature, that the teacher's own classifier categorizes, the channels' vectors, equal weights.
+    Source: arXiv 2502.05835. From the paper: the multi-scale sliding-window pooling, the categorization of local
+    samples, the sample-wise and the feature-wise contrast within one batch, without a memory of samples. Our reading:
+    the scales and strides, the temperature, that the teacher's own classifier categorizes, the channels' vectors, equal
+    weights.
 
     All parameters of this module belong in the optimiser, and with several ranks inside the module that
     DistributedDataParallel wraps, as for :class:`fastkd.DCDLoss`. Samples and channels then span all ranks: the average
-    of either term over the ranks is that of the global batch, and so is the average of its gradients.
+    of each term over the ranks is the term of the global batch, and the average of its gradients is the global
+    gradient.
 
     Args:
-        student_channels, teacher_channels: channels of the maps (widths of the tokens).
-        windows: the scales, each the side of a square window, or None for the whole map. Default: the whole map, half
-            of its side and a quarter of it, rounded up: 7, 4, 2 for a side of 7, and 14, 7, 4 for 14.
-        strides: of every scale, default half of its window.
-        temperature: > 0; divides the cosines.
-        positives: ``"index"``, as above; ``"label"``: all teacher samples of the label are positives, their mean is
-            taken, and the denominator is over all samples.
-        sample_weight, feature_weight: >= 0, of the two terms. A term of weight zero is left out.
-        student_prefix_tokens, teacher_prefix_tokens: how many tokens precede the grid's (class, registers), dropped.
-            Default: the smallest number that leaves a square grid.
+        student_channels, teacher_channels: numbers of channels of the maps (widths of the tokens).
+        windows: the scales, each the side of a square window, or None for the whole map. The default is the whole map,
+            half of its side and a quarter of it, rounded up: 7, 4, 2 for a side of 7, and 14, 7, 4 for 14.
+        strides: the distance of the windows, per scale. The default is half of the window.
+        temperature: divides the cosines; > 0.
+        positives: ``"index"`` is the formula above. With ``"label"`` all teacher samples of the label are positives,
+            their mean is taken, and the denominator is over all samples.
+        sample_term_weight, feature_weight: weights of the terms ``sample`` and ``feature``; >= 0. A term of weight zero
+            is left out.
+        student_prefix_tokens, teacher_prefix_tokens: how many tokens stand before the grid's (class, registers) and are
+            dropped. The default is the smallest number that leaves a square grid.
         group, backend: see :class:`fastkd.DCDLoss`.
+
+    Raises:
+        TypeError, ValueError: a number is out of range, both weights are zero, or ``positives``, ``group`` or
+            ``backend`` is unknown. That windows fit the map is checked in the forward.
+
+    Example:
+        >>> import torch
+        >>> from fastkd import MSDCRDLoss
+        >>> student_map = torch.randn(4, 8, 7, 7, requires_grad=True)
+        >>> teacher_map, teacher_fc = torch.randn(4, 16, 7, 7), torch.nn.Linear(16, 10)
+        >>> terms = MSDCRDLoss(student_channels=8, teacher_channels=16)(student_map, teacher_map, teacher_fc)
+        >>> list(terms)
+        ['sample', 'feature']
+        >>> sum(terms.values()).backward()
     """
 
     def __init__(
@@ -79,7 +96,7 @@ class MSDCRDLoss(nn.Module):
         strides: Sequence[int] | None = None,
         temperature: float = 0.1,
         positives: str = "index",
-        sample_weight: float = 1.0,
+        sample_term_weight: float = 1.0,
         feature_weight: float = 1.0,
         student_prefix_tokens: int | None = None,
         teacher_prefix_tokens: int | None = None,
@@ -91,8 +108,8 @@ class MSDCRDLoss(nn.Module):
         check_int("teacher_channels", teacher_channels, minimum=1)
         check_number("temperature", temperature, minimum=0, exclusive=True)
         check_choice("positives", positives, POSITIVES)
-        self.weights = {"sample": sample_weight, "feature": feature_weight}
-        check_part_weights(self.weights)
+        check_part_weights(sample_term_weight=sample_term_weight, feature_weight=feature_weight)
+        self.weights = {"sample": sample_term_weight, "feature": feature_weight}
         for name, tokens in (("student", student_prefix_tokens), ("teacher", teacher_prefix_tokens)):
             if tokens is not None:
                 check_int(f"{name}_prefix_tokens", tokens, minimum=0)
@@ -120,13 +137,13 @@ class MSDCRDLoss(nn.Module):
     def forward(
         self, student_map: Tensor, teacher_map: Tensor, teacher_classifier: Classifier | Callable[[Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        """The terms ``sample`` and ``feature``, their weights applied; their sum is the MSDCRD loss.
+        """Returns the terms ``sample`` and ``feature``, 0-dim, weights applied. Their sum is the MSDCRD loss.
 
-        student_map, teacher_map: [B, C, H, W] or tokens [B, L, C], one of each kind if need be; their dtypes may
-        differ. teacher_classifier: an nn.Linear, a pair (weight [classes, teacher_channels], bias or None), or any
-        function of the samples [B * M, teacher_channels] that returns their logits: of a teacher with further layers
-        between pooling and classes. A layer or a pair computes in its own float dtype, autocast or not; a function is
-        called as it is, under the caller's autocast.
+        student_map, teacher_map: [B, C, H, W] or tokens [B, L, C]; one may be a map and the other tokens, and their
+        dtypes may differ. teacher_classifier: an nn.Linear, or a pair (weight [classes, teacher_channels], bias or
+        None), or any function of the samples [B * M, teacher_channels] that returns their logits, for a teacher with
+        further layers between pooling and classes. A layer or a pair computes in its own float dtype, under autocast
+        too. A function is called under the caller's autocast.
         """
         process_group = resolve_group(self.group)
         student = teacher = student_map
@@ -192,7 +209,7 @@ class MSDCRDLoss(nn.Module):
         return {name: self.weights[name] * term for name, term in terms.items()}
 
     def scales(self, height: int, width: int) -> tuple[list[int | tuple[int, int]], list[int]]:
-        """The windows of a map of this grid, None filled in, and their strides."""
+        """The windows of a map of this grid, with the whole map for None, and their strides."""
         side = min(height, width)
         windows: Sequence[int | None]
         if self.windows is not None:
@@ -213,15 +230,15 @@ class MSDCRDLoss(nn.Module):
         return classifier(samples).argmax(dim=1)
 
     def extra_repr(self) -> str:
-        weights = ", ".join(f"{name}_weight={value}" for name, value in self.weights.items())
         return (
             f"{self.student_channels}, {self.teacher_channels}, windows={self.windows}, strides={self.strides}, "
-            f"temperature={self.temperature}, positives={self.positives!r}, {weights}"
+            f"temperature={self.temperature}, positives={self.positives!r}, "
+            f"sample_term_weight={self.weights['sample']}, feature_weight={self.weights['feature']}"
         )
 
 
 def _as_grid(whose: str, x: Tensor, channels: int, prefix_tokens: int | None) -> Tensor:
-    """The map [B, C, H, W]; tokens [B, L, C] become a view of their square grid, without the prefix."""
+    """The map [B, C, H, W]. Tokens [B, L, C] become a view of their square grid, without the prefix tokens."""
     name = f"{whose}_map"
     if isinstance(x, Tensor) and x.ndim == 3 and x.shape[2] == channels:
         count = operator.index(x.shape[1])  # a number under torch.compile too: it has no square root of a symbol
@@ -244,7 +261,7 @@ def _as_grid(whose: str, x: Tensor, channels: int, prefix_tokens: int | None) ->
 
 
 def _channel_contrast(s: Tensor, t: Tensor, scale: float, peers: Peers | None) -> Tensor:
-    """InfoNCE of the channels of s against those of t, both [samples, C]; over the samples of all ``peers``."""
+    """InfoNCE of the channels of s against the channels of t, over the samples of all ``peers``; s, t: [samples, C]."""
     dtype = accumulation_dtype(s.dtype)
     with torch.autocast(s.device.type, enabled=False):
         s, t = s.to(dtype), t.to(dtype)
@@ -253,7 +270,7 @@ def _channel_contrast(s: Tensor, t: Tensor, scale: float, peers: Peers | None) -
             from fastkd.distributed.reduce import max_over_ranks, sum_over_ranks
 
             largest = max_over_ranks(largest, peers)
-        # Divided before squaring, as in reference.unit_rows: the square of 1e20 overflows float32.
+        # Divided before squaring, as in numerics.unit_rows: the square of 1e20 overflows float32.
         largest = largest.clamp_min(torch.finfo(dtype).tiny)
         s, t = s / largest[0], t / largest[1]
         norms = [torch.linalg.vector_norm(x, dim=0) for x in (s, t)]

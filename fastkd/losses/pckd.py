@@ -1,4 +1,4 @@
-"""Preview-based category contrastive distillation (arXiv 2410.14143): the module with its heads."""
+"""Preview-based category contrastive distillation (arXiv 2410.14143)."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ MAX_LOG_THRESHOLD = 700.0  # beyond it, exp overflows a float; no sample is that
 
 
 class PCKDLoss(nn.Module):
-    r"""Contrast of samples by their relations to the class centres, alignment of centres and features, and KD.
+    r"""PCKD: contrast of the samples' relations to the class centres, alignment of centres and features, and KD.
 
     .. code-block:: text
 
@@ -36,29 +36,45 @@ class PCKDLoss(nn.Module):
         kd       = kd_weight       * mean_i w_i temperature^2 KL(teacher_i || student_i), logits / temperature
         w        = preview_weight(cross-entropy of the student, preview_base^epoch)
 
-    norm is L2; L1 and L2 are linear layers to the widths of the two classifiers. The category term is twice
-    :func:`fastkd.sup_con_loss`, whose mean is over the 2 B anchors: each has its counterpart as a positive. The
-    teacher's classifier, features and logits get no gradient; the student's classifier gets one.
+    ``norm`` scales a vector to L2 norm 1. L1 and L2 are linear layers to the widths of the two classifiers. The
+    category term is twice :func:`fastkd.sup_con_loss`, because that function's mean is over all 2 B anchors: each has
+    at least its counterpart as a positive. The teacher's classifier, features and logits get no gradient. The student's
+    classifier gets one.
 
-    Source: arXiv 2410.14143 as in the authors' public code (MuHeDing/PCKD). That code multiplies the category term by
-    4 / 0.07 beside its weight; here the constant belongs to ``category_weight``. It fixes no weights (its
-    options default to 0) and the form of the MLP is not published; our reading is weights of 1, and two linear layers
-    with a ReLU, ``min(16 * teacher_dim, 4096)`` wide: the authors' width for teachers of up to 256 features. There is
-    no batch norm in it, so that several ranks compute what one does.
+    Source: arXiv 2410.14143, as in the authors' public code (MuHeDing/PCKD). That code multiplies the category term by
+    4 / 0.07 in addition to its weight; here the constant belongs to ``category_weight``. Two things are our reading.
+    The code fixes no weights (its options default to 0); ours are 1. The form of the MLP is not published; ours is two
+    linear layers with a ReLU, ``min(16 * teacher_dim, 4096)`` wide, which is the authors' width for teachers of up to
+    256 features. The MLP has no batch norm, so that several ranks compute what one rank computes.
 
     All parameters of this module belong in the optimiser, and with several ranks inside the module that
-    DistributedDataParallel wraps, as for :class:`fastkd.DCDLoss`. Every term contains the scaling by W n / N that
-    :func:`fastkd.dcd_loss` describes.
+    DistributedDataParallel wraps, as for :class:`fastkd.DCDLoss`. Every term already contains the scaling by W n / N
+    that :func:`fastkd.dcd_loss` describes.
 
     Args:
-        student_dim, teacher_dim: widths of the features, which are those of the classifiers.
-        temperature: of KD; 4 in the authors' code.
-        relation_scale: multiplies the products of relations; 1 / 4 in the authors' code.
-        category_weight, center_weight, feature_weight, kd_weight: >= 0. A part of weight zero is left out: it
-            is not computed, not among the terms, and has no parameters.
-        preview_base: > 0; of the preview's threshold. 1.005 in the authors' code.
-        hidden_dim: of the MLP.
+        student_dim, teacher_dim: widths of the features, which are the input widths of the classifiers.
+        temperature: KD divides the logits by it; > 0. The authors' code uses 4.
+        relation_scale: multiplies the products of relations; > 0. The authors' code uses 1 / 4.
+        category_weight, center_weight, feature_weight, kd_weight: weights of the four parts; >= 0. A part of weight
+            zero is left out: it is not computed, it is not among the terms, and it has no parameters.
+        preview_base: the preview's threshold is ``preview_base^epoch``; > 0. The authors' code uses 1.005.
+        hidden_dim: width of the MLP's hidden layer; ``None`` chooses it as above.
         group, backend: see :class:`fastkd.DCDLoss`.
+
+    Raises:
+        TypeError, ValueError: a width is not an int >= 1, a number is out of range, all weights are zero, or ``group``
+            or ``backend`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> from fastkd import PCKDLoss
+        >>> student_fc, teacher_fc = torch.nn.Linear(8, 10), torch.nn.Linear(16, 10)
+        >>> f_s, f_t, labels = torch.randn(6, 8), torch.randn(6, 16), torch.arange(6)
+        >>> pckd = PCKDLoss(student_dim=8, teacher_dim=16)
+        >>> terms = pckd(f_s, f_t, student_fc(f_s), teacher_fc(f_t), labels, student_fc, teacher_fc, epoch=0)
+        >>> list(terms)
+        ['category', 'feature', 'kd']
+        >>> sum(terms.values()).backward()
     """
 
     def __init__(
@@ -81,11 +97,8 @@ class PCKDLoss(nn.Module):
         hidden_dim = min(16 * teacher_dim, 4096) if hidden_dim is None else hidden_dim
         for name, size in (("student_dim", student_dim), ("teacher_dim", teacher_dim), ("hidden_dim", hidden_dim)):
             check_int(name, size, minimum=1)
-        for name, value in {
-            "temperature": temperature,
-            "relation_scale": relation_scale,
-            "preview_base": preview_base,
-        }.items():
+        positive = {"temperature": temperature, "relation_scale": relation_scale, "preview_base": preview_base}
+        for name, value in positive.items():
             check_number(name, value, minimum=0, exclusive=True)
         self.weights = {
             "category": category_weight,
@@ -93,7 +106,7 @@ class PCKDLoss(nn.Module):
             "feature": feature_weight,
             "kd": kd_weight,
         }
-        check_part_weights(self.weights)
+        check_part_weights(**{f"{name}_weight": value for name, value in self.weights.items()})
         check_group(group)
         backends.check_name(backend)
         self.student_dim = student_dim
@@ -122,14 +135,14 @@ class PCKDLoss(nn.Module):
         teacher_classifier: Classifier,
         epoch: float,
     ) -> dict[str, Tensor]:
-        """The terms ``category``, ``center``, ``feature`` and ``kd``, weights applied; their sum is the PCKD loss.
+        """Returns ``category``, ``center``, ``feature`` and ``kd``, 0-dim, weights applied. Their sum is the PCKD loss.
 
         student_features: [B, student_dim]; teacher_features: [B, teacher_dim]; student_logits, teacher_logits: [B, C];
         labels: [B], int64, in [0, C). student_classifier, teacher_classifier: the layers between features and logits,
-        each an nn.Linear or a pair (weight, bias or None). epoch: >= 0, from which the preview's threshold follows.
+        each an nn.Linear or a pair (weight, bias or None). epoch: >= 0; the preview's threshold follows from it.
 
-        ``center`` is absent if the weights differ in shape, as those of models of unequal widths do, or if only one
-        classifier has a bias. The classifiers' dtypes may differ from that of the features.
+        ``center`` is absent if the classifiers' weights differ in shape, as they do between models of unequal widths,
+        or if only one classifier has a bias. The classifiers may have another float dtype than the features.
         """
         process_group = resolve_group(self.group)
         student: tuple[Tensor, Tensor | None]
@@ -199,7 +212,7 @@ class PCKDLoss(nn.Module):
             raise ValueError(f"{name}: got device {features.device}, expected that of the logits, {logits.device}")
 
     def _has_center(self, student: tuple[Tensor, Tensor | None], teacher: tuple[Tensor, Tensor | None]) -> bool:
-        """Whether the term is wanted, and [weight | bias] of the two agree in their parts."""
+        """Whether the centre term is wanted, and the two classifiers' [weight | bias] can be compared."""
         has_bias = [bias is not None for _, bias in (student, teacher)]
         return self.weights["center"] > 0 and student[0].shape == teacher[0].shape and has_bias[0] == has_bias[1]
 
@@ -224,7 +237,7 @@ class PCKDLoss(nn.Module):
 
 
 def _relations(head: nn.Linear, features: Tensor, centers: Tensor) -> Tensor:
-    """``W norm(L f)``, [B, C]; normalised in the accumulation dtype."""
+    """``W norm(L f)``, [B, C]. The norm is taken in the accumulation dtype."""
     projected = head(features)
     units = unit_rows(projected.to(accumulation_dtype(projected.dtype)))[0]
     return F.linear(units.to(centers.dtype), centers)

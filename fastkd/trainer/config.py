@@ -23,6 +23,9 @@ FREE_TO_CHANGE = (
     *("data.options.root", "data.options.max_broken", "data.eval_batch_size"),
 )
 
+# Settings that earlier versions saved under another name: the old path, and the name of the field now.
+RENAMED = {"objective.msdcrd.sample_weight": "sample_term_weight"}
+
 
 @dataclass(kw_only=True, frozen=True)
 class TrainConfig:
@@ -119,6 +122,7 @@ class TrainConfig:
 def differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
     """``name: saved -> current`` of every setting that differs and is not in ``FREE_TO_CHANGE``."""
     found = []
+    saved = {RENAMED.get(prefix + key, key): value for key, value in saved.items()}
     for key in sorted({*saved, *current}):
         if prefix + key in FREE_TO_CHANGE:
             continue
@@ -152,6 +156,7 @@ def _build(kind: Any, values: Any, name: str) -> Any:
     """The dataclass ``kind`` out of ``values``, its dataclass fields built in turn."""
     if not isinstance(values, dict):
         raise ValueError(f"{name}: got {values!r}, expected the fields of {kind.__name__}")
+    values = {RENAMED.get(f"{name}.{key}".removeprefix("config."), key): value for key, value in values.items()}
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:

@@ -70,6 +70,7 @@ def test_tau_is_held_at_its_bound_and_comes_back(
 
     def step(direction: int) -> float:
         optimizer.zero_grad()
+        module.project_tau()  # as every forward does
         (-direction * module.logit_scale()).backward()  # descent moves the scale that way
         assert module.tau.grad.item() != 0
         optimizer.step()
@@ -80,6 +81,17 @@ def test_tau_is_held_at_its_bound_and_comes_back(
         assert step(outward) == pytest.approx(bound, rel=1e-6)
     # However long it was pushed against the bound, one step inwards leaves it.
     assert outward * (bound - step(-outward)) > 0.1 * bound
+
+
+def test_reading_the_scale_does_not_write_tau() -> None:
+    module = DCDLoss(6, 9)
+    with torch.no_grad():
+        module.tau.fill_(5.0)
+    assert module.logit_scale().item() == pytest.approx(10.0)
+    assert module.bounded_tau().item() == pytest.approx(math.log(10.0))
+    assert module.tau.item() == 5.0
+    module(*features())
+    assert module.tau.item() == pytest.approx(math.log(10.0))
 
 
 def test_without_bounds_tau_is_free() -> None:

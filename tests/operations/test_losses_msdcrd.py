@@ -146,10 +146,10 @@ def test_channels_last_maps_and_sliced_ones() -> None:
 def test_weights_and_terms_of_weight_zero() -> None:
     s, t, classifier = maps((5, 4, 4), (5, 4, 4))
     plain = MSDCRDLoss(5, 5)(s, t, classifier)
-    weighted = MSDCRDLoss(5, 5, sample_weight=0.5, feature_weight=3.0)(s, t, classifier)
+    weighted = MSDCRDLoss(5, 5, sample_term_weight=0.5, feature_weight=3.0)(s, t, classifier)
     assert_close(weighted["sample"], 0.5 * plain["sample"], torch.float64)
     assert_close(weighted["feature"], 3 * plain["feature"], torch.float64)
-    assert MSDCRDLoss(5, 5, sample_weight=0)(s, t, classifier) == {"feature": plain["feature"]}
+    assert MSDCRDLoss(5, 5, sample_term_weight=0)(s, t, classifier) == {"feature": plain["feature"]}
     assert MSDCRDLoss(5, 5, feature_weight=0)(s, t, classifier) == {"sample": plain["sample"]}
 
 
@@ -273,7 +273,7 @@ def test_more_errors_name_the_argument() -> None:
         ({"temperature": 0.0}, "temperature: got 0.0"),
         ({"positives": "class"}, "positives: got 'class'"),
         ({"student_prefix_tokens": -1}, "student_prefix_tokens: got -1"),
-        ({"sample_weight": 0, "feature_weight": 0}, "sample_weight, feature_weight: got 0 for all"),
+        ({"sample_term_weight": 0, "feature_weight": 0}, "sample_term_weight, feature_weight: got 0 for all"),
     ):
         with pytest.raises(ValueError, match=message):
             MSDCRDLoss(4, 6, **options)
@@ -319,7 +319,7 @@ def test_labels_are_those_without_autocast() -> None:
 @pytest.mark.parametrize("size", [1e-8, 1e14, 1e25, 1e36])
 def test_the_size_of_maps_changes_nothing_but_the_size_of_gradients(size: float) -> None:
     s, t, classifier = maps((5, 4, 4), (5, 4, 4), torch.float32)
-    module = MSDCRDLoss(5, 5, sample_weight=0)
+    module = MSDCRDLoss(5, 5, sample_term_weight=0)
     s[:, 3] *= 1e-3  # channels of different sizes
     results = []
     for factor in (1.0, size):
@@ -334,12 +334,12 @@ def test_the_size_of_maps_changes_nothing_but_the_size_of_gradients(size: float)
 def test_maps_that_are_not_finite_give_nan() -> None:
     s, t, classifier = maps((5, 4, 4), (5, 4, 4), torch.float32)
     s[0, 0, 0, 0] = torch.inf
-    assert MSDCRDLoss(5, 5, sample_weight=0)(s, t, classifier)["feature"].isnan()
+    assert MSDCRDLoss(5, 5, sample_term_weight=0)(s, t, classifier)["feature"].isnan()
 
 
 def test_a_temperature_whose_inverse_overflows_is_named() -> None:
     s, t, classifier = maps((5, 4, 4), (5, 4, 4), torch.float32)
-    for weights in ({"sample_weight": 0}, {"feature_weight": 0}):
+    for weights in ({"sample_term_weight": 0}, {"feature_weight": 0}):
         with pytest.raises(ValueError, match=r"temperature: got 1e-39, expected a finite number > 2\.9"):
             MSDCRDLoss(5, 5, temperature=1e-39, **weights)(s, t, classifier)
 

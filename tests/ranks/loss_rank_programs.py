@@ -85,14 +85,14 @@ def feature_term_of_size(rank: int, size: float) -> Tensor:
     scale = size * (torch.arange(6) < 3).double().clamp_min(1e-3)
     student, teacher = (scale.view(-1, *[1] * (y.ndim - 1)) * y for y in (x["student"], x["teacher"]))
     maps = [y.float().split(3)[rank] for y in (student, teacher)]
-    return MSDCRDLoss(D_S, D_S, sample_weight=0)(*maps, (torch.ones(CLASSES, D_S), None))["feature"]
+    return MSDCRDLoss(D_S, D_S, sample_term_weight=0)(*maps, (torch.ones(CLASSES, D_S), None))["feature"]
 
 
 def second_derivative(rank: int) -> str:
     """Of the feature-wise term, which is not there over several ranks."""
     x = {key: part(value, (3, 3), rank) for key, value in batch(6).items()}
     rows = x["student"].requires_grad_()
-    term = Student("msdcrd", sample_weight=0, backend="reference")(x)["feature"]
+    term = Student("msdcrd", sample_term_weight=0, backend="reference")(x)["feature"]
     (grad,) = torch.autograd.grad(term, rows, create_graph=True)
     grad.square().sum().backward()
     return "done"

@@ -23,7 +23,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pckd without category": ("pckd", {"same": True, "category_weight": 0}),
     "msdcrd": ("msdcrd", {}),
     "msdcrd by label": ("msdcrd", {"positives": "label", "same": True}),
-    "msdcrd of channels": ("msdcrd", {"sample_weight": 0, "feature_weight": 0.5}),
+    "msdcrd of channels": ("msdcrd", {"sample_term_weight": 0, "feature_weight": 0.5}),
 }
 
 

@@ -93,13 +93,13 @@ class MSDCRDConfig:
     strides: tuple[int, ...] | None = None
     temperature: float = 0.1
     positives: Literal["index", "label"] = "index"
-    sample_weight: float = 1.0
+    sample_term_weight: float = 1.0
     feature_weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_number("msdcrd.temperature", self.temperature, 0.0, exclusive=True)
         check_choice("msdcrd.positives", self.positives, ("index", "label"))
-        for name in ("sample_weight", "feature_weight"):
+        for name in ("sample_term_weight", "feature_weight"):
             check_number(f"msdcrd.{name}", getattr(self, name), 0.0)
         for name in ("windows", "strides"):
             check_type(f"msdcrd.{name}", getattr(self, name), (tuple, list, type(None)))

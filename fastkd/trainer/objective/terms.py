@@ -72,7 +72,7 @@ class DCDTerm(nn.Module):
 
     def scalars(self) -> dict[str, Tensor]:
         """What is logged beside the loss: tau and the logit scale."""
-        return {"tau": self.loss.tau.detach(), "scale": torch.as_tensor(self.loss.logit_scale()).detach()}
+        return {"tau": self.loss.bounded_tau().detach(), "scale": self.loss.logit_scale().detach()}
 
 
 class CKDTerm(nn.Module):
