@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastkd.distributed.group import settings
+from fastkd.distributed.reduce import max_over_ranks, sum_over_ranks
 
 _FAILED, _HAS_WEIGHT, _NEEDS_GRAD, _NEEDS_KEY_GRAD = 1, 2, 4, 8
 SCALE_TOLERANCE = 1e-4  # relative; ranks whose scales differ by more are not computing one loss
@@ -78,16 +79,29 @@ class Peers:
 
 
 class Agreement:
-    """What :func:`agreeing` gives on one rank, which has nobody to agree with."""
+    """This rank among those of a group, or, with ``group=None``, alone: then there is nobody to agree with.
 
-    several = False
-    peers: Peers | None = None
+    As a context it is the place to check the arguments and to :meth:`describe` what is computed. Afterwards it knows
+    the ``peers`` (None if alone), and takes sums and means over the rows of all ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, operation: str) -> None:
+        self._group, self._operation = group, operation
+        self._call = Call()
+        self.peers: Peers | None = None
+
+    @property
+    def several(self) -> bool:
+        """Whether there are other ranks. Then this rank may hold no rows."""
+        return self._group is not None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        pass
+        if self._group is not None and (error is None or isinstance(error, Exception)):
+            call = self._call if error is None else Call(error=error)
+            self.peers = agree(self._group, self._operation, call)
 
     def describe(
         self,
@@ -104,40 +118,8 @@ class Agreement:
         ``options``: what must be equal on all ranks, by the name that an error gives it. ``other``: the second rows,
         which may differ in number.
         """
-
-    def mean(self, total: Tensor, rows: int) -> Tensor:
-        """The mean of what sums to ``total`` over these ``rows``."""
-        return total / rows
-
-    def mean_over(self, total: Tensor, count: Tensor) -> Tensor:
-        """``total`` divided by a number that is known on the device alone, and by 1 if that is zero."""
-        return total / count.clamp_min(1)
-
-
-class _GroupAgreement(Agreement):
-    """The ranks of ``group``: what one raises is raised on all, when the block ends."""
-
-    several = True
-
-    def __init__(self, group: dist.ProcessGroup, operation: str) -> None:
-        self._group, self._operation = group, operation
-        self._call = Call()
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None or isinstance(error, Exception):
-            call = self._call if error is None else Call(error=error)
-            self.peers = agree(self._group, self._operation, call)
-
-    def describe(
-        self,
-        rows: Tensor,
-        options: dict[str, Any],
-        *,
-        other: Tensor | None = None,
-        scale: Tensor | None = None,
-        weight: Tensor | None = None,
-        backend: str | None = None,
-    ) -> None:
+        if self._group is None:
+            return
         if backend == "reference":
             raise ValueError(
                 "backend: got 'reference', expected None, 'blocked' or 'triton' for a group of several ranks"
@@ -153,20 +135,40 @@ class _GroupAgreement(Agreement):
             needs_key_grad=needs[1],
         )
 
+    def part_per_row(self, rows: int) -> float:
+        """The factor that turns a sum over these ``rows`` into this rank's part of the mean over all rows.
+
+        On several ranks it is W / N: then the average over the ranks is the mean over the global batch.
+        """
+        return 1 / rows if self.peers is None else self.peers.world_size / self.peers.total
+
     def mean(self, total: Tensor, rows: int) -> Tensor:
-        """W / N times the sum over this rank's rows: the average over the ranks is the mean over the global batch."""
-        assert self.peers is not None
-        return total * (self.peers.world_size / self.peers.total)
+        """This rank's part of the mean over all rows, from the sum over its own ``rows``."""
+        return total / rows if self.peers is None else total * self.part_per_row(rows)
 
     def mean_over(self, total: Tensor, count: Tensor) -> Tensor:
-        """The same for a number that the ranks have to add up first; ``count`` is overwritten."""
+        """The same where the number to divide by is known on the device alone; ``count`` is overwritten."""
+        if self._group is None:
+            return total / count.clamp_min(1)
         dist.all_reduce(count, group=self._group)
         return total * dist.get_world_size(self._group) / count.clamp_min(1)
+
+    def mean_of_all(self, rows: Tensor) -> Tensor:
+        """The mean over the rows of all ranks, the same on every rank."""
+        return rows.mean() if self.peers is None else self.sum(rows.sum()) / self.peers.total
+
+    def sum(self, x: Tensor) -> Tensor:
+        """``x`` summed over the ranks, for terms that every rank then computes alike: see :func:`sum_over_ranks`."""
+        return x if self._group is None else sum_over_ranks(x, self._group)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest of every element over the ranks, without gradient."""
+        return x.detach() if self._group is None else max_over_ranks(x, self._group)
 
 
 def agreeing(group: dist.ProcessGroup | None, operation: str) -> Agreement:
     """A context in which this rank checks its arguments, and at whose end the ranks of ``group`` have agreed."""
-    return Agreement() if group is None else _GroupAgreement(group, operation)
+    return Agreement(group, operation)
 
 
 def kind_of(rows: Tensor) -> dict[str, Any]:

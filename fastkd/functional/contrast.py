@@ -59,7 +59,7 @@ def info_nce_loss(
     group: Group = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""InfoNCE with in-batch negatives: row i of ``key`` is the positive of row i of ``query``, all others negatives.
+    r"""InfoNCE with in-batch negatives: key i is the positive of query i, and all other keys are its negatives.
 
     .. code-block:: text
 
@@ -68,17 +68,27 @@ def info_nce_loss(
     Source: arXiv 1807.03748, eq. 4, with scaled dot products as the scores.
 
     Args:
-        query, key: [n, D], float64, float32, bf16 or fp16, both alike.
-        logit_scale: the positive multiplier (an inverse temperature), a float or a 0-dim tensor that may need a
+        query, key: [n, D], both in float64, float32, bf16 or fp16.
+        logit_scale: the positive multiplier (an inverse temperature). A float, or a 0-dim tensor that may need a
             gradient.
-        normalize: L2-normalise the rows first; rows no longer than 1e-12 count as zero and get no gradient.
+        normalize: L2-normalise the rows first. The default is True, because the contrastive methods that use this form
+            compare cosines. Rows no longer than 1e-12 count as the zero vector and get no gradient.
         sample_weight, group, backend: as for :func:`dcd_loss`.
 
     Returns:
-        The loss, 0-dim.
+        The loss, 0-dim, in float64 for float64 inputs and in float32 otherwise; with several ranks this rank's part, as
+        for :func:`dcd_loss`.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+        TypeError: an argument has the wrong type or dtype, or query and key differ in dtype.
+        ValueError: shapes or devices do not fit, there are no rows, a number is out of range, or an option is unknown
+            or not available here.
+
+    Example:
+        >>> import torch
+        >>> from fastkd import info_nce_loss
+        >>> query, key = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
+        >>> info_nce_loss(query, key, logit_scale=1 / 0.07).backward()
     """
 
     def check(may_be_empty: bool) -> ContrastInputs:
@@ -101,26 +111,37 @@ def ckd_loss(
     group: Group = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""CKD, contrast on logits: the teacher's of sample i against the student's of i and of all others.
+    r"""CKD, contrast on logits: the teacher's logits of a sample against the student's logits of all samples.
 
     .. code-block:: text
 
         loss = mean_i w_i [-log softmax_j(cos(teacher_i, student_j) / temperature)_i]
 
-    Source: arXiv 2404.14109, eq. 5-7. The weight of this loss beside cross-entropy is 100 on CIFAR-100 and 10 on
-    ImageNet in the authors' recipes.
+    The student's logits of sample i are the positive, and its logits of all other samples are the negatives. The
+    authors' recipes weigh this loss with 100 on CIFAR-100 and with 10 on ImageNet, beside cross-entropy with 1.
+
+    Source: arXiv 2404.14109, eq. 5-7.
 
     Args:
-        student_logits, teacher_logits: [B, C] of the same samples, float64, float32, bf16 or fp16, both alike. The
-            teacher gets no gradient.
-        temperature: > 0; divides the cosines.
+        student_logits, teacher_logits: [B, C] of the same samples, both in float64, float32, bf16 or fp16. The teacher
+            gets no gradient.
+        temperature: divides the cosines; > 0.
         sample_weight, group, backend: as for :func:`dcd_loss`.
 
     Returns:
-        The loss, 0-dim.
+        The loss, 0-dim, in float64 for float64 inputs and in float32 otherwise; with several ranks this rank's part, as
+        for :func:`dcd_loss`.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+        TypeError: an argument has the wrong type or dtype, or the logits differ in dtype.
+        ValueError: shapes or devices do not fit, there are no rows, a number is out of range, or an option is unknown
+            or not available here.
+
+    Example:
+        >>> import torch
+        >>> from fastkd import ckd_loss
+        >>> student_logits, teacher_logits = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+        >>> ckd_loss(student_logits, teacher_logits).backward()
     """
 
     def check(may_be_empty: bool) -> ContrastInputs:
@@ -147,30 +168,42 @@ def sup_con_loss(
     group: Group = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Supervised contrast: every row is an anchor, the rows of its label are its positives.
+    r"""Supervised contrast: every row is an anchor, and the rows of its label are its positives.
 
     .. code-block:: text
 
         loss = mean_{i: P_i not empty} w_i [logsumexp_{a in A_i} x_ia - mean_{p in P_i} x_ip]
-        x_ia = logit_scale * f_i . f_a      A_i: all rows but i      P_i: those of A_i with i's label
+        x_ia = logit_scale * f_i . f_a      A_i: all rows but i      P_i: the rows of A_i with i's label
 
     Source: arXiv 2004.11362, eq. 2 (``L_out``), without its outer factor of the temperature.
 
     Args:
-        features: [n, D], float64, float32, bf16 or fp16; taken as they are unless ``normalize``.
+        features: [n, D] in float64, float32, bf16 or fp16.
         labels: [n], int64, any values.
-        logit_scale: the positive multiplier (an inverse temperature), a float or a 0-dim tensor that may need a
+        logit_scale: the positive multiplier (an inverse temperature). A float, or a 0-dim tensor that may need a
             gradient.
         exclude_self: ``False`` counts row i among A_i and P_i.
-        normalize: L2-normalise the rows first; rows no longer than 1e-12 count as zero and get no gradient.
-        sample_weight: [n], >= 0, of the anchors; the mean still divides by the number of anchors with a positive.
+        normalize: L2-normalise the rows first. The default is False, unlike in :func:`info_nce_loss`, because PCKD
+            contrasts products with class centres whose lengths carry meaning. Pass ``True`` for the paper's loss. Rows
+            no longer than 1e-12 then count as the zero vector and get no gradient.
+        sample_weight: [n], >= 0, of the anchors. The mean still divides by the number of anchors with a positive.
         group, backend: as for :func:`dcd_loss`.
 
     Returns:
-        The loss, 0-dim; zero if no anchor has a positive.
+        The loss, 0-dim, in float64 for float64 inputs and in float32 otherwise. It is zero if no anchor has a positive.
+        With several ranks it is this rank's part, as for :func:`dcd_loss`, of the mean over all anchors with a
+        positive.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or devices do not fit, there are no rows, a number is out of range, or an option is unknown
+            or not available here.
+
+    Example:
+        >>> import torch
+        >>> from fastkd import sup_con_loss
+        >>> features, labels = torch.randn(8, 16, requires_grad=True), torch.arange(8) % 3
+        >>> sup_con_loss(features, labels, logit_scale=10.0, normalize=True).backward()
     """
 
     def check(may_be_empty: bool) -> ContrastInputs:
@@ -208,28 +241,39 @@ def masked_contrast_loss(
         loss = mean_i w_i [logsumexp_{j in D_i} x_ij - x_i,p(i)]        x_ij = logit_scale * q_i . k_j
         p(i) = positive_index[i]        D_i: the key p(i), and all keys j with key_labels[j] != query_labels[i]
 
-    This is the sample-wise contrast of MSDCRD (arXiv 2502.05835). ``positives="label"`` is its other form: all keys of
-    the query's label are positives, the loss is ``logsumexp_j x_ij`` over all keys less the mean of theirs, and the
-    mean is over the queries that have one.
+    ``positives="label"`` is another form. All keys of the query's label are positives, the loss is ``logsumexp_j x_ij``
+    over all keys less the mean of ``x_ij`` over the positives, and the mean is over the queries that have a positive.
+
+    Source: the sample-wise contrast of MSDCRD, arXiv 2502.05835.
 
     Args:
-        query, key: [n, D] and [N, D], float64, float32, bf16 or fp16, both alike.
-        logit_scale: the positive multiplier (an inverse temperature), a float or a 0-dim tensor that may need a
+        query, key: [n, D] and [N, D], both in float64, float32, bf16 or fp16.
+        logit_scale: the positive multiplier (an inverse temperature). A float, or a 0-dim tensor that may need a
             gradient.
         query_labels, key_labels: [n] and [N], int64, any values.
-        positive_index: [n], int64, in [0, N): rows of this rank's ``key``. ``None``: query i's positive is key i, and n
-            = N. On CUDA, and under torch.compile, another value makes the loss NaN instead of raising, which would have
-            to wait for the device.
-        positives: ``"index"`` or ``"label"``; the latter takes no ``positive_index``.
-        normalize: L2-normalise the rows first; rows no longer than 1e-12 count as zero and get no gradient.
+        positive_index: [n], int64, in [0, N): rows of this rank's ``key``. With ``None`` query i's positive is key i,
+            and n = N. On CUDA, and under torch.compile, another value makes the loss NaN, because raising would wait
+            for the device.
+        positives: ``"index"``, or ``"label"``, which takes no ``positive_index``.
+        normalize: L2-normalise the rows first. The default is True, because MSDCRD compares cosines. Rows no longer
+            than 1e-12 count as the zero vector and get no gradient.
         sample_weight: [n], as for :func:`dcd_loss`.
         group, backend: as for :func:`dcd_loss`.
 
     Returns:
-        The loss, 0-dim.
+        The loss, 0-dim, in float64 for float64 inputs and in float32 otherwise; with several ranks this rank's part, as
+        for :func:`dcd_loss`.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+        TypeError: an argument has the wrong type or dtype, or query and key differ in dtype.
+        ValueError: shapes or devices do not fit, there are no rows, an index or a number is out of range, an option is
+            unknown or not available here, or ``positive_index`` comes with ``positives="label"``.
+
+    Example:
+        >>> import torch
+        >>> from fastkd import masked_contrast_loss
+        >>> query, key, labels = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16), torch.arange(8) % 3
+        >>> masked_contrast_loss(query, key, 10.0, labels, labels).backward()
     """
 
     def check(may_be_empty: bool) -> ContrastInputs:

@@ -43,7 +43,7 @@ def dcd_loss(
     group: Group = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Discriminative and consistent distillation, the contrastive part of DCD.
+    r"""The contrastive part of DCD: each student against all teachers, and the consistency of both directions.
 
     .. code-block:: text
 
@@ -51,38 +51,50 @@ def dcd_loss(
         p_i  = softmax_j A_ij    q_i = softmax_j A_ji     student over teachers, teacher over students
         loss = mean_i w_i [-log p_i(i) + alpha * KL(p_i || q_i)]
 
-    Source: arXiv 2407.11802, eq. 2-8. The paper's eq. 6 is ``KL(p || q)``, the default; the authors' public code
-    computes ``KL(q || p)``: ``consistency="teacher||student"``. The classification and KD terms are not included.
+    With W ranks, N rows in all and n of them here (n may differ between ranks, and be 0), every rank returns W / N
+    times the sum over its own rows. The average over ranks is then the loss of the global batch. Averaging the
+    gradients over ranks, as DistributedDataParallel does, gives its exact gradient. Every rank must call, also with
+    n = 0. The gradient that reaches this loss in the backward must be the same on all ranks, as it is when each calls
+    ``backward`` on its loss; rows are weighted by ``sample_weight``. :func:`fastkd.distributed.group.configure` sets
+    how rows are exchanged.
+
+    Source: arXiv 2407.11802, eq. 2-8. The paper's eq. 6 is ``KL(p || q)``, the default. The authors' public code
+    computes ``KL(q || p)``, which is ``consistency="teacher||student"``. The classification and KD terms are not
+    included.
 
     Args:
-        student, teacher: embeddings [n, D] of the same n samples, after the projection heads; float64, float32, bf16
-            or fp16, both alike. Rows no longer than 1e-12 count as the zero vector and get no gradient.
-        logit_scale: the positive multiplier itself, ``exp(tau)``, already clamped; a float or a 0-dim tensor that may
-            need a gradient. A tensor's sign is checked on a CPU only, and not under torch.compile.
-        logit_bias: accepted for the paper's interface and for old checkpoints. It cancels in every softmax above, so
-            it changes nothing, costs no arithmetic on similarities, and its gradient is exactly zero.
-        alpha: weight of the consistency term, >= 0.
+        student, teacher: embeddings [n, D] of the same n samples, after the projection heads; both in float64, float32,
+            bf16 or fp16. Rows no longer than 1e-12 count as the zero vector and get no gradient.
+        logit_scale: the positive multiplier itself, ``exp(tau)``, already clamped. A float, or a 0-dim tensor that may
+            need a gradient. The sign of a tensor is checked on a CPU only, and not under torch.compile.
+        logit_bias: accepted for the paper's interface and for old checkpoints. It cancels in every softmax above, so it
+            changes nothing, and its gradient is exactly zero.
+        alpha: weight of the consistency term; >= 0.
         consistency: ``"student||teacher"`` or ``"teacher||student"``.
-        sample_weight: [n], >= 0, without gradient; multiplies the rows' losses. The mean still divides by n. On CUDA,
-            and under torch.compile, a negative weight makes the loss NaN instead of raising, which would have to wait
-            for the device.
-        group: whose rows count as in-batch. ``None``: those of the default process group when torch.distributed is
-            initialised, else this process's; a ProcessGroup: those of its ranks; ``"local"``: this process's. With W
-            ranks and N rows in all, n of them here (which may differ between ranks, and be 0), every rank returns
-            W / N times the sum over its own rows: the mean over ranks is the global loss, and averaging gradients over
-            ranks, as DistributedDataParallel does, gives the global loss's exact gradient. Every rank must call, also
-            with n = 0, and the gradient that reaches this loss in the backward must be the same on all ranks, as it is
-            when each calls ``backward`` on its loss; ``sample_weight`` is what weighs rows. An error on one rank is
-            raised on all. See :func:`fastkd.distributed.group.configure` for the exchange.
-        backend: ``None`` (the fastest), ``"blocked"`` (streams; memory linear in n) or ``"reference"`` (the
-            definition; n x n memory; one rank only).
+        sample_weight: [n], >= 0, without gradient; multiplies the loss of each row. The mean still divides by n. On
+            CUDA, and under torch.compile, a negative weight makes the loss NaN, because raising would wait for the
+            device.
+        group: whose rows count as in-batch. ``None`` means the ranks of the default process group if torch.distributed
+            is initialised, and this process otherwise. A ProcessGroup means its ranks. ``"local"`` means this process.
+        backend: ``None`` picks the fastest that runs here. ``"triton"`` is fused kernels and needs CUDA. ``"blocked"``
+            streams in plain PyTorch with memory linear in n. ``"reference"`` is the definition, with n x n memory, on
+            one rank only.
 
     Returns:
-        The loss, 0-dim. Non-finite inputs give a non-finite loss. Differentiable once, backwards; ``"reference"``
-        also twice, and forwards.
+        The loss, 0-dim, in float64 for float64 inputs and in float32 otherwise. Inputs that are not finite give a loss
+        that is not finite. It can be differentiated once, backwards; with ``"reference"`` also twice, and forwards.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+        TypeError: an argument has the wrong type or dtype, or student and teacher differ in dtype.
+        ValueError: shapes or devices do not fit, there are no rows, a number is out of range, or an option is unknown
+            or not available here. What one rank raises, and what differs between ranks, is raised on all ranks.
+
+    Example:
+        >>> import torch
+        >>> from fastkd import dcd_loss
+        >>> student, teacher = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
+        >>> loss = dcd_loss(student, teacher, logit_scale=10.0)
+        >>> loss.backward()
     """
     contrast_mean, consistency_mean = dcd_terms(
         student, teacher, logit_scale, logit_bias, alpha=alpha, consistency=consistency, sample_weight=sample_weight,

@@ -30,19 +30,31 @@ def kd_loss(
 
         loss = temperature^2 * mean_i w_i KL(softmax(teacher_i / temperature) || softmax(student_i / temperature))
 
-    Source: arXiv 1503.02531, section 2; temperature 4 as in the DCD paper's recipes.
+    Every row stands alone, so there is no ``group``: the mean is over the rows of this rank, with several ranks too.
+    Where ranks hold different numbers of rows, multiply it by W n / N to get a rank's part of the global mean, beside a
+    loss that spans ranks (:func:`dcd_loss`). The trainer does so.
+
+    Source: arXiv 1503.02531, section 2. The DCD paper's recipes use temperature 4.
 
     Args:
-        student_logits, teacher_logits: [B, C], float64, float32, bf16 or fp16, both alike. The teacher gets no
-            gradient.
-        temperature: > 0; divides the logits.
-        sample_weight, backend: as for :func:`dcd_loss`.
+        student_logits, teacher_logits: [B, C], both in float64, float32, bf16 or fp16. The teacher gets no gradient.
+        temperature: divides the logits; > 0.
+        sample_weight: [B], as for :func:`dcd_loss`.
+        backend: as for :func:`dcd_loss`; ``"reference"`` takes memory linear in B here.
 
     Returns:
-        The loss, 0-dim.
+        The loss, 0-dim, in float64 for float64 inputs and in float32 otherwise.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+        TypeError: an argument has the wrong type or dtype, or the logits differ in dtype.
+        ValueError: shapes or devices do not fit, there are no rows, ``temperature`` is not > 0, a weight is negative,
+            or ``backend`` is unknown or not available here.
+
+    Example:
+        >>> import torch
+        >>> from fastkd import kd_loss
+        >>> student_logits, teacher_logits = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+        >>> kd_loss(student_logits, teacher_logits, temperature=4.0).backward()
     """
     check_pair("student_logits", student_logits, "teacher_logits", teacher_logits, "[B, C]")
     return _soft_target_means(student_logits, teacher_logits, None, temperature, 0.0, sample_weight, backend)[1]
@@ -65,17 +77,20 @@ def ce_kd_terms(
         ce = mean_i w_i [-sum_c target_ic log softmax(student_i)_c]
         target_ic = (1 - label_smoothing) [c = label_i] + label_smoothing / C
 
+    Both are means over the rows of this rank, as for :func:`kd_loss`.
+
     Args:
         student_logits, teacher_logits, temperature, sample_weight, backend: as for :func:`kd_loss`.
-        labels: [B], int64, in [0, C). On CUDA, and under torch.compile, another value makes the cross-entropy NaN
-            instead of raising, which would have to wait for the device. No value is ignored.
+        labels: [B], int64, in [0, C). No value is ignored. On CUDA, and under torch.compile, another value makes the
+            cross-entropy NaN, because raising would wait for the device.
         label_smoothing: in [0, 1].
 
     Returns:
         The mean cross-entropy and the KD loss, both 0-dim.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+        TypeError, ValueError: as for :func:`kd_loss`; or ``labels`` are not int64, do not fit the logits or are out of
+            range, or ``label_smoothing`` is out of range.
     """
     check_pair("student_logits", student_logits, "teacher_logits", teacher_logits, "[B, C]")
     check_labels(labels, student_logits)

@@ -29,7 +29,7 @@ def multiscale_pool(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Averages of every window of every scale of a feature map: one read of the map, one row of channels a window.
+    r"""The averages of all windows of all scales of a feature map, in one read of the map; one row per window.
 
     .. code-block:: text
 
@@ -38,26 +38,38 @@ def multiscale_pool(
         m: scales in the order given, the windows of a scale row by row; no padding
         out[b, m] / |out[b, m]|                                            if ``normalize``
 
-    The same as ``avg_pool2d`` at each scale, flattened and concatenated. Source: the multi-scale pooling of MSDCRD
-    (arXiv 2502.05835).
+    This equals ``avg_pool2d`` at each scale, flattened and concatenated.
+
+    Source: the multi-scale pooling of MSDCRD, arXiv 2502.05835.
 
     Args:
-        features: [B, C, H, W], float64, float32, bf16 or fp16; NCHW or channels-last are read as they are, slices of
-            either may be copied. Sums are taken in float32 (float64 for float64); one that overflows it may be inf.
-        windows: the windows' sides, one entry a scale: an int (a square) or a pair (height, width), at most H and W.
-            The window of the whole of a rectangular map is the pair (H, W).
-        strides: the windows' distances, one entry a scale: an int or a pair (vertical, horizontal), >= 1.
-        normalize: L2-normalise each row of C channels; rows no longer than 1e-12 give zero and get no gradient.
-        dtype: of the result; None is that of the features.
-        backend: ``None`` (the fastest), ``"blocked"``, ``"triton"`` or ``"reference"`` (the definition).
+        features: [B, C, H, W] in float64, float32, bf16 or fp16. NCHW and channels-last are read as they are; slices of
+            either may be copied. Sums are taken in float32 (float64 for float64). A sum that overflows it may be inf.
+        windows: the sides of the windows in pixels, one entry per scale: an int (a square) or a pair (height, width),
+            at most H and W. The window of the whole of a rectangular map is the pair (H, W).
+        strides: the distances of the windows in pixels, one entry per scale: an int or a pair (vertical, horizontal);
+            >= 1.
+        normalize: L2-normalise each row of C channels. The default is False, because the losses normalise rows
+            themselves. Rows no longer than 1e-12 give zero and get no gradient.
+        dtype: the dtype of the result; ``None`` keeps the dtype of the features.
+        backend: ``None`` picks the fastest that runs here; ``"triton"``, ``"blocked"`` or ``"reference"`` as for
+            :func:`dcd_loss`.
 
     Returns:
         [B, M, C], contiguous. The gradient has the dtype and the memory format of the features. A value that is not
-        finite reaches the windows that contain it, and with ``normalize`` all channels of these. Differentiable once,
-        backwards; ``"reference"`` also twice, and forwards.
+        finite reaches the windows that contain it, and with ``normalize`` all channels of these windows. It can be
+        differentiated once, backwards; with ``"reference"`` also twice, and forwards.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+        TypeError: ``features`` is no tensor of an accepted dtype, or an option has the wrong type.
+        ValueError: the map is empty or has the wrong shape, a window does not fit it, a stride is below 1, or
+            ``backend`` is unknown or not available here.
+
+    Example:
+        >>> import torch
+        >>> from fastkd import multiscale_pool
+        >>> multiscale_pool(torch.randn(2, 16, 7, 7), windows=[7, 4], strides=[1, 1]).shape
+        torch.Size([2, 17, 16])
     """
     check_feature_map("features", features)
     sides, steps = check_sides("windows", windows), check_sides("strides", strides)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastkd.distributed.agree import Peers, agreeing, eagerly
+from fastkd.distributed.agree import Agreement, agreeing, eagerly
 from fastkd.distributed.group import Group, resolve_group
 from fastkd.numerics import accumulation_dtype
 from fastkd.validate import check_not_negative, check_number, check_vector
@@ -20,17 +20,25 @@ def preview_weight(ce_per_sample: Tensor, threshold: float, *, group: Group = No
     Source: arXiv 2410.14143, and the authors' public code, where ``threshold`` is ``1.005**epoch``.
 
     Args:
-        ce_per_sample: [B], the cross-entropy of every sample, >= 0; float64, float32, bf16 or fp16. No gradient
+        ce_per_sample: [B], the cross-entropy of every sample, >= 0, in float64, float32, bf16 or fp16. No gradient
             passes. On CUDA, and under torch.compile, a negative one makes the weights NaN instead of raising.
-        threshold: >= 0; the difficulty above which a sample's weight decays.
-        group: over whose samples the mean is taken, as for :func:`dcd_loss`: over those of all ranks, with one
-            exchange of two numbers a rank.
+        threshold: the difficulty above which the weight of a sample decays; >= 0.
+        group: whose samples the mean is taken over, as for :func:`dcd_loss`. Each rank sends two numbers.
 
     Returns:
-        The weights [B], float64 for float64 inputs, float32 otherwise. One if every cross-entropy is zero.
+        The weights [B], in float64 for float64 inputs and in float32 otherwise. They are one if every cross-entropy is
+        zero.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message names it, what came and what was expected.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: the shape is not [B] with B >= 1, a cross-entropy or the threshold is negative, or ``group`` is
+            unknown.
+
+    Example:
+        >>> import torch
+        >>> from fastkd import preview_weight
+        >>> preview_weight(torch.tensor([0.5, 1.0, 4.5]), threshold=1.0)
+        tensor([1.0000, 1.0000, 0.0063])
     """
     process_group = resolve_group(group)
     return eagerly(process_group, _weights)(process_group, ce_per_sample, threshold)
@@ -42,17 +50,11 @@ def _weights(group: ProcessGroup | None, ce_per_sample: Tensor, threshold: float
         check_number("threshold", threshold, minimum=0)
         ce = check_not_negative("ce_per_sample", ce_per_sample, "cross-entropies")
         ranks.describe(ce, {"threshold": threshold, "dtype": accumulation_dtype(ce.dtype)})
-    return weights_by_difficulty(ce, threshold, ranks.peers)
+    return weights_by_difficulty(ce, threshold, ranks)
 
 
-def weights_by_difficulty(ce_per_sample: Tensor, threshold: float, peers: Peers | None) -> Tensor:
-    """:func:`preview_weight` of checked arguments, the mean taken over the samples of ``peers``."""
+def weights_by_difficulty(ce_per_sample: Tensor, threshold: float, ranks: Agreement) -> Tensor:
+    """:func:`preview_weight` of checked arguments, with the mean over the samples of all ``ranks``."""
     ce = ce_per_sample.detach().to(accumulation_dtype(ce_per_sample.dtype))
-    if peers is None:
-        mean = ce.mean()
-    else:
-        from fastkd.distributed.reduce import sum_over_ranks
-
-        mean = sum_over_ranks(ce.sum(), peers) / peers.total
-    difficulty = ce / mean.clamp_min(torch.finfo(ce.dtype).tiny)
+    difficulty = ce / ranks.mean_of_all(ce).clamp_min(torch.finfo(ce.dtype).tiny)
     return torch.where(difficulty <= threshold, torch.ones_like(difficulty), (-difficulty.square()).exp())

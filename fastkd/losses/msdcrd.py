@@ -3,14 +3,14 @@
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from fastkd import backends
-from fastkd.distributed.agree import Peers
+from fastkd.distributed.agree import Agreement, agreeing, eagerly
 from fastkd.distributed.group import Group, check_group, resolve_group
 from fastkd.functional.contrast import POSITIVES, masked_contrast_loss
 from fastkd.functional.pool import multiscale_pool
@@ -145,11 +145,17 @@ class MSDCRDLoss(nn.Module):
         further layers between pooling and classes. A layer or a pair computes in its own float dtype, under autocast
         too. A function is called under the caller's autocast.
         """
-        process_group = resolve_group(self.group)
-        student = teacher = student_map
+        group = resolve_group(self.group)
+        return eagerly(group, self._forward)(student_map, teacher_map, teacher_classifier, group)
 
-        def check() -> dict[str, Any]:
-            nonlocal student, teacher
+    def _forward(
+        self,
+        student_map: Tensor,
+        teacher_map: Tensor,
+        teacher_classifier: Classifier | Callable[[Tensor], Tensor],
+        group: ProcessGroup | None,
+    ) -> dict[str, Tensor]:
+        with agreeing(group, "MSDCRDLoss") as ranks:
             student = _as_grid("student", student_map, self.student_channels, self.student_prefix_tokens)
             teacher = _as_grid("teacher", teacher_map, self.teacher_channels, self.teacher_prefix_tokens).detach()
             if len(student) != len(teacher):
@@ -158,7 +164,7 @@ class MSDCRDLoss(nn.Module):
                 )
             if student.device != teacher.device:
                 raise ValueError(f"teacher_map: got device {teacher.device}, expected {student.device}")
-            if len(student) == 0 and process_group is None:
+            if len(student) == 0 and not ranks.several:
                 raise ValueError(f"student_map: got shape {list(student_map.shape)}, expected at least one sample")
             if self.adapter is not None:
                 check_layer_input("student_map", student, self.adapter)
@@ -167,19 +173,10 @@ class MSDCRDLoss(nn.Module):
             check_temperature(self.temperature, torch.promote_types(student.dtype, teacher.dtype))
             windows, strides = self.scales(teacher.shape[2], teacher.shape[3])
             check_windows(check_sides("windows", windows), check_sides("strides", strides), teacher)
-            if process_group is None:
-                return {}
-            dtypes = (student.dtype, teacher.dtype)
-            return {"grid": tuple(teacher.shape[2:]), "dtypes": dtypes, "module": self.extra_repr()}
-
-        peers = None
-        if process_group is None:
-            check()
-        else:
-            # Imported here because it loads torch's compiler, to keep it out.
-            from fastkd.distributed.reduce import agree_on_rows
-
-            peers = agree_on_rows(process_group, "MSDCRDLoss", check, student_map)
+            if ranks.several:
+                dtypes = (student.dtype, teacher.dtype)
+                options = {"grid": tuple(teacher.shape[2:]), "dtypes": dtypes, "module": self.extra_repr()}
+                ranks.describe(student_map, options)
         if self.adapter is not None:
             student = self.adapter(student)
         height, width = teacher.shape[2:]
@@ -205,7 +202,7 @@ class MSDCRDLoss(nn.Module):
                 backend=self.backend,
             )
         if self.weights["feature"] > 0:
-            terms["feature"] = _channel_contrast(s, t, 1 / self.temperature, peers)
+            terms["feature"] = _channel_contrast(s, t, 1 / self.temperature, ranks)
         return {name: self.weights[name] * term for name, term in terms.items()}
 
     def scales(self, height: int, width: int) -> tuple[list[int | tuple[int, int]], list[int]]:
@@ -260,23 +257,17 @@ def _as_grid(whose: str, x: Tensor, channels: int, prefix_tokens: int | None) ->
     return x
 
 
-def _channel_contrast(s: Tensor, t: Tensor, scale: float, peers: Peers | None) -> Tensor:
-    """InfoNCE of the channels of s against the channels of t, over the samples of all ``peers``; s, t: [samples, C]."""
+def _channel_contrast(s: Tensor, t: Tensor, scale: float, ranks: Agreement) -> Tensor:
+    """InfoNCE of the channels of s against the channels of t, over the samples of all ``ranks``; s, t: [samples, C]."""
     dtype = accumulation_dtype(s.dtype)
     with torch.autocast(s.device.type, enabled=False):
         s, t = s.to(dtype), t.to(dtype)
-        largest = torch.stack([_largest(x) for x in (s, t)])
-        if peers is not None:
-            from fastkd.distributed.reduce import max_over_ranks, sum_over_ranks
-
-            largest = max_over_ranks(largest, peers)
+        largest = ranks.largest(torch.stack([_largest(x) for x in (s, t)]))
         # Divided before squaring, as in numerics.unit_rows: the square of 1e20 overflows float32.
         largest = largest.clamp_min(torch.finfo(dtype).tiny)
         s, t = s / largest[0], t / largest[1]
         norms = [torch.linalg.vector_norm(x, dim=0) for x in (s, t)]
-        sums = torch.cat([s.T @ t, torch.stack(norms).square()])
-        if peers is not None:
-            sums = sum_over_ranks(sums, peers)
+        sums = ranks.sum(torch.cat([s.T @ t, torch.stack(norms).square()]))
         squares = sums[-2:]
         is_zero = largest * squares.detach().sqrt() <= NORM_EPS
         inverse_s, inverse_t = squares.masked_fill(is_zero, 1).rsqrt().masked_fill(is_zero, 0)

@@ -1,15 +1,15 @@
 """Preview-based category contrastive distillation (arXiv 2410.14143)."""
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from fastkd import backends
 from fastkd.backends.reference import cross_entropy
-from fastkd.distributed.agree import Peers
+from fastkd.distributed.agree import Agreement, agreeing, eagerly
 from fastkd.distributed.group import Group, check_group, resolve_group
 from fastkd.functional.contrast import sup_con_loss
 from fastkd.functional.kd import kd_loss
@@ -144,16 +144,25 @@ class PCKDLoss(nn.Module):
         ``center`` is absent if the classifiers' weights differ in shape, as they do between models of unequal widths,
         or if only one classifier has a bias. The classifiers may have another float dtype than the features.
         """
-        process_group = resolve_group(self.group)
-        student: tuple[Tensor, Tensor | None]
-        teacher: tuple[Tensor, Tensor | None]
+        arguments = student_features, teacher_features, student_logits, teacher_logits, labels
+        group = resolve_group(self.group)
+        return eagerly(group, self._forward)(*arguments, student_classifier, teacher_classifier, epoch, group)
 
-        def check() -> dict[str, Any]:
-            nonlocal student, teacher
-            may_be_empty = process_group is not None
-            check_pair(
-                "student_logits", student_logits, "teacher_logits", teacher_logits, "[B, C]", may_be_empty=may_be_empty
-            )
+    def _forward(
+        self,
+        student_features: Tensor,
+        teacher_features: Tensor,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor,
+        student_classifier: Classifier,
+        teacher_classifier: Classifier,
+        epoch: float,
+        group: ProcessGroup | None,
+    ) -> dict[str, Tensor]:
+        with agreeing(group, "PCKDLoss") as ranks:
+            logits = "student_logits", student_logits, "teacher_logits", teacher_logits
+            check_pair(*logits, "[B, C]", may_be_empty=ranks.several)
             check_labels(labels, student_logits)
             check_number("epoch", epoch, minimum=0)
             self._check_features("student_features", student_features, self.student_dim, student_logits)
@@ -164,26 +173,12 @@ class PCKDLoss(nn.Module):
             classes = student_logits.shape[1]
             student = weight_and_bias("student_classifier", student_classifier, student_features, classes)
             teacher = weight_and_bias("teacher_classifier", teacher_classifier, teacher_features, classes)
-            if process_group is None:
-                return {}
-            return {
-                "dtype": student_logits.dtype,
-                "epoch": epoch,
-                "module": self.extra_repr(),
-                "center": self._has_center(student, teacher),
-            }
-
-        n, peers = len(student_logits), None
-        if process_group is None:
-            check()
-            per_sample = 1 / n
-        else:
-            # Imported here because it loads torch's compiler, to keep it out.
-            from fastkd.distributed.reduce import agree_on_rows
-
-            peers = agree_on_rows(process_group, "PCKDLoss", check, student_logits)
-            per_sample = peers.world_size / peers.total
-        preview = self._preview(student_logits, labels, epoch, peers)
+            has_center = self._has_center(student, teacher)
+            if ranks.several:
+                options = {"epoch": epoch, "module": self.extra_repr(), "center": has_center}
+                ranks.describe(student_logits, {"dtype": student_logits.dtype, **options})
+        per_sample = ranks.part_per_row(len(student_logits))
+        preview = self._preview(student_logits, labels, epoch, ranks)
         terms = {}
         if self.student_head is not None and self.teacher_head is not None:
             own = _relations(self.student_head, student_features, student[0])
@@ -196,7 +191,7 @@ class PCKDLoss(nn.Module):
                 group=self.group,
                 backend=self.backend,
             )
-        if self._has_center(student, teacher):
+        if has_center:
             terms["center"] = _mean_square(student, teacher)
         if self.mlp is not None:
             terms["feature"] = per_sample * _cosine_distances(self.mlp(student_features), teacher_features).sum()
@@ -216,11 +211,11 @@ class PCKDLoss(nn.Module):
         has_bias = [bias is not None for _, bias in (student, teacher)]
         return self.weights["center"] > 0 and student[0].shape == teacher[0].shape and has_bias[0] == has_bias[1]
 
-    def _preview(self, logits: Tensor, labels: Tensor, epoch: float, peers: Peers | None) -> Tensor:
+    def _preview(self, logits: Tensor, labels: Tensor, epoch: float, ranks: Agreement) -> Tensor:
         with torch.no_grad():
             ce = cross_entropy(logits, labels)
         is_finite = epoch * math.log(self.preview_base) < MAX_LOG_THRESHOLD
-        return weights_by_difficulty(ce, self.preview_base**epoch if is_finite else math.inf, peers)
+        return weights_by_difficulty(ce, self.preview_base**epoch if is_finite else math.inf, ranks)
 
     def _kd_sum(self, student_logits: Tensor, teacher_logits: Tensor, weight: Tensor) -> Tensor:
         n = len(student_logits)
