@@ -1,6 +1,6 @@
-"""The networks of CIFAR's distillation benchmarks, which neither timm nor torchvision has.
+"""The networks of the CIFAR distillation benchmarks, which neither timm nor torchvision has.
 
-Parameters are called as in the benchmarks' public code (RepDistiller, mdistiller), whose teachers can be loaded.
+Their parameters have the names of the benchmarks' public code (RepDistiller, mdistiller), so that its teachers load.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from fastkd.validate import check_int
 class CifarResNet(nn.Module):
     """ResNet of ``depth = 6 n + 2`` layers for 32x32 images: three stages of n blocks (arXiv 1512.03385, section 4.2).
 
-    ``widths``: channels of the first convolution and of the stages; resnet20 has (16, 16, 32, 64), and resnet8x4 and
-    resnet32x4 of the benchmarks have (32, 64, 128, 256).
+    ``widths`` are the channels of the first convolution and of the three stages. resnet20 has (16, 16, 32, 64);
+    resnet8x4 and resnet32x4 of the benchmarks have (32, 64, 128, 256).
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class WideResNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two convolutions, each normalised, beside a shortcut."""
+    """Two convolutions, each followed by batch norm, beside a shortcut."""
 
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class _Block(nn.Module):
 
 
 class _PreActivated(nn.Module):
-    """The same with normalisation before the convolutions."""
+    """Two convolutions, each preceded by batch norm and ReLU, beside a shortcut."""
 
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def _stage(
 
 
 def _blocks(depth: int, rest: int) -> int:
-    """Blocks of a stage."""
+    """The number of blocks per stage. ValueError for a depth that no network of this kind has."""
     check_int("depth", depth, 6 + rest)
     if (depth - rest) % 6:
         raise ValueError(f"depth: got {depth}, expected 6 n + {rest}")
@@ -125,7 +125,7 @@ def _conv3x3(channels: int, out: int, stride: int = 1) -> nn.Conv2d:
 
 
 def _initialize(model: nn.Module) -> None:
-    """He's initialisation of the convolutions, for the outputs."""
+    """Give the convolutions He's initialisation, scaled by their outputs."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
