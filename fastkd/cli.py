@@ -79,7 +79,7 @@ def _train(arguments: list[str]) -> int:
     import tyro
 
     from fastkd.trainer.imports import import_object
-    from fastkd.trainer.recipes.digits import RECIPES
+    from fastkd.trainer.recipes import RECIPES
     from fastkd.trainer.run.loop import train
 
     arguments, dry_run, world_size = _without_dry_run(arguments)
@@ -114,7 +114,7 @@ def _train(arguments: list[str]) -> int:
 def _recipes(arguments: list[str]) -> int:
     import tyro
 
-    from fastkd.trainer.recipes.digits import RECIPES, summary
+    from fastkd.trainer.recipes import RECIPES, summary
 
     def command() -> int:
         """The recipes there are; ``fastkd train NAME --help`` says all of one, ``--dry-run`` what it comes to."""

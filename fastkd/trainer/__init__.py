@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastkd.trainer.objective.objective import Objective
     from fastkd.trainer.objective.terms import TERMS
     from fastkd.trainer.optim import OptimConfig
-    from fastkd.trainer.recipes.digits import RECIPES
+    from fastkd.trainer.recipes import RECIPES
     from fastkd.trainer.run.checkpoint import CheckpointError, find_checkpoint, load_weights
     from fastkd.trainer.run.distiller import Distiller, weights_hash
     from fastkd.trainer.run.evaluate import evaluate
@@ -70,7 +70,7 @@ _HOME = {
     "objective.objective": ("Objective",),
     "objective.terms": ("TERMS",),
     "optim": ("OptimConfig",),
-    "recipes.digits": ("RECIPES",),
+    "recipes": ("RECIPES",),
     "run.checkpoint": (
         "CheckpointError",
         "find_checkpoint",

@@ -8,7 +8,7 @@ from fastkd.trainer import RECIPES, ModelConfig, TrainConfig, build_model
 from fastkd.trainer.commands.reopen import _is_known_model
 from fastkd.trainer.models.build import torchvision_weights
 from fastkd.trainer.models.cifar import CifarResNet, WideResNet
-from fastkd.trainer.recipes.digits import summary
+from fastkd.trainer.recipes import summary
 
 SOURCES = {"dcd": "2407.11802", "pckd": "2410.14143", "ckd": "2404.14109"}
 

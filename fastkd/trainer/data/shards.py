@@ -78,7 +78,7 @@ def _open_shard(path: str, process: int) -> _OpenShard:
 
 
 def read_index(root: Path, shards: list[Path]) -> dict[str, np.ndarray]:
-    """Arrays ``shard``, ``offset``, ``size`` and ``label``: the kept index if the shards are unchanged, or a new one."""
+    """Arrays ``shard``, ``offset``, ``size`` and ``label``: the kept index if no shard has changed, or a new one."""
     states = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
     # The 2 is the version of what is kept.
     kept = root / f".fastkd-index-{hashlib.sha256(repr((2, states)).encode()).hexdigest()[:16]}.npz"
