@@ -32,10 +32,11 @@ from dataclasses import dataclass, fields
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -184,6 +185,11 @@ def embed(features: np.ndarray) -> np.ndarray:
     # With more threads than free cores OpenMP waits by spinning: twenty times slower beside another process.
     with threadpool_limits(1):
         return TSNE(max_iter=500, init="pca", random_state=0).fit_transform(features)
+
+
+def demo_command(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:
+    """Train a teacher and students on scikit-learn's digits; print a table and write a report."""
+    run_demo(config)
 
 
 def run_demo(config: DemoConfig) -> Path:

@@ -148,16 +148,18 @@ def test_importing_fastkd_does_not_import_the_trainer():
 
 
 def test_every_package_that_the_trainer_imports_is_checked_for():
-    folder = Path(__file__).parents[2] / "fastkd" / "trainer"
+    folder = Path(__file__).parents[2] / "fastkd"
     imported = {
         (node.module if isinstance(node, ast.ImportFrom) else name.name).split(".")[0]
-        for file in folder.glob("*.py")
+        for room in ("trainer", "demo")
+        for file in (folder / room).rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in node.names
     }
     known = set(inspect.getsource(require_extras).replace('"', " ").split())
     imported -= {"onnxruntime", "onnxscript"}  # an extra of their own, asked for where it is needed
+    assert {"timm", "jinja2", "rich"} <= imported
     assert imported - set(sys.stdlib_module_names) - {"fastkd", "torch"} <= known
 
 

@@ -86,8 +86,8 @@ def resnet50_mobilenetv2_dcd_kd() -> TrainConfig:
 def resnet34_resnet18_ckd() -> TrainConfig:
     """ResNet-34 -> ResNet-18 by CKD (arXiv 2404.14109).
 
-    All settings are from configs/imagenet/r34_r18/ckd.yaml of the authors' public code (ZhouXinzzzzz/CKD): CE + 10 CKD at
-    temperature 1, 200 epochs, batch 512, SGD with lr 0.2 and a cosine to 0, weight decay 1e-4.
+    All settings are from configs/imagenet/r34_r18/ckd.yaml of the authors' public code (ZhouXinzzzzz/CKD): CE + 10 CKD
+    at temperature 1, 200 epochs, batch 512, SGD with lr 0.2 and a cosine to 0, weight decay 1e-4.
     """
     return _run(
         "imagenet-r34-r18-ckd",

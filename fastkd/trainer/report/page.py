@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import tyro
 
 from fastkd.trainer.config import FREE_TO_CHANGE
 from fastkd.trainer.report.curves import MAX_POINTS, Panel, Quantity, draw, look
@@ -56,6 +57,16 @@ def write_run_report(runs: Sequence[str | Path], out: str | Path | None = None) 
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
     return out
+
+
+def report_command(runs: tyro.conf.Positional[tuple[str, ...]], out: str | None = None) -> None:
+    """An HTML page about a training run, or about several compared: curves, results, settings.
+
+    Args:
+        runs: run folders. A run may still be going on.
+        out: the .html file; by default report.html in the run folder, comparison.html here for several.
+    """
+    print(write_run_report(runs, out))
 
 
 def render(runs: Sequence[RecordedRun]) -> str:
