@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastkd.cli import main
 from fastkd.trainer import RECIPES, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig, build_model
-from fastkd.trainer.commands.dry_run import _build, plan
-from fastkd.trainer.commands.memory import _LiveBytes, memory_of
+from fastkd.trainer.commands.dry_run import build_bare, plan
+from fastkd.trainer.commands.memory import LiveBytes, memory_of
 from fastkd.trainer.run.distiller import build_distiller
 from tests.helpers.trainer_runs import one_thread, tiny_config  # noqa: F401
 
@@ -88,7 +88,7 @@ def config(**changes) -> TrainConfig:
 
 def estimate(settings: TrainConfig, rows: int, chunks: int = 1, world_size: int = 1) -> dict[str, int]:
     with torch.device("meta"):
-        distiller = _build(settings, torch.empty(2, 3, 32, 32))
+        distiller = build_bare(settings, torch.empty(2, 3, 32, 32))
     with FakeTensorMode(allow_non_fake_inputs=True):
         distiller.to_empty(device="cpu")
         return memory_of(distiller, settings, (3, 32, 32), rows, chunks, world_size)
@@ -155,7 +155,7 @@ def test_the_forward_pass_holds_what_is_alive_at_once():
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         net.to_empty(device="cpu")
         x = torch.empty(8, 10)
-        with _LiveBytes() as live:
+        with LiveBytes() as live:
             net(x)
     assert live.peak == 8 * (100 + 30) * 4
 
