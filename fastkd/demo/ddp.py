@@ -1,8 +1,7 @@
 """``make demo-ddp``: the same distillation of the digits in one process and on two gloo ranks, side by side.
 
-The student is a fully connected network without batch norm, so that both runs compute the same thing: two ranks take
-the steps of one, up to the rounding of float32 sums in another order. With batch norm they would not, because every
-rank normalises with its own rows.
+Both runs take the same steps, up to the rounding of float32 sums in another order. The student is therefore a fully
+connected network without batch norm: with batch norm, every rank would normalise with its own rows.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from fastkd.trainer.run.checkpoint import STUDENT
 from fastkd.trainer.run.loop import train
 
 RANKS = 2
-# Of the trained weights, relative to their norm: float32 rounding, amplified over some hundred steps.
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of the trained weights, relative to their norm: float32 rounding, amplified over some hundred steps
+MLP = "fastkd.trainer.models.small:MLP"
 
 
 def teacher_config(folder: str) -> TrainConfig:
     """A fully connected teacher on all training digits."""
     return TrainConfig(
-        student=ModelConfig(name="fastkd.trainer.models.small:MLP", options={"hidden": [128, 128]}),
+        student=ModelConfig(name=MLP, options={"hidden": [128, 128]}),
         data=DataConfig(name="digits", batch_size=128),
         objective=ObjectiveConfig(terms="ce"),
         optim=OptimConfig(lr=0.1, warmup_epochs=1),
@@ -51,13 +50,13 @@ def teacher_config(folder: str) -> TrainConfig:
 
 
 def student_config(folder: str, name: str) -> TrainConfig:
-    """A narrow student of that teacher by DCD + KD; the batch of 50 is the global one."""
+    """A narrow student of that teacher by DCD + KD, with a global batch of 50."""
+    teacher = teacher_config(folder)
+    assert teacher.student is not None
     return replace(
-        teacher_config(folder),
-        student=ModelConfig(name="fastkd.trainer.models.small:MLP", options={"hidden": [16]}),
-        teacher=ModelConfig(
-            name="fastkd.trainer.models.small:MLP", options={"hidden": [128, 128]}, weights=f"{folder}/teacher"
-        ),
+        teacher,
+        student=ModelConfig(name=MLP, options={"hidden": [16]}),
+        teacher=replace(teacher.student, weights=f"{folder}/teacher"),
         data=DataConfig(name="digits", batch_size=50),
         objective=ObjectiveConfig(terms="dcd+kd"),
         epochs=8,
@@ -66,7 +65,7 @@ def student_config(folder: str, name: str) -> TrainConfig:
 
 
 def run_on_ranks(config: TrainConfig, folder: str) -> None:
-    """``fastkd train`` under torchrun, one thread a rank."""
+    """Train under torchrun, with one thread per rank."""
     file = Path(folder) / "config.json"
     file.write_text(json.dumps(config.to_dict()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
@@ -75,7 +74,7 @@ def run_on_ranks(config: TrainConfig, folder: str) -> None:
 
 
 def compare(folder: str) -> dict[str, Any]:
-    """Both runs: their histories, and the largest relative difference of a trained tensor."""
+    """The histories of both runs, and the largest relative difference of a trained tensor."""
     train(teacher_config(folder))
     one = train(student_config(folder, "one"))
     run_on_ranks(student_config(folder, "ranks"), folder)
@@ -91,7 +90,7 @@ def compare(folder: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Train both, print the table, return 1 when they differ by more than the tolerance."""
+    """Train both and print the table. Returns 1 when they differ by more than the tolerance."""
     torch.set_num_threads(1)
     if len(sys.argv) > 1:  # a rank, started by run_on_ranks
         train(TrainConfig.from_dict(json.loads(Path(sys.argv[1]).read_text())))

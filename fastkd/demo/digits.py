@@ -1,24 +1,25 @@
-"""``fastkd demo``: scikit-learn's handwritten digits, one teacher, and a small student by each method and many seeds.
+"""``fastkd demo``: trains one teacher on scikit-learn's handwritten digits, and small students by every method.
 
-How the settings were chosen. Only teachers and students trained from scratch were looked at, on 300 validation images
-taken out of the training split (an earlier, coarse look at other networks used test images); no student had been
-distilled when everything below was fixed.
+The settings were chosen as follows. Only teachers and students trained from scratch were looked at, on 300 validation
+images taken out of the training split. (An earlier, coarse look at other networks used test images.) No student had
+been distilled when everything below was fixed.
 
-- Data: 1,797 images split once, stratified by class, into 1,197 for training and 600 for the test. The teacher sees
-  all 1,197 with labels. A student sees 200 of them (20 a class), drawn with its seed. For one seed every method gets
-  the same images, labels, initial weights and order: the methods differ in nothing but their loss.
+- Data: the 1,797 images are split once, stratified by class, into 1,197 for training and 600 for the test. The teacher
+  sees all 1,197 with labels. A student sees 200 of them (20 per class), drawn with its seed. For one seed, every method
+  gets the same images, labels, initial weights and order: the methods differ in nothing but their loss.
 - Teacher: the wider of two tried (three blocks, from 16 or 32 channels: 99.2 % and 99.6 % of the validation images).
-- Student: two blocks of 8 and 16 channels, 1,442 parameters, a 65th of the teacher's. Of the networks (438, 1,442 and
-  1,702 parameters) and subsets (100, 200, 300 images) tried, it is a middle one whose student from scratch (88.4 %) is
-  well below the teacher (at least 3 points were asked for) though it fits its own 200 images.
+- Student: two blocks of 8 and 16 channels, 1,442 parameters, a 65th of the teacher's. Of the networks (438, 1,442
+  and 1,702 parameters) and subsets (100, 200, 300 images) tried, it is a middle one. From scratch it fits its own
+  200 images, but with 88.4 % it stays well below the teacher; at least 3 points were asked for.
 - Schedule: SGD, 200 epochs of two steps. 400 epochs or twice the learning rate moved the student from scratch by half
   a point at most.
-- Losses: the papers' defaults, untuned: CE + KD at temperature 4 + DCD with alpha 0.5 and tau starting at 1, each of
-  weight 1. The three methods that came later were added with settings written down before the first of their students:
-  CKD with the 100 of its authors' CIFAR-100 recipe, the one for small images (it is 10 on ImageNet); PCKD, which holds
-  KD, and MSDCRD with the modules' defaults, because their papers' code fixes no weight or does not exist. DCD and
-  MSDCRD are run alone and with KD. Nothing was changed after a result was seen.
-- Accuracy is that of the last epoch: the test images pick nothing. Every student of every method is reported.
+- Losses: the papers' defaults, untuned: CE + KD at temperature 4 + DCD with alpha 0.5 and tau starting at 1, each with
+  weight 1. The three later methods were added with settings written down before the first of their students. CKD has
+  the weight 100 of its authors' CIFAR-100 recipe, which is the one for small images (on ImageNet it is 10). PCKD, which
+  contains KD, and MSDCRD have the modules' defaults, because their papers' code fixes no weight or does not exist. DCD
+  and MSDCRD are run alone and with KD. Nothing was changed after a result was seen.
+- Accuracy: it is measured after the last epoch, so the test images pick nothing. Every student of every method is
+  reported.
 """
 
 import os
@@ -28,7 +29,7 @@ import shlex
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,7 +39,7 @@ import numpy as np
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import track
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fastkd.demo.costs import ROUNDS, Cost, measure_costs
@@ -57,8 +58,8 @@ from fastkd.validate import check_int
 
 TEST_IMAGES, TRAIN_IMAGES, LABELLED = 600, 1197, 200
 NET = "fastkd.trainer.models.small:SmallConvNet"
-TEACHER_NET = {"width": 32, "depth": 3}
-STUDENT_NET = {"width": 8, "depth": 2}
+TEACHER = ModelConfig(name=NET, options={"width": 32, "depth": 3})
+STUDENT = ModelConfig(name=NET, options={"width": 8, "depth": 2})
 DIGITS = {"train_size": TRAIN_IMAGES}
 
 
@@ -67,17 +68,17 @@ class DemoConfig:
     """Train a teacher and students on scikit-learn's digits; print a table and write a report."""
 
     seeds: int = 10
-    """Students of every method."""
+    """Students per method."""
     epochs: int = 200
-    """Epochs of every student."""
+    """Epochs per student."""
     teacher_epochs: int = 30
     """Epochs of the teacher."""
     methods: tuple[str, ...] = ("ce", "kd", "dcd", "dcd+kd", "100*ckd", "pckd", "msdcrd", "msdcrd+kd")
     """Objectives as the trainer writes them; "ce" is the student from scratch."""
     workers: int | None = None
-    """Processes, one thread each; by default one a core, at most four."""
+    """Processes of one thread each. By default one per core, at most four."""
     out: Path = Path("runs/demo")
-    """Folder in which every run of the demo makes a new one."""
+    """Folder in which every run of the demo makes a new folder."""
 
     def __post_init__(self) -> None:
         check_int("seeds", self.seeds, 1)
@@ -95,7 +96,7 @@ class DemoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What comes back from a training process: plain numbers on the test set."""
+    """What a training process sends back: plain numbers on the test set."""
 
     accuracies: list[float]  # after every epoch, in percent
     scale: list[float]  # exp(tau) after every epoch, empty without DCD
@@ -106,9 +107,9 @@ class Trained:
 
 
 def teacher_config(config: DemoConfig, folder: Path) -> TrainConfig:
-    """The teacher: all training images, cross-entropy."""
+    """The teacher, trained on all training images by cross-entropy."""
     return TrainConfig(
-        student=ModelConfig(name=NET, options=TEACHER_NET),
+        student=TEACHER,
         data=DataConfig(name="digits", options=DIGITS, batch_size=128, eval_batch_size=TEST_IMAGES),
         objective=ObjectiveConfig(terms="ce"),
         optim=OptimConfig(lr=0.1),
@@ -123,12 +124,12 @@ def teacher_config(config: DemoConfig, folder: Path) -> TrainConfig:
 
 
 def student_config(config: DemoConfig, folder: Path, method: str, seed: int) -> TrainConfig:
-    """A student: for one seed, the same in everything but the objective."""
+    """A student. For one seed, the students of all methods differ in nothing but the objective."""
     objective = ObjectiveConfig(terms=method)
-    teacher = ModelConfig(name=NET, options=TEACHER_NET, weights=str(folder / "teacher"))
-    return TrainConfig(
-        student=ModelConfig(name=NET, options=STUDENT_NET),
-        teacher=teacher if needs("teacher", objective) else None,
+    return replace(
+        teacher_config(config, folder),
+        student=STUDENT,
+        teacher=replace(TEACHER, weights=str(folder / "teacher")) if needs("teacher", objective) else None,
         data=DataConfig(
             name="digits",
             options=DIGITS,
@@ -138,15 +139,9 @@ def student_config(config: DemoConfig, folder: Path, method: str, seed: int) -> 
             eval_batch_size=TEST_IMAGES,
         ),
         objective=objective,
-        optim=OptimConfig(lr=0.1),
         epochs=config.epochs,
         seed=seed,
-        device="cpu",
         run_dir=str(folder / f"{folder_name(method)}-seed{seed}"),
-        save_every_epochs=0,
-        keep=1,
-        tensorboard=False,
-        quiet=True,
     )
 
 
@@ -156,7 +151,7 @@ def folder_name(method: str) -> str:
 
 
 def train_one(config: TrainConfig) -> Trained:
-    """Train, then read logits and features of the test images."""
+    """Train, then compute logits and features of the test images."""
     result = train(config)
     _, test = build_datasets(config.data)
     with torch.no_grad():
@@ -172,17 +167,17 @@ def train_one(config: TrainConfig) -> Trained:
 
 
 def class_correlation(logits: np.ndarray) -> np.ndarray:
-    """[C, C] Pearson correlation of the class logits [n, C]; a logit that never changes correlates with nothing."""
+    """The Pearson correlation [C, C] of class logits [n, C]. A logit that never changes correlates with nothing."""
     centred = logits - logits.mean(0)
     unit = centred / np.maximum(np.linalg.norm(centred, axis=0), 1e-12)
     return unit.T @ unit
 
 
 def embed(features: np.ndarray) -> np.ndarray:
-    """t-SNE [n, 2] of features [n, D], always from the same start."""
+    """The t-SNE [n, 2] of features [n, D], always from the same start."""
     from sklearn.manifold import TSNE
 
-    # With more threads than free cores OpenMP waits by spinning: twenty times slower beside another process.
+    # With more threads than free cores, OpenMP waits by spinning, which is twenty times slower beside another process.
     with threadpool_limits(1):
         return TSNE(max_iter=500, init="pca", random_state=0).fit_transform(features)
 
@@ -193,9 +188,9 @@ def demo_command(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:
 
 
 def run_demo(config: DemoConfig) -> Path:
-    """Run the demo; returns the path of the HTML report, with results.json beside it.
+    """Run the demo and return the path of the HTML report, with results.json beside it.
 
-    Everything is written into a new folder in ``config.out``; ``config.out/latest`` links to it. Nothing is deleted.
+    Everything is written into a new folder in ``config.out``, to which ``config.out/latest`` links. Nothing is deleted.
     """
     console = Console(highlight=False)
     begun = time.perf_counter()
@@ -206,8 +201,8 @@ def run_demo(config: DemoConfig) -> Path:
         for seed in range(config.seeds)
     }
     workers = config.workers or min(4, usable_cores(), len(jobs))
-    # Spawned, because a fork of a process whose torch already runs threads may deadlock. These networks are so small
-    # that a second thread costs more than it brings.
+    # The workers are spawned, because a fork of a process whose torch already runs threads may deadlock. They have one
+    # thread, because a second one costs more than it gains on networks this small.
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         try:
             console.print(f"teacher: {TRAIN_IMAGES:,} labelled images, {config.teacher_epochs} epochs")
@@ -220,8 +215,10 @@ def run_demo(config: DemoConfig) -> Path:
             drawn = {"teacher": teacher} | {method: students[method, 0] for method in config.methods}
             points = {name: pool.submit(embed, trained.features) for name, trained in drawn.items()}
             embeddings = {name: future.result() for name, future in points.items()}
-            # Last and alone: nothing of the demo runs beside it.
-            costs = pool.submit(measure_costs, cost_configs(config, folder)).result()
+            # Costs are measured last, when nothing else of the demo runs.
+            measured = dict.fromkeys((BASELINE, *config.methods))
+            jobs_of_first_seed = {method: student_config(config, folder, method, 0) for method in measured}
+            costs = pool.submit(measure_costs, jobs_of_first_seed).result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # otherwise the remaining students would be trained first
             raise
@@ -235,19 +232,10 @@ def run_demo(config: DemoConfig) -> Path:
     return page
 
 
-def cost_configs(config: DemoConfig, folder: Path) -> dict[str, TrainConfig]:
-    """Method -> the config of its first student, with the student from scratch to compare with."""
-    return {method: student_config(config, folder, method, 0) for method in dict.fromkeys((BASELINE, *config.methods))}
-
-
 def collect(futures: dict[tuple[str, int], Future[Trained]], console: Console) -> dict[tuple[str, int], Trained]:
-    """The results of all students, with a progress bar while they come in."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("students", total=len(futures))
-        for future in as_completed(futures.values()):
-            future.result()
-            progress.advance(task)
+    """The results of all students. A progress bar shows how many have come in."""
+    for future in track(as_completed(futures.values()), "students", len(futures), console=console, transient=True):
+        future.result()  # raises at once what a student raised
     return {key: future.result() for key, future in futures.items()}
 
 
@@ -259,7 +247,7 @@ def gather(
     costs: dict[str, Cost],
     workers: int,
 ) -> Results:
-    """What the report needs, out of what the processes returned."""
+    """What the report shows, made of what the processes returned."""
     first = student_config(config, Path(), config.methods[0], 0)
     _, test = build_datasets(first.data)
     reference = class_correlation(teacher.logits)
@@ -290,7 +278,7 @@ def gather(
 
 
 def describe_settings(config: DemoConfig, first: TrainConfig, teacher: int, student: int) -> dict[str, str]:
-    """The settings in words, from the configs that were run."""
+    """The settings in words, taken from the configs that were run."""
     optim, objective = first.optim, first.objective
     dcd, pckd, msdcrd = objective.dcd, objective.pckd, objective.msdcrd
     consistency = "KL(student || teacher)" if dcd.consistency == "student||teacher" else "KL(teacher || student)"
@@ -354,7 +342,7 @@ def usable_cores() -> int:
 
 
 def processor_name() -> str:
-    """The CPU's model name where the system tells it."""
+    """The CPU's model name, as far as the system tells it."""
     try:
         listed = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -363,7 +351,7 @@ def processor_name() -> str:
 
 
 def new_folder(parent: Path) -> Path:
-    """A folder in `parent` that did not exist, named after the time."""
+    """A new folder in ``parent``, named after the time."""
     stem = time.strftime("%Y%m%d-%H%M%S")
     for name in (stem, *(f"{stem}-{number}" for number in range(2, 1000))):
         try:
@@ -375,7 +363,7 @@ def new_folder(parent: Path) -> Path:
 
 
 def link_latest(parent: Path, folder: Path) -> None:
-    """Points `parent`/latest at `folder`, unless something that is no link has that name."""
+    """Make ``parent/latest`` a link to ``folder``, unless something that is no link has that name."""
     link = parent / "latest"
     if link.exists() and not link.is_symlink():
         return
@@ -384,4 +372,4 @@ def link_latest(parent: Path, folder: Path) -> None:
         temporary.symlink_to(folder.name)
         temporary.replace(link)
     except OSError:
-        pass  # a file system without links: the printed path is enough
+        pass  # the file system has no links, and the printed path is enough

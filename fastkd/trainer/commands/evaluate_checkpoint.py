@@ -72,8 +72,8 @@ def evaluate_checkpoint(
     """Evaluate the student of a checkpoint, or of a run folder's newest (or ``best``) checkpoint.
 
     Model and data are rebuilt from the config in the checkpoint, unless they are given. ``trust_code`` allows that
-    config to import and call any ``package.module:callable``. The models of timm and torchvision and everything of
-    fastkd's own do not need it.
+    config to import and call any ``package.module:callable``. The models of timm, torchvision and fastkd and the data
+    sets of fastkd do not need it.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or it needs ``trust_code``; or its student or data were
