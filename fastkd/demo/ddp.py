@@ -25,6 +25,7 @@ from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.models.build import ModelConfig
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.optim import OptimConfig
+from fastkd.trainer.report.records import read_run
 from fastkd.trainer.run.checkpoint import STUDENT
 from fastkd.trainer.run.loop import train
 
@@ -84,9 +85,7 @@ def compare(folder: str) -> dict[str, Any]:
     difference = max(
         ((weights[1][name] - value).norm() / value.norm().clamp_min(1e-12)).item() for name, value in weights[0].items()
     )
-    lines = (Path(folder) / "ranks" / "metrics.jsonl").read_text().splitlines()
-    epochs = [record for record in map(json.loads, lines) if record["kind"] == "epoch"]
-    return {"one": one.history, "ranks": epochs, "difference": difference}
+    return {"one": one.history, "ranks": read_run(Path(folder) / "ranks", "ranks").epochs, "difference": difference}
 
 
 def main() -> int:

@@ -108,24 +108,19 @@ def evaluate_checkpoint(
 
 def hardest(result: EvalResult, count: int = 5) -> list[str]:
     """At most two lines: the ``count`` classes with the lowest accuracy, and the most frequent confusions."""
-    known = [
-        (accuracy, name) for name, accuracy in zip(result.classes, result.per_class(), strict=True) if accuracy < 1
-    ]
+    names = result.classes
+    lowest = sorted((accuracy, name) for name, accuracy in zip(names, result.per_class(), strict=True) if accuracy < 1)
     wrong = result.confusion.clone().fill_diagonal_(0)
     most, places = wrong.flatten().topk(min(count, wrong.numel()))
-    confusions = [
-        f"{result.classes[place // len(wrong)]} as {result.classes[place % len(wrong)]} {number}"
-        for number, place in zip(most.tolist(), places.tolist(), strict=True)
-        if number > 0
-    ]
-    lines = []
-    if known:
-        lines.append(
-            "lowest accuracy: " + ", ".join(f"{name} {accuracy:.3f}" for accuracy, name in sorted(known)[:count])
-        )
-    if confusions:
-        lines.append("most confused: " + ", ".join(confusions))
-    return lines
+    found = {
+        "lowest accuracy": [f"{name} {accuracy:.3f}" for accuracy, name in lowest[:count]],
+        "most confused": [
+            f"{names[place // len(wrong)]} as {names[place % len(wrong)]} {number}"
+            for number, place in zip(most.tolist(), places.tolist(), strict=True)
+            if number > 0
+        ],
+    }
+    return [f"{title}: {', '.join(items)}" for title, items in found.items() if items]
 
 
 def class_names(dataset: Any, count: int) -> list[str]:

@@ -26,6 +26,7 @@ from fastkd.trainer.data.encoded import EXTENSIONS, ImageSamples
 OPEN_SHARDS = 64  # shards that a process keeps open
 MAX_LABELS = 10_000_000  # every number up to the largest label is a class with a name; a label beyond this is damaged
 _COLUMNS = ("shard", "offset", "size", "label")
+_IMAGE = "IMAGE"  # stands for all extensions of images; extensions are in lower case
 
 
 class ShardImages(ImageSamples):
@@ -129,8 +130,7 @@ def _keep(index: dict[str, Any], path: Path) -> None:
 
 def _samples(shard: Path) -> list[tuple[int, int, int]]:
     """(offset, size, label) of every image of a shard."""
-    images: dict[str, tuple[int, int]] = {}
-    texts: dict[str, dict[str, bytes]] = {".cls": {}, ".json": {}}
+    samples: dict[str, dict[str, Any]] = {}  # by what its files have in common: _IMAGE (offset, size), texts of labels
     twice: list[str] = []
     try:
         with tarfile.open(shard, "r:") as archive:
@@ -138,26 +138,19 @@ def _samples(shard: Path) -> list[tuple[int, int, int]]:
                 if not member.isfile():
                     continue
                 folder, name = os.path.split(member.name)
-                stem, _, extension = name.partition(".")
-                key, extension = f"{folder}/{stem}", f".{extension.lower()}"
-                if extension in EXTENSIONS:
-                    found = key in images
-                    images[key] = member.offset_data, member.size
-                elif extension in texts:
-                    found = key in texts[extension]
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    texts[extension][key] = file.read()
-                else:
+                stem, _, kind = name.partition(".")
+                kind = _IMAGE if f".{kind.lower()}" in EXTENSIONS else kind.lower()
+                if kind not in (_IMAGE, "cls", "json"):
                     continue
-                if found:
+                sample = samples.setdefault(f"{folder}/{stem}", {})
+                if kind in sample:
                     twice.append(member.name)
-        missing = sorted(images.keys() - texts[".cls"].keys() - texts[".json"].keys())
-        labels = {
-            key: _label(texts[extension][key], extension)
-            for key in images.keys() - set(missing)
-            for extension in [".cls" if key in texts[".cls"] else ".json"]
-        }
+                file = archive.extractfile(member)
+                assert file is not None
+                sample[kind] = (member.offset_data, member.size) if kind == _IMAGE else file.read()
+        images = {key: sample for key, sample in samples.items() if _IMAGE in sample}
+        missing = sorted(key for key, sample in images.items() if len(sample) == 1)
+        found = [(*sample[_IMAGE], _label(sample)) for sample in images.values() if len(sample) > 1]
     except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{shard}: is not a WebDataset shard ({type(error).__name__}: {error})") from error
     if twice:
@@ -166,14 +159,14 @@ def _samples(shard: Path) -> list[tuple[int, int, int]]:
         )
     if missing:
         raise ValueError(f"{shard}: {len(missing)} images have no .cls or .json, such as {missing[0].lstrip('/')}")
-    return [(*place, labels[key]) for key, place in images.items()]
+    return found
 
 
-def _label(text: bytes, extension: str) -> int:
-    if extension == ".cls":
-        label = int(text)
+def _label(sample: dict[str, Any]) -> int:
+    if "cls" in sample:
+        label = int(sample["cls"])
     else:
-        entries = json.loads(text)
+        entries = json.loads(sample["json"])
         label = entries["label"] if "label" in entries else entries["cls"]
         if not isinstance(label, int) or isinstance(label, bool):
             raise ValueError(f"got the label {label!r}, expected an int")
