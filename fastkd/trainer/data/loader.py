@@ -157,7 +157,7 @@ def train_loader(
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_signals_to_main,
-        # Without a generator of its own, the loader draws a number from torch's global one in every pass.
+        # A generator of its own: otherwise every pass draws a number from torch's global one.
         generator=torch.Generator().manual_seed(seed),
     )
 

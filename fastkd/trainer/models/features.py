@@ -231,7 +231,7 @@ def probe(model: FeatureModel, images: Tensor, *, feature_map: bool = False) -> 
 
 
 def _check_classifier(model: FeatureModel, images: Tensor) -> ModelShapes:
-    """The shapes without the map. ValueError for a layer that cannot be the classifier."""
+    """See ``probe``."""
     given: list[Any] = []
     layer = None if model.optional else model.classifier
     handle = None if layer is None else layer.register_forward_hook(lambda _module, _args, value: given.append(value))
