@@ -206,7 +206,7 @@ class FeatureModel(nn.Module):
 
 @torch.no_grad()
 def probe(model: FeatureModel, images: Tensor, *, feature_map: bool = False) -> ModelShapes:
-    """The shapes of ``model``, from one forward pass in eval mode. No state of the wrapped module changes.
+    """The shapes of ``model``, from one forward pass in eval mode; changes no state of the wrapped module.
 
     ``feature_map`` also finds the last map, in a second pass, and lets ``model`` return it from then on.
 
