@@ -17,6 +17,7 @@ SOURCES = {"dcd": "2407.11802", "pckd": "2410.14143", "ckd": "2404.14109"}
 def test_a_recipe_is_a_config_that_survives_json_and_has_its_own_run_folder(name):
     config = RECIPES[name]()
     assert TrainConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    assert config.student is not None
     assert config.run_dir == f"runs/{name}".replace("digits-", "digits_")
     assert len(summary(name)) <= 110
     for model in filter(None, (config.student, config.teacher)):
