@@ -34,7 +34,7 @@ class EvalResult:
 
     Example:
         >>> result = evaluate_checkpoint("runs/digits")
-        >>> result.accuracy, result.per_class()
+        >>> weakest = min(zip(result.per_class(), result.classes))
     """
 
     accuracy: float
@@ -80,8 +80,8 @@ def evaluate_checkpoint(
             given to ``train`` as objects, which no config names, and are not given here.
 
     Example:
-        >>> evaluate_checkpoint("runs/digits").accuracy
-        >>> evaluate_checkpoint("runs/mine", model=MyNet(), eval_data=my_test_set, best=True).top5
+        >>> accuracy = evaluate_checkpoint("runs/digits").accuracy
+        >>> best = evaluate_checkpoint("runs/mine", model=MyNet(), eval_data=my_test_set, best=True)
     """
     reopened = reopen(path, best=best, model=model, eval_data=eval_data, trust_code=trust_code)
     config, eval_data = reopened.config, reopened.eval_data

@@ -26,8 +26,8 @@ class DataConfig:
             are slow at random reads. None mixes all samples.
 
     Example:
-        >>> DataConfig(name="digits", labelled=200, batch_size=50)
-        >>> DataConfig(name="images", options={"root": "imagenet", "format": "shards"}, batch_size=256, num_workers=8)
+        >>> digits = DataConfig(name="digits", labelled=200, batch_size=50)
+        >>> imagenet = DataConfig(name="images", options={"root": "imagenet"}, batch_size=256, num_workers=8)
     """
 
     name: str = "digits"

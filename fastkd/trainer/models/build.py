@@ -34,8 +34,8 @@ class ModelConfig:
         options: further keyword arguments of the builder.
 
     Example:
-        >>> ModelConfig(name="timm:resnet50.tv_in1k", pretrained=True, min_accuracy=0.75)
-        >>> ModelConfig(name="fastkd.trainer.models.small:SmallConvNet", options={"width": 16}, weights="runs/teacher")
+        >>> teacher = ModelConfig(name="timm:resnet50.tv_in1k", pretrained=True, min_accuracy=0.75)
+        >>> student = ModelConfig(name="fastkd.trainer.models.small:SmallConvNet", options={"width": 8})
     """
 
     name: str

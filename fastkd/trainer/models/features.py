@@ -28,8 +28,9 @@ class ModelOutput:
         map_classifier: gives the logits [n, C] of n positions [n, D] of the map. None where the model cannot.
 
     Example:
-        >>> output = FeatureModel(model)(images)
-        >>> output.logits, output.features
+        >>> output = FeatureModel(torchvision.models.resnet18())(torch.randn(2, 3, 64, 64))
+        >>> output.logits.shape, output.features.shape
+        (torch.Size([2, 1000]), torch.Size([2, 512]))
     """
 
     logits: Tensor
@@ -45,7 +46,7 @@ class ModelShapes:
     """What a forward pass tells about a model: the features' width, the classes, and the last map if asked for.
 
     Example:
-        >>> ModelShapes(features=512, classes=100)  # a ResNet-18 for CIFAR-100
+        >>> shapes = ModelShapes(features=512, classes=100)  # a ResNet-18 for CIFAR-100
     """
 
     features: int
