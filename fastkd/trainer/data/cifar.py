@@ -84,18 +84,13 @@ def load_cifar(root: str, *, classes: int = 100, augment: bool = True) -> tuple[
         for place in (Path(root) / folder, Path(root)):
             if all((place / name).is_file() for name in (*train_files, *test_files)):
                 read = _read_binary if kind == "binary" else _read_pickle
-                train, test = ([read(place / name, classes) for name in names] for names in (train_files, test_files))
-                return (
-                    CifarImages(*_joined(train), classes, augment=augment),
-                    CifarImages(*_joined(test), classes, augment=False),
-                )
+                sets = []
+                for names, shown in ((train_files, augment), (test_files, False)):
+                    images, labels = zip(*(read(place / name, classes) for name in names), strict=True)
+                    sets.append(CifarImages(torch.cat(images), torch.cat(labels), classes, augment=shown))
+                return sets[0], sets[1]
     expected = " or ".join(LAYOUTS[kind, classes][0] for kind in ("binary", "python"))
     raise ValueError(f"data.options.root: found no CIFAR-{classes} in {root}, expected the folder {expected}")
-
-
-def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*parts, strict=True)
-    return torch.cat(images), torch.cat(labels)
 
 
 def _read_binary(path: Path, classes: int) -> tuple[Tensor, Tensor]:

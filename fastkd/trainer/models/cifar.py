@@ -5,8 +5,11 @@ Their parameters have the names of the benchmarks' public code (RepDistiller, md
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
 from fastkd.validate import check_int
 
@@ -27,9 +30,9 @@ class CifarResNet(nn.Module):
         self.conv1 = _conv3x3(3, stem)
         self.bn1 = nn.BatchNorm2d(stem)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = nn.Sequential(*_stage(_Block, stem, stages[0], blocks, 1))
-        self.layer2 = nn.Sequential(*_stage(_Block, stages[0], stages[1], blocks, 2))
-        self.layer3 = nn.Sequential(*_stage(_Block, stages[1], stages[2], blocks, 2))
+        self.layer1 = nn.Sequential(*_stage(_block, stem, stages[0], blocks, 1))
+        self.layer2 = nn.Sequential(*_stage(_block, stages[0], stages[1], blocks, 2))
+        self.layer3 = nn.Sequential(*_stage(_block, stages[1], stages[2], blocks, 2))
         self.fc = nn.Linear(stages[2], num_classes)
         _initialize(self)
 
@@ -60,26 +63,6 @@ class WideResNet(nn.Module):
         return self.fc(self.relu(self.bn1(x)).mean((2, 3)))
 
 
-class _Block(nn.Module):
-    """Two convolutions, each followed by batch norm, beside a shortcut."""
-
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = _conv3x3(channels, out, stride)
-        self.bn1 = nn.BatchNorm2d(out)
-        self.conv2 = _conv3x3(out, out)
-        self.bn2 = nn.BatchNorm2d(out)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = None
-        if stride != 1 or channels != out:
-            shortcut = nn.Conv2d(channels, out, 1, stride=stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
-
-
 class _PreActivated(nn.Module):
     """Two convolutions, each preceded by batch norm and ReLU, beside a shortcut."""
 
@@ -106,8 +89,16 @@ class _Stage(nn.Module):
         return self.layer(x)
 
 
+def _block(channels: int, out: int, stride: int) -> nn.Module:
+    """Two convolutions, each followed by batch norm, beside a shortcut."""
+    if stride == 1 and channels == out:
+        return BasicBlock(channels, out)
+    shortcut = nn.Conv2d(channels, out, 1, stride=stride, bias=False)
+    return BasicBlock(channels, out, stride, nn.Sequential(shortcut, nn.BatchNorm2d(out)))
+
+
 def _stage(
-    block: type[_Block] | type[_PreActivated], channels: int, out: int, blocks: int, stride: int
+    block: Callable[[int, int, int], nn.Module], channels: int, out: int, blocks: int, stride: int
 ) -> list[nn.Module]:
     return [block(channels if index == 0 else out, out, stride if index == 0 else 1) for index in range(blocks)]
 
