@@ -5,7 +5,7 @@ import torch
 
 from fastkd.cli import main
 from fastkd.trainer import RECIPES, ModelConfig, TrainConfig, build_model
-from fastkd.trainer.commands.reopen import _is_known_model
+from fastkd.trainer.commands.reopen import is_known_model
 from fastkd.trainer.models.build import torchvision_weights
 from fastkd.trainer.models.cifar import CifarResNet, WideResNet
 from fastkd.trainer.recipes import summary
@@ -21,7 +21,7 @@ def test_a_recipe_is_a_config_that_survives_json_and_has_its_own_run_folder(name
     assert config.run_dir == f"runs/{name}".replace("digits-", "digits_")
     assert len(summary(name)) <= 110
     for model in filter(None, (config.student, config.teacher)):
-        assert _is_known_model(model.name)
+        assert is_known_model(model.name)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("digits")])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fastkd.demo import digits as demo
 from fastkd.demo import results as report
+from fastkd.demo.config import DemoConfig
 from fastkd.demo.costs import Cost
 from tests.helpers.pages import read_page
 
@@ -117,7 +117,7 @@ def test_costs_are_those_beyond_a_step_from_scratch() -> None:
     assert [row["time"] for row in rows] == ["", "2.5", "3.5"]
     assert [row["scratch"] for row in rows] == ["", "", ""]
     assert rows[2]["kd"] == rows[2]["kd"].strip() != ""
-    width = Console(width=80).measure(report.console_table(synthetic(methods=demo.DemoConfig().methods)))
+    width = Console(width=80).measure(report.console_table(synthetic(methods=DemoConfig().methods)))
     assert width.maximum <= 80
 
 

@@ -62,7 +62,7 @@ def reopen(
     if model is None:
         if config.student is None or "student" in given:
             raise CheckpointError(f"{checkpoint.path}: its student was given as a module; pass it as model=...")
-        _check_trust(checkpoint.path, config.student.name, _is_known_model(config.student.name), trust_code)
+        _check_trust(checkpoint.path, config.student.name, is_known_model(config.student.name), trust_code)
         model = build_model(config.student.without_weights())
     elif isinstance(model, FeatureModel):
         model = model.model
@@ -76,7 +76,7 @@ def reopen(
     return Reopened(checkpoint, config, model, train_data, eval_data)
 
 
-def _is_known_model(name: str) -> bool:
+def is_known_model(name: str) -> bool:
     """Whether ``name`` can build nothing but a model of timm or torchvision, or a class of our own networks."""
     source, _, attribute = name.rpartition(":")
     # Looked up without following dots, and not what the module merely imports: nets:nn.functional... reaches anything.
