@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastkd.trainer.commands.memory import memory_of
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.data.datasets import build_datasets, choose_data
+from fastkd.trainer.data.datasets import choose_data
 from fastkd.trainer.data.loader import first_images
 from fastkd.trainer.models.build import ModelConfig, build_model, count_parameters, torchvision_weights
 from fastkd.trainer.objective.objective import needs
@@ -40,8 +40,8 @@ def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
     if config.student is None:
         raise ValueError("student: got None, expected a model")
     samples, shape, unreadable = _data(config)
-    rows = -(-config.data.batch_size // world_size)
-    if config.data.batch_size < world_size:
+    fewest, rows = config.data.batch_size // world_size, -(-config.data.batch_size // world_size)
+    if fewest == 0:
         raise ValueError(f"data.batch_size: got {config.data.batch_size}, expected at least a row for each rank")
     chunks = min(config.chunks, rows)
     with torch.device("meta"):
@@ -59,7 +59,7 @@ def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
         lines[-1] += f" ({heads:,} parameters of its own)"
     lines.append(
         f"global batch {config.data.batch_size} on {world_size} rank{'s' if world_size > 1 else ''}: "
-        f"{_rows(config.data.batch_size, world_size)} each"
+        f"{rows if fewest == rows else f'{fewest} or {rows}'} each"
         + (f", in {chunks} chunks of at most {-(-rows // chunks)}" if chunks > 1 else "")
     )
     lines.append(_steps(config, samples, unreadable))
@@ -79,22 +79,15 @@ def _data(config: TrainConfig) -> tuple[int | None, tuple[int, ...], str]:
 
     The number is None in that case, and the reason is empty otherwise.
     """
-    shape: tuple[int, ...] | None = None
-    if config.data.name == "images":
-        side = int(config.data.options.get("image_size", 224))
-        shape = (3, side, side)
-    elif config.data.name == "cifar":
-        shape = (3, 32, 32)
+    side = 32 if config.data.name == "cifar" else int(config.data.options.get("image_size", 224))
+    shape = (3, side, side) if config.data.name in ("images", "cifar") else None
     try:
-        if shape is None:
-            train_set, _ = choose_data(config.data, None, None)
-            return len(train_set), tuple(first_images(train_set).shape[1:]), ""
-        train_set, _ = build_datasets(config.data)
-        return min(len(train_set), config.data.labelled or len(train_set)), shape, ""
+        train_set, _ = choose_data(config.data, None, None)
     except (ValueError, OSError) as error:
         if shape is None:
             raise
         return None, shape, str(error)
+    return len(train_set), shape or tuple(first_images(train_set).shape[1:]), ""
 
 
 def build_bare(config: TrainConfig, images: Tensor) -> Distiller:
@@ -141,11 +134,6 @@ def _weights(config: ModelConfig, model: nn.Module) -> str:
         source = f"torchvision {weights}"
         found = (Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name).exists()
     return f"{source} ({'found in the cache' if found else 'to be downloaded'})"
-
-
-def _rows(batch: int, world_size: int) -> str:
-    least, most = batch // world_size, -(-batch // world_size)
-    return str(least) if least == most else f"{least} or {most}"
 
 
 def _steps(config: TrainConfig, samples: int | None, unreadable: str) -> str:

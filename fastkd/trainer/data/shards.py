@@ -24,7 +24,7 @@ from torch import Tensor
 from fastkd.trainer.data.encoded import EXTENSIONS, ImageSamples
 
 OPEN_SHARDS = 64  # shards that a process keeps open
-MAX_LABELS = 10_000_000  # every number up to the largest label is a class, and has a name; a label beyond this is damaged
+MAX_LABELS = 10_000_000  # every number up to the largest label is a class with a name; larger labels are damaged
 _COLUMNS = ("shard", "offset", "size", "label")
 _IMAGE = "IMAGE"  # stands for all extensions of images; extensions are in lower case
 

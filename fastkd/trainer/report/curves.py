@@ -126,8 +126,5 @@ def _scale(axis: Any, quantity: Quantity, values: np.ndarray) -> None:
 
 def _last(run: RecordedRun, quantity: Quantity) -> float | None:
     """The last value of an epoch, or of a step where no epoch has one."""
-    for records in (run.epochs, run.steps):
-        values = _points(run, records, quantity)[1]
-        if len(values):
-            return float(values[-1])
-    return None
+    found = (_points(run, records, quantity)[1] for records in (run.epochs, run.steps))
+    return next((float(values[-1]) for values in found if len(values)), None)
