@@ -1,1 +1,1 @@
-"""The demo: students distilled on handwritten digits, their statistics, figures and report page."""
+"""The demo: trains students on handwritten digits by every method, and reports statistics and figures."""

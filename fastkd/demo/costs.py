@@ -1,4 +1,4 @@
-"""What a training step costs: its time, and the memory that it holds at most."""
+"""Measures what a training step costs: its time, and the most memory that it holds at once."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ WARM_UP, ROUNDS = 5, 41
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one step: forward, backward and update of one batch, on a CPU."""
+    """The cost of one step on a CPU: forward, backward and update for one batch."""
 
     milliseconds: float  # the median
     peak_bytes: int  # the most that torch held at once beyond what it held before: no weights, no optimiser state
 
 
 def measure_costs(configs: Mapping[str, TrainConfig]) -> dict[str, Cost]:
-    """The cost of a step of every config, all in this process; step by step in turn, so that all see the same load."""
+    """The cost of a step of every config. The configs take turns step by step, so that all see the same load."""
     steps = {name: training_step(config) for name, config in configs.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(WARM_UP + ROUNDS):
@@ -45,7 +45,11 @@ def measure_costs(configs: Mapping[str, TrainConfig]) -> dict[str, Cost]:
 
 
 def training_step(config: TrainConfig) -> Callable[[], None]:
-    """The loop's step on the first batch of ``config``'s data, on the CPU and in float32."""
+    """A function that trains one step on the first batch of ``config``'s data, on the CPU and in float32.
+
+    It is the bare step of forward, backward and update. The trainer's ``TrainStep`` also checks for losses that are not
+    finite, clips and averages, which costs about the same for every method.
+    """
     torch.manual_seed(config.seed)
     data, _ = choose_data(config.data, None, None)
     images, labels = fetch(data, list(range(config.data.batch_size)))
@@ -63,7 +67,7 @@ def training_step(config: TrainConfig) -> Callable[[], None]:
 
 
 def peak_bytes(step: Callable[[], None]) -> int:
-    """The largest sum of what ``step`` allocates on the CPU and has not freed yet, from torch's own allocator."""
+    """The most bytes that ``step`` has allocated and not yet freed at once, as torch's CPU allocator reports them."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # otherwise it reports that there is no GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         step()

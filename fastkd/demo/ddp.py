@@ -1,13 +1,12 @@
 """``make demo-ddp``: the same distillation of the digits in one process and on two gloo ranks, side by side.
 
-The student is a fully connected network without batch norm, so that both runs compute the same thing: two ranks take
-the steps of one, up to the rounding of float32 sums in another order. With batch norm they would not, because every
-rank normalises with its own rows.
+Both runs take the same steps, up to the rounding of float32 sums in another order. The student is therefore a fully
+connected network without batch norm: with batch norm, every rank would normalise with its own rows.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import subprocess
 import sys
@@ -26,76 +25,64 @@ from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.models.build import ModelConfig
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.optim import OptimConfig
-from fastkd.trainer.run.checkpoint import STUDENT
+from fastkd.trainer.report.records import read_run
+from fastkd.trainer.run.checkpoint import STUDENT, find_checkpoint
 from fastkd.trainer.run.loop import train
 
 RANKS = 2
-# Of the trained weights, relative to their norm: float32 rounding, amplified over some hundred steps.
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of the trained weights, relative to their norm: float32 rounding, amplified over some hundred steps
+TEACHER = ModelConfig(name="fastkd.trainer.models.small:MLP", options={"hidden": [128, 128]})
 
 
-def teacher_config(folder: str) -> TrainConfig:
+def teacher() -> TrainConfig:
     """A fully connected teacher on all training digits."""
     return TrainConfig(
-        student=ModelConfig(name="fastkd.trainer.models.small:MLP", options={"hidden": [128, 128]}),
+        student=TEACHER,
         data=DataConfig(name="digits", batch_size=128),
         objective=ObjectiveConfig(terms="ce"),
         optim=OptimConfig(lr=0.1, warmup_epochs=1),
         epochs=15,
         device="cpu",
-        run_dir=f"{folder}/teacher",
+        run_dir="teacher",
         tensorboard=False,
         progress=False,
         quiet=True,
     )
 
 
-def student_config(folder: str, name: str) -> TrainConfig:
-    """A narrow student of that teacher by DCD + KD; the batch of 50 is the global one."""
+def student() -> TrainConfig:
+    """A narrow student of that teacher by DCD + KD, with a global batch of 50."""
     return replace(
-        teacher_config(folder),
-        student=ModelConfig(name="fastkd.trainer.models.small:MLP", options={"hidden": [16]}),
-        teacher=ModelConfig(
-            name="fastkd.trainer.models.small:MLP", options={"hidden": [128, 128]}, weights=f"{folder}/teacher"
-        ),
+        teacher(),
+        student=replace(TEACHER, options={"hidden": [16]}),
+        teacher=replace(TEACHER, weights="teacher"),
         data=DataConfig(name="digits", batch_size=50),
         objective=ObjectiveConfig(terms="dcd+kd"),
         epochs=8,
-        run_dir=f"{folder}/{name}",
+        run_dir="ranks",
     )
-
-
-def run_on_ranks(config: TrainConfig, folder: str) -> None:
-    """``fastkd train`` under torchrun, one thread a rank."""
-    file = Path(folder) / "config.json"
-    file.write_text(json.dumps(config.to_dict()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "-m", "fastkd.demo.ddp", str(file)], check=True, timeout=600, env=environment)
 
 
 def compare(folder: str) -> dict[str, Any]:
-    """Both runs: their histories, and the largest relative difference of a trained tensor."""
-    train(teacher_config(folder))
-    one = train(student_config(folder, "one"))
-    run_on_ranks(student_config(folder, "ranks"), folder)
-    other = Path(folder) / "ranks" / "checkpoints" / f"step-{int(one.history[-1]['step']):08d}"
-    assert one.path is not None
-    weights = [load_file(path / STUDENT) for path in (one.path, other)]
+    """The histories of both runs, and the largest relative difference of a trained tensor."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with contextlib.chdir(folder):  # the recipes' folders are relative
+        train(teacher())
+        one = train(replace(student(), run_dir="one"))
+        command = [*torchrun, "-m", "fastkd", "train", "fastkd.demo.ddp:student"]
+        subprocess.run(command, check=True, timeout=600, env=environment)
+        first, second = (load_file(find_checkpoint(name) / STUDENT) for name in ("one", "ranks"))
+        epochs = read_run(Path("ranks"), "ranks").epochs
     difference = max(
-        ((weights[1][name] - value).norm() / value.norm().clamp_min(1e-12)).item() for name, value in weights[0].items()
+        ((second[name] - value).norm() / value.norm().clamp_min(1e-12)).item() for name, value in first.items()
     )
-    lines = (Path(folder) / "ranks" / "metrics.jsonl").read_text().splitlines()
-    epochs = [record for record in map(json.loads, lines) if record["kind"] == "epoch"]
     return {"one": one.history, "ranks": epochs, "difference": difference}
 
 
 def main() -> int:
-    """Train both, print the table, return 1 when they differ by more than the tolerance."""
+    """Train both and print the table. Returns 1 when they differ by more than the tolerance."""
     torch.set_num_threads(1)
-    if len(sys.argv) > 1:  # a rank, started by run_on_ranks
-        train(TrainConfig.from_dict(json.loads(Path(sys.argv[1]).read_text())))
-        return 0
     with tempfile.TemporaryDirectory() as folder:
         result = compare(folder)
     table = Table(title=f"Digits, DCD + KD, global batch 50: one process and {RANKS} gloo ranks")

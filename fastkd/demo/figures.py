@@ -1,4 +1,4 @@
-"""Figures of the demo's report as inline SVG; text, axes and grid take the page's colours, in dark mode too."""
+"""The figures of the demo's report as inline SVG. Text, axes and grid take the page's colours, in dark mode too."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,26 +6,23 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from fastkd.trainer.report.style import INK, PALETTE, PAPER, STYLE, WIDTH, to_svg
+from fastkd.trainer.report.style import INK, PALETTE, PAPER, drawing, to_svg
 
 CLASS_COLOURS = tuple(to_hex(colour) for colour in matplotlib.colormaps["tab10"](range(10)))
-
-
-Curves = Mapping[str, Sequence[Sequence[float]]]  # method -> one curve a seed, one value an epoch
+Curves = Mapping[str, Sequence[Sequence[float]]]  # method -> one curve per seed, one value per epoch
 
 
 def colour_of(methods: Sequence[str]) -> dict[str, str]:
-    """One colour a method, the same in every figure; the usual ones keep theirs whatever subset is run."""
+    """One colour per method, the same in every figure. The usual methods keep theirs whichever subset is run."""
     order = ["ce", "kd", "dcd", "dcd+kd", "100*ckd", "pckd", "msdcrd", "msdcrd+kd"]
     order += [method for method in methods if method not in order]
     return {method: PALETTE[order.index(method) % len(PALETTE)] for method in methods}
 
 
 def plain(text: str) -> str:
-    """`text` with matplotlib's mathematics switched off."""
+    """The text with matplotlib's mathematics switched off."""
     return text.replace("$", r"\$")
 
 
@@ -37,16 +34,16 @@ def draw_bands(
     low: float | None = None,
     high: float | None = None,
 ) -> None:
-    """Mean over seeds as a line, and one standard deviation either side as a band where there is more than one seed.
+    """Draw the mean over seeds as a line and, for several seeds, one standard deviation on either side as a band.
 
-    The band ends at `low` and `high`, values that the quantity cannot pass.
+    The band ends at ``low`` and ``high``, which the quantity cannot pass.
     """
     for index, (method, seeds) in enumerate(curves.items()):
         values = np.asarray(seeds, dtype=float)  # [seeds, epochs]
         epochs = np.arange(1, values.shape[1] + 1)
         mean = values.mean(0)
         marker = "o" if len(epochs) == 1 else None
-        # The first lines are the broadest, so that lines on top of each other can still be told apart.
+        # The first lines are the broadest, so that lines on top of one another can be told apart.
         width = 1.3 + 1.6 * (1 - index / len(curves))
         axis.plot(epochs, mean, color=colours[method], linewidth=width, marker=marker, label=plain(names[method]))
         if len(values) > 1:
@@ -57,32 +54,28 @@ def draw_bands(
 
 
 def learning_curves(curves: Curves, names: Mapping[str, str], teacher_accuracy: float) -> str:
-    """Test accuracy (%) over epochs."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
-        axis = figure.subplots()
+    """The test accuracy (%) over epochs."""
+    with drawing(3.6) as axis:
         draw_bands(axis, curves, names, colour_of(list(curves)), low=0.0, high=100.0)
         axis.axhline(teacher_accuracy, color=INK, linewidth=1, linestyle=(0, (5, 3)), label="teacher")
         lowest = min(np.asarray(seeds).mean(0)[-1] for seeds in curves.values())
-        # The first epochs are near chance; shown whole they would flatten everything that differs.
+        # The first epochs are near chance. Shown whole, they would flatten everything that differs.
         axis.set_ylim(max(0.0, lowest - 22), min(101.0, max(teacher_accuracy, lowest) + 1.5))
         axis.set_ylabel("test accuracy (%)")
         axis.legend(loc="lower right", ncols=2)
         ends = ", ".join(f"{names[method]} {np.asarray(seeds)[:, -1].mean():.1f} %" for method, seeds in curves.items())
         return to_svg(
-            figure, "curves", f"Test accuracy over epochs. Last epoch: {ends}; teacher {teacher_accuracy:.1f} %."
+            axis, "curves", f"Test accuracy over epochs. Last epoch: {ends}; teacher {teacher_accuracy:.1f} %."
         )
 
 
 def accuracy_dots(accuracy: Mapping[str, Sequence[float]], names: Mapping[str, str], teacher_accuracy: float) -> str:
-    """Last-epoch test accuracy (%): each seed a dot, the mean a bar with one standard deviation either side."""
+    """The last-epoch test accuracy (%): a dot per seed, and their mean with one standard deviation on either side."""
     colours = colour_of(list(accuracy))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.9 + 0.55 * len(accuracy)), layout="constrained")
-        axis = figure.subplots()
+    with drawing(0.9 + 0.55 * len(accuracy)) as axis:
         for row, (method, seeds) in enumerate(accuracy.items()):
             values = np.asarray(seeds, dtype=float)
-            # Dots are set apart vertically in seed order, so that equal accuracies do not hide each other.
+            # The dots are set apart vertically in seed order, so that equal accuracies do not hide one another.
             offsets = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else np.zeros(1)
             axis.scatter(values, row + offsets, s=20, color=colours[method], alpha=0.65, linewidths=0)
             spread = values.std(ddof=1) if len(values) > 1 else None
@@ -99,20 +92,18 @@ def accuracy_dots(accuracy: Mapping[str, Sequence[float]], names: Mapping[str, s
         axis.tick_params(axis="y", length=0)
         axis.set_xlabel("test accuracy after the last epoch (%)")
         means = ", ".join(f"{names[method]} {np.mean(seeds):.2f} %" for method, seeds in accuracy.items())
-        return to_svg(figure, "accuracy", f"Accuracy of every seed. Means: {means}; teacher {teacher_accuracy:.2f} %.")
+        return to_svg(axis, "accuracy", f"Accuracy of every seed. Means: {means}; teacher {teacher_accuracy:.2f} %.")
 
 
 def scale_curves(curves: Curves, names: Mapping[str, str], colours: Mapping[str, str], max_scale: float | None) -> str:
-    """Logit scale exp(tau) over epochs, with tau on the right-hand axis and the cap on the scale as a dashed line."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-        axis = figure.subplots()
+    """The logit scale exp(tau) over epochs, with tau on the right-hand axis. A dashed line is the cap on the scale."""
+    with drawing(3.2) as axis:
         draw_bands(axis, curves, names, colours, low=1e-3, high=max_scale)
         values = np.concatenate([np.ravel(seeds) for seeds in curves.values()])
         if max_scale is not None:
             axis.axhline(max_scale, color=INK, linewidth=1, linestyle=(0, (5, 3)), label=f"cap ({max_scale:g})")
             values = np.append(values, max_scale)
-        # Logarithmic epochs, because the scale often reaches its cap within the first tenth of them.
+        # The epochs are logarithmic, because the scale often reaches its cap within the first tenth of them.
         epochs = max(len(seed) for seeds in curves.values() for seed in seeds)
         axis.set_xscale("log")
         axis.set_xlim(0.9, max(epochs, 2) * 1.08)
@@ -127,22 +118,20 @@ def scale_curves(curves: Curves, names: Mapping[str, str], colours: Mapping[str,
         right.set_ylabel("τ", rotation=0, labelpad=8)
         axis.legend(loc="lower right")
         ends = ", ".join(f"{names[method]} {np.asarray(seeds)[:, -1].mean():.2f}" for method, seeds in curves.items())
-        return to_svg(figure, "scale", f"Logit scale over epochs. Last epoch: {ends}.")
+        return to_svg(axis, "scale", f"Logit scale over epochs. Last epoch: {ends}.")
 
 
 def labelled_ticks(low: float, high: float, digits: Sequence[int]) -> tuple[list[float], list[str]]:
-    """Positions of a logarithmic axis within `low` ... `high` that begin with one of `digits`, and their labels."""
+    """The ticks between ``low`` and ``high`` of a logarithmic axis, begun by one of ``digits``, and their labels."""
     ticks = [digit * 10.0**power for power in range(-3, 7) for digit in digits]
     ticks = [tick for tick in ticks if low <= tick <= high]
     return ticks, [f"{tick:g}" for tick in ticks]
 
 
 def heat_map(matrix: np.ndarray, limit: float, key: str, description: str) -> str:
-    """One class-by-class matrix [C, C] with values in 0 ... limit."""
+    """A class-by-class matrix [C, C] with values from 0 to ``limit``."""
     classes = len(matrix)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(2.8, 2.6), layout="constrained")
-        axis = figure.subplots()
+    with drawing(2.6, width=2.8) as axis:
         mesh = axis.pcolormesh(matrix, cmap="viridis", vmin=0, vmax=limit)
         axis.set_aspect("equal")
         axis.invert_yaxis()
@@ -151,17 +140,15 @@ def heat_map(matrix: np.ndarray, limit: float, key: str, description: str) -> st
         axis.set_xticks(np.arange(classes) + 0.5, [str(index) for index in range(classes)])
         axis.set_yticks(np.arange(classes) + 0.5, [str(index) for index in range(classes)])
         axis.tick_params(length=0, labelsize=9)
-        bar = figure.colorbar(mesh, ax=axis, fraction=0.046, pad=0.03)
+        bar = axis.figure.colorbar(mesh, ax=axis, fraction=0.046, pad=0.03)
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=8)
-        return to_svg(figure, key, description)
+        return to_svg(axis, key, description)
 
 
 def scatter_map(points: np.ndarray, labels: np.ndarray, key: str, description: str) -> str:
-    """A two-dimensional embedding [n, 2] coloured by class [n], with every class's number at its median."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(2.8, 2.8), layout="constrained")
-        axis = figure.subplots()
+    """An embedding [n, 2] coloured by class [n], with the number of every class at its median."""
+    with drawing(2.8, width=2.8) as axis:
         halo = [withStroke(linewidth=2.5, foreground=PAPER)]
         for label in np.unique(labels):
             members = points[labels == label]
@@ -172,4 +159,4 @@ def scatter_map(points: np.ndarray, labels: np.ndarray, key: str, description: s
             x, y = np.median(points[labels == label], axis=0)
             axis.text(x, y, str(label), ha="center", va="center", fontsize=11, fontweight="bold", path_effects=halo)
         axis.set_axis_off()
-        return to_svg(figure, key, description)
+        return to_svg(axis, key, description)

@@ -1,7 +1,4 @@
-"""The demo's results: the statistics, and the console table, results.json and HTML page drawn from them.
-
-The page is one file that needs nothing else: figures are inline SVG, the style sheet and texts are inside it.
-"""
+"""The demo's results: their statistics, and the console table, results.json and HTML page that show them."""
 
 import dataclasses
 import json
@@ -11,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from rich import box
 from rich.table import Table
@@ -19,7 +15,7 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from fastkd.demo import figures
 from fastkd.demo.costs import Cost
-from fastkd.trainer.report.style import write_atomically
+from fastkd.trainer.report.style import render_page, write_atomically
 
 BASELINE = "ce"
 NAMES = {
@@ -52,11 +48,11 @@ class Run:
     seconds: float  # wall clock of the training, evaluation after every epoch included
     curve: list[float]  # test accuracy after every epoch, in percent
     scale: list[float]  # logit scale exp(tau) after every epoch; empty where the method has none
-    correlation_gap: list[list[float]]  # [C, C] |teacher's - student's| correlation of the class logits, test set
+    correlation_gap: list[list[float]]  # [C, C] |teacher's - student's| correlation of the class logits, test images
 
     @property
     def accuracy(self) -> float:
-        """Test accuracy after the last epoch, in percent: no epoch is picked by its accuracy."""
+        """The test accuracy after the last epoch, in percent. No epoch is picked by its accuracy."""
         return self.curve[-1]
 
 
@@ -76,7 +72,7 @@ class Results:
     teacher: Teacher
     student_parameters: int
     runs: list[Run]
-    costs: dict[str, Cost]  # of a training step of every method, and of the one from scratch
+    costs: dict[str, Cost]  # of a training step, for every method and for training from scratch
     embeddings: dict[str, np.ndarray]  # "teacher" or a method -> t-SNE of the test-set features [n, 2]
     labels: np.ndarray  # [n] class of every embedded test image
     test_images: int
@@ -86,25 +82,25 @@ class Results:
 
     @property
     def methods(self) -> list[str]:
-        """Methods in the order they were asked for."""
+        """The methods in the order in which they were asked for."""
         return list(dict.fromkeys(run.method for run in self.runs))
 
     def of(self, method: str) -> list[Run]:
-        """The runs of `method` by seed."""
+        """The runs of ``method``, ordered by seed."""
         return sorted((run for run in self.runs if run.method == method), key=lambda run: run.seed)
 
     def extra_kib(self, method: str) -> float:
-        """Peak memory of a step of `method` less that of a student from scratch, in KiB."""
+        """The peak memory of a step of ``method`` beyond a step from scratch, in KiB."""
         return (self.costs[method].peak_bytes - self.costs[BASELINE].peak_bytes) / 1024
 
     def accuracies(self, method: str) -> list[float]:
-        """Last-epoch test accuracy of every seed, in percent."""
+        """The last-epoch test accuracy of every seed, in percent."""
         return [run.accuracy for run in self.of(method)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Paired difference in accuracy of two methods over the seeds both ran, in points."""
+    """The paired difference in accuracy of two methods over the seeds that both ran, in points."""
 
     method: str
     reference: str
@@ -121,30 +117,30 @@ class Difference:
 
 
 def display_name(method: str) -> str:
-    """The method as the page writes it."""
+    """The name of a method on the page."""
     return NAMES.get(method, method)
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Sample standard deviation (n - 1); None for a single value."""
+    """The sample standard deviation (n - 1). None for a single value."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def with_spread(values: Sequence[float], digits: int = 2) -> str:
-    """`mean ± standard deviation`, or the value alone where there is one only."""
+    """``mean ± standard deviation``, or the mean alone for a single value."""
     deviation = spread(values)
     mean = f"{np.mean(values):.{digits}f}"
     return mean if deviation is None else f"{mean} ± {deviation:.{digits}f}"
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """`value` with its sign, a proper minus, and no negative zero."""
+    """The value with its sign, a typographic minus, and no negative zero."""
     text = f"{value:+.{digits}f}"
     return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
 def paired_difference(results: Results, method: str, reference: str) -> Difference | None:
-    """Accuracy of `method` minus that of `reference`, seed by seed; None without a common seed."""
+    """The accuracy of ``method`` minus the accuracy of ``reference``, seed by seed. None without a common seed."""
     first = {run.seed: run.accuracy for run in results.of(method)}
     second = {run.seed: run.accuracy for run in results.of(reference)}
     deltas = np.array([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
@@ -159,7 +155,7 @@ def paired_difference(results: Results, method: str, reference: str) -> Differen
 
 
 def differences(results: Results) -> list[Difference]:
-    """Every method against the student from scratch, then the others against KD."""
+    """The difference of every method to training from scratch, then of the other methods to KD."""
     methods = results.methods
     pairs = [(method, BASELINE) for method in methods if method != BASELINE and BASELINE in methods]
     pairs += [(method, "kd") for method in methods if method not in (BASELINE, "kd") and "kd" in methods]
@@ -167,7 +163,7 @@ def differences(results: Results) -> list[Difference]:
 
 
 def verdicts(results: Results) -> list[str]:
-    """A sentence for every pair of `differences` that stands out of the noise; one for all others of a reference."""
+    """A sentence for every difference that exceeds the noise, and one per reference for all that do not."""
     sentences = []
     for reference in (BASELINE, "kd"):
         found = [item for item in differences(results) if item.reference == reference]
@@ -184,12 +180,12 @@ def verdicts(results: Results) -> list[str]:
 
 
 def reference_name(method: str) -> str:
-    """What the others are compared with, within a sentence."""
+    """The name of a reference within a sentence."""
     return "training from scratch" if method == BASELINE else display_name(method)
 
 
 def verdict(difference: Difference) -> str:
-    """What the data say about one pair, in one plain sentence."""
+    """One sentence about what the data say about a difference."""
     name, reference = display_name(difference.method), reference_name(difference.reference)
     size = f"{abs(difference.mean):.2f} points"
     if difference.error is None:
@@ -206,13 +202,13 @@ def verdict(difference: Difference) -> str:
 
 
 def mean_gap(run: Run) -> float:
-    """Mean absolute difference of the class-logit correlations, off the diagonal (which is zero by definition)."""
+    """The mean absolute difference of the class-logit correlations, without the diagonal, which is always zero."""
     gap = np.array(run.correlation_gap)
     return float(gap[~np.eye(len(gap), dtype=bool)].mean())
 
 
 def summary(results: Results) -> list[dict[str, str]]:
-    """Rows of the table, ready to print: the same text on the console and on the page."""
+    """The rows of the table, as the console and the page show them."""
     rows = [dict.fromkeys(COLUMNS, "") | {"method": "Teacher", "accuracy": f"{results.teacher.accuracy:.2f}"}]
     for method in results.methods:
         rows.append(
@@ -229,7 +225,7 @@ def summary(results: Results) -> list[dict[str, str]]:
 
 
 def in_points(results: Results, method: str, reference: str) -> str:
-    """The paired difference of `method` to `reference` and its standard error; nothing where there is none."""
+    """The paired difference of ``method`` to ``reference`` and its standard error. Empty if there is none."""
     delta = None if method == reference else paired_difference(results, method, reference)
     if delta is None:
         return ""
@@ -251,7 +247,7 @@ def console_table(results: Results) -> Table:
 
 
 def seed_count(results: Results) -> str:
-    """How many seeds every method ran, in words."""
+    """The number of seeds per method, in words."""
     counts = sorted({len(results.of(method)) for method in results.methods})
     number = "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     return f"{number} seed{'' if number == '1' else 's'}"
@@ -286,7 +282,7 @@ def as_json(results: Results) -> dict[str, Any]:
 
 
 def draw_figures(results: Results) -> dict[str, Any]:
-    """Every figure as SVG text; lists of (name, caption, SVG) for the small multiples."""
+    """Every figure as SVG text. Panels of small figures are lists of (name, caption, SVG)."""
     methods = results.methods
     names = {method: display_name(method) for method in methods}
     colours = figures.colour_of(methods)
@@ -320,13 +316,11 @@ def draw_figures(results: Results) -> dict[str, Any]:
 
 def render(results: Results) -> str:
     """The page as HTML text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    # One binomial standard error of an accuracy measured on this many test images.
+    # The binomial standard error of an accuracy that is measured on this many test images.
     accuracy = float(np.mean([run.accuracy for run in results.runs])) / 100
     sampling_error = 100 * math.sqrt(accuracy * (1 - accuracy) / results.test_images)
-    return environment.get_template("page.html").render(
+    return render_page(
+        Path(__file__).parent,
         title=TITLE,
         results=results,
         columns=COLUMNS,
@@ -343,9 +337,10 @@ def render(results: Results) -> str:
 
 
 def write_report(results: Results, folder: Path) -> Path:
-    """Writes results.json and report.html into `folder` (made if absent); returns the page's path.
+    """Write results.json and report.html into ``folder``, which is made if absent, and return the page's path.
 
-    Raises ValueError for a run with a value that is not finite: it would make every mean meaningless.
+    Raises:
+        ValueError: a run holds a value that is not finite, which would make every mean meaningless.
     """
     for run in results.runs:
         if not np.isfinite([*run.curve, *run.scale, *np.ravel(run.correlation_gap)]).all():

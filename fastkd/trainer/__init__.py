@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fastkd.trainer.commands.evaluate_checkpoint import EvalResult, evaluate_checkpoint
     from fastkd.trainer.config import TrainConfig
     from fastkd.trainer.data.config import DataConfig
+    from fastkd.trainer.data.encoded import BrokenImagesError
     from fastkd.trainer.data.labels import labelled_subset
     from fastkd.trainer.data.memory import TensorImages, load_digits
     from fastkd.trainer.models.build import ModelConfig, build_model
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from fastkd.trainer.objective.objective import Objective
     from fastkd.trainer.objective.terms import TERMS
     from fastkd.trainer.optim import OptimConfig
-    from fastkd.trainer.recipes.digits import RECIPES
+    from fastkd.trainer.recipes import RECIPES
     from fastkd.trainer.run.checkpoint import CheckpointError, find_checkpoint, load_weights
     from fastkd.trainer.run.distiller import Distiller, weights_hash
     from fastkd.trainer.run.evaluate import evaluate
@@ -37,49 +38,23 @@ if TYPE_CHECKING:
     from fastkd.trainer.run.meter import NonFiniteLossError
 
 _HOME = {
-    "commands.evaluate_checkpoint": (
-        "EvalResult",
-        "evaluate_checkpoint",
-    ),
+    "commands.evaluate_checkpoint": ("EvalResult", "evaluate_checkpoint"),
     "config": ("TrainConfig",),
     "data.config": ("DataConfig",),
+    "data.encoded": ("BrokenImagesError",),
     "data.labels": ("labelled_subset",),
-    "data.memory": (
-        "TensorImages",
-        "load_digits",
-    ),
-    "models.build": (
-        "ModelConfig",
-        "build_model",
-    ),
-    "models.features": (
-        "FeatureModel",
-        "ModelOutput",
-        "ModelShapes",
-        "find_classifier",
-    ),
+    "data.memory": ("TensorImages", "load_digits"),
+    "models.build": ("ModelConfig", "build_model"),
+    "models.features": ("FeatureModel", "ModelOutput", "ModelShapes", "find_classifier"),
     "objective.config": (
-        "CEConfig",
-        "CKDConfig",
-        "DCDConfig",
-        "KDConfig",
-        "MSDCRDConfig",
-        "ObjectiveConfig",
-        "PCKDConfig",
+        *("CEConfig", "CKDConfig", "DCDConfig", "KDConfig", "MSDCRDConfig", "ObjectiveConfig", "PCKDConfig"),
     ),
     "objective.objective": ("Objective",),
     "objective.terms": ("TERMS",),
     "optim": ("OptimConfig",),
-    "recipes.digits": ("RECIPES",),
-    "run.checkpoint": (
-        "CheckpointError",
-        "find_checkpoint",
-        "load_weights",
-    ),
-    "run.distiller": (
-        "Distiller",
-        "weights_hash",
-    ),
+    "recipes": ("RECIPES",),
+    "run.checkpoint": ("CheckpointError", "find_checkpoint", "load_weights"),
+    "run.distiller": ("Distiller", "weights_hash"),
     "run.evaluate": ("evaluate",),
     "run.folder": ("TrainResult",),
     "run.loop": ("train",),
@@ -90,6 +65,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "RECIPES",
     "TERMS",
+    "BrokenImagesError",
     "CEConfig",
     "CKDConfig",
     "CheckpointError",

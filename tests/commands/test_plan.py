@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastkd.cli import main
 from fastkd.trainer import RECIPES, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig, build_model
-from fastkd.trainer.commands.dry_run import _build, plan
-from fastkd.trainer.commands.memory import _LiveBytes, memory_of
+from fastkd.trainer.commands.dry_run import build_bare, plan
+from fastkd.trainer.commands.memory import LiveBytes, memory_of
 from fastkd.trainer.run.distiller import build_distiller
 from tests.helpers.trainer_runs import one_thread, tiny_config  # noqa: F401
 
@@ -88,7 +88,7 @@ def config(**changes) -> TrainConfig:
 
 def estimate(settings: TrainConfig, rows: int, chunks: int = 1, world_size: int = 1) -> dict[str, int]:
     with torch.device("meta"):
-        distiller = _build(settings, torch.empty(2, 3, 32, 32))
+        distiller = build_bare(settings, torch.empty(2, 3, 32, 32))
     with FakeTensorMode(allow_non_fake_inputs=True):
         distiller.to_empty(device="cpu")
         return memory_of(distiller, settings, (3, 32, 32), rows, chunks, world_size)
@@ -155,20 +155,20 @@ def test_the_forward_pass_holds_what_is_alive_at_once():
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         net.to_empty(device="cpu")
         x = torch.empty(8, 10)
-        with _LiveBytes() as live:
+        with LiveBytes() as live:
             net(x)
     assert live.peak == 8 * (100 + 30) * 4
 
 
-def test_dry_run_on_the_command_line_trains_nothing(capsys, monkeypatch, tmp_path):
+def test_dry_run_on_the_command_line_trains_nothing(capsys, monkeypatch, tmp_path, refused):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "cifar100-dcd-kd", "--dry-run", "--ranks", "4", "--data.batch-size", "256"]) == 0
     out = capsys.readouterr().out
     assert "global batch 256 on 4 ranks: 64 each" in out
     assert "weights runs/cifar100-resnet32x4 (not found)" in out
     assert list(tmp_path.iterdir()) == []
-    assert main(["train", "digits", "--dry-run", "--ranks", "none"]) == 1
-    assert "--ranks: got 'none', expected a number of ranks" in capsys.readouterr().err
+    error = refused("train", "digits", "--dry-run", "--ranks", "none")
+    assert "--ranks: got 'none', expected a number of ranks" in error
 
 
 def test_the_settings_of_a_model_are_flags(capsys, monkeypatch, tmp_path):

@@ -5,10 +5,10 @@ import torch
 
 from fastkd.cli import main
 from fastkd.trainer import RECIPES, ModelConfig, TrainConfig, build_model
-from fastkd.trainer.commands.reopen import _is_known_model
+from fastkd.trainer.commands.reopen import is_known_model
 from fastkd.trainer.models.build import torchvision_weights
 from fastkd.trainer.models.cifar import CifarResNet, WideResNet
-from fastkd.trainer.recipes.digits import summary
+from fastkd.trainer.recipes import summary
 
 SOURCES = {"dcd": "2407.11802", "pckd": "2410.14143", "ckd": "2404.14109"}
 
@@ -17,10 +17,11 @@ SOURCES = {"dcd": "2407.11802", "pckd": "2410.14143", "ckd": "2404.14109"}
 def test_a_recipe_is_a_config_that_survives_json_and_has_its_own_run_folder(name):
     config = RECIPES[name]()
     assert TrainConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    assert config.student is not None
     assert config.run_dir == f"runs/{name}".replace("digits-", "digits_")
     assert len(summary(name)) <= 110
     for model in filter(None, (config.student, config.teacher)):
-        assert _is_known_model(model.name)
+        assert is_known_model(model.name)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("digits")])

@@ -21,29 +21,27 @@ from fastkd.trainer import (
 from fastkd.trainer.models.features import pool_features, probe
 from tests.helpers.trainer_runs import tiny_config
 
-TIMM = {
-    "resnet18": "fc",
-    "mobilenetv3_small_050": "classifier",
-    "vit_tiny_patch16_224": "head",
-    "vgg11": "head.fc",
-    "densenet121": "classifier",
-    "convnext_atto": "head.fc",
-    "swin_tiny_patch4_window7_224": "head.fc",
-    "efficientnet_b0": "classifier",
-}
-TORCHVISION = {
-    "resnet18": "fc",
-    "mobilenet_v3_small": "classifier.3",
-    "vit_b_16": "heads.head",
-    "vgg11": "classifier.6",
-    "densenet121": "classifier",
-    "convnext_tiny": "classifier.2",
-    "swin_t": "head",
-    "efficientnet_b0": "classifier.1",
-    "squeezenet1_0": "classifier.1",
-    "shufflenet_v2_x0_5": "fc",
-    "maxvit_t": "classifier.5",
-    "inception_v3": "fc",
+CLASSIFIERS = {
+    "timm:resnet18": "fc",
+    "timm:mobilenetv3_small_050": "classifier",
+    "timm:vit_tiny_patch16_224": "head",
+    "timm:vgg11": "head.fc",
+    "timm:densenet121": "classifier",
+    "timm:convnext_atto": "head.fc",
+    "timm:swin_tiny_patch4_window7_224": "head.fc",
+    "timm:efficientnet_b0": "classifier",
+    "torchvision:resnet18": "fc",
+    "torchvision:mobilenet_v3_small": "classifier.3",
+    "torchvision:vit_b_16": "heads.head",
+    "torchvision:vgg11": "classifier.6",
+    "torchvision:densenet121": "classifier",
+    "torchvision:convnext_tiny": "classifier.2",
+    "torchvision:swin_t": "head",
+    "torchvision:efficientnet_b0": "classifier.1",
+    "torchvision:squeezenet1_0": "classifier.1",
+    "torchvision:shufflenet_v2_x0_5": "fc",
+    "torchvision:maxvit_t": "classifier.5",
+    "torchvision:inception_v3": "fc",
 }
 
 
@@ -57,25 +55,17 @@ def meta_device():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", TIMM)
-def test_classifier_of_timm_models(name):
-    model = build_model(ModelConfig(name=f"timm:{name}", num_classes=7))
-    assert find_classifier(model) == TIMM[name]
-    assert model.get_submodule(TIMM[name]) is model.get_classifier()
-    shapes = probe(FeatureModel(model), torch.randn(2, 3, 224, 224))
-    assert shapes == ModelShapes(features=model.get_submodule(TIMM[name]).in_features, classes=7)
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("name", TORCHVISION)
-def test_classifier_of_torchvision_models(name):
-    model = build_model(ModelConfig(name=f"torchvision:{name}", num_classes=7))
-    assert find_classifier(model) == TORCHVISION[name]
-    layer = model.get_submodule(TORCHVISION[name])
-    size = 299 if name == "inception_v3" else 224
-    shapes = probe(FeatureModel(model), torch.randn(2, 3, size, size))
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_the_classifier_is_found(name):
+    model = build_model(ModelConfig(name=name, num_classes=7))
+    assert find_classifier(model) == CLASSIFIERS[name]
+    layer = model.get_submodule(CLASSIFIERS[name])
+    if name.startswith("timm"):
+        assert layer is model.get_classifier()
+    size = 299 if name == "torchvision:inception_v3" else 224
     width = getattr(layer, "in_features", getattr(layer, "in_channels", None))
-    assert shapes == ModelShapes(features=width, classes=7)
+    assert probe(FeatureModel(model), torch.randn(2, 3, size, size)) == ModelShapes(features=width, classes=7)
 
 
 SMALL = [
@@ -104,6 +94,7 @@ def test_features_are_the_input_of_the_classifier(name, size):
         else:  # SqueezeNet: features and logits are averages around a 1x1 convolution and a ReLU
             assert output.features.shape == (2, layer.in_channels)
         assert not layer._forward_pre_hooks
+        assert probe(wrapped, images).classes == 7  # the layer found gives the logits
 
 
 def test_a_bare_name_is_looked_up_in_timm_then_torchvision():
@@ -158,6 +149,9 @@ def test_a_timm_model_without_or_with_two_classifiers_must_be_told():
         model = build_model(ModelConfig(name=f"timm:{name}", options=options))
         with pytest.raises(ValueError, match="no single classifier layer; name it"):
             FeatureModel(model)
+    model = build_model(ModelConfig(name="timm:crossvit_tiny_240", num_classes=7))  # a list of heads
+    with pytest.raises(ValueError, match=r"CrossVit has no single classifier layer; name it with ModelConfig.*head\.1"):
+        FeatureModel(model)
 
 
 class Tail(nn.Module):
@@ -186,20 +180,6 @@ def test_a_layer_called_fc_that_does_not_give_the_logits_is_not_taken_for_the_cl
         assert not hidden.fc._forward_hooks
         for end in (nn.Identity(), nn.LogSoftmax(1), nn.Softmax(1), nn.Dropout(0.5)):
             assert probe(FeatureModel(Tail(end)), images) == ModelShapes(features=6, classes=4)
-
-
-@pytest.mark.parametrize(("name", "size"), SMALL)
-def test_the_classifier_found_in_a_library_model_gives_its_logits(name, size):
-    with torch.device("cpu"):
-        torch.manual_seed(0)
-        model = build_model(ModelConfig(name=name, num_classes=7))
-        assert probe(FeatureModel(model), torch.randn(2, 3, size, size)).classes == 7
-
-
-def test_a_timm_model_with_a_list_of_heads_must_be_told():
-    model = build_model(ModelConfig(name="timm:crossvit_tiny_240", num_classes=7))
-    with pytest.raises(ValueError, match=r"CrossVit has no single classifier layer; name it with ModelConfig.*head\.1"):
-        FeatureModel(model)
 
 
 def test_cross_entropy_and_kd_need_no_classifier_layer(tmp_path):

@@ -1,1 +1,1 @@
-"""What the command line does with a finished or planned run."""
+"""What the command line does: each module is one command, or what several commands share."""

@@ -1,6 +1,6 @@
 """``fastkd train RECIPE --dry-run``: what a config comes to, without its weights, its data or a step of training.
 
-Models are built and run on tensors without memory, so that the largest cost seconds.
+The models are built and run on tensors without memory, so that even the largest take seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastkd.trainer.commands.memory import memory_of
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.data.datasets import build_datasets, choose_data
+from fastkd.trainer.data.datasets import choose_data
 from fastkd.trainer.data.loader import first_images
 from fastkd.trainer.models.build import ModelConfig, build_model, count_parameters, torchvision_weights
 from fastkd.trainer.objective.objective import needs
@@ -34,18 +34,19 @@ LEFT_OUT = (
 def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
     """The lines that describe a run of ``config`` on ``world_size`` ranks.
 
-    Raises ValueError for what training would refuse: unknown models, terms that do not fit them, batches too small.
+    Raises:
+        ValueError: training would refuse the config: a model is unknown, terms do not fit it, or a batch is too small.
     """
     if config.student is None:
         raise ValueError("student: got None, expected a model")
     samples, shape, unreadable = _data(config)
-    rows = -(-config.data.batch_size // world_size)
-    if config.data.batch_size < world_size:
+    fewest, rows = config.data.batch_size // world_size, -(-config.data.batch_size // world_size)
+    if fewest == 0:
         raise ValueError(f"data.batch_size: got {config.data.batch_size}, expected at least a row for each rank")
     chunks = min(config.chunks, rows)
     with torch.device("meta"):
-        distiller = _build(config, torch.empty(2, *shape))
-    # The same on what claims to be a CPU: autocast knows no meta device.
+        distiller = build_bare(config, torch.empty(2, *shape))
+    # Moved to tensors that claim to be on a CPU, because autocast does not know the meta device.
     with FakeTensorMode(allow_non_fake_inputs=True):
         distiller.to_empty(device="cpu")
         memory = memory_of(distiller, config, shape, rows, chunks, world_size)
@@ -58,7 +59,7 @@ def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
         lines[-1] += f" ({heads:,} parameters of its own)"
     lines.append(
         f"global batch {config.data.batch_size} on {world_size} rank{'s' if world_size > 1 else ''}: "
-        f"{_rows(config.data.batch_size, world_size)} each"
+        f"{rows if fewest == rows else f'{fewest} or {rows}'} each"
         + (f", in {chunks} chunks of at most {-(-rows // chunks)}" if chunks > 1 else "")
     )
     lines.append(_steps(config, samples, unreadable))
@@ -74,32 +75,28 @@ def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
 
 
 def _data(config: TrainConfig) -> tuple[int | None, tuple[int, ...], str]:
-    """Training samples (None: the data cannot be read here, with the reason) and the shape of an image."""
-    shape: tuple[int, ...] | None = None
-    if config.data.name == "images":
-        side = int(config.data.options.get("image_size", 224))
-        shape = (3, side, side)
-    elif config.data.name == "cifar":
-        shape = (3, 32, 32)
+    """The number of training samples, the shape of an image, and why the data cannot be read here.
+
+    The number is None in that case, and the reason is empty otherwise.
+    """
+    side = 32 if config.data.name == "cifar" else int(config.data.options.get("image_size", 224))
+    shape = (3, side, side) if config.data.name in ("images", "cifar") else None
     try:
-        if shape is None:
-            train_set, _ = choose_data(config.data, None, None)
-            return len(train_set), tuple(first_images(train_set).shape[1:]), ""
-        train_set, _ = build_datasets(config.data)
-        return min(len(train_set), config.data.labelled or len(train_set)), shape, ""
+        train_set, _ = choose_data(config.data, None, None)
     except (ValueError, OSError) as error:
         if shape is None:
             raise
         return None, shape, str(error)
+    return len(train_set), shape or tuple(first_images(train_set).shape[1:]), ""
 
 
-def _build(config: TrainConfig, images: Tensor) -> Distiller:
-    def bare(model: ModelConfig) -> nn.Module:
-        return build_model(dataclasses.replace(model, pretrained=False, weights=None))
-
+def build_bare(config: TrainConfig, images: Tensor) -> Distiller:
+    """The distiller of ``config`` without its weights, for ``images`` [B, C, H, W]."""
     assert config.student is not None
-    teacher = bare(config.teacher) if config.teacher is not None and needs("teacher", config.objective) else None
-    distiller = build_distiller(config, images, student=bare(config.student), teacher=teacher)
+    teacher = None
+    if config.teacher is not None and needs("teacher", config.objective):
+        teacher = build_model(config.teacher.without_weights())
+    distiller = build_distiller(config, images, student=build_model(config.student.without_weights()), teacher=teacher)
     if distiller.teacher is not None and config.teacher is not None:
         distiller.teacher.to(DTYPES[config.teacher.dtype])
     return distiller
@@ -117,7 +114,7 @@ def _model(role: str, config: ModelConfig, model: nn.Module) -> str:
 
 
 def _weights(config: ModelConfig, model: nn.Module) -> str:
-    """Where they come from, and whether they are there."""
+    """Where the weights come from, and whether they are there."""
     if config.weights is not None:
         path = Path(config.weights)
         try:
@@ -139,11 +136,6 @@ def _weights(config: ModelConfig, model: nn.Module) -> str:
     return f"{source} ({'found in the cache' if found else 'to be downloaded'})"
 
 
-def _rows(batch: int, world_size: int) -> str:
-    least, most = batch // world_size, -(-batch // world_size)
-    return str(least) if least == most else f"{least} or {most}"
-
-
 def _steps(config: TrainConfig, samples: int | None, unreadable: str) -> str:
     if samples is None:
         return f"{config.epochs} epochs; steps unknown, the data cannot be read here ({unreadable})"
@@ -157,7 +149,7 @@ def _steps(config: TrainConfig, samples: int | None, unreadable: str) -> str:
 
 
 def _rule(config: TrainConfig) -> str:
-    """Optimiser and learning rate, in epochs."""
+    """The optimiser and its learning rate over the epochs."""
     optim, whole = config.optim, {"epochs": config.epochs, "global_batch": config.data.batch_size}
     Schedule(optim, steps_per_epoch=1000, **whole)  # refuses a warm-up that is too long
     parts = [optim.name, Schedule(dataclasses.replace(optim, warmup_epochs=0.0), steps_per_epoch=1, **whole).rule]

@@ -1,12 +1,14 @@
-"""Evaluates a checkpoint, whose model is rebuilt from the checkpoint's own config."""
+"""``fastkd eval``: the accuracy of a checkpoint, whose model and data are rebuilt from its own config."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from json import dumps
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from torch import Tensor, nn
 
 from fastkd.trainer.commands.reopen import reopen
@@ -21,9 +23,18 @@ from fastkd.trainer.run.evaluate import evaluate
 class EvalResult:
     """What ``evaluate_checkpoint`` found.
 
-    ``accuracy``, ``top5``: in [0, 1] (``top5`` among all classes where there are fewer). ``loss``: mean cross-entropy
-    in nats. ``confusion``: [C, C], how many samples of a class (row) were taken for which (column). ``classes``: their
-    names, the numbers where the data has none. ``step``: of the checkpoint at ``path``.
+    Attributes:
+        accuracy, top5: in [0, 1]. With fewer than five classes, ``top5`` is 1.
+        loss: the mean cross-entropy in nats.
+        confusion: [C, C], the number of samples of the row's class that were taken for the column's class.
+        classes: the names of the classes, or their numbers where the data have no names.
+        parameters: of the student.
+        samples: of the evaluation data.
+        step, path: of the checkpoint.
+
+    Example:
+        >>> result = evaluate_checkpoint("runs/digits")
+        >>> weakest = min(zip(result.per_class(), result.classes))
     """
 
     accuracy: float
@@ -37,11 +48,11 @@ class EvalResult:
     path: Path
 
     def per_class(self) -> list[float]:
-        """The accuracy on each class's samples; NaN for a class without any."""
+        """The accuracy on the samples of each class. NaN for a class without any."""
         return (self.confusion.diagonal() / self.confusion.sum(1)).tolist()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; a class without samples has the accuracy None."""
+        """Plain values, for JSON. A class without samples has the accuracy None."""
         values = {name: getattr(self, name) for name in ("accuracy", "top5", "loss", "parameters", "samples", "step")}
         per_class = {
             name: value if value == value else None for name, value in zip(self.classes, self.per_class(), strict=True)
@@ -58,14 +69,19 @@ def evaluate_checkpoint(
     device: str = "auto",
     trust_code: bool = False,
 ) -> EvalResult:
-    """Evaluate the student of a checkpoint (or of the newest, or ``best``, one of a run folder).
+    """Evaluate the student of a checkpoint, or of a run folder's newest (or ``best``) checkpoint.
 
-    Model and data are rebuilt from the config in the checkpoint unless given. A config may name any
-    ``package.module:callable``, which would be imported and called: from a checkpoint that needs ``trust_code=True``,
-    except for timm, torchvision and fastkd's own.
+    Model and data are rebuilt from the config in the checkpoint, unless they are given. ``trust_code`` allows that
+    config to import and call any ``package.module:callable``. The models of timm, torchvision and fastkd and the data
+    sets of fastkd do not need it.
 
-    Raises CheckpointError: missing, damaged, needs ``trust_code``, or its student or data were given to ``train`` as
-    objects, which no config names, and are not given here.
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged, or it needs ``trust_code``; or its student or data were
+            given to ``train`` as objects, which no config names, and are not given here.
+
+    Example:
+        >>> accuracy = evaluate_checkpoint("runs/digits").accuracy
+        >>> best = evaluate_checkpoint("runs/mine", model=MyNet(), eval_data=my_test_set, best=True)
     """
     reopened = reopen(path, best=best, model=model, eval_data=eval_data, trust_code=trust_code)
     config, eval_data = reopened.config, reopened.eval_data
@@ -91,30 +107,47 @@ def evaluate_checkpoint(
 
 
 def hardest(result: EvalResult, count: int = 5) -> list[str]:
-    """The classes with the lowest accuracy and the most frequent confusions, a line each."""
-    known = [
-        (accuracy, name) for name, accuracy in zip(result.classes, result.per_class(), strict=True) if accuracy < 1
-    ]
+    """At most two lines: the ``count`` classes with the lowest accuracy, and the most frequent confusions."""
+    names = result.classes
+    lowest = sorted((accuracy, name) for name, accuracy in zip(names, result.per_class(), strict=True) if accuracy < 1)
     wrong = result.confusion.clone().fill_diagonal_(0)
     most, places = wrong.flatten().topk(min(count, wrong.numel()))
-    confusions = [
-        f"{result.classes[place // len(wrong)]} as {result.classes[place % len(wrong)]} {number}"
-        for number, place in zip(most.tolist(), places.tolist(), strict=True)
-        if number > 0
-    ]
-    lines = []
-    if known:
-        lines.append(
-            "lowest accuracy: " + ", ".join(f"{name} {accuracy:.3f}" for accuracy, name in sorted(known)[:count])
-        )
-    if confusions:
-        lines.append("most confused: " + ", ".join(confusions))
-    return lines
+    found = {
+        "lowest accuracy": [f"{name} {accuracy:.3f}" for accuracy, name in lowest[:count]],
+        "most confused": [
+            f"{names[place // len(wrong)]} as {names[place % len(wrong)]} {number}"
+            for number, place in zip(most.tolist(), places.tolist(), strict=True)
+            if number > 0
+        ],
+    }
+    return [f"{title}: {', '.join(items)}" for title, items in found.items() if items]
 
 
 def class_names(dataset: Any, count: int) -> list[str]:
-    """The names of ``count`` classes: the dataset's, if it has as many, else their numbers."""
+    """The names of the ``count`` classes if the dataset has as many, else their numbers."""
     names = getattr(dataset, "classes", None)
     if isinstance(names, list | tuple) and len(names) == count:
         return [str(name) for name in names]
     return [str(number) for number in range(count)]
+
+
+def eval_command(
+    checkpoint: tyro.conf.Positional[str], device: str = "auto", trust_code: bool = False, json: str | None = None
+) -> None:
+    """Accuracy of a checkpoint, its model and data rebuilt from its own config.
+
+    Args:
+        checkpoint: a checkpoint folder, or a run folder for its newest one.
+        device: auto, cpu, cuda, ...
+        trust_code: allow the config in the checkpoint to import and call package.module:callable.
+        json: a file to write everything to, the accuracy of every class and the confusion matrix included.
+    """
+    result = evaluate_checkpoint(checkpoint, device=device, trust_code=trust_code)
+    print(
+        f"{result.path}: step {result.step}, accuracy {result.accuracy:.4f}, top-5 {result.top5:.4f}, "
+        f"loss {result.loss:.4f} on {result.samples} samples ({result.parameters:,} parameters)"
+    )
+    for line in hardest(result):
+        print(line)
+    if json is not None:
+        Path(json).write_text(dumps(result.to_dict(), indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""A trained student in a file that others read: safetensors, or ONNX; checked against the student's own outputs."""
+"""``fastkd export``: writes a trained student as safetensors or ONNX, and checks the file."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import tyro
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastkd.trainer.commands.reopen import Reopened
+from fastkd.trainer.commands.reopen import Reopened, reopen
 from fastkd.trainer.data.loader import collate, fetch
 from fastkd.trainer.run.describe import versions
 
 SAMPLES = 8
-# Of the largest logit: other kernels sum in another order, and a deep network amplifies that.
+# Relative to the largest logit. Other kernels sum in another order, and a deep network amplifies that.
 ONNX_TOLERANCE = 1e-3
 
 
 class ExportError(RuntimeError):
-    """What was written does not compute what the student does; the file is removed."""
+    """What was written does not compute what the student computes. The file is removed."""
 
 
 @dataclass
 class Exported:
-    """``error``: the largest difference of the logits from the student's, relative to the largest logit."""
+    """A checked file. ``error`` is the largest difference from the student's logits, relative to the largest logit."""
 
     path: Path
     bytes: int
@@ -39,14 +40,15 @@ class Exported:
 def export(reopened: Reopened, out: str | Path, *, image_shape: tuple[int, ...] | None = None) -> Exported:
     """Write the student to ``out``, which ends in ``.safetensors`` or ``.onnx``, and check what was written.
 
-    safetensors: the model's state dict, with the config, the accuracy and the versions as metadata; read back and
-    compared bit for bit. ONNX: from images [B, C, H, W], normalised as in training, to logits, for any B; run with
-    onnxruntime on images of the evaluation set, or on noise of ``image_shape`` [C, H, W] without one.
+    A safetensors file holds the model's state dict, and as metadata the config, the accuracy and the versions. It is
+    read back and compared bit for bit. An ONNX file computes the logits of images [B, C, H, W], normalised as in
+    training, for any B. It is run with onnxruntime on images of the evaluation set, or on noise of ``image_shape``
+    (C, H, W) if that is given.
 
     Raises:
-        ValueError: another ending, or neither data nor ``image_shape``.
+        ValueError: ``out`` ends otherwise, or there are neither data nor ``image_shape``.
         FileExistsError: ``out`` exists.
-        ImportError: ONNX without the packages of ``pip install 'fastkd[export]'``.
+        ImportError: the packages of ``pip install 'fastkd[export]'`` are missing, for ONNX.
         ExportError: the outputs differ.
     """
     out = Path(out)
@@ -55,7 +57,7 @@ def export(reopened: Reopened, out: str | Path, *, image_shape: tuple[int, ...] 
     if out.exists():
         raise FileExistsError(f"out: {out} exists already; it is not overwritten")
     model = reopened.model.eval().float()
-    # Written beside it first: a file under the name asked for is always a checked one.
+    # Written under another name first, so that a file under the name asked for is always a checked one.
     temporary = out.with_name(f".{out.stem}-{os.getpid()}{out.suffix}")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -74,7 +76,7 @@ def _write_safetensors(model: nn.Module, path: Path, metadata: dict[str, str]) -
     save_file(state, path, metadata)
     with safe_open(path, "pt") as file:
         for name, value in state.items():
-            # Bit by bit: NaN is not equal to itself.
+            # Compared as bytes, because NaN is not equal to itself.
             if not torch.equal(file.get_tensor(name).view(-1).view(torch.uint8), value.view(-1).view(torch.uint8)):
                 raise ExportError(f"{path}: {name} reads back differently")
     return 0.0
@@ -102,7 +104,7 @@ def _write_onnx(model: nn.Module, path: Path, images: Tensor) -> float:
         )
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     with torch.no_grad():
-        # Another number of images than the graph was traced with, too.
+        # The single image is another number of images than the graph was traced with.
         largest = max(
             _difference(torch.from_numpy(session.run(None, {"images": part.numpy()})[0]), logits(part))
             for part in (images, images[:1])
@@ -140,7 +142,7 @@ def _images(reopened: Reopened, shape: tuple[int, ...] | None) -> Tensor:
 
 
 def _metadata(reopened: Reopened) -> dict[str, str]:
-    """What the file says about itself; safetensors keeps strings."""
+    """What the file says about itself, as the strings that safetensors keeps."""
     manifest = reopened.checkpoint.manifest
     last = reopened.checkpoint.state["history"][-1:]
     return {
@@ -151,3 +153,23 @@ def _metadata(reopened: Reopened) -> dict[str, str]:
         "teacher_sha256": str(manifest.get("teacher_sha256")),
         "versions": json.dumps(versions()),
     }
+
+
+def export_command(
+    checkpoint: tyro.conf.Positional[str],
+    out: tyro.conf.Positional[str],
+    image_shape: tuple[int, ...] | None = None,
+    trust_code: bool = False,
+) -> None:
+    """The student of a checkpoint as a file that others read, checked against its own outputs.
+
+    Args:
+        checkpoint: a checkpoint folder, or a run folder for its newest one.
+        out: the file to write: .safetensors (the state dict) or .onnx (images to logits, any batch size).
+        image_shape: C H W of an image, where the run's data cannot be read. For ONNX.
+        trust_code: allow the config in the checkpoint to import and call package.module:callable.
+    """
+    with_data = out.endswith(".onnx") and image_shape is None
+    written = export(reopen(checkpoint, with_data=with_data, trust_code=trust_code), out, image_shape=image_shape)
+    how = "bit for bit" if written.path.suffix == ".safetensors" else f"logits within {written.error:.1e}"
+    print(f"{written.path}: {written.bytes:,} bytes, checked {how}")

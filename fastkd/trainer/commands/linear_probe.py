@@ -1,4 +1,4 @@
-"""Linear probing: how far the frozen features of a student carry to other data (DCD's table 2)."""
+"""``fastkd probe``: how well a linear classifier on a student's frozen features does on other data (DCD, table 2)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
+import tyro
 
+from fastkd.trainer.commands.reopen import reopen
+from fastkd.trainer.commands.train import parse_json
 from fastkd.trainer.data.config import DataConfig
+from fastkd.trainer.data.datasets import build_datasets
 from fastkd.trainer.data.loader import eval_loader
 from fastkd.trainer.models.features import FeatureModel
+from fastkd.trainer.precision import choose_device
 from fastkd.validate import check_number
 
 
 @dataclass
 class ProbeResult:
-    """``accuracy``: top-1 on the other data's evaluation set, in [0, 1]; ``train_accuracy``: on its training set."""
+    """Top-1 ``accuracy`` in [0, 1] on the other data's evaluation set, and ``train_accuracy`` on its training set."""
 
     accuracy: float
     train_accuracy: float
@@ -37,10 +42,10 @@ def linear_probe(
     penalty: float = 1e-4,
     iterations: int = 1000,
 ) -> ProbeResult:
-    """Multinomial logistic regression (scikit-learn's, L-BFGS) on the penultimate features of the frozen ``model``.
+    """Fit a logistic regression (scikit-learn's, L-BFGS) to the penultimate features of the frozen ``model``.
 
-    Features are standardised with the training set's mean and deviation. ``penalty``: of the squared weights, beside
-    the mean loss of a sample. The images come as the datasets give them: for a probe, without augmentation.
+    The features are standardised with the training set's mean and deviation. ``penalty`` multiplies the squared
+    weights, beside the mean loss per sample. The datasets should not augment their images.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -51,7 +56,7 @@ def linear_probe(
     x, x_eval = (x - mean) / deviation, (x_eval - mean) / deviation
     regression = LogisticRegression(C=1 / (penalty * len(x)), max_iter=iterations)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it did not converge: told in the result
+        warnings.simplefilter("ignore")  # the result says whether it converged
         regression.fit(x, y)
     return ProbeResult(
         accuracy=float(regression.score(x_eval, y_eval)),
@@ -67,10 +72,46 @@ def linear_probe(
 def extract_features(
     model: FeatureModel, data: Any, config: DataConfig, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Penultimate features [N, D] and labels [N] of a whole dataset, in its order."""
+    """The penultimate features [N, D] and the labels [N] of a whole dataset, in its order."""
     model.to(device).eval()
     features, labels = [], []
     for images, batch in eval_loader(data, config, device):
         features.append(model(images.to(device, non_blocking=True)).features.float().cpu())
         labels.append(batch)
     return torch.cat(features).numpy(), torch.cat(labels).numpy()
+
+
+def probe_command(
+    checkpoint: tyro.conf.Positional[str],
+    data: str,
+    options: str = "{}",
+    batch_size: int = 256,
+    num_workers: int = 0,
+    penalty: float = 1e-4,
+    device: str = "auto",
+    trust_code: bool = False,
+) -> None:
+    """Logistic regression on the frozen features of a checkpoint's student, on other data.
+
+    Args:
+        checkpoint: a checkpoint folder, or a run folder for its newest one.
+        data: digits, images, cifar, or package.module:callable.
+        options: of the data, as JSON; without augmentation, such as '{"root": "...", "augment": false}'.
+        batch_size: images at a time.
+        num_workers: processes that read them.
+        penalty: of the squared weights.
+        device: auto, cpu, cuda, ...
+        trust_code: allow the config in the checkpoint to import and call package.module:callable.
+    """
+    reopened = reopen(checkpoint, with_data=False, trust_code=trust_code)
+    config = DataConfig(
+        name=data, options=parse_json("--options", options), eval_batch_size=batch_size, num_workers=num_workers
+    )
+    classifier = None if reopened.config.student is None else reopened.config.student.classifier
+    model = FeatureModel(reopened.model, classifier)
+    result = linear_probe(model, *build_datasets(config), config, choose_device(device), penalty=penalty)
+    print(
+        f"{reopened.checkpoint.path}: linear probe on {data}: accuracy {result.accuracy:.4f} of "
+        f"{result.eval_samples} samples ({result.train_accuracy:.4f} of the {result.train_samples} it was fitted to), "
+        f"{result.features} features" + ("" if result.converged else "; the fit did not converge")
+    )

@@ -1,4 +1,4 @@
-"""How much memory a rank needs in training, from models on tensors without memory."""
+"""Estimates the memory that a rank needs in training, from models on tensors without memory."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from fastkd.trainer.run.distiller import Distiller
 def memory_of(
     distiller: Distiller, config: TrainConfig, shape: tuple[int, ...], rows: int, chunks: int, world_size: int
 ) -> dict[str, int]:
-    """Bytes by what they hold, of a rank with ``rows`` images of ``shape`` a step.
+    """The bytes of a rank that takes ``rows`` images of ``shape`` per step, by what the bytes hold.
 
-    Within FakeTensorMode, in which ``distiller`` was built: sizes and dtypes are those of a real step under autocast.
+    It must be called within FakeTensorMode, and ``distiller`` must hold fake tensors. Sizes and dtypes are then the
+    same as in a real step under autocast.
     """
     student, objective, teacher = distiller.student, distiller.objective, distiller.teacher
     trained = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
@@ -44,7 +45,7 @@ def memory_of(
 
     def note(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage()._cdata not in own:
-            saved[tensor.untyped_storage()._cdata] = tensor  # kept, so that no other takes its place
+            saved[tensor.untyped_storage()._cdata] = tensor  # kept alive, so that no other tensor takes its place
         return tensor
 
     distiller.train()
@@ -53,7 +54,7 @@ def memory_of(
     found["student's activations"] = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     outputs = 2 * _bytes(value for value in vars(output).values() if isinstance(value, Tensor))  # with their gradients
     if teacher is not None:
-        with _LiveBytes() as live, _autocast(config):
+        with LiveBytes() as live, _autocast(config):
             taught = teacher(images)
         found["teacher's forward pass"] = live.peak
         outputs += _bytes(value for value in vars(taught).values() if isinstance(value, Tensor))
@@ -78,8 +79,8 @@ def _gathered(objective: nn.Module, classes: int) -> int:
     return columns
 
 
-class _LiveBytes(TorchDispatchMode):
-    """The most bytes of tensors made in this context that were alive at once."""
+class LiveBytes(TorchDispatchMode):
+    """A context whose ``peak`` is the most bytes that were alive at once in tensors made within it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""A checkpoint opened again: its student rebuilt from its own config, with its data; nothing is run unasked."""
+"""Opens a checkpoint again: rebuilds its student and its data from its own config, and runs no unknown code unasked."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from fastkd.trainer.run.checkpoint import (
 
 @dataclass
 class Reopened:
-    """``model``: the student with the checkpoint's weights (their moving average if the run keeps one), on the CPU.
+    """A checkpoint, and what was rebuilt from its config.
 
-    ``train_data`` and ``eval_data`` are None where no data were asked for, the first also where the second was given.
+    ``model`` is the student on the CPU with the checkpoint's weights, or with their moving average if the run keeps
+    one. ``eval_data`` is None if no data were asked for. ``train_data`` is None then, and if ``eval_data`` was given.
     """
 
     checkpoint: Checkpoint
@@ -48,14 +49,9 @@ def reopen(
     with_data: bool = True,
     trust_code: bool = False,
 ) -> Reopened:
-    """The student of a checkpoint (or of the newest, or ``best``, one of a run folder), and the data of its run.
+    """The student of a checkpoint, or of a run folder's newest (or ``best``) checkpoint, and the data of its run.
 
-    Model and data are rebuilt from the config in the checkpoint unless given. A config may name any
-    ``package.module:callable``, which would be imported and called: from a checkpoint that needs ``trust_code=True``,
-    except for timm, torchvision and fastkd's own.
-
-    Raises CheckpointError: missing, damaged, needs ``trust_code``, or its student or data were given to ``train`` as
-    objects, which no config names, and are not given here.
+    The arguments, and the CheckpointError raised, are described in ``evaluate_checkpoint``.
     """
     checkpoint = read_checkpoint(find_checkpoint(path, best=best))
     try:
@@ -66,8 +62,8 @@ def reopen(
     if model is None:
         if config.student is None or "student" in given:
             raise CheckpointError(f"{checkpoint.path}: its student was given as a module; pass it as model=...")
-        _check_trust(checkpoint.path, config.student.name, _is_known_model(config.student.name), trust_code)
-        model = build_model(replace(config.student, pretrained=False, weights=None))
+        _check_trust(checkpoint.path, config.student.name, is_known_model(config.student.name), trust_code)
+        model = build_model(config.student.without_weights())
     elif isinstance(model, FeatureModel):
         model = model.model
     train_data = None
@@ -80,7 +76,7 @@ def reopen(
     return Reopened(checkpoint, config, model, train_data, eval_data)
 
 
-def _is_known_model(name: str) -> bool:
+def is_known_model(name: str) -> bool:
     """Whether ``name`` can build nothing but a model of timm or torchvision, or a class of our own networks."""
     source, _, attribute = name.rpartition(":")
     # Looked up without following dots, and not what the module merely imports: nets:nn.functional... reaches anything.

@@ -1,1 +1,1 @@
-"""Data sets, and the loaders whose order depends on (seed, epoch) alone."""
+"""Data sets, their labels, and loaders whose order depends on the seed and the epoch alone."""

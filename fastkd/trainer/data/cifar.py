@@ -1,4 +1,7 @@
-"""CIFAR-10 and CIFAR-100 in the layouts they are published in, held in memory and augmented a batch at a time."""
+"""CIFAR-10 and CIFAR-100 as they are published, held in memory and augmented a batch at a time.
+
+torchvision reads one of the two layouts, and by an unpickler that runs what a file asks for. This one does not.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ NORMALIZATION = {
     10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     100: ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
-# Of each layout: files of training and test set. The binary one has a byte for each label before an image's pixels.
+# The folder of each layout, the files of its training set and of its test set.
 LAYOUTS: dict[tuple[str, int], tuple[str, list[str], list[str]]] = {
     ("binary", 10): ("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]),
     ("binary", 100): ("cifar-100-binary", ["train.bin"], ["test.bin"]),
@@ -31,9 +34,10 @@ LAYOUTS: dict[tuple[str, int], tuple[str, list[str], list[str]]] = {
 
 
 class CifarImages(TensorImages):
-    """uint8 images [N, 3, 32, 32], normalised a batch at a time; if ``augment``, shifted by up to 4 pixels and flipped.
+    """A dataset of uint8 ``images`` [N, 3, 32, 32], normalised when they are read.
 
-    Random numbers come from torch's global generator, which the trainer saves, or seeds for every batch of a worker.
+    ``augment`` shifts each image by up to 4 pixels and mirrors it at random. The random numbers come from torch's
+    global generator: the trainer saves its state, and worker processes seed it per batch.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, classes: int, *, augment: bool) -> None:
@@ -55,7 +59,7 @@ class CifarImages(TensorImages):
 
 
 def shift_and_flip(images: Tensor, most: int) -> Tensor:
-    """Each image [C, H, W] shifted by up to ``most`` pixels over black, and mirrored with probability one half."""
+    """The images [B, C, H, W], each shifted by up to ``most`` pixels over black and mirrored with probability 1/2."""
     B, _, H, W = images.shape
     padded = torch.nn.functional.pad(images, (most, most, most, most))
     top, left = torch.randint(2 * most + 1, (2, B, 1))
@@ -67,10 +71,11 @@ def shift_and_flip(images: Tensor, most: int) -> Tensor:
 def load_cifar(root: str, *, classes: int = 100, augment: bool = True) -> tuple[CifarImages, CifarImages]:
     """(training set, test set) of CIFAR-100 or CIFAR-10 in ``root``, unpacked from the published archives.
 
-    Both layouts are read: ``cifar-100-binary`` (C version) and ``cifar-100-python``, whose pickles are read without
-    running code from them. ``root`` may be that folder or the one that holds it.
+    Both layouts are read: ``cifar-100-binary`` (C version), and ``cifar-100-python`` without running any code that its
+    pickles name. ``root`` may be that folder or the one that holds it.
 
-    Raises ValueError: files that are missing, or do not hold what the layout says.
+    Raises:
+        ValueError: files are missing, or do not hold what the layout says.
     """
     check_choice("data.options.classes", str(classes), ("10", "100"))
     check_type("data.options.augment", augment, bool)
@@ -79,22 +84,17 @@ def load_cifar(root: str, *, classes: int = 100, augment: bool = True) -> tuple[
         for place in (Path(root) / folder, Path(root)):
             if all((place / name).is_file() for name in (*train_files, *test_files)):
                 read = _read_binary if kind == "binary" else _read_pickle
-                train, test = ([read(place / name, classes) for name in names] for names in (train_files, test_files))
-                return (
-                    CifarImages(*_joined(train), classes, augment=augment),
-                    CifarImages(*_joined(test), classes, augment=False),
-                )
+                sets = []
+                for names, shown in ((train_files, augment), (test_files, False)):
+                    images, labels = zip(*(read(place / name, classes) for name in names), strict=True)
+                    sets.append(CifarImages(torch.cat(images), torch.cat(labels), classes, augment=shown))
+                return sets[0], sets[1]
     expected = " or ".join(LAYOUTS[kind, classes][0] for kind in ("binary", "python"))
     raise ValueError(f"data.options.root: found no CIFAR-{classes} in {root}, expected the folder {expected}")
 
 
-def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*parts, strict=True)
-    return torch.cat(images), torch.cat(labels)
-
-
 def _read_binary(path: Path, classes: int) -> tuple[Tensor, Tensor]:
-    """Records of a label (CIFAR-100: a coarse one, then a fine one) and 3,072 pixels, a byte each."""
+    """Reads records of labels (CIFAR-10: one; CIFAR-100: a coarse one, then a fine one) and 3,072 pixels, all bytes."""
     before = 2 if classes == 100 else 1
     data = np.fromfile(path, np.uint8)
     if data.size == 0 or data.size % (before + PIXELS):
@@ -123,7 +123,7 @@ def _checked(path: Path, pixels: Tensor, labels: Tensor, classes: int) -> tuple[
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Lists, numbers, strings, and numpy arrays of plain numbers. Whatever else a pickle names is refused."""
+    """Unpickles lists, numbers, strings, and numpy arrays of plain numbers. It refuses whatever else a pickle names."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
@@ -136,7 +136,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _reconstruct(kind: type, shape: tuple[int, ...], typecode: bytes) -> np.ndarray:
-    """What numpy's own function does for an array that is filled in afterwards."""
+    """An empty array that the unpickler fills afterwards, as numpy's own function of this name makes it."""
     if kind is not np.ndarray or shape != (0,):
         raise pickle.UnpicklingError("is not a plain array")
     return np.ndarray.__new__(np.ndarray, (0,), np.uint8)

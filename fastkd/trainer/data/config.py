@@ -10,13 +10,24 @@ from fastkd.validate import check_int, check_type
 
 @dataclass(kw_only=True, frozen=True)
 class DataConfig:
-    """Which data, how much of it is labelled, and how it is batched.
+    """Which data a run reads, how many of them are labelled, and how they are batched.
 
-    ``name`` is one of ``DATASETS`` (``digits``, ``images``, ``cifar``) or ``package.module:callable``; called with
-    ``options`` it returns (training set, evaluation set), map-style datasets of (image, label). ``labelled`` keeps that
-    many training samples, balanced over the classes and drawn with ``subset_seed``; None keeps all. ``batch_size`` is
-    the global batch. ``shuffle_shards`` reads shards in random order, that many at a time with their samples mixed: for
-    disks that are slow at random reads; None mixes all samples.
+    Attributes:
+        name: ``digits``, ``images``, ``cifar``, or ``package.module:callable``. It is called with ``options`` and
+            returns (training set, evaluation set), each a map-style dataset of (image, label).
+        options: keyword arguments of the data set.
+        labelled: keep this many training samples, balanced over the classes. None keeps all.
+        subset_seed: the seed that the labelled samples are drawn with.
+        batch_size: rows of a training batch, all ranks together.
+        eval_batch_size: rows of an evaluation batch, per rank.
+        drop_last: leave out the last batch of an epoch if it is smaller than the others.
+        num_workers: loader processes per rank. 0 reads in the training process.
+        shuffle_shards: read shards in random order, this many at a time with their samples mixed. This suits disks that
+            are slow at random reads. None mixes all samples.
+
+    Example:
+        >>> digits = DataConfig(name="digits", labelled=200, batch_size=50)
+        >>> imagenet = DataConfig(name="images", options={"root": "imagenet"}, batch_size=256, num_workers=8)
     """
 
     name: str = "digits"
@@ -44,7 +55,7 @@ class DataConfig:
 
 
 def check_seed(name: str, value: Any) -> None:
-    """An int that torch's generators take."""
+    """Raise unless ``value`` is an int that torch's generators take."""
     check_int(name, value, 0)
     if value >= 2**63:
         raise ValueError(f"{name}: got {value}, expected an int < 2**63")

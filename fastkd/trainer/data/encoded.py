@@ -1,69 +1,82 @@
-"""Samples that are encoded images, and what happens to those that cannot be read."""
+"""Data sets of encoded images, which go on past images that cannot be read."""
 
 from __future__ import annotations
 
 import io
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastkd.validate import check_int
 
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 
 
 class BrokenImagesError(RuntimeError):
-    """More images than allowed cannot be read."""
+    """More images cannot be read than ``data.options.max_broken`` allows."""
 
 
 class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
-    """Encoded images with labels; a sample is the transformed image [3, H, W] and its label.
+    """The images in ``root``: a sample is a transformed image [3, H, W] and its label.
 
-    An image that cannot be decoded is replaced by the next one that can, label included: a pure function of the index,
-    so that a resumed run sees the same. It is counted once however often it comes up, in memory that worker processes
-    share. More than ``max_broken`` of them raise BrokenImagesError.
+    An image that cannot be decoded is replaced by the next one that can, together with its label. The replacement
+    depends on the index alone, so that a resumed run sees the same images. A broken image is counted once, however
+    often it comes up and whichever worker process finds it.
+
+    Args:
+        root: the folder. A subclass says how the images lie in it.
+        transform: makes a tensor of a PIL image.
+        normalization: (means, standard deviations) of the channels that ``transform`` gives.
+        max_broken: this many images may be broken. One more raises BrokenImagesError.
 
     Attributes:
-        labels: [N], int64. classes: their names. normalization: (mean, std) of the channels that come out.
+        labels: [N], int64.
+        classes: the names of the classes.
+        broken: the number of images found broken so far, in all worker processes.
     """
 
     def __init__(
         self,
-        labels: Tensor,
-        classes: Sequence[str],
+        root: str | Path,
         transform: Callable[[Any], Tensor],
-        normalization: tuple[tuple[float, ...], tuple[float, ...]],
-        max_broken: int,
+        normalization: Normalization,
+        max_broken: int = 100,
     ) -> None:
         check_int("data.options.max_broken", max_broken, 0)
-        self.labels = labels
-        self.classes = list(classes)
+        self.root = Path(root)
         self.transform = transform
         self.normalization = normalization
         self.max_broken = max_broken
-        self._broken = torch.zeros(len(labels), dtype=torch.uint8).share_memory_()
+        self.labels, self.classes = self.find_samples()
+        self._broken = torch.zeros(len(self.labels), dtype=torch.uint8).share_memory_()
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def broken(self) -> int:
-        """Images found broken so far, in all worker processes."""
-        return int(self._broken.count_nonzero())
+    @abstractmethod
+    def find_samples(self) -> tuple[Tensor, list[str]]:
+        """The label of every sample in ``root``, and the names of the classes."""
 
     @abstractmethod
     def encoded(self, index: int) -> bytes:
-        """The file of sample ``index``; OSError if it cannot be read."""
+        """The file of sample ``index``. OSError if it cannot be read."""
 
     @abstractmethod
     def describe(self, index: int) -> str:
         """Where sample ``index`` comes from, for messages."""
+
+    @property
+    def broken(self) -> int:
+        return int(self._broken.count_nonzero())
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         for chosen in range(index, index + len(self)):
@@ -90,11 +103,9 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
 
 
 def decode(encoded: bytes) -> Any:
-    """An RGB image of PIL's, 16 bits scaled to 8. ValueError for floating-point pixels, whose range is unknown."""
-    from PIL import Image
-
+    """An RGB image of PIL's. 16 bits are scaled to 8; floating-point pixels raise ValueError."""
     with Image.open(io.BytesIO(encoded)) as image:
-        if image.mode == "F":
+        if image.mode == "F":  # nothing tells the range of its pixels
             raise ValueError("has floating-point pixels, expected 8 or 16 bits")
         if image.mode == "I" or image.mode.startswith("I;16"):  # PIL would clip them to 8 bits
             pixels = np.asarray(image, dtype=np.float64) / 257

@@ -1,43 +1,34 @@
-"""Images in a folder per class."""
+"""Images in one folder per class."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.datasets.folder import find_classes, make_dataset
 
 from fastkd.trainer.data.encoded import EXTENSIONS, ImageSamples
 
 
 class FolderImages(ImageSamples):
-    """``root/CLASS/anything/FILE``: classes are the folders in alphabetical order."""
+    """The images ``root/CLASS/anything/FILE``; the folders' alphabetical order numbers the classes."""
 
-    def __init__(
-        self,
-        root: str | Path,
-        transform: Callable[[Any], Tensor],
-        normalization: tuple[tuple[float, ...], tuple[float, ...]],
-        max_broken: int = 100,
-    ) -> None:
-        from torchvision.datasets.folder import find_classes, make_dataset
-
-        root = Path(root)
-        if not root.is_dir():
-            raise ValueError(f"data.options.root: {root} is not a folder, expected one with a folder for each class")
+    def find_samples(self) -> tuple[Tensor, list[str]]:
+        if not self.root.is_dir():
+            raise ValueError(
+                f"data.options.root: {self.root} is not a folder, expected one with a folder for each class"
+            )
         try:
-            classes, index_of = find_classes(str(root))
-            samples = make_dataset(str(root), index_of, EXTENSIONS)
+            classes, index_of = find_classes(str(self.root))
+            samples = make_dataset(str(self.root), index_of, EXTENSIONS)
         except FileNotFoundError as error:
             raise ValueError(f"data.options.root: {error}") from None
-        # One array for all names: a list of a million strings is copied into every worker as soon as it is read.
-        self._names = np.array([os.fsencode(Path(path).relative_to(root)) for path, _ in samples])
-        self.root = root
-        super().__init__(torch.tensor([label for _, label in samples]), classes, transform, normalization, max_broken)
+        # One array holds all names: a list of a million strings would be copied into every worker that reads it.
+        self._names = np.array([os.fsencode(Path(path).relative_to(self.root)) for path, _ in samples])
+        return torch.tensor([label for _, label in samples]), classes
 
     def encoded(self, index: int) -> bytes:
         return self._path(index).read_bytes()

@@ -1,4 +1,4 @@
-"""The labels of a data set, and subsets drawn by them."""
+"""What is known about the samples of any data set (labels, normalisation), and subsets drawn by their labels."""
 
 from __future__ import annotations
 
@@ -12,36 +12,19 @@ from torch.utils.data import Subset
 from fastkd.trainer.data.memory import TensorImages
 
 
-def labels_of(dataset: Any) -> Tensor:
-    """The labels [N] of a dataset with ``labels`` or ``targets``, of a TensorDataset, or of a Subset of these."""
-    if isinstance(dataset, Subset):
-        return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices)]
-    for name in ("labels", "targets"):
-        if hasattr(dataset, name):
-            return torch.as_tensor(getattr(dataset, name))
-    if hasattr(dataset, "tensors"):
-        return torch.as_tensor(dataset.tensors[1])
-    raise TypeError(f"data.labelled: {type(dataset).__name__} has neither 'labels' nor 'targets' to choose a subset by")
-
-
-def normalization_of(dataset: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """(means, standard deviations) by which a dataset, or that of a Subset, has normalised the channels, if it says."""
-    if isinstance(dataset, Subset):
-        return normalization_of(dataset.dataset)
-    return getattr(dataset, "normalization", None)
-
-
-def labels_hash(dataset: Any) -> str | None:
-    """sha256 of the labels, which tells most datasets apart cheaply; None for a dataset that does not expose them."""
-    try:
-        labels = labels_of(dataset).to("cpu", torch.long)
-    except (TypeError, ValueError, RuntimeError, IndexError):
-        return None
-    return hashlib.sha256(labels.contiguous().numpy().tobytes()).hexdigest()
-
-
 def labelled_subset(dataset: Any, count: int, seed: int) -> Any:
-    """``count`` samples, as equally many of each class as possible, drawn without replacement with ``seed``."""
+    """``count`` samples of ``dataset``, as equally many per class as possible.
+
+    They are drawn without replacement, and depend on ``seed`` and the labels alone.
+
+    Raises:
+        ValueError: ``dataset`` has fewer samples.
+        TypeError: ``dataset`` does not expose its labels (see ``labels_of``).
+
+    Example:
+        >>> train_set, test_set = load_digits()
+        >>> few = labelled_subset(train_set, 200, seed=0)  # 20 of each digit
+    """
     labels = labels_of(dataset)
     if count > len(labels):
         raise ValueError(f"data.labelled: got {count}, expected at most the {len(labels)} training samples")
@@ -57,3 +40,31 @@ def labelled_subset(dataset: Any, count: int, seed: int) -> Any:
     if isinstance(dataset, TensorImages):
         return TensorImages(dataset.images[chosen], dataset.labels[chosen])
     return Subset(dataset, chosen.tolist())
+
+
+def labels_of(dataset: Any) -> Tensor:
+    """The labels [N] of a dataset with ``labels`` or ``targets``, of a TensorDataset, or of a Subset of these."""
+    if isinstance(dataset, Subset):
+        return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices)]
+    for name in ("labels", "targets"):
+        if hasattr(dataset, name):
+            return torch.as_tensor(getattr(dataset, name))
+    if hasattr(dataset, "tensors"):
+        return torch.as_tensor(dataset.tensors[1])
+    raise TypeError(f"data.labelled: {type(dataset).__name__} has neither 'labels' nor 'targets' to choose a subset by")
+
+
+def labels_hash(dataset: Any) -> str | None:
+    """The sha256 of the labels, which tells most data sets apart cheaply. None if ``dataset`` does not expose them."""
+    try:
+        labels = labels_of(dataset).to("cpu", torch.long)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return None
+    return hashlib.sha256(labels.contiguous().numpy().tobytes()).hexdigest()
+
+
+def normalization_of(dataset: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(means, standard deviations) that a dataset, or the dataset of a Subset, normalises with. None if unknown."""
+    if isinstance(dataset, Subset):
+        return normalization_of(dataset.dataset)
+    return getattr(dataset, "normalization", None)

@@ -1,4 +1,4 @@
-"""Datasets, the labelled subset, and a loader whose order depends on (seed, epoch) alone."""
+"""Loaders: the order of the training data depends on the seed and the epoch alone, whatever the number of ranks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fastkd.trainer.signals import _leave_signals_to_main
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation of the dataset that depends on (seed, epoch) alone: resuming needs no generator state.
+    """A permutation of the dataset that depends on ``seed`` and ``epoch`` alone, so that resuming needs no other state.
 
-    With ``shards``, ranges of samples that lie together: their order is random, and so is that of the samples within
-    every ``at_once`` of them.
+    ``shards`` are ranges of samples that lie together on disk. Their order is then random, and ``at_once`` of them at a
+    time have their samples mixed.
     """
 
     def __init__(self, length: int, seed: int, shards: Sequence[range] | None = None, at_once: int = 1) -> None:
@@ -46,7 +46,7 @@ class EpochSampler(Sampler[int]):
 
 
 def shards_of(dataset: Any) -> list[range]:
-    """The samples of every shard. ValueError for a dataset that has none."""
+    """The range of samples of every shard. ValueError for a dataset that has no shards."""
     starts = getattr(dataset, "shard_starts", None)
     if starts is None:
         raise ValueError(f"data.shuffle_shards: got {type(dataset).__name__}, expected a whole dataset of shards")
@@ -54,9 +54,9 @@ def shards_of(dataset: Any) -> list[range]:
 
 
 class GlobalBatches(Sampler[list[int]]):
-    """The batches of ``sampler``, of which every rank takes its part: together they are what one process would take.
+    """This rank's part of every global batch of ``sampler``; all ranks together take what one process would take.
 
-    Parts are consecutive and differ in length by at most one.
+    The parts of a batch are consecutive and differ in length by at most one.
     """
 
     def __init__(self, sampler: Sampler[int], length: int, config: DataConfig, rank: int, world_size: int) -> None:
@@ -71,7 +71,7 @@ class GlobalBatches(Sampler[list[int]]):
         return self.length // self.batch_size if self.drop_last else -(-self.length // self.batch_size)
 
     def rows(self, batch: int) -> int:
-        """The length of a global batch, counted from 0 within an epoch."""
+        """The length of the global batch number ``batch`` of an epoch, counted from 0."""
         return min(self.batch_size, self.length - batch * self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -83,9 +83,9 @@ class GlobalBatches(Sampler[list[int]]):
 
 
 class SeededFetch(Dataset[Any]):
-    """For worker processes: seeds their generators per batch from (seed, epoch, first index).
+    """Wraps a dataset for worker processes: seeds all generators per batch, from seed, epoch and the first index.
 
-    Random augmentations then do not depend on which worker runs them, nor on whether the run was resumed.
+    Random augmentations then depend neither on the worker that runs them nor on whether the run was resumed.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -105,14 +105,14 @@ class SeededFetch(Dataset[Any]):
 
 
 def fetch(dataset: Any, indices: list[int]) -> Any:
-    """A batch in one call where the dataset offers it, else a list of samples."""
+    """The samples ``indices``: one batch if the dataset has ``__getitems__``, else a list of samples."""
     if hasattr(dataset, "__getitems__"):
         return dataset.__getitems__(indices)
     return [dataset[index] for index in indices]
 
 
 def first_images(dataset: Any) -> Tensor:
-    """The images of a batch of two. TypeError for a dataset of anything but (image, label)."""
+    """The first two images of a dataset as a batch. TypeError if its samples are not (image, label)."""
     batch = collate(fetch(dataset, [0, 1 % len(dataset)]))
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[0], Tensor):
         got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
@@ -121,17 +121,19 @@ def first_images(dataset: Any) -> Tensor:
 
 
 def collate(batch: Any) -> Any:
-    """Leaves a batch that ``__getitems__`` has already stacked; collates a list of samples."""
+    """The batch that ``fetch`` gives: a list of samples is stacked, a batch from ``__getitems__`` stays as it is."""
     return default_collate(batch) if isinstance(batch, list) else batch
 
 
 def train_loader(
     dataset: Any, config: DataConfig, seed: int, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> tuple[StatefulDataLoader, Callable[[int], None]]:
-    """The training loader of one rank, and the function that tells it the epoch before each pass.
+    """The training loader of one rank, and the function that must tell it the epoch before each pass.
 
-    Its ``batch_sampler`` is a ``GlobalBatches``. Raises ValueError when the dataset does not fill a single batch, or a
-    global batch has fewer rows than there are ranks.
+    Its ``batch_sampler`` is a ``GlobalBatches``.
+
+    Raises:
+        ValueError: the dataset does not fill a single batch, or a global batch has fewer rows than there are ranks.
     """
     if len(dataset) < (config.batch_size if config.drop_last else 1):
         raise ValueError(
@@ -170,7 +172,7 @@ def train_loader(
 def eval_loader(
     dataset: Any, config: DataConfig, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> DataLoader[Any]:
-    """The evaluation set in order; with several ranks, every ``world_size``-th sample of it."""
+    """A loader of the evaluation set in its order; each of several ranks gets every ``world_size``-th sample."""
     if world_size > 1:
         dataset = Subset(dataset, range(rank, len(dataset), world_size))
     return DataLoader(

@@ -13,7 +13,12 @@ from fastkd.validate import check_int
 
 
 class TensorImages(Dataset[tuple[Tensor, Tensor]]):
-    """Images [N, C, H, W] and labels [N] held in memory; a whole batch is one indexing operation."""
+    """A dataset of ``images`` [N, C, H, W] and ``labels`` [N] held in memory; it indexes a whole batch at once.
+
+    Example:
+        >>> data = TensorImages(torch.randn(100, 3, 32, 32), torch.randint(10, (100,)))
+        >>> image, label = data[0]
+    """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         if images.shape[0] != labels.shape[0] or labels.ndim != 1:
@@ -33,11 +38,16 @@ class TensorImages(Dataset[tuple[Tensor, Tensor]]):
 
 
 def load_digits(train_size: int = 1400, seed: int = 0) -> tuple[TensorImages, TensorImages]:
-    """scikit-learn's 1,797 handwritten digits, 1x8x8 with pixels in [-1, 1]: (training set, test set).
+    """(training set, test set) of scikit-learn's 1,797 handwritten digits, 1x8x8 with pixels in [-1, 1].
 
     The split is stratified by class and depends on ``seed`` alone.
+
+    Example:
+        >>> train_set, test_set = load_digits()
+        >>> len(train_set), len(test_set)
+        (1400, 397)
     """
-    from sklearn import datasets, model_selection
+    from sklearn import datasets, model_selection  # takes a second, which other data need not wait for
 
     check_int("data.options.train_size", train_size, 10)
     bunch = datasets.load_digits()

@@ -1,8 +1,8 @@
-"""WebDataset shards (tar files of ``KEY.jpg`` and ``KEY.cls``), read at random like a folder.
+"""Reads WebDataset shards (tar files of ``KEY.jpg`` and ``KEY.cls``) at random, like a folder.
 
-The tar headers are read once into an index. A sample is then one positioned read, so that the order of the data, its
-split over ranks and workers, and resuming in the middle of an epoch are exactly those of any other dataset; a streaming
-reader would make them depend on the number of ranks and workers.
+The tar headers are read once into an index. A sample is then one positioned read. The order of the data, their split
+over ranks and workers, and resuming in the middle of an epoch are therefore the same as for any other dataset. With a
+streaming reader they would depend on the number of ranks and workers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import os
 import tarfile
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +23,28 @@ from torch import Tensor
 
 from fastkd.trainer.data.encoded import EXTENSIONS, ImageSamples
 
-OPEN_SHARDS = 64  # file handles that a process keeps
-MAX_LABELS = 10_000_000  # a label beyond is a damaged one; there is a class, with a name, for every number up to it
+OPEN_SHARDS = 64  # shards that a process keeps open
+MAX_LABELS = 10_000_000  # every number up to the largest label is a class with a name; larger labels are damaged
 _COLUMNS = ("shard", "offset", "size", "label")
+_IMAGE = "IMAGE"  # stands for all extensions of images; extensions are in lower case
 
 
 class ShardImages(ImageSamples):
-    """The images of all ``*.tar`` in a folder; classes are the numbers up to the largest label.
+    """The images of all ``*.tar`` in ``root``; the classes are the numbers up to the largest label.
 
     A sample is the files of one shard that share everything before the first dot: an image and its label, ``.cls`` (a
     number as text) or else ``.json`` (with the int ``"label"`` or ``"cls"``). Other files are ignored. The index is
     kept in ``.fastkd-index-*.npz`` beside the shards, or in memory where the folder cannot be written.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        transform: Callable[[Any], Tensor],
-        normalization: tuple[tuple[float, ...], tuple[float, ...]],
-        max_broken: int = 100,
-    ) -> None:
-        root = Path(root)
-        self.shards = sorted(root.glob("*.tar"))
+    def find_samples(self) -> tuple[Tensor, list[str]]:
+        self.shards = sorted(self.root.glob("*.tar"))
         if not self.shards:
-            raise ValueError(f"data.options.root: found no *.tar in {root}")
-        index = read_index(root, self.shards)
+            raise ValueError(f"data.options.root: found no *.tar in {self.root}")
+        index = read_index(self.root, self.shards)
         self._shard, self._offset, self._size = index["shard"], index["offset"], index["size"]
         labels = torch.from_numpy(index["label"])
-        classes = [str(label) for label in range(int(labels.max()) + 1)]
-        super().__init__(labels, classes, transform, normalization, max_broken)
+        return labels, [str(label) for label in range(int(labels.max()) + 1)]
 
     @property
     def shard_starts(self) -> list[int]:
@@ -60,8 +52,8 @@ class ShardImages(ImageSamples):
         return np.flatnonzero(np.diff(self._shard, prepend=-1)).tolist()
 
     def encoded(self, index: int) -> bytes:
-        size = int(self._size[index])
-        encoded = os.pread(_handle(str(self.shards[self._shard[index]]), os.getpid()), size, int(self._offset[index]))
+        size, shard = int(self._size[index]), _open_shard(str(self.shards[self._shard[index]]), os.getpid())
+        encoded = os.pread(shard.descriptor, size, int(self._offset[index]))
         if len(encoded) != size:
             raise OSError(f"got {len(encoded)} bytes, expected {size}")
         return encoded
@@ -70,7 +62,7 @@ class ShardImages(ImageSamples):
         return f"{self.shards[self._shard[index]]} at byte {self._offset[index]}"
 
 
-class _Handle:
+class _OpenShard:
     """A file that is closed when it falls out of the cache."""
 
     def __init__(self, path: str) -> None:
@@ -81,18 +73,15 @@ class _Handle:
 
 
 @functools.lru_cache(OPEN_SHARDS)
-def _opened(path: str, process: int) -> _Handle:
-    return _Handle(path)
-
-
-def _handle(path: str, process: int) -> int:
-    return _opened(path, process).descriptor
+def _open_shard(path: str, process: int) -> _OpenShard:
+    """The open shard. ``process`` keeps a forked worker from using the files that its parent has opened."""
+    return _OpenShard(path)
 
 
 def read_index(root: Path, shards: list[Path]) -> dict[str, np.ndarray]:
-    """``shard``, ``offset``, ``size`` and ``label`` of every sample; the kept ones if the shards are unchanged."""
+    """Arrays ``shard``, ``offset``, ``size`` and ``label``: the kept index if no shard has changed, or a new one."""
     states = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
-    # 2: the version of what is kept.
+    # The 2 is the version of what is kept.
     kept = root / f".fastkd-index-{hashlib.sha256(repr((2, states)).encode()).hexdigest()[:16]}.npz"
     try:
         with np.load(kept, allow_pickle=False) as arrays:
@@ -113,7 +102,7 @@ def read_index(root: Path, shards: list[Path]) -> dict[str, np.ndarray]:
 
 
 def _is_sound(index: dict[str, np.ndarray], sizes: np.ndarray) -> bool:
-    """Whether every sample lies within a shard; ``sizes``: those of the shards in bytes."""
+    """Whether every sample of ``index`` lies within its shard. ``sizes`` are the shards' sizes in bytes."""
     rows = index["shard"].shape
     if len(rows) != 1 or rows[0] == 0 or any(column.shape != rows for column in index.values()):
         return False
@@ -126,7 +115,7 @@ def _is_sound(index: dict[str, np.ndarray], sizes: np.ndarray) -> bool:
 
 
 def _keep(index: dict[str, Any], path: Path) -> None:
-    """Write the index whole or not at all, readable to others as far as the umask allows."""
+    """Write the index, whole or not at all, and readable to others as far as the umask allows."""
     temporary = path.with_name(f".fastkd-index-{uuid.uuid4().hex}.tmp")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
@@ -141,8 +130,7 @@ def _keep(index: dict[str, Any], path: Path) -> None:
 
 def _samples(shard: Path) -> list[tuple[int, int, int]]:
     """(offset, size, label) of every image of a shard."""
-    images: dict[str, tuple[int, int]] = {}
-    texts: dict[str, dict[str, bytes]] = {".cls": {}, ".json": {}}
+    samples: dict[str, dict[str, Any]] = {}  # by what its files have in common: _IMAGE (offset, size), texts of labels
     twice: list[str] = []
     try:
         with tarfile.open(shard, "r:") as archive:
@@ -150,26 +138,19 @@ def _samples(shard: Path) -> list[tuple[int, int, int]]:
                 if not member.isfile():
                     continue
                 folder, name = os.path.split(member.name)
-                stem, _, extension = name.partition(".")
-                key, extension = f"{folder}/{stem}", f".{extension.lower()}"
-                if extension in EXTENSIONS:
-                    found = key in images
-                    images[key] = member.offset_data, member.size
-                elif extension in texts:
-                    found = key in texts[extension]
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    texts[extension][key] = file.read()
-                else:
+                stem, _, kind = name.partition(".")
+                kind = _IMAGE if f".{kind.lower()}" in EXTENSIONS else kind.lower()
+                if kind not in (_IMAGE, "cls", "json"):
                     continue
-                if found:
+                sample = samples.setdefault(f"{folder}/{stem}", {})
+                if kind in sample:
                     twice.append(member.name)
-        missing = sorted(images.keys() - texts[".cls"].keys() - texts[".json"].keys())
-        labels = {
-            key: _label(texts[extension][key], extension)
-            for key in images.keys() - set(missing)
-            for extension in [".cls" if key in texts[".cls"] else ".json"]
-        }
+                file = archive.extractfile(member)
+                assert file is not None
+                sample[kind] = (member.offset_data, member.size) if kind == _IMAGE else file.read()
+        images = {key: sample for key, sample in samples.items() if _IMAGE in sample}
+        missing = sorted(key for key, sample in images.items() if len(sample) == 1)
+        found = [(*sample[_IMAGE], _label(sample)) for sample in images.values() if len(sample) > 1]
     except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{shard}: is not a WebDataset shard ({type(error).__name__}: {error})") from error
     if twice:
@@ -178,14 +159,14 @@ def _samples(shard: Path) -> list[tuple[int, int, int]]:
         )
     if missing:
         raise ValueError(f"{shard}: {len(missing)} images have no .cls or .json, such as {missing[0].lstrip('/')}")
-    return [(*place, labels[key]) for key, place in images.items()]
+    return found
 
 
-def _label(text: bytes, extension: str) -> int:
-    if extension == ".cls":
-        label = int(text)
+def _label(sample: dict[str, Any]) -> int:
+    if "cls" in sample:
+        label = int(sample["cls"])
     else:
-        entries = json.loads(text)
+        entries = json.loads(sample["json"])
         label = entries["label"] if "label" in entries else entries["cls"]
         if not isinstance(label, int) or isinstance(label, bool):
             raise ValueError(f"got the label {label!r}, expected an int")

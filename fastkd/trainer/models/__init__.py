@@ -1,1 +1,1 @@
-"""Models of any source, and where their features, maps and classifiers are."""
+"""Models from any source, and where in them the features, feature maps and classifiers are."""

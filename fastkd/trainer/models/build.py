@@ -1,8 +1,8 @@
-"""Builds the model that a config names, and tells how its images must be normalised."""
+"""Builds the model that a config names, and tells how the images of its weights were normalised."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -15,21 +15,27 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(kw_only=True, frozen=True)
 class ModelConfig:
-    """How to build a model.
+    """How to build a model, and which weights it starts from.
 
-    ``name`` is ``timm:NAME``, ``torchvision:NAME``, ``package.module:callable``, or a bare name that is looked up in
-    timm first and then in torchvision. Which published weights is part of it: ``timm:resnet50.tv_in1k``,
-    ``torchvision:resnet50.IMAGENET1K_V1``; without, the library's default. ``classifier`` names the classifier layer
-    (``head.fc``), ``feature_map`` the layer whose output is the last map (``layer4``), for terms that use it; None
-    finds them.
-    ``weights`` is a ``.safetensors`` file, a ``.pt`` / ``.pth`` state dict, a fastkd checkpoint or a fastkd run
-    folder. ``pretrained`` asks timm / torchvision for their published weights (a download). ``options`` are further
-    keyword arguments of the builder.
+    Attributes:
+        name: ``timm:NAME``, ``torchvision:NAME``, ``package.module:callable``, or a bare name, which is looked up in
+            timm first and then in torchvision. NAME may say which published weights are meant, as in
+            ``timm:resnet50.tv_in1k`` and ``torchvision:resnet50.IMAGENET1K_V1``; else they are the library's default.
+        num_classes: the width of the logits. None leaves it to the builder.
+        classifier: the name of the classifier layer, such as ``head.fc``. None finds it.
+        feature_map: the name of the layer whose output is the last feature map, such as ``layer4``. None finds it.
+        weights: a ``.safetensors`` file, a ``.pt`` / ``.pth`` state dict, a fastkd checkpoint or a fastkd run folder.
+        pretrained: take the published weights of timm / torchvision, which are downloaded.
+        normalization: (means, standard deviations) of the channels of the images that the weights were trained with.
+            None asks timm / torchvision about their published weights; other weights are taken to have been trained
+            with the normalisation of the data.
+        dtype: what a teacher's weights are kept and computed in. A student is always fp32.
+        min_accuracy: the top-1 accuracy in [0, 1] that a teacher must reach before training starts.
+        options: further keyword arguments of the builder.
 
-    ``normalization``: (means, standard deviations) of the channels of the images that the weights were trained with;
-    None asks timm / torchvision for that of their published weights, others were trained as the data are normalised.
-    Of a teacher alone: ``dtype``, in which its weights are kept and it is computed, and ``min_accuracy``, the top-1
-    accuracy in [0, 1] that it must reach on the evaluation set before training starts.
+    Example:
+        >>> teacher = ModelConfig(name="timm:resnet50.tv_in1k", pretrained=True, min_accuracy=0.75)
+        >>> student = ModelConfig(name="fastkd.trainer.models.small:SmallConvNet", options={"width": 8})
     """
 
     name: str
@@ -59,9 +65,13 @@ class ModelConfig:
         if self.min_accuracy is not None:
             check_number("model.min_accuracy", self.min_accuracy, 0.0, 1.0)
 
+    def without_weights(self) -> ModelConfig:
+        """The same model as its builder initialises it, for weights that come from elsewhere."""
+        return replace(self, pretrained=False, weights=None)
+
 
 def check_normalization(name: str, value: Any) -> None:
-    """As many means as standard deviations, and those positive."""
+    """Raise unless ``value`` has as many means as standard deviations, and the standard deviations are positive."""
     if len(value) != 2 or len(value[0]) != len(value[1]) or not value[0]:
         raise ValueError(f"{name}: got {value}, expected (means, standard deviations), a number for each channel")
     for mean in value[0]:
@@ -71,11 +81,15 @@ def check_normalization(name: str, value: Any) -> None:
 
 
 def build_model(config: ModelConfig) -> nn.Module:
-    """The module that ``config.name`` names, without ``config.weights`` (see ``checkpoint.load_weights``).
+    """The module that ``config.name`` names. ``config.weights`` are not loaded (see ``load_weights``).
 
     Raises:
-        ValueError: unknown name; ``pretrained`` for a ``package.module:callable``; reserved options.
+        ValueError: the name is unknown, ``pretrained`` is set for a ``package.module:callable``, or an option is
+            reserved.
         TypeError: the callable did not return an ``nn.Module``.
+
+    Example:
+        >>> model = build_model(ModelConfig(name="torchvision:resnet18", num_classes=10))
     """
     options = dict(config.options)
     if config.num_classes is not None:
@@ -110,7 +124,7 @@ def build_model(config: ModelConfig) -> nn.Module:
 
 
 def torchvision_weights(name: str) -> Any:
-    """The published weights, of torchvision's, that ``NAME`` or ``NAME.WEIGHTS`` means. ValueError if unknown."""
+    """The published weights of torchvision that ``NAME`` or ``NAME.WEIGHTS`` means. ValueError if there are none."""
     import torchvision
 
     model, _, tag = name.partition(".")
@@ -121,7 +135,7 @@ def torchvision_weights(name: str) -> Any:
 
 
 def trained_normalization(config: ModelConfig, model: nn.Module) -> Normalization | None:
-    """What the weights of ``model``, built from ``config``, were trained with; None where nothing tells it."""
+    """The normalisation that the weights of ``model``, built from ``config``, were trained with. None if unknown."""
     if config.normalization is not None:
         mean, std = config.normalization
     elif not config.pretrained:
@@ -138,5 +152,5 @@ def trained_normalization(config: ModelConfig, model: nn.Module) -> Normalizatio
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters (not buffers)."""
+    """The number of parameters, without buffers."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,12 +1,15 @@
-"""The networks of CIFAR's distillation benchmarks, which neither timm nor torchvision has.
+"""The networks of the CIFAR distillation benchmarks, which neither timm nor torchvision has.
 
-Parameters are called as in the benchmarks' public code (RepDistiller, mdistiller), whose teachers can be loaded.
+Their parameters have the names of the benchmarks' public code (RepDistiller, mdistiller), so that its teachers load.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
 from fastkd.validate import check_int
 
@@ -14,8 +17,8 @@ from fastkd.validate import check_int
 class CifarResNet(nn.Module):
     """ResNet of ``depth = 6 n + 2`` layers for 32x32 images: three stages of n blocks (arXiv 1512.03385, section 4.2).
 
-    ``widths``: channels of the first convolution and of the stages; resnet20 has (16, 16, 32, 64), and resnet8x4 and
-    resnet32x4 of the benchmarks have (32, 64, 128, 256).
+    ``widths`` are the channels of the first convolution and of the three stages. resnet20 has (16, 16, 32, 64);
+    resnet8x4 and resnet32x4 of the benchmarks have (32, 64, 128, 256).
     """
 
     def __init__(
@@ -27,9 +30,9 @@ class CifarResNet(nn.Module):
         self.conv1 = _conv3x3(3, stem)
         self.bn1 = nn.BatchNorm2d(stem)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = nn.Sequential(*_stage(_Block, stem, stages[0], blocks, 1))
-        self.layer2 = nn.Sequential(*_stage(_Block, stages[0], stages[1], blocks, 2))
-        self.layer3 = nn.Sequential(*_stage(_Block, stages[1], stages[2], blocks, 2))
+        self.layer1 = nn.Sequential(*_stage(_block, stem, stages[0], blocks, 1))
+        self.layer2 = nn.Sequential(*_stage(_block, stages[0], stages[1], blocks, 2))
+        self.layer3 = nn.Sequential(*_stage(_block, stages[1], stages[2], blocks, 2))
         self.fc = nn.Linear(stages[2], num_classes)
         _initialize(self)
 
@@ -60,28 +63,8 @@ class WideResNet(nn.Module):
         return self.fc(self.relu(self.bn1(x)).mean((2, 3)))
 
 
-class _Block(nn.Module):
-    """Two convolutions, each normalised, beside a shortcut."""
-
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = _conv3x3(channels, out, stride)
-        self.bn1 = nn.BatchNorm2d(out)
-        self.conv2 = _conv3x3(out, out)
-        self.bn2 = nn.BatchNorm2d(out)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = None
-        if stride != 1 or channels != out:
-            shortcut = nn.Conv2d(channels, out, 1, stride=stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
-
-
 class _PreActivated(nn.Module):
-    """The same with normalisation before the convolutions."""
+    """Two convolutions, each preceded by batch norm and ReLU, beside a shortcut."""
 
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
@@ -106,14 +89,22 @@ class _Stage(nn.Module):
         return self.layer(x)
 
 
+def _block(channels: int, out: int, stride: int) -> nn.Module:
+    """Two convolutions, each followed by batch norm, beside a shortcut."""
+    if stride == 1 and channels == out:
+        return BasicBlock(channels, out)
+    shortcut = nn.Conv2d(channels, out, 1, stride=stride, bias=False)
+    return BasicBlock(channels, out, stride, nn.Sequential(shortcut, nn.BatchNorm2d(out)))
+
+
 def _stage(
-    block: type[_Block] | type[_PreActivated], channels: int, out: int, blocks: int, stride: int
+    block: Callable[[int, int, int], nn.Module], channels: int, out: int, blocks: int, stride: int
 ) -> list[nn.Module]:
     return [block(channels if index == 0 else out, out, stride if index == 0 else 1) for index in range(blocks)]
 
 
 def _blocks(depth: int, rest: int) -> int:
-    """Blocks of a stage."""
+    """The number of blocks per stage. ValueError for a depth that no network of this kind has."""
     check_int("depth", depth, 6 + rest)
     if (depth - rest) % 6:
         raise ValueError(f"depth: got {depth}, expected 6 n + {rest}")
@@ -125,7 +116,7 @@ def _conv3x3(channels: int, out: int, stride: int = 1) -> nn.Conv2d:
 
 
 def _initialize(model: nn.Module) -> None:
-    """He's initialisation of the convolutions, for the outputs."""
+    """Give the convolutions He's initialisation, scaled by their outputs."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

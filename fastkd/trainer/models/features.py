@@ -1,4 +1,4 @@
-"""Models: built from a name, their classifier layer found, its input and the last feature map captured."""
+"""Wraps any model so that it also returns its features and, on request, its last feature map."""
 
 from __future__ import annotations
 
@@ -17,11 +17,20 @@ _HOW_TO_NAME = "name it with ModelConfig(classifier='...'), or pass FeatureModel
 
 @dataclass
 class ModelOutput:
-    """What a model gives: ``logits`` [B, C] and ``features`` [B, D], the (pooled) input of its layer ``classifier``.
+    """What a ``FeatureModel`` returns.
 
-    For terms that need maps also ``feature_map``, the last map [B, C, H, W] before global pooling, or tokens [B, L, C]
-    of which the first ``prefix_tokens`` stand for no position; and ``map_classifier``, which gives the logits [n, C] of
-    n of its positions, None where the model cannot.
+    Attributes:
+        logits: [B, C].
+        features: [B, D], the input of the layer ``classifier``, averaged over its positions.
+        classifier: the classifier layer.
+        feature_map: the last map [B, C, H, W] before global pooling, or tokens [B, L, C]. Only for terms that need it.
+        prefix_tokens: this many of the first tokens stand for no position.
+        map_classifier: gives the logits [n, C] of n positions [n, D] of the map. None where the model cannot.
+
+    Example:
+        >>> output = FeatureModel(torchvision.models.resnet18())(torch.randn(2, 3, 64, 64))
+        >>> output.logits.shape, output.features.shape
+        (torch.Size([2, 1000]), torch.Size([2, 512]))
     """
 
     logits: Tensor
@@ -34,7 +43,11 @@ class ModelOutput:
 
 @dataclass(kw_only=True, frozen=True)
 class ModelShapes:
-    """What a forward pass tells of a model: the features' width, the classes, the last map if it was asked for."""
+    """What a forward pass tells about a model: the features' width, the classes, and the last map if asked for.
+
+    Example:
+        >>> shapes = ModelShapes(features=512, classes=100)  # a ResNet-18 for CIFAR-100
+    """
 
     features: int
     classes: int
@@ -44,11 +57,15 @@ class ModelShapes:
 def find_classifier(model: nn.Module, name: str | None = None) -> str:
     """The name of the classifier layer of ``model``.
 
-    A given ``name`` is checked. Otherwise timm models are asked (``get_classifier``); for every other model it is the
-    last linear or convolution layer of the first child called fc, classifier, head or heads, as in all of
-    torchvision.
+    A given ``name`` is checked. Otherwise timm models are asked (``get_classifier``). For every other model it is the
+    last linear or convolution layer of the first child called fc, classifier, head or heads, as in all of torchvision.
 
-    Raises ValueError when there is no such layer, or more than one (distilled timm models have two heads).
+    Raises:
+        ValueError: there is no such layer, or more than one (distilled timm models have two heads).
+
+    Example:
+        >>> find_classifier(torchvision.models.vgg11())
+        'classifier.6'
     """
     modules = dict(model.named_modules())
     if name is not None:
@@ -76,17 +93,22 @@ def find_classifier(model: nn.Module, name: str | None = None) -> str:
 
 
 class FeatureModel(nn.Module):
-    """A model that also returns its penultimate features; the wrapped ``model`` itself is left as it is.
+    """A model that also returns its penultimate features. The wrapped ``model`` itself is left as it is.
 
     The model's output may be the logits or an object with ``logits`` (Inception in training, Hugging Face models).
-    Images are converted to the dtype of the model's first parameter, and a model that is not in float32 runs without
-    autocast: a teacher may be in half precision. ``channels_last``, when set, is the layout that they get.
+    Images are converted to the dtype of the model's first parameter, and to the memory layout ``channels_last`` if that
+    is set. A model that is not in float32 runs without autocast, so that a teacher may be in half precision.
 
     Args:
-        model: any module; ``train`` takes a FeatureModel wherever it takes a module.
-        classifier: the name of the classifier layer; None finds it (``find_classifier``).
-        feature_map: the name of the layer whose output is the last map; None finds it when a term needs maps.
-        optional: features are not needed. Without one classifier layer that is called once they are [B, 0].
+        model: any module. ``train`` takes a FeatureModel wherever it takes a module.
+        classifier: the name of the classifier layer. None finds it (``find_classifier``).
+        feature_map: the name of the layer whose output is the last map. None finds it when a term needs maps.
+        optional: features are not needed. They are [B, 0] unless one classifier layer is called once.
+
+    Example:
+        >>> student = FeatureModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), "3")
+        >>> student(torch.randn(8, 1, 8, 8)).features.shape
+        torch.Size([8, 32])
     """
 
     def __init__(
@@ -105,7 +127,7 @@ class FeatureModel(nn.Module):
         self.map_name = feature_map
         self.map_source: MapSource | None = None  # set by ``probe`` when maps are needed
         self.channels_last = False
-        # Filled by the hooks of one forward pass. The same lists every time, for those that torch.compile has traced.
+        # Filled by the hooks of one forward pass. They stay the same lists, because torch.compile has traced them.
         self._inputs: list[Tensor] = []
         self._maps: list[Tensor] = []
         self._compiled: Callable[[Tensor], Any] | None = None
@@ -117,10 +139,10 @@ class FeatureModel(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> ModelOutput:
-        """The ``ModelOutput``; RuntimeError unless the classifier layer is called once."""
+        """The ``ModelOutput``. RuntimeError unless the classifier layer is called once."""
         handles = []
         layer, source = self.classifier, self.map_source
-        # Hooked per call: the user's module carries nothing of ours before or after.
+        # Hooked per call, so that the user's module carries nothing of ours before or after it.
         if layer is not None:
             handles.append(layer.register_forward_pre_hook(self._note_input))
         if source is not None:
@@ -130,7 +152,7 @@ class FeatureModel(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-            # Empty on entering: a compiled graph is valid for lists of the length that it was traced with.
+            # A compiled graph is valid for lists of the length that it was traced with: empty at the start.
             self._inputs.clear()
             self._maps.clear()
         if len(captured) != 1 and not self.optional:
@@ -157,11 +179,11 @@ class FeatureModel(nn.Module):
         return None if self.classifier_name is None else self.model.get_submodule(self.classifier_name)
 
     def compile(self, **options: Any) -> None:
-        """Run the model through ``torch.compile``, with its ``options``, from now on; names and weights stay."""
+        """Run the model through ``torch.compile`` with these ``options`` from now on. Names and weights stay."""
         self._compiled = torch.compile(self._traced, **options)
 
     def _traced(self, images: Tensor) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The model's output, and what the hooks caught meanwhile."""
+        """The model's output, and what the hooks caught during the call."""
         return self._run(images), tuple(self._inputs), tuple(self._maps)
 
     def _note_input(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -178,7 +200,7 @@ class FeatureModel(nn.Module):
             return self.model(images)
         if dtype == torch.float32:
             return self.model(images.to(dtype))
-        # Autocast is made for float32 models; others fail in it (float64 layers, fp16 batch norms).
+        # Autocast is made for float32 models. Others fail in it, such as float64 layers and fp16 batch norms.
         with torch.autocast(images.device.type, enabled=False):
             return self.model(images.to(dtype))
 
@@ -187,10 +209,11 @@ class FeatureModel(nn.Module):
 def probe(model: FeatureModel, images: Tensor, *, feature_map: bool = False) -> ModelShapes:
     """The shapes of ``model``, from one forward pass in eval mode; changes no state of the wrapped module.
 
-    ``feature_map`` finds the last map too, in a second pass, and lets ``model`` return it from then on.
+    ``feature_map`` also finds the last map, in a second pass, and lets ``model`` return it from then on.
 
-    Raises ValueError when the classifier layer is not as wide as the logits, or was found by its name and gives
-    something else than the logits; or when there is no map.
+    Raises:
+        ValueError: the classifier layer is not as wide as the logits; it was found by its name and gives something else
+            than the logits; or there is no map.
     """
     images = images.to(next(model.parameters(), images).device)
     modes = [(module, module.training) for module in model.modules()]
@@ -235,7 +258,7 @@ def _check_classifier(model: FeatureModel, images: Tensor) -> ModelShapes:
 
 
 def _leads_to(value: Any, layer: nn.Module, logits: Tensor) -> bool:
-    """Whether ``logits`` are the layer's output, up to pooling, a ReLU (SqueezeNet) or a softmax."""
+    """Whether ``logits`` are the layer's output ``value``, up to pooling, a ReLU (SqueezeNet) or a softmax."""
     if not isinstance(value, Tensor) or logits.is_meta:
         return logits.is_meta
     for end in (lambda x: x, torch.relu, lambda x: x.log_softmax(1), lambda x: x.softmax(1)):

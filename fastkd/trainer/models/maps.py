@@ -1,4 +1,4 @@
-"""The last feature map of a model: found in one traced pass, and how single positions of it are classified."""
+"""Finds the last feature map of a model in one traced forward pass, and what classifies single positions of it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ _PASS_ON = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
 @dataclass(frozen=True)
 class MapSource:
-    """The layer whose output is the map, its ``shape`` (C, H, W) or (L, C) for tokens, its layout, and what follows it.
+    """The layer whose output is the map, the map's layout, and what follows it.
 
-    ``tail``: the layers from there to the logits, which then also classify a single position, and whether they take it
-    as a 1x1 map. None where the model does more than average in between (VGG's linear layers see all positions).
+    Attributes:
+        layer: the layer's name.
+        shape: (C, H, W), or (L, C) for tokens.
+        channels_last: the layer's output is [B, H, W, C].
+        prefix_tokens: this many of the first tokens stand for no position.
+        tail: the layers from the map to the logits, which then also classify a single position. None where the model
+            does more than average in between: VGG's linear layers see all positions.
+        tail_takes_maps: the tail takes a position as a 1x1 map.
     """
 
     layer: str
@@ -30,22 +36,22 @@ class MapSource:
 
     @property
     def channels(self) -> int:
-        """Channels of the map or width of the tokens."""
+        """The channels of the map, or the width of the tokens."""
         return self.shape[0] if len(self.shape) == 3 else self.shape[1]
 
     def read(self, value: Tensor) -> Tensor:
-        """The layer's output as [B, C, H, W], tokens as [B, L, C]."""
+        """The map [B, C, H, W] or the tokens [B, L, C] in the layer's output."""
         return value.movedim(-1, 1) if self.channels_last else value
 
     def classifier(self, model: nn.Module) -> Callable[[Tensor], Tensor] | None:
-        """What classifies positions of the map, [n, C] -> logits [n, classes]; None without a tail."""
+        """The function from n positions of the map [n, C] to their logits [n, classes]. None without a tail."""
         if self.tail is None:
             return None
         layers = [model.get_submodule(name) for name in self.tail]
         first = next((parameter for layer in layers for parameter in layer.parameters()), None)
 
         def classify(vectors: Tensor) -> Tensor:
-            # A copy, because a layer may work in place.
+            # Copied, because a layer may work in place.
             x = vectors.to(vectors.dtype if first is None else first.dtype, copy=True)
             if self.tail_takes_maps:
                 x = x[:, None, None, :] if self.channels_last else x[:, :, None, None]
@@ -58,7 +64,7 @@ class MapSource:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a layer, in the order in which they end."""
+    """One call of a layer, and what it returned."""
 
     name: str
     layer: nn.Module
@@ -68,14 +74,15 @@ class _Call:
 def find_map(run: Callable[[], Tensor], model: nn.Module, classifier: str, given: str | None = None) -> MapSource:
     """The last map of ``model`` before its layer ``classifier``.
 
-    That is the last output with several positions, [B, C, H, W], [B, H, W, C] or tokens [B, L, C], of a layer that is
-    called before the classifier. One whose average (or first token) is the features goes before the others.
+    The map is the last output with several positions ([B, C, H, W], [B, H, W, C] or tokens [B, L, C]) of a layer that
+    is called before the classifier. An output whose average or first token is the features goes before the others.
 
     Args:
         run: calls the model once, in eval mode, and returns the features [B, D].
-        given: the layer's name; nothing is searched then.
+        given: the layer's name, if it is known.
 
-    Raises ValueError when there is no such layer or ``given`` is not one, naming those that could be.
+    Raises:
+        ValueError: there is no such layer, or ``given`` is not one. The message names the last layers.
     """
     calls, features, output = _trace(run, model, classifier)
     width = features.shape[1]
@@ -90,7 +97,7 @@ def find_map(run: Callable[[], Tensor], model: nn.Module, classifier: str, given
             f"feature_map: {asked} of {type(model).__name__} that gives a map [B, C, H, W] or tokens [B, L, C] with "
             f"more than one position before the classifier; {_HOW_TO_NAME} (its last layers: {last})"
         )
-    # Looked for near the end alone: far inside, an average may equal the features by accident.
+    # Only near the end: far inside the model, an average may equal the features by accident.
     averaged = [call for call in maps[-4:] if any(_close(pooled, features) for pooled in _pooled(call.value, width))]
     call = (averaged or maps)[-1]
     source = MapSource(call.name, (), channels_last=_is_channels_last(call.value, width))
@@ -107,9 +114,10 @@ def find_map(run: Callable[[], Tensor], model: nn.Module, classifier: str, given
 
 
 def pool_features(features: Tensor, layer: nn.Module) -> Tensor:
-    """[B, D]: the input of ``layer`` averaged over everything but batch and channels.
+    """The input of ``layer``, averaged over everything but batch and channels: [B, D].
 
-    Channels are dimension 1 before a convolution (and before an unknown layer given a map), the last one otherwise.
+    The channels are dimension 1 before a convolution, and before an unknown layer that is given a map. Otherwise they
+    are the last dimension.
     """
     if features.ndim == 2:
         return features
@@ -118,7 +126,7 @@ def pool_features(features: Tensor, layer: nn.Module) -> Tensor:
 
 
 def _trace(run: Callable[[], Tensor], model: nn.Module, classifier: str) -> tuple[list[_Call], Tensor, Tensor]:
-    """Every call that ends before the classifier is called; the features; the classifier's (averaged) output [B, C]."""
+    """Every call that ends before the classifier is called, the features, and the classifier's output [B, C]."""
     calls: list[_Call] = []
     outputs: list[Tensor] = []
     head = model.get_submodule(classifier)
@@ -144,7 +152,10 @@ def _trace(run: Callable[[], Tensor], model: nn.Module, classifier: str) -> tupl
 
 
 def _is_channels_last(value: Tensor, width: int) -> bool:
-    """Whether a map is [B, H, W, C] rather than [B, C, H, W]: by the features' width, else by which sides are equal."""
+    """Whether a map is [B, H, W, C] rather than [B, C, H, W].
+
+    The features' width tells it; if it does not, the two sides that are equal do.
+    """
     if value.ndim != 4:
         return False
     _, first, second, last = value.shape
@@ -162,7 +173,7 @@ def _positions(value: Tensor, width: int) -> int:
 
 
 def _pooled(value: Tensor, width: int) -> Sequence[Tensor]:
-    """What models make of a map: its average; of tokens the first one, or the average with or without it."""
+    """What models make of a map: its average. Of tokens: the first one, or the average with or without the first."""
     if value.ndim == 3:
         return value[:, 0], value.mean(1), value[:, 1:].mean(1)
     return (value.mean((1, 2)) if _is_channels_last(value, width) else value.mean((2, 3)),)
@@ -176,7 +187,7 @@ def _close(left: Tensor, right: Tensor) -> bool:
 
 
 def _classifies(source: MapSource, model: nn.Module, pooled: Sequence[Tensor], output: Tensor) -> bool:
-    """Whether the tail makes the classifier's output of the pooled map."""
+    """Whether the tail turns one of the pooled maps into the classifier's output."""
     classify = source.classifier(model)
     assert classify is not None
     for vectors in pooled:
@@ -190,7 +201,7 @@ def _classifies(source: MapSource, model: nn.Module, pooled: Sequence[Tensor], o
 
 
 def _prefix_tokens(model: nn.Module, length: int) -> int:
-    """How many of the tokens stand for no position: what timm's models say, else what a square grid leaves over."""
+    """The number of tokens that stand for no position: timm's models say it, else a square grid leaves them over."""
     said = getattr(model, "num_prefix_tokens", None)
     if isinstance(said, int):
         return said

@@ -1,4 +1,4 @@
-"""Small networks for small images: what the digits recipes and the tests train."""
+"""Small networks for small images, which the digits recipes and the tests train."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 
 class SmallConvNet(nn.Module):
-    """Blocks of 3x3 convolution, batch norm, ReLU; the resolution halves and the width doubles from block to block.
+    """Blocks of 3x3 convolution, batch norm and ReLU. From block to block the resolution halves and the width doubles.
 
     Args:
         num_classes: width of the logits.
         in_channels: channels of the images.
-        width: channels of the first block; the last block, and so the features, have ``width * 2**(depth - 1)``.
-        depth: number of blocks; 8x8 images allow up to 4.
+        width: channels of the first block. The features have ``width * 2**(depth - 1)``, as the last block has.
+        depth: number of blocks. 8x8 images allow up to 4.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, width: int = 32, depth: int = 2) -> None:
@@ -52,5 +52,5 @@ class MLP(nn.Module):
         self.head = nn.Linear(widths[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] of images whose elements number ``in_features``."""
+        """Logits [B, num_classes] of images with ``in_features`` elements each."""
         return self.head(self.body(images))

@@ -1,1 +1,39 @@
-"""Recipes: functions that return the configuration of a whole run."""
+"""Recipes: functions that return the configuration of a whole run, by the name that ``fastkd train`` takes.
+
+Example:
+    >>> from fastkd.trainer import RECIPES, train
+    >>> config = RECIPES["digits-teacher"]()
+    >>> result = train(config)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.recipes import cifar, digits, imagenet
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "digits": digits.digits,
+    "digits-scratch": digits.digits_scratch,
+    "digits-teacher": digits.digits_teacher,
+    "cifar100-resnet32x4": cifar.resnet32x4,
+    "cifar100-wrn-40-2": cifar.wrn_40_2,
+    "cifar100-dcd-kd": cifar.dcd_kd,
+    "cifar100-ckd": cifar.ckd,
+    "cifar100-pckd": cifar.pckd,
+    "imagenet-r34-r18-dcd": imagenet.resnet34_resnet18_dcd,
+    "imagenet-r34-r18-dcd-kd": imagenet.resnet34_resnet18_dcd_kd,
+    "imagenet-r50-r18-dcd": imagenet.resnet50_resnet18_dcd,
+    "imagenet-r50-r18-dcd-kd": imagenet.resnet50_resnet18_dcd_kd,
+    "imagenet-r50-mv2-dcd": imagenet.resnet50_mobilenetv2_dcd,
+    "imagenet-r50-mv2-dcd-kd": imagenet.resnet50_mobilenetv2_dcd_kd,
+    "imagenet-r34-r18-ckd": imagenet.resnet34_resnet18_ckd,
+    "imagenet-r34-r18-pckd": imagenet.resnet34_resnet18_pckd,
+    "imagenet-large-batch": imagenet.large_batch,
+}
+
+
+def summary(name: str) -> str:
+    """The first line of a recipe's docstring."""
+    return (RECIPES[name].__doc__ or "").strip().splitlines()[0]

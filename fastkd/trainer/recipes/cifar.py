@@ -1,6 +1,8 @@
-"""Recipes for CIFAR-100, unpacked in ``cifar``: the settings that RepDistiller's benchmark (arXiv 1910.10699) began."""
+"""Recipes for CIFAR-100, unpacked in ``cifar``. RepDistiller's benchmark (arXiv 1910.10699) began these settings."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.config import DataConfig
@@ -13,31 +15,22 @@ RESNET32X4 = ModelConfig(name=f"{NETS}:CifarResNet", options={"depth": 32, "widt
 RESNET8X4 = ModelConfig(name=f"{NETS}:CifarResNet", options={"depth": 8, "widths": [32, 64, 128, 256]})
 WRN_40_2 = ModelConfig(name=f"{NETS}:WideResNet", options={"depth": 40, "width": 2})
 WRN_16_2 = ModelConfig(name=f"{NETS}:WideResNet", options={"depth": 16, "width": 2})
-STEPS = OptimConfig(lr=0.05, weight_decay=5e-4, schedule="step", milestones=(150, 180, 210))
+TRAINED_RESNET32X4 = replace(RESNET32X4, weights="runs/cifar100-resnet32x4", min_accuracy=0.7)
+TRAINED_WRN_40_2 = replace(WRN_40_2, weights="runs/cifar100-wrn-40-2", min_accuracy=0.7)
 
 
 def _run(
-    name: str,
-    student: ModelConfig,
-    terms: ObjectiveConfig,
-    teacher: ModelConfig | None = None,
-    *,
-    optim: OptimConfig = STEPS,
-    epochs: int = 240,
+    name: str, student: ModelConfig, objective: ObjectiveConfig, teacher: ModelConfig | None = None
 ) -> TrainConfig:
     return TrainConfig(
         student=student,
         teacher=teacher,
         data=DataConfig(name="cifar", options={"root": "cifar"}, batch_size=64),
-        objective=terms,
-        optim=optim,
-        epochs=epochs,
+        objective=objective,
+        optim=OptimConfig(lr=0.05, weight_decay=5e-4, schedule="step", milestones=(150, 180, 210)),
+        epochs=240,
         run_dir=f"runs/{name}",
     )
-
-
-def _trained(model: ModelConfig, run: str) -> ModelConfig:
-    return ModelConfig(name=model.name, options=model.options, weights=f"runs/{run}", min_accuracy=0.7)
 
 
 def resnet32x4() -> TrainConfig:
@@ -57,38 +50,29 @@ def wrn_40_2() -> TrainConfig:
 def dcd_kd() -> TrainConfig:
     """resnet32x4 -> resnet8x4 by DCD + KD (arXiv 2407.11802).
 
-    The command and the defaults of the authors' public code (giakoumoglou/distillers, cifar/): all weights 1, KD at
-    temperature 4, 240 epochs, batch 64, SGD with lr 0.05 divided by 10 after 150, 180 and 210, weight decay 5e-4.
+    The command and the defaults of the authors' public code (giakoumoglou/distillers, cifar/): all weights are 1, KD is
+    at temperature 4, and the schedule is the one of cifar100-resnet32x4.
     """
-    teacher = _trained(RESNET32X4, "cifar100-resnet32x4")
-    return _run("cifar100-dcd-kd", RESNET8X4, ObjectiveConfig(terms="dcd + kd"), teacher)
+    return _run("cifar100-dcd-kd", RESNET8X4, ObjectiveConfig(terms="dcd + kd"), TRAINED_RESNET32X4)
 
 
 def ckd() -> TrainConfig:
     """resnet32x4 -> resnet8x4 by CKD (arXiv 2404.14109).
 
-    All from configs/cifar100/ckd/res32x4_res8x4.yaml of the authors' public code (ZhouXinzzzzz/CKD): CE + 100 CKD at
-    temperature 1, 480 epochs, batch 64, SGD with lr 0.05 and a cosine to 0, weight decay 5e-4.
+    All settings are from configs/cifar100/ckd/res32x4_res8x4.yaml of the authors' public code (ZhouXinzzzzz/CKD):
+    CE + 100 CKD at temperature 1, 480 epochs, batch 64, SGD with lr 0.05 and a cosine to 0, weight decay 5e-4.
     """
-    return _run(
-        "cifar100-ckd",
-        RESNET8X4,
-        ObjectiveConfig(terms="100*ckd"),
-        _trained(RESNET32X4, "cifar100-resnet32x4"),
-        optim=OptimConfig(lr=0.05, weight_decay=5e-4),
-        epochs=480,
-    )
+    config = _run("cifar100-ckd", RESNET8X4, ObjectiveConfig(terms="100*ckd"), TRAINED_RESNET32X4)
+    return replace(config, optim=OptimConfig(lr=0.05, weight_decay=5e-4), epochs=480)
 
 
 def pckd() -> TrainConfig:
     """WRN-40-2 -> WRN-16-2 by PCKD (arXiv 2410.14143).
 
-    The command in the README of the authors' public code (MuHeDing/PCKD): centre 1, category 0.05 (here times the
-    4 / 0.07 that is inside their loss), feature 20; and its defaults: no KD, 240 epochs, batch 64, SGD with lr 0.05
-    divided by 10 after 150, 180 and 210, weight decay 5e-4. They show every image in four rotations to the category and
-    feature terms, we in one.
+    The command in the README of the authors' public code (MuHeDing/PCKD): weights 1 for the centres, 0.05 for the
+    categories (here times the 4 / 0.07 that is inside their loss) and 20 for the features. From its defaults: no KD,
+    and the schedule of cifar100-resnet32x4. Their category and feature terms see every image in four rotations, ours
+    in one.
     """
     terms = PCKDConfig(category_weight=0.05 * 4 / 0.07, center_weight=1.0, feature_weight=20.0, kd_weight=0.0)
-    return _run(
-        "cifar100-pckd", WRN_16_2, ObjectiveConfig(terms="pckd", pckd=terms), _trained(WRN_40_2, "cifar100-wrn-40-2")
-    )
+    return _run("cifar100-pckd", WRN_16_2, ObjectiveConfig(terms="pckd", pckd=terms), TRAINED_WRN_40_2)

@@ -1,12 +1,13 @@
-"""Recipes for ImageNet-1k (ILSVRC-2012), in ``imagenet/train`` and ``imagenet/val``: a folder a class, or shards.
+"""Recipes for ImageNet-1k (ILSVRC-2012), in ``imagenet/train`` and ``imagenet/val``: a folder per class, or shards.
 
-Ours in all of them, since no paper says it: bf16, channels-last, eight loader processes a rank, no weight decay on
-biases and norms, and the floors that the teachers must reach (torchvision gives 73.3 and 76.1 % for theirs).
+The papers do not say everything. In all recipes these choices are ours: bf16, channels-last, eight loader processes per
+rank, no weight decay on biases and norms, and the accuracy that the teachers must reach (torchvision states 73.3 % for
+its ResNet-34 and 76.1 % for its ResNet-50).
 """
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.config import DataConfig
@@ -14,9 +15,12 @@ from fastkd.trainer.models.build import ModelConfig
 from fastkd.trainer.objective.config import CEConfig, ObjectiveConfig, PCKDConfig
 from fastkd.trainer.optim import OptimConfig
 
-# The weights of torchvision's first training recipe, which the papers' teachers have.
+# The papers' teachers have the weights of torchvision's first training recipe.
 RESNET34 = ModelConfig(name="torchvision:resnet34.IMAGENET1K_V1", pretrained=True, min_accuracy=0.72)
 RESNET50 = ModelConfig(name="torchvision:resnet50.IMAGENET1K_V1", pretrained=True, min_accuracy=0.75)
+
+
+STEPS = OptimConfig(lr=0.1, weight_decay=1e-4, schedule="step", milestones=(30, 60, 90))
 
 
 def _run(
@@ -24,10 +28,11 @@ def _run(
     teacher: ModelConfig,
     student: str,
     objective: ObjectiveConfig,
-    optim: OptimConfig,
-    epochs: int,
-    batch: int,
+    optim: OptimConfig = STEPS,
+    epochs: int = 120,
+    batch: int = 256,
 ) -> TrainConfig:
+    """The defaults are the schedule of the ImageNet commands in DCD's public code."""
     return TrainConfig(
         student=ModelConfig(name=f"torchvision:{student}"),
         teacher=teacher,
@@ -43,52 +48,46 @@ def _run(
     )
 
 
-def _dcd(name: str, teacher: ModelConfig, student: str, terms: str) -> TrainConfig:
-    """The schedule of the ImageNet commands in DCD's public code, imagenet/README.md of giakoumoglou/distillers."""
-    optim = OptimConfig(lr=0.1, weight_decay=1e-4, schedule="step", milestones=(30, 60, 90))
-    return _run(name, teacher, student, ObjectiveConfig(terms=terms), optim, epochs=120, batch=256)
-
-
 def resnet34_resnet18_dcd() -> TrainConfig:
     """ResNet-34 -> ResNet-18 by DCD (arXiv 2407.11802).
 
-    The paper's pair; its weights, CE + DCD with alpha 0.5, tau from 1, embeddings of 128. From the ImageNet commands in
-    the authors' public code: 120 epochs, batch 256, SGD with lr 0.1 divided by 10 after 30, 60 and 90, weight decay
-    1e-4.
+    The networks and the weights are the paper's: CE + DCD with alpha 0.5, tau from 1, embeddings of 128. The schedule
+    is from the ImageNet commands in the authors' public code (giakoumoglou/distillers, imagenet/README.md): 120 epochs,
+    batch 256, SGD with lr 0.1 divided by 10 after 30, 60 and 90, weight decay 1e-4.
     """
-    return _dcd("imagenet-r34-r18-dcd", RESNET34, "resnet18", "dcd")
+    return _run("imagenet-r34-r18-dcd", RESNET34, "resnet18", ObjectiveConfig(terms="dcd"))
 
 
 def resnet34_resnet18_dcd_kd() -> TrainConfig:
     """ResNet-34 -> ResNet-18 by DCD + KD (arXiv 2407.11802): as imagenet-r34-r18-dcd, and KD at temperature 4."""
-    return _dcd("imagenet-r34-r18-dcd-kd", RESNET34, "resnet18", "dcd + kd")
+    return _run("imagenet-r34-r18-dcd-kd", RESNET34, "resnet18", ObjectiveConfig(terms="dcd + kd"))
 
 
 def resnet50_resnet18_dcd() -> TrainConfig:
     """ResNet-50 -> ResNet-18 by DCD (arXiv 2407.11802): otherwise as imagenet-r34-r18-dcd."""
-    return _dcd("imagenet-r50-r18-dcd", RESNET50, "resnet18", "dcd")
+    return _run("imagenet-r50-r18-dcd", RESNET50, "resnet18", ObjectiveConfig(terms="dcd"))
 
 
 def resnet50_resnet18_dcd_kd() -> TrainConfig:
     """ResNet-50 -> ResNet-18 by DCD + KD (arXiv 2407.11802): otherwise as imagenet-r34-r18-dcd-kd."""
-    return _dcd("imagenet-r50-r18-dcd-kd", RESNET50, "resnet18", "dcd + kd")
+    return _run("imagenet-r50-r18-dcd-kd", RESNET50, "resnet18", ObjectiveConfig(terms="dcd + kd"))
 
 
 def resnet50_mobilenetv2_dcd() -> TrainConfig:
     """ResNet-50 -> MobileNetV2 by DCD (arXiv 2407.11802): otherwise as imagenet-r34-r18-dcd."""
-    return _dcd("imagenet-r50-mv2-dcd", RESNET50, "mobilenet_v2", "dcd")
+    return _run("imagenet-r50-mv2-dcd", RESNET50, "mobilenet_v2", ObjectiveConfig(terms="dcd"))
 
 
 def resnet50_mobilenetv2_dcd_kd() -> TrainConfig:
     """ResNet-50 -> MobileNetV2 by DCD + KD (arXiv 2407.11802): otherwise as imagenet-r34-r18-dcd-kd."""
-    return _dcd("imagenet-r50-mv2-dcd-kd", RESNET50, "mobilenet_v2", "dcd + kd")
+    return _run("imagenet-r50-mv2-dcd-kd", RESNET50, "mobilenet_v2", ObjectiveConfig(terms="dcd + kd"))
 
 
 def resnet34_resnet18_ckd() -> TrainConfig:
     """ResNet-34 -> ResNet-18 by CKD (arXiv 2404.14109).
 
-    All from configs/imagenet/r34_r18/ckd.yaml of the authors' public code (ZhouXinzzzzz/CKD): CE + 10 CKD at
-    temperature 1, 200 epochs, batch 512, SGD with lr 0.2 and a cosine to 0, weight decay 1e-4.
+    All settings are from configs/imagenet/r34_r18/ckd.yaml of the authors' public code (ZhouXinzzzzz/CKD): CE + 10 CKD
+    at temperature 1, 200 epochs, batch 512, SGD with lr 0.2 and a cosine to 0, weight decay 1e-4.
     """
     return _run(
         "imagenet-r34-r18-ckd",
@@ -104,29 +103,27 @@ def resnet34_resnet18_ckd() -> TrainConfig:
 def resnet34_resnet18_pckd() -> TrainConfig:
     """ResNet-34 -> ResNet-18 by PCKD (arXiv 2410.14143), the paper's pair on a schedule of ours.
 
-    The authors' public code (MuHeDing/PCKD) has CIFAR-100 alone. The weights are those of its command there, see
-    cifar100-pckd; ours are KD at weight 1, and 100 epochs at batch 256, SGD with lr 0.1 divided by 10 after 30, 60 and
-    90, weight decay 1e-4.
+    The authors' public code (MuHeDing/PCKD) covers CIFAR-100 alone. The weights are the same as in cifar100-pckd. These
+    choices are ours: KD at weight 1, 100 epochs, batch 256, SGD with lr 0.1 divided by 10 after 30, 60 and 90, weight
+    decay 1e-4.
     """
     return _run(
         "imagenet-r34-r18-pckd",
         RESNET34,
         "resnet18",
         ObjectiveConfig(terms="pckd", pckd=PCKDConfig(category_weight=0.05 * 4 / 0.07, feature_weight=20.0)),
-        OptimConfig(lr=0.1, weight_decay=1e-4, schedule="step", milestones=(30, 60, 90)),
         epochs=100,
-        batch=256,
     )
 
 
 def large_batch() -> TrainConfig:
     """ResNet-34 -> ResNet-18 by DCD + KD at batch 16,384: 8 nodes of 8 GPUs, 256 images each. The choices are ours.
 
-    LAMB with the settings of "ResNet strikes back" (arXiv 2110.00476, procedure A3): lr 8e-3 at batch 2048, weight
-    decay 0.02, 5 epochs of warm-up and a cosine, 100 epochs. The lr grows with the root of the batch, as in LAMB's
-    paper (arXiv 1904.00962). Ours: cross-entropy with labels smoothed by 0.1 (there a binary one), the plain
-    augmentation, gradients clipped at norm 1, a moving average of 0.999 a step. On fewer GPUs, ``--chunks`` keeps the
-    batch, and the gradient is the same.
+    LAMB has the settings of "ResNet strikes back" (arXiv 2110.00476, procedure A3): lr 8e-3 at batch 2048, weight decay
+    0.02, 5 epochs of warm-up and a cosine, 100 epochs. The lr grows with the root of the batch, as in LAMB's paper
+    (arXiv 1904.00962). These choices are ours: cross-entropy with labels smoothed by 0.1 (theirs is binary), the plain
+    augmentation, gradients clipped at norm 1, a moving average with 0.999 per step. On fewer GPUs, ``--chunks`` keeps
+    the batch, and the gradient is the same.
     """
     config = _run(
         "imagenet-large-batch",
@@ -145,4 +142,4 @@ def large_batch() -> TrainConfig:
         epochs=100,
         batch=16_384,
     )
-    return dataclasses.replace(config, ema=0.999, compile=True)
+    return replace(config, ema=0.999, compile=True)

@@ -1,1 +1,1 @@
-"""The HTML page of a run."""
+"""The HTML report about training runs: their records read, their curves drawn, the page rendered."""

@@ -1,4 +1,4 @@
-"""Curves of recorded runs as inline SVG: one panel a quantity, one colour a run."""
+"""Draws the curves of recorded runs as inline SVG: one panel per quantity, one colour per run."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fastkd.trainer.report.records import RecordedRun
-from fastkd.trainer.report.style import PALETTE, STYLE, WIDTH, to_svg
+from fastkd.trainer.report.style import PALETTE, drawing, to_svg
 
 COLOURS = (PALETTE[2], PALETTE[1], PALETTE[4], PALETTE[3], PALETTE[5], PALETTE[0])
-DASHES = ("", "5 2", "1.5 1.5", "6 2 1.5 2")  # after the last colour they begin again with the next pattern
-MAX_POINTS = 600  # of a curve
-LOG_FROM = 100.0  # ratio of the largest to the smallest value from which an axis may be logarithmic
+DASHES = ("", "5 2", "1.5 1.5", "6 2 1.5 2")  # after the last colour, the colours begin again with the next dashes
+MAX_POINTS = 600  # per curve
+LOG_FROM = 100.0  # an axis may be logarithmic if the largest value is more than this many times the smallest
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A recorded value. ``mean``: its epoch records are means over the epoch. ``log``: its axis may be logarithmic."""
+    """A recorded value. With ``mean``, its epoch records are means over the epoch. With ``log``, its axis may be
+    logarithmic.
+    """
 
     name: str
     title: str
@@ -33,7 +33,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Panel:
-    """A drawn quantity; ``svg`` is None when no value is finite. ``note`` says what the picture does not show."""
+    """A drawn quantity. ``svg`` is None when no value is finite. ``note`` says what the picture does not show."""
 
     title: str
     svg: str | None
@@ -46,17 +46,15 @@ def look(index: int) -> tuple[str, str]:
 
 
 def draw(runs: Sequence[RecordedRun], quantity: Quantity, key: str) -> Panel:
-    """The quantity over epochs, one colour a run.
+    """A panel of the quantity over epochs, one colour per run.
 
-    Of a mean over epochs, the values of single steps are drawn faint behind it.
+    Behind a mean over epochs, the values of single steps are drawn faint.
     """
     lost, total, drawn = 0, 0, []
-    with matplotlib.rc_context(STYLE | {"axes.formatter.useoffset": False}):
-        figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
-        axis = figure.subplots()
+    with drawing(2.9, style={"axes.formatter.useoffset": False}) as axis:
         for index, run in enumerate(runs):
             colour, dash = look(index)
-            # The first lines are the broadest, so that lines on top of each other can still be told apart.
+            # The first lines are the broadest, so that lines on top of one another can be told apart.
             width = 1.6 + 0.4 * min(len(runs) - 1 - index, 5)
             pattern = (0, tuple(map(float, dash.split()))) if dash else "-"
             style: dict[str, Any] = {"color": colour, "linestyle": pattern, "linewidth": width}
@@ -69,12 +67,12 @@ def draw(runs: Sequence[RecordedRun], quantity: Quantity, key: str) -> Panel:
         if not drawn:
             return Panel(quantity.title, None, f"none of its {total:,} values is finite")
         _scale(axis, quantity, np.concatenate(drawn))
-        # The same epochs in every panel.
+        # Every panel shows the same epochs.
         axis.set_xlim(0, 1.02 * max(run.last_step / run.steps_per_epoch for run in runs))
         axis.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
         axis.set_xlabel("epoch")
         ends = [f"{run.name} {last:.4g}" for run in runs if (last := _last(run, quantity)) is not None]
-        svg = to_svg(figure, key, f"{quantity.title} over epochs. Last value: {', '.join(ends)}.")
+        svg = to_svg(axis, key, f"{quantity.title} over epochs. Last value: {', '.join(ends)}.")
     note = f"{lost:,} of {total:,} values are not finite: gaps" if lost else ""
     return Panel(quantity.title, svg, note)
 
@@ -92,14 +90,14 @@ def _curves(run: RecordedRun, quantity: Quantity) -> list[tuple[np.ndarray, np.n
 
 
 def _points(run: RecordedRun, records: Sequence[dict[str, Any]], quantity: Quantity) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs (as a fraction) and values of the records that have the quantity."""
+    """The epochs, as fractions, and the values of the records that have the quantity."""
     found = [(record["step"], record[quantity.name]) for record in records if quantity.name in record]
     steps, values = np.array(found, dtype=float).reshape(-1, 2).T
     return steps / run.steps_per_epoch, values * (100 if quantity.percent else 1)
 
 
 def thin(x: np.ndarray, y: np.ndarray, points: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most ``points`` of a curve: the smallest and the largest value of each group in a row, so that peaks stay."""
+    """At most ``points`` of a curve: the smallest and the largest value per group of neighbours, so that peaks stay."""
     if len(x) <= points:
         return x, y
     kept = [0, len(x) - 1]
@@ -111,7 +109,7 @@ def thin(x: np.ndarray, y: np.ndarray, points: int = MAX_POINTS) -> tuple[np.nda
 
 
 def _plot(axis: Any, x: np.ndarray, y: np.ndarray, style: dict[str, Any]) -> None:
-    """A line broken at what is not finite; a value without a neighbour is a dot, for a line would not show it."""
+    """Draw a line, broken at values that are not finite. A value without neighbours becomes a dot, which shows."""
     axis.plot(x, y, **style)
     finite = np.pad(np.isfinite(y), 1)
     alone = finite[1:-1] & ~finite[:-2] & ~finite[2:]
@@ -119,7 +117,7 @@ def _plot(axis: Any, x: np.ndarray, y: np.ndarray, style: dict[str, Any]) -> Non
 
 
 def _scale(axis: Any, quantity: Quantity, values: np.ndarray) -> None:
-    """A linear axis, but a logarithmic one where a few large values would flatten all others."""
+    """Make the axis logarithmic where a few large values would flatten all others."""
     positive = bool((values > 0).all())
     if (quantity.log or quantity.mean) and positive and values.max() > LOG_FROM * values.min():
         axis.set_yscale("log")
@@ -127,9 +125,6 @@ def _scale(axis: Any, quantity: Quantity, values: np.ndarray) -> None:
 
 
 def _last(run: RecordedRun, quantity: Quantity) -> float | None:
-    """The last value, an epoch's where there is one."""
-    for records in (run.epochs, run.steps):
-        values = _points(run, records, quantity)[1]
-        if len(values):
-            return float(values[-1])
-    return None
+    """The last value of an epoch, or of a step where no epoch has one."""
+    found = (_points(run, records, quantity)[1] for records in (run.epochs, run.steps))
+    return next((float(values[-1]) for values in found if len(values)), None)

@@ -1,10 +1,11 @@
-"""``fastkd report``: one HTML page about a training run, or about several compared, drawn from their folders' files.
+"""``fastkd report``: writes one HTML page about a training run, or about several compared, from their run folders.
 
-The page is one file that needs nothing else. A run may still be going on: what it has written so far is shown.
+The page is one file that needs nothing else. Of a run that is still going on, it shows what is written so far.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -12,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
+import tyro
 
 from fastkd.trainer.config import FREE_TO_CHANGE
 from fastkd.trainer.report.curves import MAX_POINTS, Panel, Quantity, draw, look
 from fastkd.trainer.report.records import RecordedRun, read_runs
-from fastkd.trainer.report.style import write_atomically
+from fastkd.trainer.report.style import render_page, write_atomically
 
 LOSS = Quantity("loss", "Training loss, weighted sum", mean=True)
 ACCURACY = Quantity("accuracy", "Accuracy, top-1 (%)", percent=True)
@@ -32,7 +33,7 @@ KNOWN = {quantity.name: quantity for quantity in (LOSS, ACCURACY, TOP5, EVAL_LOS
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table: ``value`` as in ``metrics.jsonl``, and as the page shows it."""
+    """A number in a table: its ``value`` in ``metrics.jsonl``, and the ``text`` that the page shows."""
 
     value: float | None
     text: str
@@ -41,9 +42,10 @@ class Cell:
 def write_run_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write the page about the run folders ``runs`` to ``out`` and return its path.
 
-    ``out`` defaults to ``report.html`` in the folder of a single run, to ``comparison.html`` here for several.
+    ``out`` is by default ``report.html`` in the folder of a single run, and ``comparison.html`` here for several.
 
-    Raises ValueError: a file is missing or cannot be read, a run is given twice, or ``out`` is no ``.html`` file.
+    Raises:
+        ValueError: a file is missing or cannot be read, a run is given twice, or ``out`` is no ``.html`` file.
     """
     read = read_runs(runs)
     if out is None:
@@ -58,17 +60,21 @@ def write_run_report(runs: Sequence[str | Path], out: str | Path | None = None) 
     return out
 
 
+def report_command(runs: tyro.conf.Positional[tuple[str, ...]], out: str | None = None) -> None:
+    """An HTML page about a training run, or about several compared: curves, results, settings.
+
+    Args:
+        runs: run folders. A run may still be going on.
+        out: the .html file; by default report.html in the run folder, comparison.html here for several.
+    """
+    print(write_run_report(runs, out))
+
+
 def render(runs: Sequence[RecordedRun]) -> str:
     """The page as HTML text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     settings = side_by_side([flatten(run.info["config"]) for run in runs])
-    page = environment.get_template("page.html").render(
+    page = render_page(
+        Path(__file__).parent,
         title=f"Training run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} training runs compared",
         runs=runs,
         looks=[look(index) for index in range(len(runs))],
@@ -77,7 +83,7 @@ def render(runs: Sequence[RecordedRun]) -> str:
         sections=draw_sections(runs),
         facts=side_by_side([facts(run) for run in runs]),
         settings=settings,
-        # Data that a run may find elsewhere when it is resumed are other data, as far as two runs tell.
+        # A resumed run may find its data in another folder. Two runs with different folders may have different data.
         differing={
             name: row
             for name, row in settings.items()
@@ -86,12 +92,12 @@ def render(runs: Sequence[RecordedRun]) -> str:
         thinned=[run for run in runs if len(run.steps) > MAX_POINTS],
         max_points=MAX_POINTS,
     )
-    # What UTF-8 or HTML cannot hold may stand in a user's names.
+    # A user's names may contain what UTF-8 or HTML cannot hold.
     return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", page)
 
 
 def sections_of(runs: Sequence[RecordedRun]) -> dict[str, list[Quantity]]:
-    """The recorded quantities under the headings they are shown with; headings without any are left out."""
+    """The recorded quantities by heading. Headings without any are left out."""
     names = list(dict.fromkeys(name for run in runs for name in run.quantities))
     weighted = {name for run in runs for name in run.info["loss_weights"]}
     found: dict[str, list[Quantity]] = {
@@ -118,17 +124,16 @@ def sections_of(runs: Sequence[RecordedRun]) -> dict[str, list[Quantity]]:
 
 
 def draw_sections(runs: Sequence[RecordedRun]) -> dict[str, list[Panel]]:
-    """A panel for every quantity, under its heading."""
-    count = 0
-    drawn: dict[str, list[Panel]] = {}
-    for heading, quantities in sections_of(runs).items():
-        drawn[heading] = [draw(runs, quantity, f"panel{count + index}") for index, quantity in enumerate(quantities)]
-        count += len(quantities)
-    return drawn
+    """A panel for every quantity, by heading."""
+    number = itertools.count()
+    return {
+        heading: [draw(runs, quantity, f"panel{next(number)}") for quantity in quantities]
+        for heading, quantities in sections_of(runs).items()
+    }
 
 
 def status(run: RecordedRun) -> str:
-    """Finished or not, at which step, resumed or not, in one line."""
+    """One line that says whether the run is finished, at which step it is, and whether it was resumed."""
     total = run.info["steps"]
     if run.finished:
         text = f"finished: all {counted(total, 'step')}, {counted(run.info['config']['epochs'], 'epoch')}"
@@ -142,7 +147,7 @@ def status(run: RecordedRun) -> str:
 
 
 def facts(run: RecordedRun) -> dict[str, str]:
-    """What the run was, as label and text."""
+    """What the run was, as texts by their labels."""
     info, config = run.info, run.info["config"]
     given = info["given_as_objects"]
     data = "given as objects" if "data" in given else str(config["data"]["name"])
@@ -180,7 +185,7 @@ def _model(info: dict[str, Any]) -> str:
 
 
 def side_by_side(columns: Sequence[dict[str, str]]) -> dict[str, list[str]]:
-    """Label -> one text a run, or a single text where all runs agree."""
+    """For every label one text per run, or a single text where all runs agree."""
     rows = {}
     for name in dict.fromkeys(name for column in columns for name in column):
         texts = [column.get(name, "-") for column in columns]
@@ -200,7 +205,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def cell(quantity: Quantity, record: dict[str, Any] | None) -> Cell:
-    """The quantity in ``record`` as a table shows it."""
+    """The quantity in ``record``, as a table shows it."""
     if record is None or quantity.name not in record:
         return Cell(None, "-")
     value = record[quantity.name]
@@ -212,7 +217,7 @@ def cell(quantity: Quantity, record: dict[str, Any] | None) -> Cell:
 
 
 def epoch_table(run: RecordedRun) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
-    """Headings and rows: every quantity after the last epoch, after the last evaluated and after the best one."""
+    """Headings and rows: every quantity after the last epoch, the last evaluated epoch and the best epoch."""
     if not run.epochs:
         return [], []
     records = [("last epoch", run.epochs[-1])]
@@ -227,7 +232,7 @@ def epoch_table(run: RecordedRun) -> tuple[list[str], list[tuple[str, list[Cell]
 
 
 def comparison(runs: Sequence[RecordedRun]) -> tuple[list[str], list[list[Cell]]]:
-    """Headings and a row a run: the last evaluated epoch, and the best accuracy."""
+    """Headings and one row per run: the values of its last evaluated epoch, and its best accuracy."""
     recorded = {name for run in runs for name in run.quantities}
     chosen = [item for item in (ACCURACY, TOP5, EVAL_LOSS, LOSS, SPEED) if item.name in recorded]
     sizes = [run.info["student"]["parameters"] for run in runs]
@@ -242,5 +247,5 @@ def comparison(runs: Sequence[RecordedRun]) -> tuple[list[str], list[list[Cell]]
 
 
 def _epoch(record: dict[str, Any] | None) -> Cell:
-    """Epochs are recorded from 0 and shown from 1."""
+    """The number of an epoch. Epochs are recorded from 0 and shown from 1."""
     return Cell(None, "-") if record is None else Cell(record["epoch"], str(record["epoch"] + 1))

@@ -1,4 +1,4 @@
-"""A run folder read back: ``run.json``, ``metrics.jsonl``, the newest checkpoint's manifest; never its weights."""
+"""Reads a run folder: ``run.json``, ``metrics.jsonl`` and the newest checkpoint's manifest, but never weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ _NOT_A_QUANTITY = {"kind", "step", "epoch"}
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedRun:
-    """One run as its files tell it.
+    """One run, as its files describe it.
 
-    ``info`` is ``run.json``, ``manifest`` that of the newest checkpoint (None: there is none). ``steps`` and ``epochs``
-    are the records of ``metrics.jsonl`` in the order of their steps, null as NaN, the latter with the values of
-    ``speed.jsonl``. ``cut``: its last line is incomplete.
+    Attributes:
+        info: ``run.json``.
+        manifest: the manifest of the newest checkpoint. None if there is no checkpoint.
+        steps, epochs: the records of ``metrics.jsonl`` in the order of their steps, with NaN for null. ``epochs`` also
+            have the values of ``speed.jsonl``.
+        cut: the last line of ``metrics.jsonl`` is incomplete.
     """
 
     name: str
@@ -43,12 +46,12 @@ class RecordedRun:
 
     @property
     def last_step(self) -> int:
-        """The step of the last record, 0 before the first."""
+        """The step of the last record, and 0 if there is none."""
         return max((records[-1]["step"] for records in (self.steps, self.epochs) if records), default=0)
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is in a checkpoint, or in the records where the checkpoints were left elsewhere."""
+        """Whether the last step is in a checkpoint, or in the records if there are no checkpoints here."""
         at = self.manifest["step"] if self.manifest is not None else self.epochs[-1]["step"] if self.epochs else 0
         return bool(at >= self.info["steps"])
 
@@ -65,7 +68,7 @@ class RecordedRun:
 
     @cached_property
     def quantities(self) -> list[str]:
-        """Names of all recorded values, in the order in which they first appear."""
+        """The names of all recorded values, in the order in which they first appear."""
         found: dict[str, None] = {}
         for record in (*self.steps, *self.epochs):
             found.update(dict.fromkeys(record))
@@ -73,7 +76,7 @@ class RecordedRun:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[RecordedRun]:
-    """Read the run folders. ValueError for none, for one given twice, and as ``read_run``."""
+    """Read the run folders. ValueError if there are none, if one is given twice, or if ``read_run`` raises it."""
     paths = [Path(folder).resolve() for folder in folders]
     if not paths:
         raise ValueError("runs: got none, expected at least one run folder")
@@ -87,7 +90,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[RecordedRun]:
 
 
 def read_run(folder: Path, name: str) -> RecordedRun:
-    """Read one run folder. ValueError naming the file that is missing or cannot be understood."""
+    """Read one run folder. ValueError that names the file if one is missing or cannot be understood."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such run folder")
     info = _json_object(folder / RUN)
@@ -116,9 +119,9 @@ def read_run(folder: Path, name: str) -> RecordedRun:
 
 
 def read_metrics(file: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The records of ``metrics.jsonl``, and whether its last line is incomplete and left out (a run writes in blocks).
+    """The records of ``metrics.jsonl``, and whether its last line is incomplete, as a run leaves it that is writing.
 
-    ValueError naming the file and the line for anything else that is not a record.
+    An incomplete last line is left out. Anything else that is no record raises ValueError with the file and the line.
     """
     lines = _read(file).split(b"\n")
     while lines and not lines[-1].strip():
@@ -140,7 +143,7 @@ def read_metrics(file: Path) -> tuple[list[dict[str, Any]], bool]:
 
 
 def _plain(item: tuple[str, Any]) -> tuple[str, Any]:
-    """NaN for what is not finite (null in the file), None for what is no number."""
+    """The item, with NaN for a value that is not finite (null in the file) and None for one that is no number."""
     name, value = item
     if name in _NOT_A_QUANTITY:
         return item
@@ -156,12 +159,12 @@ def _is_count(value: Any) -> bool:
 
 
 def _newest_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of the newest checkpoint, whose other files are not looked at."""
+    """The manifest of the newest checkpoint. The checkpoint's other files are not read."""
     found = list_checkpoints(folder / "checkpoints")
     if not found:
         return None
     file = found[-1] / MANIFEST
-    # A run that is going on may have put a newer one in its place since.
+    # A run that is going on may have replaced it by a newer one since.
     if not file.exists() and list_checkpoints(folder / "checkpoints")[-1:] != found[-1:]:
         return _newest_manifest(folder)
     manifest = _json_object(file)

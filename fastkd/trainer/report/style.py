@@ -1,26 +1,26 @@
-"""How reports look: colours and styles of figures, SVG that follows the page's theme, files written in one piece."""
+"""How all reports look: one HTML template, figures that follow the page's colours, files written in one piece."""
+
+from __future__ import annotations
 
 import io
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Colours that stay apart on white and on near-black, and for the common kinds of colour blindness.
+# These colours stay apart on white and on near-black, and for the common kinds of colour blindness.
 PALETTE = ("#7d8794", "#e08a12", "#2b8fd9", "#c8479c", "#2fa37c", "#9a7be0", "#d9503f", "#8a7a33")
-
-
-# Written by matplotlib as ordinary colours, then replaced by what the page's style sheet defines.
+# matplotlib writes these as ordinary colours. They are then replaced by what the page's style sheet defines.
 INK, FAINT, PAPER = "#010203", "#040506", "#070809"
-
-
 PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--faint)", PAPER: "var(--paper)"}
-
-
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
     "font.size": 10,
@@ -40,13 +40,35 @@ STYLE: Any = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
 }
-
-
 WIDTH = 5.4  # inches: at a phone's width ten-point text stays about nine pixels high
 
 
-def to_svg(figure: Figure, key: str, description: str) -> str:
-    """`figure` as one <svg> element described for screen readers; `key` keeps its ids apart from the other figures'."""
+def render_page(folder: Path, **values: Any) -> str:
+    """The HTML text of ``folder``'s template ``page.html``, which extends ``base.html`` beside this file."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([folder, Path(__file__).parent]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(**values)
+
+
+@contextmanager
+def drawing(height: float, width: float = WIDTH, style: dict[str, Any] | None = None) -> Iterator[Axes]:
+    """The axes of a new figure, in inches. Draw on them and call ``to_svg`` within this context."""
+    with matplotlib.rc_context(STYLE | (style or {})):
+        yield Figure(figsize=(width, height), layout="constrained").subplots()
+
+
+def to_svg(axes: Axes, key: str, description: str) -> str:
+    """The figure of ``axes`` as one <svg> element, with ``description`` for screen readers.
+
+    ``key`` keeps the ids in it apart from the ids of other figures.
+    """
+    figure = axes.figure
+    assert isinstance(figure, Figure)
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": key}):
@@ -61,7 +83,7 @@ def to_svg(figure: Figure, key: str, description: str) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the whole new one, never a part."""
+    """Write a file so that a reader sees either the old one or the whole new one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with os.fdopen(handle, "w", encoding="utf-8") as stream:
         stream.write(text)

@@ -1,0 +1,88 @@
+"""Describes a demo in words: its settings, its command, the machine and the versions."""
+
+import os
+import platform
+import re
+import shlex
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+
+from fastkd.demo.config import LABELLED, TEST_IMAGES, TRAIN_IMAGES, DemoConfig
+from fastkd.demo.costs import ROUNDS
+from fastkd.demo.results import display_name
+from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.run.describe import versions
+
+
+def describe_settings(config: DemoConfig, first: TrainConfig, teacher: int, student: int) -> dict[str, str]:
+    """The settings in words, taken from the configs that were run."""
+    optim, objective = first.optim, first.objective
+    dcd, pckd, msdcrd = objective.dcd, objective.pckd, objective.msdcrd
+    consistency = "KL(student || teacher)" if dcd.consistency == "student||teacher" else "KL(teacher || student)"
+    return {
+        "data": f"the handwritten digits of scikit-learn, 8x8 pixels: {TRAIN_IMAGES:,} for training, {TEST_IMAGES} for "
+        "the test",
+        "teacher": f"convolutional network, {teacher:,} parameters, {config.teacher_epochs} epochs on all "
+        f"{TRAIN_IMAGES:,} training images with labels; one teacher for all students",
+        "student": f"A convolutional network of {student:,} parameters",
+        "labelled images": f"{LABELLED} of the training images, balanced over the digits; a method sees no others",
+        "seed": "the initial weights, the order of the data and which images are labelled",
+        "first seed": "0",
+        "schedule": f"{config.epochs} epochs, batch {first.data.batch_size}, SGD with momentum {optim.momentum:g}, "
+        f"learning rate {optim.lr:g} falling to zero as a cosine, weight decay {optim.weight_decay:g}",
+        "objectives": ", ".join(f"{display_name(method)}: {method}" for method in config.methods)
+        + "; CE is part of each, every term has weight 1 unless written",
+        "KD": f"temperature {objective.kd.temperature:g}",
+        "DCD": f"{dcd.embed_dim} dimensions, alpha {dcd.alpha:g}, consistency {consistency}, tau starts at 1"
+        + ("" if dcd.max_scale is None else f", exp(tau) at most {dcd.max_scale:g}"),
+        "CKD": f"temperature {objective.ckd.temperature:g}",
+        "PCKD": f"weights of category contrast, centres, features and KD {pckd.category_weight:g}, "
+        f"{pckd.center_weight:g}, {pckd.feature_weight:g} and {pckd.kd_weight:g} (centres only where both networks are "
+        f"equally wide), relations times {pckd.relation_scale:g}, KD temperature {pckd.temperature:g}, preview "
+        f"{pckd.preview_base:g}^epoch",
+        "MSDCRD": ("three scales of the teacher's map" if msdcrd.windows is None else f"windows {msdcrd.windows}")
+        + f", temperature {msdcrd.temperature:g}, positives by {msdcrd.positives}, samples and channels of weights "
+        f"{msdcrd.sample_term_weight:g} and {msdcrd.feature_weight:g}",
+        "accuracy": "on the test images after the last epoch",
+        "cost of a step": "forward, backward and update of one batch, after the runs: one process, one thread, the "
+        f"methods in turn, the median of {ROUNDS} steps. Memory: the most that torch's allocator holds at once during "
+        "a step, without weights and optimiser state",
+    }
+
+
+def describe_environment(config: DemoConfig, workers: int) -> dict[str, str]:
+    """The command, the machine and the versions, in words."""
+    found = versions() | {name: metadata.version(name) for name in ("scikit-learn", "matplotlib")}
+    return {
+        "command": command_line(config),
+        "processor": f"{processor_name()}, {usable_cores()} cores",
+        "workers": f"{workers} training process{'es' if workers > 1 else ''}, one thread each",
+        "versions": ", ".join(f"{name} {version}" for name, version in found.items()),
+    }
+
+
+def command_line(config: DemoConfig) -> str:
+    """The command that runs the demo with this config."""
+    words = ["fastkd", "demo"]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{field.name.replace('_', '-')}", *(str(item) for item in values)]
+    return shlex.join(words)
+
+
+def usable_cores() -> int:
+    """The number of cores that this process may use."""
+    # macOS has no affinity.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """The CPU's model name, as far as the system tells it."""
+    try:
+        listed = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        listed = None
+    return listed.group(1) if listed else platform.processor() or platform.machine()
