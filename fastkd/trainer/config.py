@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastkd.trainer.data.config import DataConfig, check_seed
+from fastkd.trainer.imports import current_name
 from fastkd.trainer.models.build import ModelConfig
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.optim import OptimConfig
@@ -122,10 +123,15 @@ def differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = ""
     for key in sorted({*saved, *current}):
         if prefix + key in FREE_TO_CHANGE:
             continue
-        old, new = saved.get(key), current.get(key)
+        # The value of a name may be that of a module that has moved since.
+        old, new = (
+            current_name(value) if isinstance(value, str) else value for value in (saved.get(key), current.get(key))
+        )
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{prefix}{key}.")
-        elif old != new:
+        elif old != new and not (
+            isinstance(old, str) and isinstance(new, str) and current_name(old) == current_name(new)
+        ):
             found.append(f"{prefix}{key}: {old!r} -> {new!r}")
     return found
 

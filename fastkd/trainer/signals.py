@@ -35,7 +35,7 @@ class StopRequest:
         self.signal = number
 
 
-def _leave_signals_to_main(worker: int) -> None:
+def leave_signals_to_main(worker: int) -> None:
     """torchrun, timeout and scancel signal the whole process group, and a worker that dies takes the run with it."""
     for number in (*SIGNALS, signal.SIGINT):
         if number != signal.SIGTERM:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.precision import DTYPES
+from fastkd.trainer.precision import autocast
 from fastkd.trainer.run.distiller import Distiller
 
 
@@ -48,12 +48,15 @@ def memory_of(
         return tensor
 
     distiller.train()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), _autocast(config):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        autocast(images.device, config.precision),
+    ):
         output = student(images)
     found["student's activations"] = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     outputs = 2 * _bytes(value for value in vars(output).values() if isinstance(value, Tensor))  # with their gradients
     if teacher is not None:
-        with _LiveBytes() as live, _autocast(config):
+        with _LiveBytes() as live, autocast(images.device, config.precision):
             taught = teacher(images)
         found["teacher's forward pass"] = live.peak
         outputs += _bytes(value for value in vars(taught).values() if isinstance(value, Tensor))
@@ -108,10 +111,6 @@ class _LiveBytes(TorchDispatchMode):
         if self._views[key] == 0:
             del self._views[key]
             self.live -= size
-
-
-def _autocast(config: TrainConfig) -> torch.autocast:
-    return torch.autocast("cpu", DTYPES[config.precision], enabled=config.precision != "fp32")
 
 
 def _bytes(tensors: Any) -> int:

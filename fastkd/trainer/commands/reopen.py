@@ -10,6 +10,7 @@ from torch import nn
 
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.datasets import DATASETS, build_datasets
+from fastkd.trainer.imports import current_name
 from fastkd.trainer.models import cifar as cifar_nets
 from fastkd.trainer.models import small as nets
 from fastkd.trainer.models.build import build_model
@@ -82,7 +83,7 @@ def reopen(
 
 def _is_known_model(name: str) -> bool:
     """Whether ``name`` can build nothing but a model of timm or torchvision, or a class of our own networks."""
-    source, _, attribute = name.rpartition(":")
+    source, _, attribute = current_name(name).rpartition(":")
     # Looked up without following dots, and not what the module merely imports: nets:nn.functional... reaches anything.
     ours = {module.__name__: module for module in (nets, cifar_nets)}
     found = vars(ours[source]).get(attribute) if source in ours else None

@@ -89,11 +89,11 @@ class Objective(nn.Module):
         self.terms = nn.ModuleDict(built)
 
     def forward(
-        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, share: float = 1.0
+        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, rank_weight: float = 1.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and every named term before weights, detached (``ce``, ``kd``, ``dcd/contrast``, ...).
 
-        ``share``, with several ranks: W n / N, by which means over this rank's n of N rows are multiplied, so that the
+        ``rank_weight``, with several ranks: W n / N, by which means over this rank's n of N rows are multiplied, so that the
         average over the W ranks is the mean over the global batch. Terms whose attribute ``spans_ranks`` is true
         contain that already.
         """
@@ -111,8 +111,8 @@ class Objective(nn.Module):
                 if not isinstance(value, Tensor) or value.ndim != 0:
                     got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                     raise TypeError(f"terms: {name!r} returned {got} for {part!r}, expected a 0-dim tensor")
-                if share != 1.0 and not getattr(term, "spans_ranks", False):
-                    value = share * value
+                if rank_weight != 1.0 and not getattr(term, "spans_ranks", False):
+                    value = rank_weight * value
                 named[name if part == name else f"{name}/{part}"] = value.detach()
                 weighted = self.weights[name] * value
                 total = weighted if total is None else total + weighted

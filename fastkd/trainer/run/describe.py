@@ -14,6 +14,7 @@ from fastkd.trainer.models.build import ModelConfig, count_parameters
 from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.optim import Schedule
 from fastkd.trainer.run.distiller import Distiller
+from fastkd.trainer.run.state import Identity
 
 
 def versions() -> dict[str, str]:
@@ -35,14 +36,14 @@ def describe(
     device: torch.device,
     schedule: Schedule,
     eval_samples: int,
-    identity: dict[str, Any],
+    identity: Identity,
     ranks: int,
 ) -> dict[str, Any]:
     """What ``run.json`` holds: everything needed to tell what a run was."""
 
     def model(role: str, model: FeatureModel, named: ModelConfig | None) -> dict[str, Any]:
         name = type(model.model).__name__
-        if named is not None and role not in identity["given_as_objects"]:
+        if named is not None and role not in identity.given_as_objects:
             name = named.name
         return {
             "name": name,
@@ -54,8 +55,8 @@ def describe(
     return {
         "student": model("student", distiller.student, config.student),
         "teacher": None if distiller.teacher is None else model("teacher", distiller.teacher.model, config.teacher),
-        "teacher_sha256": identity["teacher_sha256"],
-        "train_samples": identity["train_samples"],
+        "teacher_sha256": identity.teacher_sha256,
+        "train_samples": identity.train_samples,
         "eval_samples": eval_samples,
         "global_batch": config.data.batch_size,
         "ranks": ranks,
@@ -67,8 +68,8 @@ def describe(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "versions": versions(),
         "torchrun": os.environ.get("TORCHELASTIC_RUN_ID"),
-        "given_as_objects": identity["given_as_objects"],
-        "config": identity["config"],
+        "given_as_objects": identity.given_as_objects,
+        "config": identity.config,
     }
 
 

@@ -1,4 +1,4 @@
-"""Student, frozen teacher and objective in one module: what the loop calls."""
+"""Student, frozen teacher and objective in one module, and the part of it that is trained."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fastkd.trainer.models.build import ModelConfig, Normalization, build_model
 from fastkd.trainer.models.features import FeatureModel, ModelOutput, probe
 from fastkd.trainer.objective.objective import Objective, needs
 from fastkd.trainer.objective.terms import TermFunction
+from fastkd.trainer.run.accumulate import in_chunks, recomputed
 from fastkd.trainer.run.checkpoint import load_into, load_weights
 
 
@@ -65,8 +66,39 @@ class FrozenModel(nn.Module):
         return self.model(images)
 
 
+class Trained(nn.Module):
+    """The part of a distiller that is trained: student and objective. DistributedDataParallel wraps this module.
+
+    The teacher stays outside: its parameters and buffers are the same on every rank and never change.
+    """
+
+    def __init__(self, student: FeatureModel, objective: Objective, chunks: int = 1) -> None:
+        """``chunks``: how many parts of the images go through the student one at a time, see ``accumulate``."""
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self.chunks = chunks
+
+    def forward(
+        self, images: Tensor, teacher: ModelOutput | None, labels: Tensor, rank_weight: float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total loss and its named terms; ``teacher`` is the teacher's output, ``rank_weight`` the objective's."""
+        if self.chunks == 1:
+            student = self.student(images)
+        else:
+            student = in_chunks(lambda part: recomputed(self.student, part), images, self.chunks)
+        return self.objective(student, teacher, labels, rank_weight)
+
+
 class Distiller(nn.Module):
-    """``forward(images, labels)`` -> (total loss, named terms before weights)."""
+    """``distiller(images, labels)`` -> (total loss, named terms before weights, detached).
+
+    A loop of your own needs no more than this module and an optimiser over the parameters that require a gradient::
+
+        distiller = build_distiller(config, images)
+        loss, terms = distiller(images, labels)
+        loss.backward()
+    """
 
     def __init__(self, student: FeatureModel, teacher: FeatureModel | None, objective: Objective) -> None:
         super().__init__()
@@ -75,18 +107,18 @@ class Distiller(nn.Module):
         self.objective = objective
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """For the student and the objective; the teacher stays without gradient."""
+        """Sets it for the student and the objective; the teacher stays without gradient."""
         super().requires_grad_(requires_grad)
         if self.teacher is not None:
             self.teacher.requires_grad_(False)
         return self
 
-    def teach(self, images: Tensor) -> ModelOutput | None:
-        """The teacher's output, without a graph; None without a teacher."""
-        return None if self.teacher is None else self.teacher(images)
+    def teach(self, images: Tensor, chunks: int = 1) -> ModelOutput | None:
+        """The teacher's output, without a graph, computed on ``chunks`` parts of the images; None without a teacher."""
+        return None if self.teacher is None else in_chunks(self.teacher, images, chunks)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Training mode, and the objective's terms told the epoch, counted from 0."""
+        """Switch to training mode and tell the objective's terms the epoch, counted from 0."""
         self.train()
         self.objective.set_epoch(epoch)
 
@@ -94,10 +126,9 @@ class Distiller(nn.Module):
         """The objective's further values (tau and scale) on the host."""
         return {name: value.item() for name, value in self.objective.scalars().items()}
 
-    def forward(self, images: Tensor, labels: Tensor, share: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-        """``share``: see ``Objective``."""
-        teacher = self.teach(images)
-        return self.objective(self.student(images), teacher, labels, share)
+    def forward(self, images: Tensor, labels: Tensor, rank_weight: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total loss and its named terms; ``rank_weight``: see ``Objective.forward``."""
+        return Trained(self.student, self.objective)(images, self.teach(images), labels, rank_weight)
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.trainer.precision import DTYPES
+from fastkd.trainer.precision import autocast
 from fastkd.trainer.run.ranks import Ranks
 from fastkd.trainer.signals import StopRequest
 from fastkd.validate import check_labels
@@ -31,7 +31,7 @@ def evaluate(
     rest is left out, and the values mean nothing.
     """
     ranks = ranks or Ranks()
-    ranks.share_buffers(model)
+    ranks.broadcast_buffers(model)
     model.eval()
     counts = torch.zeros(3, dtype=torch.long, device=device)  # right, among the first five, samples
     loss = torch.zeros((), device=device)
@@ -39,7 +39,7 @@ def evaluate(
         if stop is not None and stop.signal:
             break
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+        with autocast(device, precision):
             logits = model(images).logits.float()
         check_labels(labels, logits)
         found = logits.argmax(1)

@@ -87,6 +87,14 @@ class Meter:
         """Begin an epoch."""
         self.sums, self.count = {}, 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch's sums so far, over how many steps, and how many steps of the run were skipped."""
+        return {"sums": dict(self.sums), "count": self.count, "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what ``state_dict`` returned."""
+        self.sums, self.count, self.skipped = dict(state["sums"]), state["count"], state["skipped"]
+
 
 def check_finite(distiller: Distiller, step: int) -> None:
     """NonFiniteLossError when a weight is not finite: a finite loss can have a gradient that is not."""
