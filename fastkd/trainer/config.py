@@ -123,17 +123,17 @@ def differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = ""
     for key in sorted({*saved, *current}):
         if prefix + key in FREE_TO_CHANGE:
             continue
-        # The value of a name may be that of a module that has moved since.
-        old, new = (
-            current_name(value) if isinstance(value, str) else value for value in (saved.get(key), current.get(key))
-        )
+        old, new = (_renamed(source.get(key)) for source in (saved, current))
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{prefix}{key}.")
-        elif old != new and not (
-            isinstance(old, str) and isinstance(new, str) and current_name(old) == current_name(new)
-        ):
+        elif old != new:
             found.append(f"{prefix}{key}: {old!r} -> {new!r}")
     return found
+
+
+def _renamed(value: Any) -> Any:
+    """The present name of an object whose module has moved since the run began; other values as they are."""
+    return current_name(value) if isinstance(value, str) else value
 
 
 def without_initial_weights(config: TrainConfig) -> TrainConfig:
