@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastkd.trainer.models.features import ModelOutput
-from fastkd.trainer.objective import objective
+from fastkd.trainer.objective import terms as objective_terms
 from fastkd.trainer.objective.config import CEConfig, KDConfig, ObjectiveConfig
 from fastkd.trainer.objective.objective import Objective
 from tests.helpers.trainer_runs import shapes
@@ -15,13 +15,13 @@ from tests.helpers.trainer_runs import shapes
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The logits that went through ``ce_kd_terms``."""
     seen = []
-    original = objective.ce_kd_terms
+    original = objective_terms.ce_kd_terms
 
     def record(student_logits: torch.Tensor, *args: object, **options: object) -> object:
         seen.append(student_logits)
         return original(student_logits, *args, **options)
 
-    monkeypatch.setattr(objective, "ce_kd_terms", record)
+    monkeypatch.setattr(objective_terms, "ce_kd_terms", record)
     return seen
 
 
@@ -45,7 +45,7 @@ def test_one_read_changes_no_value_no_name_and_no_order(
     total, named = model(student, teacher, labels)
     (grad,) = torch.autograd.grad(total, student.logits)
     assert not reads
-    monkeypatch.setattr(objective, "_ONE_READ_DEVICES", {"cpu"})
+    monkeypatch.setattr(objective_terms, "ONE_READ_DEVICES", {"cpu"})
     fused_total, fused_named = model(student, teacher, labels)
     (fused_grad,) = torch.autograd.grad(fused_total, student.logits)
     assert len(reads) == 1
@@ -60,7 +60,7 @@ def test_one_read_changes_no_value_no_name_and_no_order(
 def test_one_term_alone_is_computed_alone(
     terms: str, reads: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objective, "_ONE_READ_DEVICES", {"cpu"})
+    monkeypatch.setattr(objective_terms, "ONE_READ_DEVICES", {"cpu"})
     _, named = Objective(ObjectiveConfig(terms=terms), *shapes(6, 9))(*outputs())
     assert not reads
     assert list(named) == [terms[-2:]]
@@ -69,7 +69,7 @@ def test_one_term_alone_is_computed_alone(
 def test_class_probabilities_go_through_torchs_cross_entropy(
     reads: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objective, "_ONE_READ_DEVICES", {"cpu"})
+    monkeypatch.setattr(objective_terms, "ONE_READ_DEVICES", {"cpu"})
     student, teacher, labels = outputs()
     model = Objective(ObjectiveConfig(terms="ce + kd"), *shapes(6, 9))
     _, named = model(student, teacher, F.one_hot(labels, 5).float())
@@ -78,7 +78,7 @@ def test_class_probabilities_go_through_torchs_cross_entropy(
 
 
 def test_a_users_own_cross_entropy_is_not_replaced(reads: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objective, "_ONE_READ_DEVICES", {"cpu"})
+    monkeypatch.setattr(objective_terms, "ONE_READ_DEVICES", {"cpu"})
 
     def own(student: ModelOutput, teacher: ModelOutput, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"ce": F.cross_entropy(student.logits, labels, ignore_index=3)}

@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd.trainer.config import TrainConfig
@@ -63,22 +63,9 @@ def memory_of(
     if chunks > 1:
         found["outputs of all chunks"] = outputs * rows // part
     if world_size > 1:
-        columns = _gathered(objective, output.logits.shape[1])
+        columns = objective.columns_sent(output.logits.shape[1])
         found["embeddings of all ranks"] = config.data.batch_size * columns * output.logits.element_size()
     return found
-
-
-def _gathered(objective: nn.Module, classes: int) -> int:
-    """Columns that a row sends to the other ranks; of maps, nothing is counted."""
-    columns = 0
-    for term in getattr(objective, "terms", {}).values():
-        head = getattr(getattr(term, "loss", None), "student_head", None)
-        name = type(term).__name__
-        if name == "DCDTerm" and isinstance(head, nn.Linear):
-            columns += 2 * head.out_features
-        elif name in ("CKDTerm", "PCKDTerm"):
-            columns += 2 * classes
-    return columns
 
 
 class _LiveBytes(TorchDispatchMode):

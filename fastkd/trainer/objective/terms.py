@@ -1,9 +1,16 @@
 """The terms of the objective: their options, and the losses as modules that read what student and teacher give.
 
 A term is called as ``term(student: ModelOutput, teacher: ModelOutput | None, labels)`` and returns named scalars before
-weights. What it needs is said by attributes, of its class or of a user's module or function: ``needs_teacher`` and
-``needs_features`` (True unless given), ``needs_maps`` (False unless given), and ``spans_ranks`` (False unless given):
-its values contain the scaling by W n / N of a loss over the global batch.
+weights. These attributes, of its class or of a user's module or function, say more about it; all may be left out:
+
+    needs_teacher, needs_features   whether it reads them; True by default
+    needs_maps                      whether it reads the last feature maps; False by default
+    spans_ranks                     whether it returns this rank's part of a loss over the global batch, which contains
+                                    the weight W n / N; by default False, and the objective multiplies by it
+
+and these methods: ``set_epoch(epoch)`` is called before every epoch; ``scalars()`` gives further values to log;
+``columns_sent(classes)`` says how many numbers per row go to the other ranks, for the memory estimate; ``fuses_with``
+and ``fused`` make a pair of terms one computation, see ``KDTerm``.
 """
 
 from __future__ import annotations
@@ -16,11 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd.functional.kd import ce_kd_terms
 from fastkd.losses import CKDLoss, DCDLoss, KDLoss, MSDCRDLoss, PCKDLoss
 from fastkd.numerics import accumulation_dtype
 from fastkd.trainer.models.features import ModelOutput, ModelShapes
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.validate import check_labels
+
+# Where cross-entropy and KD together are one read of the logits; on a CPU torch's own cross-entropy is as fast.
+ONE_READ_DEVICES = {"cuda"}
 
 TermFunction = Callable[[ModelOutput, ModelOutput | None, Tensor], Mapping[str, Tensor]]
 
@@ -43,9 +54,10 @@ class CETerm(nn.Module):
 
 
 class KDTerm(nn.Module):
-    """``KDLoss`` on the logits."""
+    """``KDLoss`` on the logits. With cross-entropy beside it, both are computed in one read of the logits on a GPU."""
 
     needs_features = False
+    fuses_with = CETerm
 
     def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:
         super().__init__()
@@ -54,6 +66,17 @@ class KDTerm(nn.Module):
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
         assert teacher is not None
         return self.loss(*one_dtype(student.logits, teacher.logits))
+
+    def fused(
+        self, ce: CETerm, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """This term's values and those of ``ce``; None where they must be computed one by one, or that is as fast."""
+        if student.logits.device.type not in ONE_READ_DEVICES or labels.ndim != 1:  # class probabilities
+            return None
+        assert teacher is not None
+        logits = one_dtype(student.logits, teacher.logits)
+        ce_value, kd_value = ce_kd_terms(*logits, labels, self.loss.temperature, label_smoothing=ce.label_smoothing)
+        return {"kd": kd_value}, {"ce": ce_value}
 
 
 class DCDTerm(nn.Module):
@@ -74,6 +97,10 @@ class DCDTerm(nn.Module):
         """What is logged beside the loss: tau and the logit scale."""
         return {"tau": self.loss.tau.detach(), "scale": torch.as_tensor(self.loss.logit_scale()).detach()}
 
+    def columns_sent(self, classes: int) -> int:
+        """How many numbers per row go to the other ranks: two embeddings."""
+        return 2 * self.loss.student_head.out_features
+
 
 class CKDTerm(nn.Module):
     """``CKDLoss`` on the logits."""
@@ -84,6 +111,10 @@ class CKDTerm(nn.Module):
     def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:
         super().__init__()
         self.loss = CKDLoss(config.ckd.temperature)
+
+    def columns_sent(self, classes: int) -> int:
+        """How many numbers per row go to the other ranks: both models' logits."""
+        return 2 * classes
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
         assert teacher is not None
@@ -103,6 +134,10 @@ class PCKDTerm(nn.Module):
     def set_epoch(self, epoch: int) -> None:
         """Called by the loop before every epoch, counted from 0."""
         self.epoch = epoch
+
+    def columns_sent(self, classes: int) -> int:
+        """How many numbers per row go to the other ranks: two relations."""
+        return 2 * classes
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
         assert teacher is not None

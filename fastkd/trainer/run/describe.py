@@ -12,6 +12,7 @@ import torch
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.models.build import ModelConfig, count_parameters
 from fastkd.trainer.models.features import FeatureModel
+from fastkd.trainer.objective.config import describe_terms
 from fastkd.trainer.optim import Schedule
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.state import Identity
@@ -82,10 +83,9 @@ def header(info: dict[str, Any]) -> list[str]:
             f"teacher {teacher['name']} ({teacher['parameters']:,} parameters) sha256 {info['teacher_sha256']}"
         )
     on_ranks = f" on {info['ranks']} ranks" if info["ranks"] > 1 else ""
-    weights = " + ".join(f"{weight:g} x {name}" for name, weight in info["loss_weights"].items())
     return [
         *lines,
-        f"loss {weights}",
+        f"loss {describe_terms(info['loss_weights'])}",
         f"global batch {info['global_batch']}{on_ranks}, {info['train_samples']} training samples, "
         f"{info['steps']} steps",
         f"{info['learning_rate']}; {info['precision']} on {info['device']}; seed {info['seed']}",
