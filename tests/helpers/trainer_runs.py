@@ -28,6 +28,7 @@ from fastkd.trainer import (
     TrainConfig,
     train,
 )
+from fastkd.trainer.run.checkpoint import _manifest_hash, file_hash
 
 
 class DropoutNet(nn.Module):
@@ -120,6 +121,15 @@ def batch(samples: int = 8) -> tuple[Tensor, Tensor]:
 
 def lines(run_dir: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def seal(checkpoint: Path) -> None:
+    """Make the manifest agree with the files, as someone who forges a checkpoint would."""
+    body = json.loads((checkpoint / "manifest.json").read_text())
+    del body["sha256"]
+    for name, entry in body["files"].items():
+        entry.update(bytes=(checkpoint / name).stat().st_size, sha256=file_hash(checkpoint / name))
+    (checkpoint / "manifest.json").write_text(json.dumps({**body, "sha256": _manifest_hash(body)}))
 
 
 def same(left: Any, right: Any) -> bool:

@@ -17,9 +17,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastkd.trainer import CheckpointError, DataConfig, OptimConfig, TensorImages, TrainConfig, train
+from fastkd.trainer import (
+    CheckpointError,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TensorImages,
+    TrainConfig,
+    evaluate_checkpoint,
+    train,
+)
+from fastkd.trainer.imports import import_object
 from fastkd.trainer.run.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
-from tests.helpers.trainer_runs import DropoutNet, lines, noisy_data, one_thread, same, tiny_config  # noqa: F401
+from tests.helpers.trainer_runs import DropoutNet, lines, noisy_data, one_thread, same, seal, tiny_config  # noqa: F401
 
 
 class Stop(Exception):
@@ -215,6 +225,27 @@ def test_resume_with_another_config_names_what_differs(tmp_path):
     changed = dataclasses.replace(config, resume=True, epochs=3, optim=dataclasses.replace(config.optim, lr=0.1))
     with pytest.raises(CheckpointError, match=r"epochs: 2 -> 3; optim\.lr: 0\.05 -> 0\.1"):
         train(changed)
+
+
+def test_a_run_from_before_its_models_module_was_renamed_is_evaluated_and_resumed(tmp_path):
+    """Its config and its checkpoints say the old name; the config to resume with says either."""
+    name = "fastkd.trainer.models.small:MLP"
+    student = ModelConfig(name=name, num_classes=4, options={"in_features": 16})
+    config = tiny_config(tmp_path, student=student, save_every_steps=5, keep=9, epochs=1)
+    expected = read_checkpoint(train(config).path).student
+    shutil.rmtree(find_checkpoint(config.run_dir))
+    for manifest in (tmp_path / "run").glob("checkpoints/*/manifest.json"):
+        manifest.write_text(manifest.read_text().replace("fastkd.trainer.models.small", "fastkd.trainer.nets"))
+        seal(manifest.parent)
+    old = dataclasses.replace(student, name="fastkd.trainer.nets:MLP")
+    for model in (student, old):
+        run = shutil.copytree(tmp_path / "run", tmp_path / model.name)
+        assert evaluate_checkpoint(run, eval_data=noisy_data()[1]).step == 10
+        resumed = train(dataclasses.replace(config, student=model, run_dir=str(run), resume=True))
+        assert resumed.resumed_from == 10
+        assert same(read_checkpoint(resumed.path).student, expected)
+    for moved in ("fastkd.trainer.nets:MLP", "fastkd.trainer.cifar_nets:CifarResNet"):
+        assert import_object(moved, "model.name").__module__.startswith("fastkd.trainer.models.")
 
 
 def test_resume_with_another_teacher_or_student_raises(tmp_path):

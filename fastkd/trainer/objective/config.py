@@ -128,8 +128,8 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         _ = self.weights
         for part in fields(self):
-            if callable(part.default_factory):
-                check_type(f"objective.{part.name}", getattr(self, part.name), type(part.default_factory()))
+            if isinstance(part.default_factory, type):
+                check_type(f"objective.{part.name}", getattr(self, part.name), part.default_factory)
 
     @cached_property
     def weights(self) -> dict[str, float]:

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 
 from fastkd.trainer.config import FREE_TO_CHANGE
+from fastkd.trainer.imports import current_name
 from fastkd.trainer.objective.config import describe_terms
 from fastkd.trainer.report.curves import MAX_POINTS, Panel, Quantity, draw, look
 from fastkd.trainer.report.records import RecordedRun, read_runs
@@ -195,7 +196,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = str(value)
+            flat[prefix + name] = current_name(str(value))  # runs from before a module moved compare as equal
     return flat
 
 

@@ -23,8 +23,8 @@ from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.evaluate import evaluate
 from fastkd.trainer.run.folder import RunFolder, open_run
 from fastkd.trainer.run.meter import Clock, Meter, NonFiniteLossError
+from fastkd.trainer.run.prepare import build_models, identify, open_data
 from fastkd.trainer.run.ranks import join_ranks
-from fastkd.trainer.run.setup import build_models, identify, open_data
 from fastkd.trainer.run.state import Progress, RunState
 from fastkd.trainer.run.step import TrainStep
 from fastkd.trainer.signals import StopRequest
