@@ -18,7 +18,7 @@ from fastkd.trainer import (
     find_classifier,
     train,
 )
-from fastkd.trainer.models.features import pool_features, probe
+from fastkd.trainer.models.features import pool_features
 from tests.helpers.trainer_runs import tiny_config
 
 TIMM = {
@@ -62,7 +62,7 @@ def test_classifier_of_timm_models(name):
     model = build_model(ModelConfig(name=f"timm:{name}", num_classes=7))
     assert find_classifier(model) == TIMM[name]
     assert model.get_submodule(TIMM[name]) is model.get_classifier()
-    shapes = probe(FeatureModel(model), torch.randn(2, 3, 224, 224))
+    shapes = measure_shapes(FeatureModel(model), torch.randn(2, 3, 224, 224))
     assert shapes == ModelShapes(features=model.get_submodule(TIMM[name]).in_features, classes=7)
 
 
@@ -73,7 +73,7 @@ def test_classifier_of_torchvision_models(name):
     assert find_classifier(model) == TORCHVISION[name]
     layer = model.get_submodule(TORCHVISION[name])
     size = 299 if name == "inception_v3" else 224
-    shapes = probe(FeatureModel(model), torch.randn(2, 3, size, size))
+    shapes = measure_shapes(FeatureModel(model), torch.randn(2, 3, size, size))
     width = getattr(layer, "in_features", getattr(layer, "in_channels", None))
     assert shapes == ModelShapes(features=width, classes=7)
 
@@ -148,9 +148,9 @@ def test_a_named_classifier_is_checked_and_used():
         FeatureModel(model)
     with pytest.raises(ValueError, match=r"classifier: got '9', expected a layer of Sequential, such as \['1', '3'\]"):
         FeatureModel(model, "9")
-    assert probe(FeatureModel(model, "3"), torch.randn(2, 16)) == ModelShapes(features=6, classes=4)
+    assert measure_shapes(FeatureModel(model, "3"), torch.randn(2, 16)) == ModelShapes(features=6, classes=4)
     with pytest.raises(ValueError, match=r"layer '1' of Sequential gives 6 values but the model's logits have 4"):
-        probe(FeatureModel(model, "1"), torch.randn(2, 16))
+        measure_shapes(FeatureModel(model, "1"), torch.randn(2, 16))
 
 
 def test_a_timm_model_without_or_with_two_classifiers_must_be_told():
@@ -180,12 +180,14 @@ def test_a_layer_called_fc_that_does_not_give_the_logits_is_not_taken_for_the_cl
         with pytest.raises(
             ValueError, match=r"'fc' of Tail gives something else than the model's logits.*FeatureModel"
         ):
-            probe(FeatureModel(hidden), images)
-        assert probe(FeatureModel(hidden, "end"), images) == ModelShapes(features=4, classes=4)
-        assert probe(FeatureModel(hidden, "fc"), images) == ModelShapes(features=6, classes=4)  # confirmed by name
+            measure_shapes(FeatureModel(hidden), images)
+        assert measure_shapes(FeatureModel(hidden, "end"), images) == ModelShapes(features=4, classes=4)
+        assert measure_shapes(FeatureModel(hidden, "fc"), images) == ModelShapes(
+            features=6, classes=4
+        )  # confirmed by name
         assert not hidden.fc._forward_hooks
         for end in (nn.Identity(), nn.LogSoftmax(1), nn.Softmax(1), nn.Dropout(0.5)):
-            assert probe(FeatureModel(Tail(end)), images) == ModelShapes(features=6, classes=4)
+            assert measure_shapes(FeatureModel(Tail(end)), images) == ModelShapes(features=6, classes=4)
 
 
 @pytest.mark.parametrize(("name", "size"), SMALL)
@@ -193,7 +195,7 @@ def test_the_classifier_found_in_a_library_model_gives_its_logits(name, size):
     with torch.device("cpu"):
         torch.manual_seed(0)
         model = build_model(ModelConfig(name=name, num_classes=7))
-        assert probe(FeatureModel(model), torch.randn(2, 3, size, size)).classes == 7
+        assert measure_shapes(FeatureModel(model), torch.randn(2, 3, size, size)).classes == 7
 
 
 def test_a_timm_model_with_a_list_of_heads_must_be_told():
@@ -279,7 +281,7 @@ def test_probe_changes_no_state():
         modes = [module.training for module in model.modules()]
         generator = torch.get_rng_state()
         images = torch.randn(2, 4, generator=torch.Generator())
-        assert probe(FeatureModel(model), images) == ModelShapes(features=4, classes=2)
+        assert measure_shapes(FeatureModel(model), images) == ModelShapes(features=4, classes=2)
         assert [module.training for module in model.modules()] == modes
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
         assert torch.equal(torch.get_rng_state(), generator)

@@ -26,7 +26,7 @@ from fastkd.trainer.data.images import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.trainer.data.labels import normalization_of
 from fastkd.trainer.data.loader import eval_loader
 from fastkd.trainer.models.build import torchvision_weights, trained_normalization
-from fastkd.trainer.models.features import ModelOutput, probe
+from fastkd.trainer.models.features import ModelOutput, measure_shapes
 from fastkd.trainer.run.check import check_teacher
 from fastkd.trainer.run.distiller import build_distiller, weights_hash
 from fastkd.trainer.run.prepare import prepare
@@ -324,10 +324,10 @@ def test_maps_and_tokens_of_families_in_msdcrd(name):
     batch = torch.randn(2, 3, 224, 224)
     settings = ObjectiveConfig(terms="msdcrd")
     teacher = FeatureModel(model)
-    found = probe(teacher, batch, feature_map=True)
+    found = measure_shapes(teacher, batch, feature_map=True)
     assert found.feature_map.shape == FAMILIES[name]
     student = FeatureModel(Net())
-    own = probe(student, batch, feature_map=True)
+    own = measure_shapes(student, batch, feature_map=True)
     objective = Objective(settings, own, found)
     small = torch.nn.functional.avg_pool2d(batch, 16)
     with torch.no_grad():

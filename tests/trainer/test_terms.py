@@ -23,7 +23,7 @@ from fastkd.trainer import (
     TrainConfig,
     train,
 )
-from fastkd.trainer.models.features import probe
+from fastkd.trainer.models.features import measure_shapes
 from fastkd.trainer.models.small import SmallConvNet
 from tests.helpers.trainer_runs import batch, noisy_data, one_thread, tiny_config  # noqa: F401
 from tests.run.test_resume import Stop, assert_same_run, stop_at
@@ -43,7 +43,7 @@ def networks(student: int = 4, teacher: int = 6) -> tuple[nn.Module, nn.Module]:
 
 def build(config: ObjectiveConfig, dtype: torch.dtype = torch.float32) -> Distiller:
     models = [FeatureModel(network.to(dtype)) for network in networks()]
-    shapes = [probe(model, batch()[0].to(dtype), feature_map=True) for model in models]
+    shapes = [measure_shapes(model, batch()[0].to(dtype), feature_map=True) for model in models]
     return Distiller(models[0], models[1], Objective(config, *shapes)).to(dtype)
 
 

@@ -100,10 +100,10 @@ class FeatureModel(nn.Module):
         super().__init__()
         self.optional = optional
         self.classifier_name: str | None = None
-        # A layer that only its name suggests is compared with the logits by ``probe``.
+        # A layer that only its name suggests is compared with the logits by ``measure_shapes``.
         self.guessed = classifier is None and not callable(getattr(model, "get_classifier", None))
         self.map_name = feature_map
-        self.map_source: MapSource | None = None  # set by ``probe`` when maps are needed
+        self.map_source: MapSource | None = None  # set by ``measure_shapes`` when maps are needed
         self.channels_last = False
         # Filled by the hooks of one forward pass. The same lists every time, for those that torch.compile has traced.
         self._inputs: list[Tensor] = []
@@ -184,7 +184,7 @@ class FeatureModel(nn.Module):
 
 
 @torch.no_grad()
-def probe(model: FeatureModel, images: Tensor, *, feature_map: bool = False) -> ModelShapes:
+def measure_shapes(model: FeatureModel, images: Tensor, *, feature_map: bool = False) -> ModelShapes:
     """The shapes of ``model``, from one forward pass in eval mode; changes no state of the wrapped module.
 
     ``feature_map`` finds the last map too, in a second pass, and lets ``model`` return it from then on.
@@ -209,7 +209,7 @@ def probe(model: FeatureModel, images: Tensor, *, feature_map: bool = False) -> 
 
 
 def _check_classifier(model: FeatureModel, images: Tensor) -> ModelShapes:
-    """See ``probe``."""
+    """See ``measure_shapes``."""
     given: list[Any] = []
     layer = None if model.optional else model.classifier
     handle = None if layer is None else layer.register_forward_hook(lambda _module, _args, value: given.append(value))

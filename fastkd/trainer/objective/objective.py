@@ -31,7 +31,7 @@ class Objective(nn.Module):
 
     Args:
         config: which terms, their weights and options.
-        student, teacher: what ``probe`` found of the models; without a teacher, the student's for both.
+        student, teacher: what ``measure_shapes`` found of the models; without a teacher, the student's for both.
         terms: the user's own terms by name: modules (their parameters are trained) or plain functions. They may be
             named, with a weight, in ``config.terms``; one that is not named there is an error.
 

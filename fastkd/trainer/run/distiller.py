@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.models.build import ModelConfig, Normalization, build_model
-from fastkd.trainer.models.features import FeatureModel, ModelOutput, probe
+from fastkd.trainer.models.features import FeatureModel, ModelOutput, measure_shapes
 from fastkd.trainer.objective.objective import Objective, needs
 from fastkd.trainer.objective.terms import TermFunction
 from fastkd.trainer.run.accumulate import in_chunks, recomputed
@@ -164,7 +164,7 @@ def build_distiller(
     student_model = _feature_model("student", config.student, student, optional)
     if student_model is None:
         raise ValueError("student: got None, expected config.student or a module")
-    shapes = probe(student_model, images, feature_map=maps)
+    shapes = measure_shapes(student_model, images, feature_map=maps)
     wanted = needs("teacher", config.objective, terms)
     if wanted != (config.teacher is not None or teacher is not None):
         has = "needs a teacher but there is none" if wanted else "has no term that uses the teacher that is given"
@@ -176,7 +176,7 @@ def build_distiller(
     teacher_model = _feature_model("teacher", config.teacher, teacher, optional)
     assert teacher_model is not None
     _check_nothing_shared(student_model, teacher_model)
-    teacher_shapes = probe(teacher_model, images, feature_map=maps)
+    teacher_shapes = measure_shapes(teacher_model, images, feature_map=maps)
     if shapes.classes != teacher_shapes.classes:
         raise ValueError(f"teacher: has {teacher_shapes.classes} classes, expected the student's {shapes.classes}")
     return Distiller(student_model, teacher_model, Objective(config.objective, shapes, teacher_shapes, terms))
