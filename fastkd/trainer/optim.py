@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ class OptimConfig:
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        check_choice("optim.name", self.name, ("sgd", "adamw", "lars", "lamb"))
+        check_choice("optim.name", self.name, _BUILDERS)
         check_number("optim.lr", self.lr, 0.0, exclusive=True)
         if self.reference_batch is not None:
             check_int("optim.reference_batch", self.reference_batch, 1)
@@ -142,28 +143,17 @@ def build_optimizer(module: nn.Module, config: OptimConfig, device: torch.device
     if not groups:
         raise ValueError("student: has no trainable parameter")
     # One fused kernel instead of a Python loop over parameters; fp32 and fp64 parameters on CPU and CUDA have it.
-    fused = device.type in ("cpu", "cuda")
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
-    if config.name in ("lars", "lamb"):
-        for group in groups:
-            # Also without weight decay, which is what the two go by otherwise.
-            group["always_adapt"] = group["params"][0].ndim >= 2
-    if config.name == "lamb":
-        from timm.optim import Lamb
+    return _BUILDERS[config.name](groups, config, device.type in ("cpu", "cuda"))
 
-        # Its own clipping is off: clip_norm says what is clipped.
-        return Lamb(groups, lr=config.lr, betas=config.betas, max_grad_norm=None)
-    if config.name == "lars":
-        from timm.optim import Lars
 
-        return Lars(
-            groups,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            trust_coeff=config.trust_coefficient,
-        )
+Groups = list[dict[str, Any]]
+
+
+def _adamw(groups: Groups, config: OptimConfig, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+
+
+def _sgd(groups: Groups, config: OptimConfig, fused: bool) -> torch.optim.Optimizer:
     sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.momentum:
         # torch 2.11's fused SGD leaves new momentum uninitialised if the scaler skips the first step, and fails if a
@@ -172,6 +162,33 @@ def build_optimizer(module: nn.Module, config: OptimConfig, device: torch.device
             for parameter in group["params"]:
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
+
+
+def _lamb(groups: Groups, config: OptimConfig, _fused: bool) -> torch.optim.Optimizer:
+    from timm.optim import Lamb
+
+    # Its own clipping is off: clip_norm says what is clipped.
+    return Lamb(_layerwise(groups), lr=config.lr, betas=config.betas, max_grad_norm=None)
+
+
+def _lars(groups: Groups, config: OptimConfig, _fused: bool) -> torch.optim.Optimizer:
+    from timm.optim import Lars
+
+    rates = {"momentum": config.momentum, "nesterov": config.nesterov, "trust_coeff": config.trust_coefficient}
+    return Lars(_layerwise(groups), lr=config.lr, **rates)
+
+
+def _layerwise(groups: Groups) -> Groups:
+    """The groups, of which those of weights get layer-wise rates; by default LARS and LAMB go by the weight decay."""
+    return [{**group, "always_adapt": group["params"][0].ndim >= 2} for group in groups]
+
+
+_BUILDERS: dict[str, Callable[[Groups, OptimConfig, bool], torch.optim.Optimizer]] = {
+    "sgd": _sgd,
+    "adamw": _adamw,
+    "lars": _lars,
+    "lamb": _lamb,
+}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

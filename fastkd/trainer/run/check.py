@@ -35,9 +35,11 @@ def check_fit(
             f"drop_last={batches.drop_last} on {batches.world_size} rank(s), whose smallest chunk has one row, of "
             f"which batch norm ({single[0]!r} of the student) gets one value per channel; expected at least two rows"
         )
-    # Without cross-entropy the labels of the training set may mean anything.
-    for name, dataset in (("train_data", train_set), ("eval_data", eval_set)):
-        largest = _largest_label(dataset) if name == "eval_data" or "ce" in distiller.objective.weights else None
+    labelled = {"train_data": train_set, "eval_data": eval_set}
+    if "ce" not in distiller.objective.weights:
+        del labelled["train_data"]  # without cross-entropy its labels may mean anything
+    for name, dataset in labelled.items():
+        largest = _largest_label(dataset)
         if largest is not None and largest >= classes:
             raise ValueError(
                 f"student.num_classes: the student has {classes} classes, but {name} has the label {largest}; expected "
