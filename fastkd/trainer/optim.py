@@ -174,8 +174,13 @@ def _lamb(groups: Groups, config: OptimConfig, _fused: bool) -> torch.optim.Opti
 def _lars(groups: Groups, config: OptimConfig, _fused: bool) -> torch.optim.Optimizer:
     from timm.optim import Lars
 
-    rates = {"momentum": config.momentum, "nesterov": config.nesterov, "trust_coeff": config.trust_coefficient}
-    return Lars(_layerwise(groups), lr=config.lr, **rates)
+    return Lars(
+        _layerwise(groups),
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        trust_coeff=config.trust_coefficient,
+    )
 
 
 def _layerwise(groups: Groups) -> Groups:

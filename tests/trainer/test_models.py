@@ -18,7 +18,7 @@ from fastkd.trainer import (
     find_classifier,
     train,
 )
-from fastkd.trainer.models.features import pool_features
+from fastkd.trainer.models.features import measure_shapes, pool_features
 from tests.helpers.trainer_runs import tiny_config
 
 TIMM = {
@@ -182,9 +182,8 @@ def test_a_layer_called_fc_that_does_not_give_the_logits_is_not_taken_for_the_cl
         ):
             measure_shapes(FeatureModel(hidden), images)
         assert measure_shapes(FeatureModel(hidden, "end"), images) == ModelShapes(features=4, classes=4)
-        assert measure_shapes(FeatureModel(hidden, "fc"), images) == ModelShapes(
-            features=6, classes=4
-        )  # confirmed by name
+        # Confirmed by its name.
+        assert measure_shapes(FeatureModel(hidden, "fc"), images) == ModelShapes(features=6, classes=4)
         assert not hidden.fc._forward_hooks
         for end in (nn.Identity(), nn.LogSoftmax(1), nn.Softmax(1), nn.Dropout(0.5)):
             assert measure_shapes(FeatureModel(Tail(end)), images) == ModelShapes(features=6, classes=4)
