@@ -73,7 +73,10 @@ class TrainConfig:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        check_int("epochs", self.epochs, 1)
+        for name in ("epochs", "chunks", "keep", "log_every", "eval_every"):
+            check_int(name, getattr(self, name), 1)
+        for name in ("max_skipped", "save_every_steps", "save_every_epochs"):
+            check_int(name, getattr(self, name), 0)
         for name, part, kind in (
             ("data", self.data, DataConfig),
             ("objective", self.objective, ObjectiveConfig),
@@ -89,15 +92,8 @@ class TrainConfig:
         check_seed("seed", self.seed)
         check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
         check_type("device", self.device, str)
-        check_int("chunks", self.chunks, 1)
-        check_int("max_skipped", self.max_skipped, 0)
         if self.ema is not None:
             check_number("ema", self.ema, 0.0, 1.0, exclusive=True)
-        check_int("save_every_steps", self.save_every_steps, 0)
-        check_int("save_every_epochs", self.save_every_epochs, 0)
-        check_int("keep", self.keep, 1)
-        check_int("log_every", self.log_every, 1)
-        check_int("eval_every", self.eval_every, 1)
         for name in (
             *("resume", "resume_or_start", "channels_last", "compile", "sync_batchnorm"),
             *("tensorboard", "progress", "quiet"),

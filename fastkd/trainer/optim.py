@@ -15,14 +15,18 @@ from fastkd.validate import check_choice, check_int, check_number, check_type
 
 @dataclass(kw_only=True, frozen=True)
 class OptimConfig:
-    """The optimiser, and the learning rate over time.
+    """The optimiser, and the learning rate over time::
+
+        OptimConfig(lr=0.1, schedule="step", milestones=(30, 60, 90))
+        OptimConfig(name="lamb", lr=8e-3, reference_batch=2048, lr_rule="sqrt", warmup_epochs=5)
 
     ``name``: SGD, or LARS for large batches (with ``momentum``, ``nesterov``); AdamW, or LAMB for large batches (with
-    ``betas``). ``lr`` is the peak; with ``reference_batch`` it is that of a batch of this size, and is multiplied by
-    global batch / reference_batch, or by its root (``lr_rule``). The first ``warmup_epochs`` rise linearly to the
-    peak; then ``schedule`` is a cosine to ``min_lr``, steps (times ``gamma`` at each of ``milestones``, in epochs) or
-    constant. ``weight_decay``, and the layer-wise rates of LARS and LAMB, reach weights of two or more dimensions only,
-    never biases, norms or tau. ``trust_coefficient`` is LARS's. ``clip_norm`` clips the global gradient norm.
+    ``betas``). ``lr`` is the peak. With ``reference_batch`` it is the peak for a batch of this size, and is multiplied
+    by global batch / reference_batch, or by the root of this quotient (``lr_rule``). The first ``warmup_epochs`` rise
+    linearly to the peak; then ``schedule`` is a cosine to ``min_lr``, steps (times ``gamma`` at each of ``milestones``,
+    in epochs) or constant. ``weight_decay``, and the layer-wise rates of LARS and LAMB, reach weights of two or more
+    dimensions only, never biases, norms or tau. ``trust_coefficient`` belongs to LARS. ``clip_norm`` bounds the norm of
+    all gradients together.
     """
 
     name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
@@ -149,10 +153,6 @@ def build_optimizer(module: nn.Module, config: OptimConfig, device: torch.device
 Groups = list[dict[str, Any]]
 
 
-def _adamw(groups: Groups, config: OptimConfig, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
-
-
 def _sgd(groups: Groups, config: OptimConfig, fused: bool) -> torch.optim.Optimizer:
     sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.momentum:
@@ -164,35 +164,24 @@ def _sgd(groups: Groups, config: OptimConfig, fused: bool) -> torch.optim.Optimi
     return sgd
 
 
-def _lamb(groups: Groups, config: OptimConfig, _fused: bool) -> torch.optim.Optimizer:
-    from timm.optim import Lamb
+def _timm(name: str, groups: Groups, lr: float, **options: Any) -> torch.optim.Optimizer:
+    """LARS or LAMB, with layer-wise rates for all weights: by default those without weight decay have none."""
+    import timm.optim
 
-    # Its own clipping is off: clip_norm says what is clipped.
-    return Lamb(_layerwise(groups), lr=config.lr, betas=config.betas, max_grad_norm=None)
-
-
-def _lars(groups: Groups, config: OptimConfig, _fused: bool) -> torch.optim.Optimizer:
-    from timm.optim import Lars
-
-    return Lars(
-        _layerwise(groups),
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        trust_coeff=config.trust_coefficient,
-    )
-
-
-def _layerwise(groups: Groups) -> Groups:
-    """The groups, of which those of weights get layer-wise rates; by default LARS and LAMB go by the weight decay."""
-    return [{**group, "always_adapt": group["params"][0].ndim >= 2} for group in groups]
+    for group in groups:
+        group["always_adapt"] = group["params"][0].ndim >= 2
+    built: torch.optim.Optimizer = getattr(timm.optim, name)(groups, lr=lr, **options)
+    return built
 
 
 _BUILDERS: dict[str, Callable[[Groups, OptimConfig, bool], torch.optim.Optimizer]] = {
     "sgd": _sgd,
-    "adamw": _adamw,
-    "lars": _lars,
-    "lamb": _lamb,
+    "adamw": lambda groups, c, fused: torch.optim.AdamW(groups, lr=c.lr, betas=c.betas, fused=fused),
+    "lars": lambda groups, c, _: _timm(
+        "Lars", groups, c.lr, momentum=c.momentum, nesterov=c.nesterov, trust_coeff=c.trust_coefficient
+    ),
+    # Its own clipping is off: clip_norm says what is clipped.
+    "lamb": lambda groups, c, _: _timm("Lamb", groups, c.lr, betas=c.betas, max_grad_norm=None),
 }
 
 

@@ -25,6 +25,7 @@ from fastkd.trainer.run.checkpoint import CheckpointFolder, find_checkpoint, rea
 from tests.helpers.trainer_runs import DropoutNet, seal, tiny_config
 
 FILES = ("student.safetensors", "loss.safetensors", "state.pt", "manifest.json")
+PARTS = {FILES[0]: nn.Linear(2, 2), FILES[1]: nn.Linear(1, 1)}
 
 
 class Payload:
@@ -282,11 +283,11 @@ def test_the_last_k_are_kept_and_the_old_one_goes_only_after_the_new_one_is_ther
 
     monkeypatch.setattr("fastkd.trainer.run.checkpoint.shutil.rmtree", watch)
     for step in (0, 5, 10, 100_000_000):
-        folder.save(step, student=nn.Linear(2, 2), loss=nn.Linear(1, 1), state={"step": step}, manifest={})
+        folder.save(step, PARTS, state={"step": step}, manifest={})
     assert seen == [["step-00000005", "step-00000010"], ["step-00000010", "step-100000000"]]
     assert find_checkpoint(tmp_path).name == "step-100000000"
     with pytest.raises(CheckpointError, match="exists already"):
-        folder.save(10, student=nn.Linear(2, 2), loss=nn.Linear(1, 1), state={}, manifest={})
+        folder.save(10, PARTS, state={}, manifest={})
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -328,7 +329,7 @@ def test_files_are_durable_before_the_checkpoint_has_its_name(tmp_path, monkeypa
 
     monkeypatch.setattr("fastkd.trainer.run.checkpoint.os.fsync", watch_fsync)
     monkeypatch.setattr("fastkd.trainer.run.checkpoint.Path.rename", watch_rename)
-    CheckpointFolder(tmp_path, keep=1).save(1, student=nn.Linear(2, 2), loss=nn.ReLU(), state={}, manifest={})
+    CheckpointFolder(tmp_path, keep=1).save(1, PARTS, state={}, manifest={})
     assert set(FILES) <= set(renamed[0])
     assert renamed[0][-1].startswith(".tmp-step-00000001")
     assert synced[-1] == tmp_path.name
@@ -355,7 +356,7 @@ def test_tied_weights_survive(tmp_path):
             self.b.weight = self.a.weight
 
     model = Tied()
-    path = CheckpointFolder(tmp_path, 1).save(1, student=model, loss=nn.ReLU(), state={}, manifest={})
+    path = CheckpointFolder(tmp_path, 1).save(1, {FILES[0]: model}, state={}, manifest={})
     assert torch.equal(load_file(path / "student.safetensors")["b.weight"], model.a.weight)
 
 

@@ -16,8 +16,6 @@ from fastkd.trainer.models import small as nets
 from fastkd.trainer.models.build import build_model
 from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.run.checkpoint import (
-    EMA,
-    STUDENT,
     Checkpoint,
     CheckpointError,
     find_checkpoint,
@@ -77,7 +75,7 @@ def reopen(
             raise CheckpointError(f"{checkpoint.path}: its data was given as objects; pass it as eval_data=...")
         _check_trust(checkpoint.path, config.data.name, config.data.name in DATASETS, trust_code)
         train_data, eval_data = build_datasets(config.data)
-    load_into(model, checkpoint.deployed, checkpoint.path / (STUDENT if checkpoint.ema is None else EMA))
+    load_into(model, checkpoint.weights[checkpoint.deployed], checkpoint.path / checkpoint.deployed)
     return Reopened(checkpoint, config, model, train_data, eval_data)
 
 

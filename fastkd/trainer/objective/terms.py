@@ -53,19 +53,38 @@ class CETerm(nn.Module):
         return {"ce": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
 
 
-class KDTerm(nn.Module):
+class LossTerm(nn.Module):
+    """A module of ``fastkd.losses`` as a term: ``build`` makes it, ``inputs`` are its arguments."""
+
+    def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:
+        super().__init__()
+        self.loss = self.build(config, student, teacher)
+
+    def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> Any:
+        raise NotImplementedError
+
+    def inputs(self, student: ModelOutput, teacher: ModelOutput, labels: Tensor) -> tuple[Any, ...]:
+        return one_dtype(student.logits, teacher.logits)
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
+        assert teacher is not None
+        return self.loss(*self.inputs(student, teacher, labels))
+
+    def for_layers(self, *features: Tensor) -> tuple[Tensor, ...]:
+        """The features in the dtype of the loss's layers; autocast converts by itself, all but float64."""
+        dtype = next((parameter.dtype for parameter in self.parameters()), features[0].dtype)
+        is_cast = [torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64 for x in features]
+        return tuple(x if cast else x.to(dtype) for x, cast in zip(features, is_cast, strict=True))
+
+
+class KDTerm(LossTerm):
     """``KDLoss`` on the logits. With cross-entropy beside it, both are computed in one read of the logits on a GPU."""
 
     needs_features = False
     fuses_with = CETerm
 
-    def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:
-        super().__init__()
-        self.loss = KDLoss(config.kd.temperature)
-
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
-        assert teacher is not None
-        return self.loss(*one_dtype(student.logits, teacher.logits))
+    def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> KDLoss:
+        return KDLoss(config.kd.temperature)
 
     def fused(
         self, ce: CETerm, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor
@@ -79,19 +98,30 @@ class KDTerm(nn.Module):
         return {"kd": kd_value}, {"ce": ce_value}
 
 
-class DCDTerm(nn.Module):
+class CKDTerm(LossTerm):
+    """``CKDLoss`` on the logits."""
+
+    needs_features = False
+    spans_ranks = True
+
+    def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> CKDLoss:
+        return CKDLoss(config.ckd.temperature)
+
+    def columns_sent(self, classes: int) -> int:
+        """How many numbers per row go to the other ranks: both models' logits."""
+        return 2 * classes
+
+
+class DCDTerm(LossTerm):
     """``DCDLoss`` on the penultimate features; owns both projection heads and tau."""
 
     spans_ranks = True
 
-    def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:
-        super().__init__()
-        self.loss = DCDLoss(student.features, teacher.features, **asdict(config.dcd))
+    def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> DCDLoss:
+        return DCDLoss(student.features, teacher.features, **asdict(config.dcd))
 
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
-        assert teacher is not None
-        dtype = self.loss.student_head.weight.dtype
-        return self.loss(_for_linear(student.features, dtype), _for_linear(teacher.features, dtype))
+    def inputs(self, student: ModelOutput, teacher: ModelOutput, labels: Tensor) -> tuple[Any, ...]:
+        return self.for_layers(student.features, teacher.features)
 
     def scalars(self) -> dict[str, Tensor]:
         """What is logged beside the loss: tau and the logit scale."""
@@ -102,49 +132,22 @@ class DCDTerm(nn.Module):
         return 2 * self.loss.student_head.out_features
 
 
-class CKDTerm(nn.Module):
-    """``CKDLoss`` on the logits."""
-
-    needs_features = False
-    spans_ranks = True
-
-    def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:
-        super().__init__()
-        self.loss = CKDLoss(config.ckd.temperature)
-
-    def columns_sent(self, classes: int) -> int:
-        """How many numbers per row go to the other ranks: both models' logits."""
-        return 2 * classes
-
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
-        assert teacher is not None
-        return self.loss(*one_dtype(student.logits, teacher.logits))
-
-
-class PCKDTerm(nn.Module):
+class PCKDTerm(LossTerm):
     """``PCKDLoss`` on features, logits and both classifier layers; owns its heads. Its preview follows the epoch."""
 
     spans_ranks = True
+    epoch = 0
 
-    def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:
-        super().__init__()
-        self.loss = PCKDLoss(student.features, teacher.features, **asdict(config.pckd))
-        self.epoch = 0
+    def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> PCKDLoss:
+        return PCKDLoss(student.features, teacher.features, **asdict(config.pckd))
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the loop before every epoch, counted from 0."""
         self.epoch = epoch
 
-    def columns_sent(self, classes: int) -> int:
-        """How many numbers per row go to the other ranks: two relations."""
-        return 2 * classes
-
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
-        assert teacher is not None
-        dtype = next((parameter.dtype for parameter in self.parameters()), student.features.dtype)
-        return self.loss(
-            _for_linear(student.features, dtype),
-            _for_linear(teacher.features, dtype),
+    def inputs(self, student: ModelOutput, teacher: ModelOutput, labels: Tensor) -> tuple[Any, ...]:
+        return (
+            *self.for_layers(student.features, teacher.features),
             *one_dtype(student.logits, teacher.logits),
             labels,
             _as_linear(student.classifier),
@@ -152,8 +155,12 @@ class PCKDTerm(nn.Module):
             self.epoch,
         )
 
+    def columns_sent(self, classes: int) -> int:
+        """How many numbers per row go to the other ranks: two relations."""
+        return 2 * classes
 
-class MSDCRDTerm(nn.Module):
+
+class MSDCRDTerm(LossTerm):
     """``MSDCRDLoss`` on the last feature maps; owns the convolution from the student's channels to the teacher's.
 
     Raises ValueError for a teacher that does not classify single positions of its map.
@@ -162,8 +169,7 @@ class MSDCRDTerm(nn.Module):
     needs_maps = True
     spans_ranks = True
 
-    def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:
-        super().__init__()
+    def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> MSDCRDLoss:
         own, other = student.feature_map, teacher.feature_map
         assert own is not None
         assert other is not None
@@ -172,22 +178,16 @@ class MSDCRDTerm(nn.Module):
                 f"msdcrd: the teacher's layers after {other.layer!r} do not classify single positions of its map, "
                 "expected a map that is averaged and then classified; for another one, ModelConfig(feature_map='...')"
             )
-        self.loss = MSDCRDLoss(
-            own.channels,
-            other.channels,
-            student_prefix_tokens=own.prefix_tokens,
-            teacher_prefix_tokens=other.prefix_tokens,
-            **asdict(config.msdcrd),
-        )
+        prefixes: dict[str, Any] = {
+            "student_prefix_tokens": own.prefix_tokens,
+            "teacher_prefix_tokens": other.prefix_tokens,
+        }
+        return MSDCRDLoss(own.channels, other.channels, **prefixes, **asdict(config.msdcrd))
 
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
-        assert teacher is not None
+    def inputs(self, student: ModelOutput, teacher: ModelOutput, labels: Tensor) -> tuple[Any, ...]:
         assert student.feature_map is not None
         assert teacher.feature_map is not None
-        dtype = next((parameter.dtype for parameter in self.parameters()), student.feature_map.dtype)
-        return self.loss(
-            _for_linear(student.feature_map, dtype), _for_linear(teacher.feature_map, dtype), teacher.map_classifier
-        )
+        return (*self.for_layers(student.feature_map, teacher.feature_map), teacher.map_classifier)
 
 
 class CallableTerm(nn.Module):
@@ -219,13 +219,6 @@ TERMS: dict[str, TermBuilder] = {
 def one_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both as they are when their dtypes agree, else both in float32."""
     return (student, teacher) if student.dtype == teacher.dtype else (student.float(), teacher.float())
-
-
-def _for_linear(features: Tensor, dtype: torch.dtype) -> Tensor:
-    """``features`` for a linear layer of ``dtype``; autocast converts by itself, all but float64."""
-    if torch.is_autocast_enabled(features.device.type) and features.dtype != torch.float64:
-        return features
-    return features.to(dtype)
 
 
 def _as_linear(classifier: nn.Module | None) -> Any:

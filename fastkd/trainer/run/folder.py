@@ -11,9 +11,6 @@ from typing import Any, Self
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.rng import rng_state
 from fastkd.trainer.run.checkpoint import (
-    EMA,
-    LOSS,
-    STUDENT,
     Checkpoint,
     CheckpointError,
     CheckpointFolder,
@@ -150,9 +147,7 @@ class RunFolder:
         details = {"epoch": progress.epoch, "accuracy": accuracy, "versions": self.info["versions"]}
         return self._checkpoints.save(
             progress.step,
-            student=state.modules[STUDENT],
-            ema=state.modules.get(EMA),
-            loss=state.modules[LOSS],
+            state.modules,
             state=vars(state.pack(generators)),
             manifest={**vars(self.identity), **details},
             again=progress.step == self._resumed_step,

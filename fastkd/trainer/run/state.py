@@ -131,12 +131,10 @@ class RunState:
 
         A rank that the saved run did not have seeds its generators anew.
         """
-        weights = {STUDENT: checkpoint.student, LOSS: checkpoint.loss, EMA: checkpoint.ema}
         for name, module in self.modules.items():
-            state = weights[name]
-            if state is None:
+            if name not in checkpoint.weights:
                 raise CheckpointError(f"{checkpoint.path}: has no {name}, expected the moving average of the student")
-            load_into(module, state, checkpoint.path / name)
+            load_into(module, checkpoint.weights[name], checkpoint.path / name)
         try:
             saved = SavedState(**checkpoint.state)
             self.step.load_state_dict(checkpoint.state)
