@@ -121,9 +121,9 @@ class Schedule:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of all trainable parameters: with weight decay (two or more dimensions), and without.
+    """All trainable parameters in two groups: those of two or more dimensions with weight decay, the others without.
 
-    Biases, norm weights and tau have fewer than two dimensions; so do positional scalars and gains.
+    Biases, norm weights, tau, positional scalars and gains have fewer than two dimensions.
     """
     decayed: list[tuple[str, nn.Parameter]] = []
     rest: list[tuple[str, nn.Parameter]] = []

@@ -1,7 +1,7 @@
-"""The objective: a weighted sum of named terms, ``total = CE + lambda KD + beta DCD``.
+"""The objective: a weighted sum of named terms, such as ``CE + lambda KD + beta DCD``.
 
-A term is a module (or any callable): see ``fastkd.trainer.objective.terms``. There ``TERMS`` maps the name of a term to
-what builds it. A new method adds one entry there.
+A term is a module or a function: see ``fastkd.trainer.objective.terms``, where ``TERMS`` maps the name of each term to
+its builder. A new method adds one entry there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Objective(nn.Module):
 
     Args:
         config: which terms, their weights and options.
-        student, teacher: what ``measure_shapes`` found of the models; without a teacher, the student's for both.
+        student, teacher: the models' shapes, from ``measure_shapes``; without a teacher, the student's for both.
         terms: the user's own terms by name: modules (their parameters are trained) or plain functions. They may be
             named, with a weight, in ``config.terms``; one that is not named there is an error.
 

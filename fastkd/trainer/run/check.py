@@ -23,8 +23,9 @@ def check_fit(
 ) -> None:
     """Raise ValueError, before anything is written, for what would end the run in its first or last batch.
 
-    Labels that the student has no class for, as far as the datasets expose theirs; a chunk of one row, of which batch
-    norm gets a single value per channel. Called before ``prepare``, with images that the student can take.
+    That is a label that the student has no class for, as far as the datasets expose their labels, and a chunk of one
+    row, of which batch norm would get a single value per channel. Called before ``prepare``, with images that the
+    student can take.
     """
     rows = batches.rows(len(batches) - 1) // batches.world_size  # the fewest of any rank
     rows //= min(config.chunks, rows)
@@ -76,7 +77,7 @@ def _classes_and_single_values(model: FeatureModel, image: Tensor) -> tuple[int,
 
 
 def _largest_label(dataset: Any) -> int | None:
-    """None for a dataset that does not expose its labels, or changes them on the way."""
+    """The largest label; None for a dataset that does not expose its labels, or changes them when it is read."""
     whole = dataset
     while isinstance(whole, Subset):
         whole = whole.dataset
@@ -96,8 +97,8 @@ def check_teacher(
 ) -> float | None:
     """The teacher's top-1 accuracy on ``loader``'s data, computed as in training; None where no floor asks for it.
 
-    Raises ValueError on every rank when it is below ``config.teacher.min_accuracy``: other weights, other classes or
-    another normalisation than the data's are the usual reasons.
+    Raises ValueError on every rank when the accuracy is below ``config.teacher.min_accuracy``. The usual reasons are
+    other weights, other classes, or another normalisation than the data's.
     """
     if distiller.teacher is None or config.teacher is None or config.teacher.min_accuracy is None:
         return None
@@ -114,7 +115,7 @@ def check_teacher(
 
 
 def report_broken(dataset: Any, tell: Callable[[str], None]) -> None:
-    """Tell how many images of a dataset that counts them could not be read, by this rank, if there are any."""
+    """Tell how many images this rank could not read, if there are any and the dataset counts them."""
     broken = getattr(dataset, "broken", 0)
     if broken:
         tell(f"{broken} of {len(dataset)} training images cannot be read; others took their places")

@@ -69,8 +69,8 @@ class Checkpoint:
 class CheckpointFolder:
     """The checkpoints of one run, for one process at a time.
 
-    Leftovers of an interrupted write (``.tmp-*``) are removed when it is opened. Raises CheckpointError when another
-    process has it open (POSIX locks: not on Windows, and on a network file system only as far as that has them).
+    Opening it removes the leftovers of an interrupted write (``.tmp-*``). Raises CheckpointError when another process
+    has it open. (The lock is a POSIX lock: there is none on Windows, and not every network file system has it.)
     """
 
     def __init__(self, path: Path, keep: int) -> None:
@@ -158,7 +158,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def best_checkpoint(checkpoints: list[Path]) -> Path | None:
-    """The one whose manifest has the highest accuracy, the latest of equals; None if none has any."""
+    """The checkpoint with the highest accuracy in its manifest, the latest of equals; None if no manifest has one."""
     found: list[tuple[float, int, Path]] = []
     for path in checkpoints:
         try:
@@ -211,7 +211,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     for name in (STUDENT, LOSS, STATE):
         if name not in files:
             raise CheckpointError(f"{file}: does not list {name}")
-    for name in (STUDENT, LOSS, EMA, STATE) if EMA in files else (STUDENT, LOSS, STATE):
+    for name in (STUDENT, LOSS, STATE, *([EMA] if EMA in files else [])):
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name}: is missing")
         size = (path / name).stat().st_size

@@ -1,4 +1,4 @@
-"""What a run is: its models, settings, hardware and versions, for run.json and the first lines of the log."""
+"""Describes a run for ``run.json`` and the first lines of the log: models, settings, hardware and versions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastkd.trainer.run.state import Identity
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, fastkd and of the packages that decide a run's numbers."""
+    """The versions of Python, fastkd and the packages that decide a run's numbers."""
     found = {"python": platform.python_version()}
     for package in ("fastkd", "torch", "torchvision", "timm", "torchdata", "numpy", "safetensors"):
         try:
@@ -40,7 +40,7 @@ def describe(
     identity: Identity,
     ranks: int,
 ) -> dict[str, Any]:
-    """What ``run.json`` holds: everything needed to tell what a run was."""
+    """The content of ``run.json``: everything that is needed to tell what a run was."""
 
     def model(role: str, model: FeatureModel, named: ModelConfig | None) -> dict[str, Any]:
         name = type(model.model).__name__

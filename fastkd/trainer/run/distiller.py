@@ -19,9 +19,9 @@ from fastkd.trainer.run.checkpoint import load_into, load_weights
 
 
 class FrozenModel(nn.Module):
-    """A model that stays in eval mode and without gradient whatever is called on it or on a module that holds it.
+    """A model that stays in eval mode and without gradient, whatever is called on it or on a module that holds it.
 
-    It may have been trained with another normalisation of its input than that of the data: see ``convert_input``.
+    It may have been trained with another normalisation than the data have: see ``convert_input``.
     """
 
     def __init__(self, model: FeatureModel) -> None:
@@ -37,9 +37,9 @@ class FrozenModel(nn.Module):
         self.requires_grad_(False)
 
     def convert_input(self, data: Normalization, own: Normalization) -> None:
-        """From now on take images normalised as ``data`` is, and give the model what it would see as ``own``.
+        """From now on take images normalised by ``data``, and give them to the model as normalised by ``own``.
 
-        ``x s + b`` with ``s = data.std / own.std``, ``b = (data.mean - own.mean) / own.std``, for each channel.
+        That is ``x s + b`` per channel, with ``s = data.std / own.std`` and ``b = (data.mean - own.mean) / own.std``.
         """
         (mean, std), (own_mean, own_std) = (torch.tensor(pair, dtype=torch.float64) for pair in (data, own))
         device = next(self.model.parameters()).device
@@ -132,7 +132,7 @@ class Distiller(nn.Module):
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 over name, dtype, shape and bytes of every tensor of the state dict, in the order of the names."""
+    """The sha256 of a model's weights: of name, dtype, shape and bytes of every tensor, in the order of the names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
@@ -149,10 +149,10 @@ def build_distiller(
     teacher: nn.Module | None = None,
     terms: Mapping[str, nn.Module | TermFunction] | None = None,
 ) -> Distiller:
-    """The distiller of ``config``, with the given modules in place of those that the config would build.
+    """The distiller of ``config``; given modules replace what the config would build.
 
-    ``images`` [B, C, H, W] is a small batch: one forward pass of each model tells its feature dimension and its
-    classes, a second one finds its last map if a term needs maps.
+    ``images`` [B, C, H, W] is a small batch. One forward pass of each model tells its feature dimension and its
+    classes; a second one finds its last map if a term needs maps.
 
     Raises:
         ValueError: no student; a term needs a teacher and there is none, or the reverse; a teacher without weights;

@@ -1,4 +1,4 @@
-"""Accuracy of a model, and of a checkpoint whose model is rebuilt from the checkpoint's own config."""
+"""The accuracy of a model on an evaluation set."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ def evaluate(
     confusion: Tensor | None = None,
     stop: StopRequest | None = None,
 ) -> dict[str, float]:
-    """``accuracy`` (top-1) and ``top5`` in [0, 1], ``eval_loss`` (mean cross-entropy in nats).
+    """``accuracy`` (top-1) and ``top5`` in [0, 1], ``eval_loss`` (mean cross-entropy in nats)::
 
-    Leaves ``model`` in eval mode. With several ``ranks``, over the loaders of all of them. ``confusion`` [C, C], int64,
-    is added to: one at (label, prediction) for every sample of this rank's loader. ``stop``: once it is requested, the
-    rest is left out, and the values mean nothing.
+        evaluate(FeatureModel(module), DataLoader(dataset, 256), torch.device("cpu"))["accuracy"]
+
+    Leaves ``model`` in eval mode. With several ``ranks`` the values are those of the samples of all ranks' loaders.
+    ``confusion`` [C, C], int64, gets 1 added at (label, prediction) for every sample of this rank's loader. Once
+    ``stop`` is requested the remaining batches are left out, and the values mean nothing.
     """
     ranks = ranks or Ranks()
     ranks.broadcast_buffers(model)

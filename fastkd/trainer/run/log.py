@@ -1,4 +1,4 @@
-"""What a run leaves behind: ``run.json``, ``metrics.jsonl``, TensorBoard curves, a progress bar, printed lines."""
+"""The records of a run: ``metrics.jsonl``, ``speed.jsonl``, TensorBoard curves, a progress bar, printed lines."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class RunLog:
             self._progress.start()
 
     def print(self, line: str) -> None:
-        """A line for the user, above the progress bar."""
+        """Show a line to the user, above the progress bar."""
         self._console.print(line, markup=False)
 
     def record(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """One line of ``metrics.jsonl`` and the numbers in it as TensorBoard scalars ``kind/name``."""
+        """Write one line of ``metrics.jsonl``, and its numbers as TensorBoard scalars ``kind/name``."""
         if self._file is not None:
             # JSON has no NaN or infinity (the gradient norm of a step that the loss scaling skips).
             plain = {name: None if not math.isfinite(value) else value for name, value in values.items()}
@@ -66,7 +66,7 @@ class RunLog:
             self._progress.update(self._task, completed=step, description=f"loss {values.get('loss', math.nan):.4f}")
 
     def speed(self, step: int, values: dict[str, float]) -> None:
-        """One line of ``speed.jsonl``; the epoch that ended, or was broken off, at ``step``."""
+        """Write one line of ``speed.jsonl``, for the epoch that ended, or was broken off, at ``step``."""
         if self._folder is not None:
             with (self._folder / SPEED).open("a") as file:
                 file.write(json.dumps({"kind": "speed", "step": step, **values}) + "\n")
@@ -75,7 +75,7 @@ class RunLog:
                 self._board.add_scalar(f"speed/{name}", value, step)
 
     def sync(self) -> int:
-        """Make ``metrics.jsonl`` durable; its size in bytes."""
+        """Make ``metrics.jsonl`` durable, and return its size in bytes."""
         if self._file is None:
             return 0
         self._file.flush()

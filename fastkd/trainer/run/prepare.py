@@ -90,10 +90,10 @@ def prepare(
     ranks: Ranks,
     data_normalization: Normalization | None = None,
 ) -> list[str]:
-    """Apply what ``config`` says of the models to ``distiller``, which is on ``device``; lines for the user.
+    """Give both models the precision, layout and input that ``config`` asks for; returns lines for the user.
 
-    Called once, before the optimiser and DistributedDataParallel see the parameters. ``data_normalization``: that of
-    the images, None if the data do not say. State dicts keep their names.
+    Called once, on ``device``, before the optimiser and DistributedDataParallel see the parameters. State dicts keep
+    their names. ``data_normalization`` is how the images are normalised, None if the data do not say.
 
     Raises ValueError: ``sync_batchnorm`` without several ranks on CUDA; a teacher with a normalisation of its own on
     data that do not say theirs, or of another number of channels.

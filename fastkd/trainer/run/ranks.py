@@ -1,10 +1,10 @@
 """The ranks of a run, as ``torchrun`` starts them; with one process, everything here does nothing.
 
-W ranks take the same steps as one: every global batch is split over them, terms that are means over a rank's rows are
-weighted so that the average over ranks is the mean over the global batch, DistributedDataParallel averages the
-gradients, metrics are averaged, every rank evaluates its share. Rank 0 logs and writes the checkpoints, which another
-number of ranks can resume. What differs from one process: batch norm normalises with a rank's own rows, and dropout
-and augmentations draw from a generator of each rank.
+W ranks take the same steps as one process. Every global batch is split over them. A term that is a mean over a rank's
+rows is weighted so that its average over the ranks is the mean over the global batch. DistributedDataParallel averages
+the gradients, and metrics are averaged too. Every rank evaluates its part of the evaluation set. Rank 0 logs and writes
+the checkpoints, which another number of ranks can resume. Two things differ from one process: batch norm normalises
+with a rank's own rows, and dropout and augmentations draw from a generator of each rank.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Ranks:
         return rows * self.world_size / global_rows
 
     def place(self, device: torch.device) -> torch.device:
-        """The device of this rank: without an index, the GPU of its number on this machine."""
+        """The device of this rank: its own GPU of this machine if ``device`` is CUDA without an index."""
         if self.world_size > 1 and device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank)))
             torch.cuda.set_device(device)
