@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import random
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,8 @@ from fastkd.trainer import (
     OptimConfig,
     TensorImages,
     TrainConfig,
-    train,
 )
+from fastkd.trainer.models.small import SmallConvNet
 from fastkd.trainer.run.checkpoint import _manifest_hash, file_hash
 
 
@@ -62,6 +60,18 @@ def noisy_data(samples: int = 52) -> tuple[NoisyImages, TensorImages]:
     centres = torch.randn(4, 1, 4, 4, generator=generator)
     images = centres[labels] + 0.5 * torch.randn(samples, 1, 4, 4, generator=generator)
     return NoisyImages(images, labels), TensorImages(images[:20], labels[:20])
+
+
+def networks(student: int = 4, teacher: int = 6) -> tuple[SmallConvNet, SmallConvNet]:
+    torch.manual_seed(0)
+    return SmallConvNet(num_classes=4, width=student), SmallConvNet(num_classes=4, width=teacher)
+
+
+def convolutional(**changes: Any) -> dict[str, Any]:
+    """What ``train`` takes for two small convolutional networks."""
+    student, teacher = networks()
+    train_data, eval_data = noisy_data()
+    return {"student": student, "teacher": teacher, "train_data": train_data, "eval_data": eval_data, **changes}
 
 
 def write_teacher(path: Path) -> str:
@@ -141,17 +151,3 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, list | tuple):
         return len(left) == len(right) and all(map(same, left, right))
     return bool(left == right)
-
-
-if __name__ == "__main__":
-    # python -m tests.helpers.trainer_runs CONFIG.json: a run slow enough to be killed anywhere in it.
-    torch.set_num_threads(1)
-    pause = float(sys.argv[2])
-    forward = DropoutNet.forward
-
-    def slow(self: DropoutNet, images: Tensor) -> Tensor:
-        time.sleep(pause)
-        return forward(self, images)
-
-    DropoutNet.forward = slow  # type: ignore[method-assign]
-    train(TrainConfig.from_dict(json.loads(Path(sys.argv[1]).read_text())))

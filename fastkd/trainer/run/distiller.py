@@ -95,9 +95,9 @@ class Distiller(nn.Module):
 
     A loop of your own needs no more than this module and an optimiser over the parameters that require a gradient::
 
-        distiller = build_distiller(config, images)
+        objective = Objective(ObjectiveConfig(terms="kd"), shapes, shapes)  # ModelShapes(features=64, classes=10)
+        distiller = Distiller(FeatureModel(student), FeatureModel(teacher), objective)
         loss, terms = distiller(images, labels)
-        loss.backward()
     """
 
     def __init__(self, student: FeatureModel, teacher: FeatureModel | None, objective: Objective) -> None:

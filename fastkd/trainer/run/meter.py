@@ -33,8 +33,8 @@ class Meter:
         scaled: bool = False,
         report: Callable[[str], None] = print,
     ) -> None:
-        """``reduce`` is the mean over the ranks. ``scaled`` is for fp16, where gradients that are not finite are how the
-        loss scale is found: they do not count as skipped steps."""
+        """``reduce`` is the mean over the ranks. With ``scaled``, for fp16, gradients that are not finite do not count
+        as skipped steps: the loss scale is found by them."""
         self.names: list[str] = []
         self.skipped = 0
         self.max_skipped = max_skipped
