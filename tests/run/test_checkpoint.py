@@ -14,13 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastkd.trainer import (
-    CheckpointError,
-    ModelConfig,
-    evaluate_checkpoint,
-    load_weights,
-    train,
-)
+from fastkd.trainer import CheckpointError, ModelConfig, evaluate_checkpoint, load_weights, train
 from fastkd.trainer.run.checkpoint import CheckpointFolder, find_checkpoint, read_checkpoint
 from tests.helpers.trainer_runs import DropoutNet, seal, tiny_config
 

@@ -21,6 +21,7 @@ from fastkd.trainer import (
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
+    PCKDConfig,
     TensorImages,
     TrainConfig,
     evaluate_checkpoint,
@@ -104,10 +105,10 @@ DATA = DataConfig(name="tests.helpers.trainer_runs:noisy_data", batch_size=4)
         {"precision": "bf16", "optim": ADAMW},
         {"precision": "fp16", "optim": ADAMW},
         {"chunks": 2},
-        *(
-            {"objective": ObjectiveConfig(terms=f"dcd+{terms}", **METHODS)}
-            for terms in ("pckd", "msdcrd + 0.5*kd", "100*ckd")
-        ),
+        # A preview that changes much from epoch to epoch.
+        {"objective": ObjectiveConfig(terms="dcd + pckd", pckd=PCKDConfig(preview_base=1.5))},
+        {"objective": ObjectiveConfig(terms="dcd + msdcrd + 0.5*kd")},
+        {"objective": ObjectiveConfig(terms="dcd + 100*ckd")},
     ],
     ids=["workers", "bf16", "fp16", "chunks", "pckd", "msdcrd", "ckd"],
 )
