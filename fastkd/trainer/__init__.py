@@ -36,27 +36,13 @@ if TYPE_CHECKING:
     from fastkd.trainer.run.meter import NonFiniteLossError
 
 _HOME = {
-    "commands.evaluate_checkpoint": (
-        "EvalResult",
-        "evaluate_checkpoint",
-    ),
+    "commands.evaluate_checkpoint": ("EvalResult", "evaluate_checkpoint"),
     "config": ("TrainConfig",),
     "data.config": ("DataConfig",),
     "data.labels": ("labelled_subset",),
-    "data.memory": (
-        "TensorImages",
-        "load_digits",
-    ),
-    "models.build": (
-        "ModelConfig",
-        "build_model",
-    ),
-    "models.features": (
-        "FeatureModel",
-        "ModelOutput",
-        "ModelShapes",
-        "find_classifier",
-    ),
+    "data.memory": ("TensorImages", "load_digits"),
+    "models.build": ("ModelConfig", "build_model"),
+    "models.features": ("FeatureModel", "ModelOutput", "ModelShapes", "find_classifier"),
     "objective.config": (
         "CEConfig",
         "CKDConfig",
@@ -70,15 +56,8 @@ _HOME = {
     "objective.terms": ("TERMS",),
     "optim": ("OptimConfig",),
     "recipes.digits": ("RECIPES",),
-    "run.checkpoint": (
-        "CheckpointError",
-        "find_checkpoint",
-        "load_weights",
-    ),
-    "run.distiller": (
-        "Distiller",
-        "weights_hash",
-    ),
+    "run.checkpoint": ("CheckpointError", "find_checkpoint", "load_weights"),
+    "run.distiller": ("Distiller", "weights_hash"),
     "run.evaluate": ("evaluate",),
     "run.loop": ("TrainResult", "train"),
     "run.meter": ("NonFiniteLossError",),

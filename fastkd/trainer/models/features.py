@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -183,7 +184,19 @@ class FeatureModel(nn.Module):
             return self.model(images.to(dtype))
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Runs its block with ``model`` in eval mode and without gradients; then every module gets its mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def measure_shapes(model: FeatureModel, images: Tensor, *, feature_map: bool = False) -> ModelShapes:
     """The shapes of ``model``, from one forward pass in eval mode; changes no state of the wrapped module.
 
@@ -193,19 +206,14 @@ def measure_shapes(model: FeatureModel, images: Tensor, *, feature_map: bool = F
     something else than the logits; or when there is no map.
     """
     images = images.to(next(model.parameters(), images).device)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     model.map_source = None  # a model may have been in another run, with other terms
-    try:
+    with evaluating(model):
         shapes = _check_classifier(model, images)
         if not feature_map:
             return shapes
         assert model.classifier_name is not None
         model.map_source = find_map(lambda: model(images).features, model.model, model.classifier_name, model.map_name)
         return replace(shapes, feature_map=model.map_source)
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _check_classifier(model: FeatureModel, images: Tensor) -> ModelShapes:

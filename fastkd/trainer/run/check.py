@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import Subset
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.labels import labels_of
 from fastkd.trainer.data.loader import GlobalBatches
-from fastkd.trainer.models.features import FeatureModel
+from fastkd.trainer.models.features import FeatureModel, evaluating
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.evaluate import evaluate
 from fastkd.trainer.run.ranks import Ranks
@@ -52,27 +53,21 @@ def _classes_and_single_values(model: FeatureModel, image: Tensor) -> tuple[int,
     """The logits' width, and the names of the batch norms that get one value per channel of one image [1, C, H, W]."""
     single: list[str] = []
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def look(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs and inputs[0].numel() == inputs[0].shape[1]:
-                single.append(name)
+    def look(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs and inputs[0].numel() == inputs[0].shape[1]:
+            single.append(name)
 
-        return look
-
-    modes = [(module, module.training) for module in model.modules()]
     hooks = [
-        module.register_forward_pre_hook(watch(name))
+        module.register_forward_pre_hook(partial(look, name))
         for name, module in model.model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
     ]
     try:
-        with torch.no_grad():
-            logits = model.eval()(image.to(next(model.parameters(), image).device)).logits
+        with evaluating(model):
+            logits = model(image.to(next(model.parameters(), image).device)).logits
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
     return logits.shape[1], single
 
 

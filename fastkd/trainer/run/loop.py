@@ -156,7 +156,7 @@ def train(
                 # A run that was stopped before its evaluation has the steps of this epoch behind it.
                 for images, labels in clock.watch(data.loader) if progress.step < end else ():
                     lr = schedule(progress.step)
-                    rows = data.batches.rows(progress.step % per_epoch)
+                    rows = data.loader.batch_sampler.rows(progress.step % per_epoch)
                     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                     meter.add(progress.step + 1, *step(images, labels, ranks.weight(len(labels), rows), lr))
                     clock.images += rows

@@ -15,9 +15,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.datasets import choose_data
 from fastkd.trainer.data.labels import labels_hash, normalization_of
-from fastkd.trainer.data.loader import GlobalBatches, eval_loader, first_images, train_loader
+from fastkd.trainer.data.loader import eval_loader, first_images, train_loader
 from fastkd.trainer.models.build import Normalization, check_normalization, trained_normalization
-from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.objective.terms import TermFunction
 from fastkd.trainer.precision import DTYPES
 from fastkd.trainer.run.check import check_fit
@@ -39,12 +38,6 @@ class RunData:
     set_epoch: Callable[[int], None]
     eval_loader: DataLoader[Any]
     sample: Tensor
-
-    @property
-    def batches(self) -> GlobalBatches:
-        """The global batches of an epoch, of which ``loader`` reads this rank's parts."""
-        batches: GlobalBatches = self.loader.batch_sampler
-        return batches
 
 
 def open_data(config: TrainConfig, train_data: Any, eval_data: Any, device: torch.device, ranks: Ranks) -> RunData:
@@ -68,7 +61,7 @@ def build_models(
 ) -> tuple[Distiller, list[str]]:
     """The distiller on ``device``, checked against the data and ready for the first step; and lines for the user."""
     distiller = build_distiller(config, data.sample, student=student, teacher=teacher, terms=terms).to(device)
-    check_fit(config, distiller, data.sample, data.batches, data.train_set, data.eval_set)
+    check_fit(config, distiller, data.sample, data.loader.batch_sampler, data.train_set, data.eval_set)
     return distiller, prepare(distiller, config, device, ranks, normalization_of(data.train_set))
 
 
@@ -123,17 +116,13 @@ def prepare(
                 frozen.model.to(DTYPES[config.teacher.dtype])
                 lines.append(f"teacher in {config.teacher.dtype}")
     for model in models:
-        _place(model, config)
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.channels_last = True
+        if config.compile:
+            model.compile()
     chosen = [name for name in ("channels_last", "compile", "sync_batchnorm") if getattr(config, name)]
     return lines + ([f"models: {', '.join(chosen)}"] if chosen else [])
-
-
-def _place(model: FeatureModel, config: TrainConfig) -> None:
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        model.channels_last = True
-    if config.compile:
-        model.compile()
 
 
 def _convert_input(distiller: Distiller, config: TrainConfig, data: Normalization | None) -> list[str]:
