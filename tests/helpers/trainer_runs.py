@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import random
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ from fastkd.trainer import (
 )
 from fastkd.trainer.models.small import SmallConvNet
 from fastkd.trainer.run.checkpoint import _manifest_hash, file_hash
+
+ROOT = Path(__file__).parents[2]
 
 
 class DropoutNet(nn.Module):
@@ -133,13 +138,21 @@ def lines(run_dir: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def seal(checkpoint: Path) -> None:
-    """Make the manifest agree with the files, as someone who forges a checkpoint would."""
+def seal(checkpoint: Path, change: Callable[[dict[str, Any]], Any] = lambda body: None) -> None:
+    """Make the manifest agree with the files, after a change of it, as someone who forges a checkpoint would."""
     body = json.loads((checkpoint / "manifest.json").read_text())
     del body["sha256"]
+    change(body)
     for name, entry in body["files"].items():
         entry.update(bytes=(checkpoint / name).stat().st_size, sha256=file_hash(checkpoint / name))
     (checkpoint / "manifest.json").write_text(json.dumps({**body, "sha256": _manifest_hash(body)}))
+
+
+def run_python(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """``python ARGUMENTS`` in this repository, with one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def same(left: Any, right: Any) -> bool:

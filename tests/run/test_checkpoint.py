@@ -1,7 +1,6 @@
 """Checkpoints and weights files: damage is named, mismatch is named, nothing in a file is ever executed."""
 
 import dataclasses
-import json
 import os
 import pickle
 import re
@@ -19,6 +18,7 @@ from fastkd.trainer.run.checkpoint import CheckpointFolder, find_checkpoint, rea
 from tests.helpers.trainer_runs import DropoutNet, seal, tiny_config
 
 FILES = ("student.safetensors", "loss.safetensors", "state.pt", "manifest.json")
+OURS = {"name": "fastkd.trainer.models.small:MLP"}
 PARTS = {FILES[0]: nn.Linear(2, 2), FILES[1]: nn.Linear(1, 1)}
 
 
@@ -88,11 +88,7 @@ def test_a_manifest_that_was_edited_is_an_error(checkpoint):
 )
 def test_a_manifest_that_lacks_a_key_is_an_error(finished, tmp_path, key):
     run = Path(shutil.copytree(finished[0].run_dir, tmp_path / "run"))
-    file = find_checkpoint(run) / "manifest.json"
-    body = json.loads(file.read_text())
-    del body[key]
-    file.write_text(json.dumps(body))
-    seal(file.parent)
+    seal(find_checkpoint(run), lambda body: body.pop(key))
     config = dataclasses.replace(finished[0], run_dir=str(run), resume=True)
     with pytest.raises(CheckpointError, match=r"manifest\.json: (lacks|has no step or no config)"):
         train(config)
@@ -168,13 +164,9 @@ def test_code_in_a_weights_file_is_not_executed(tmp_path, name):
 def test_a_forged_config_imports_nothing_without_trust(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "forged.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef build(**options): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
-    body = json.loads((checkpoint / "manifest.json").read_text())
     for part in ("student", "data"):
-        changed = json.loads(json.dumps(body))
-        changed["config"]["student"]["name"] = "fastkd.trainer.models.small:MLP"
-        changed["config"][part]["name"] = "forged:build"
-        (checkpoint / "manifest.json").write_text(json.dumps(changed))
-        seal(checkpoint)
+        seal(checkpoint, lambda body: body["config"]["student"].update(name="fastkd.trainer.models.small:MLP"))
+        seal(checkpoint, lambda body, part=part: body["config"][part].update(name="forged:build"))
         with pytest.raises(CheckpointError, match=r"would import and call 'forged:build'"):
             evaluate_checkpoint(checkpoint)
         assert not (tmp_path / "ran").exists()
@@ -201,11 +193,8 @@ def test_a_forged_config_imports_nothing_without_trust(checkpoint, tmp_path, mon
 @pytest.mark.parametrize("part", ["student", "data"])
 def test_a_forged_config_reaches_nothing_through_our_own_module(checkpoint, tmp_path, name, part):
     ran = tmp_path / "ran"
-    body = json.loads((checkpoint / "manifest.json").read_text())
-    body["config"]["student"] = {"name": "fastkd.trainer.models.small:MLP"}
-    body["config"][part] = {"name": name, "options": {"command": f"touch {ran}"}}
-    (checkpoint / "manifest.json").write_text(json.dumps(body))
-    seal(checkpoint)
+    forged = {"name": name, "options": {"command": f"touch {ran}"}}
+    seal(checkpoint, lambda body: body["config"].update({"student": OURS, part: forged}))
     with pytest.raises(CheckpointError, match=f"would import and call '{name}'"):
         evaluate_checkpoint(checkpoint)
     assert not ran.exists()

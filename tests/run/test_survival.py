@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import torch
 
 from fastkd.trainer import CheckpointError, NonFiniteLossError, ObjectiveConfig, OptimConfig, load_weights, train
 from fastkd.trainer.run.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
-from tests.helpers.trainer_runs import lines, one_thread, same, tiny_config  # noqa: F401
+from tests.helpers.trainer_runs import lines, one_thread, run_python, same, tiny_config  # noqa: F401
 
 
 class Bursts:
@@ -250,17 +248,10 @@ def test_the_command_exits_as_a_process_that_the_signal_ended(tmp_path):
         "--no-tensorboard",
         "--no-progress",
     ]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.run(
-        [sys.executable, "-c", code, *flags], cwd=root, env=environment, capture_output=True, text=True, timeout=120
-    )
+    first = run_python("-c", code, *flags)
     assert first.returncode == 128 + signal.SIGTERM, first.stderr
     assert "stopped at step 5 of 10; resume from" in first.stdout
-    command = "import sys; from fastkd.cli import main; sys.exit(main(sys.argv[1:]))"
-    second = subprocess.run(
-        [sys.executable, "-c", command, *flags], cwd=root, env=environment, capture_output=True, text=True, timeout=120
-    )
+    second = run_python("-c", "import sys; from fastkd.cli import main; sys.exit(main(sys.argv[1:]))", *flags)
     assert second.returncode == 0, second.stderr
     assert "resumed from" in second.stdout
     assert "at step 5 of 10" in second.stdout
@@ -296,16 +287,8 @@ def test_a_rank_that_is_killed_is_restarted_by_torchrun_and_the_run_goes_on(tmp_
         "s.TrainStep.__call__ = step\n"
         "print('resumed from', train(TrainConfig.from_dict(json.load(open(sys.argv[1])))).resumed_from)\n"
     )
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "run.py"), str(tmp_path / "config.json")],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = run_python(*launch, str(tmp_path / "run.py"), str(tmp_path / "config.json"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("resumed from 6") == 2
     assert [line["step"] for line in lines(config.run_dir) if line["kind"] == "step"] == list(range(1, 27))
