@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,33 +30,42 @@ def in_chunks(model: Callable[[Tensor], ModelOutput], images: Tensor, chunks: in
 
 def recomputed(model: nn.Module, images: Tensor) -> ModelOutput:
     """``model(images)``, whose activations are computed a second time in the backward pass instead of being kept."""
-    buffers = list(model.buffers())
-    replay = [rng_state(images.device), *(buffer.clone() for buffer in buffers)]
+    before = _Snapshot(model, images.device)
 
     @contextmanager
     def as_before() -> Iterator[None]:
-        """The generators and buffers of the first pass; afterwards those of the time of the second one again."""
-        now = [rng_state(images.device), *(buffer.clone() for buffer in buffers)]
-        _restore(replay, buffers, images.device)
+        """For the second pass: the generators and buffers of the first one."""
+        now = _Snapshot(model, images.device)
+        before.restore()
         try:
             yield
         finally:
-            _restore(now, buffers, images.device)
+            now.restore()
 
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), as_before()
-
+    # Not stopped early: the second pass must end where the first one did for a model that notes what it computes.
     output: ModelOutput = checkpoint(
-        model, images, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, early_stop=False
+        model,
+        images,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), as_before()),
+        early_stop=False,
     )
     return output
 
 
-@torch.no_grad()
-def _restore(values: list[Any], buffers: list[Tensor], device: torch.device) -> None:
-    restore_rng(values[0], device)
-    for buffer, value in zip(buffers, values[1:], strict=True):
-        buffer.copy_(value)
+class _Snapshot:
+    """What a forward pass reads and changes beside the weights: the random number generators and the buffers."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.device, self.rng = device, rng_state(device)
+        self.buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        restore_rng(self.rng, self.device)
+        for buffer, value in self.buffers:
+            buffer.copy_(value)
 
 
 def join_outputs(outputs: list[ModelOutput]) -> ModelOutput:
