@@ -148,7 +148,7 @@ class RunFolder:
         return self._checkpoints.save(
             progress.step,
             state.modules,
-            state=vars(state.pack(generators)),
+            state=vars(state.saved_state(generators)),
             manifest={**vars(self.identity), **details},
             again=progress.step == self._resumed_step,
         )

@@ -115,7 +115,7 @@ class RunState:
         found = {STUDENT: self.distiller.student.model, LOSS: self.distiller.objective}
         return found if self.step.ema is None else {**found, EMA: self.step.ema.module}
 
-    def pack(self, generators: list[dict[str, Any]]) -> SavedState:
+    def saved_state(self, generators: list[dict[str, Any]]) -> SavedState:
         """The content of ``state.pt``; ``generators``: the ``rng_state`` of every rank."""
         return SavedState(
             **vars(self.progress),
