@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastkd.trainer import CheckpointError, ModelConfig, evaluate_checkpoint, load_weights, train
-from fastkd.trainer.run.checkpoint import CheckpointFolder, find_checkpoint, read_checkpoint
+from fastkd.trainer.run.checkpoint import LOSS, STUDENT, CheckpointFolder, find_checkpoint, read_checkpoint
 from tests.helpers.trainer_runs import DropoutNet, seal, tiny_config
 
 FILES = ("student.safetensors", "loss.safetensors", "state.pt", "manifest.json")
@@ -47,9 +47,9 @@ def checkpoint(finished, tmp_path) -> Path:
 def test_a_checkpoint_holds_student_heads_tau_and_state(finished):
     config, result = finished
     read = read_checkpoint(result.path)
-    assert read.student.keys() == DropoutNet().state_dict().keys()
-    assert torch.equal(read.loss["terms.dcd.loss.tau"], result.distiller.objective.terms["dcd"].loss.tau)
-    assert {"terms.dcd.loss.student_head.weight", "terms.dcd.loss.teacher_head.bias"} <= read.loss.keys()
+    assert read.weights[STUDENT].keys() == DropoutNet().state_dict().keys()
+    assert torch.equal(read.weights[LOSS]["terms.dcd.loss.tau"], result.distiller.objective.terms["dcd"].loss.tau)
+    assert {"terms.dcd.loss.student_head.weight", "terms.dcd.loss.teacher_head.bias"} <= read.weights[LOSS].keys()
     assert read.manifest["step"] == read.state["step"] == 13
     assert read.manifest["config"] == config.to_dict()
     assert result.path.name == "step-00000013"

@@ -28,7 +28,7 @@ from fastkd.trainer import (
     train,
 )
 from fastkd.trainer.imports import import_object
-from fastkd.trainer.run.checkpoint import find_checkpoint, read_checkpoint
+from fastkd.trainer.run.checkpoint import LOSS, STUDENT, find_checkpoint, read_checkpoint
 from tests.helpers.trainer_runs import DropoutNet, convolutional, lines, noisy_data, one_thread, same, seal, tiny_config  # noqa: F401
 
 
@@ -55,9 +55,8 @@ def assert_same_run(left: TrainConfig, right: TrainConfig) -> None:
     """Weights, heads, tau, optimiser, scaler, generators, loader, sums and metrics lines."""
     a, b = (read_checkpoint(find_checkpoint(config.run_dir)) for config in (left, right))
     assert a.manifest["step"] == b.manifest["step"]
-    assert same(a.student, b.student)
-    assert {name.split(".")[-1] for name in a.loss} >= {"tau", "weight"}
-    assert same(a.loss, b.loss)
+    assert {name.split(".")[-1] for name in a.weights[LOSS]} >= {"tau", "weight"}
+    assert same(a.weights, b.weights)
     assert a.state.keys() == b.state.keys()
     for key in a.state.keys() - {"seconds"}:
         assert same(a.state[key], b.state[key]), key
@@ -201,7 +200,7 @@ def test_a_run_from_before_its_models_module_was_renamed_is_evaluated_and_resume
     name = "fastkd.trainer.models.small:MLP"
     student = ModelConfig(name=name, num_classes=4, options={"in_features": 16})
     config = tiny_config(tmp_path, student=student, save_every_steps=5, keep=9, epochs=1)
-    expected = read_checkpoint(train(config).path).student
+    expected = read_checkpoint(train(config).path).weights[STUDENT]
     shutil.rmtree(find_checkpoint(config.run_dir))
     old = dataclasses.replace(student, name="fastkd.trainer.nets:MLP")
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
@@ -211,7 +210,7 @@ def test_a_run_from_before_its_models_module_was_renamed_is_evaluated_and_resume
         assert evaluate_checkpoint(run, eval_data=noisy_data()[1]).step == 10
         resumed = train(dataclasses.replace(config, student=model, run_dir=str(run), resume=True))
         assert resumed.resumed_from == 10
-        assert same(read_checkpoint(resumed.path).student, expected)
+        assert same(read_checkpoint(resumed.path).weights[STUDENT], expected)
     for moved in ("fastkd.trainer.nets:MLP", "fastkd.trainer.cifar_nets:CifarResNet"):
         assert import_object(moved, "model.name").__module__.startswith("fastkd.trainer.models.")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastkd.trainer import CheckpointError, NonFiniteLossError, ObjectiveConfig, OptimConfig, load_weights, train
-from fastkd.trainer.run.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
+from fastkd.trainer.run.checkpoint import EMA, LOSS, STUDENT, find_checkpoint, list_checkpoints, read_checkpoint
 from tests.helpers.trainer_runs import lines, one_thread, run_python, same, tiny_config  # noqa: F401
 
 
@@ -49,7 +49,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, caps
         first, second = (
             read_checkpoint(Path(config.run_dir) / "checkpoints" / f"step-{step:08d}") for step in (before, after)
         )
-        weights = [{k: v for k, v in part.student.items() if "num_batches" not in k} for part in (first, second)]
+        weights = [
+            {k: v for k, v in part.weights[STUDENT].items() if "num_batches" not in k} for part in (first, second)
+        ]
         assert same(*weights) != changed
         assert same(first.state["optimizer"]["state"], second.state["optimizer"]["state"]) != changed
     assert all(torch.isfinite(value).all() for value in load_weights(config.run_dir).values())
@@ -122,7 +124,7 @@ def test_a_signal_saves_and_the_resumed_run_equals_the_uninterrupted_one(tmp_pat
     assert resumed.stopped_by is None
     assert resumed.resumed_from == step
     assert resumed.history == expected.history
-    assert same(read_checkpoint(resumed.path).student, read_checkpoint(expected.path).student)
+    assert same(read_checkpoint(resumed.path).weights[STUDENT], read_checkpoint(expected.path).weights[STUDENT])
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -151,7 +153,7 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, mo
     assert again.stopped_by is None
     assert again.history == expected.history
     assert again.path.name == ("step-00000013-evaluated" if epochs == 1 else "step-00000026")
-    assert same(read_checkpoint(again.path).student, read_checkpoint(expected.path).student)
+    assert same(read_checkpoint(again.path).weights[STUDENT], read_checkpoint(expected.path).weights[STUDENT])
     assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "cut" / "metrics.jsonl").read_bytes()
     assert train(dataclasses.replace(config, resume=True)).already_finished
 
@@ -201,9 +203,9 @@ def test_a_loss_that_is_infinite_with_finite_gradients_changes_nothing_either(tm
     train(config, terms={"own": Term()})
     points = [read_checkpoint(path) for path in list_checkpoints(Path(config.run_dir) / "checkpoints")]
     for step in (2, 4):
-        for part in ("student", "loss", "ema"):
+        for part in (STUDENT, LOSS, EMA):
             before, after = (
-                {k: v for k, v in getattr(points[k], part).items() if "num_batches" not in k} for k in (step - 1, step)
+                {k: v for k, v in points[k].weights[part].items() if "num_batches" not in k} for k in (step - 1, step)
             )
             assert same(before, after), (step, part)
 
@@ -314,18 +316,18 @@ def test_the_moving_average_is_what_is_evaluated_saved_and_resumed(tmp_path):
     config = tiny_config(tmp_path, ema=0.9, save_every_steps=1, keep=100, run_dir=str(tmp_path / "whole"))
     result = train(config)
     checkpoints = [read_checkpoint(path) for path in list_checkpoints(Path(config.run_dir) / "checkpoints")]
-    expected = checkpoints[1].ema["fc.weight"]
+    expected = checkpoints[1].weights[EMA]["fc.weight"]
     for checkpoint in checkpoints[2:]:
-        expected = 0.9 * expected + 0.1 * checkpoint.student["fc.weight"]
-    torch.testing.assert_close(checkpoints[-1].ema["fc.weight"], expected)
-    assert not torch.equal(checkpoints[-1].ema["fc.weight"], checkpoints[-1].student["fc.weight"])
-    assert same(load_weights(config.run_dir), checkpoints[-1].ema)
-    assert same(dict(result.deployed.model.state_dict()), checkpoints[-1].ema)
+        expected = 0.9 * expected + 0.1 * checkpoint.weights[STUDENT]["fc.weight"]
+    torch.testing.assert_close(checkpoints[-1].weights[EMA]["fc.weight"], expected)
+    assert not torch.equal(checkpoints[-1].weights[EMA]["fc.weight"], checkpoints[-1].weights[STUDENT]["fc.weight"])
+    assert same(load_weights(config.run_dir), checkpoints[-1].weights[EMA])
+    assert same(dict(result.deployed.model.state_dict()), checkpoints[-1].weights[EMA])
 
     cut = dataclasses.replace(config, run_dir=str(tmp_path / "cut"), objective=ObjectiveConfig(terms="dcd+kd+stop"))
     train(cut, terms={"stop": stopping_at(9, signal.SIGTERM)})
     again = train(dataclasses.replace(cut, resume=True), terms={"stop": stopping_at(-1, signal.SIGTERM)})
-    assert same(read_checkpoint(again.path).ema, checkpoints[-1].ema)
+    assert same(read_checkpoint(again.path).weights[EMA], checkpoints[-1].weights[EMA])
     assert [epoch["accuracy"] for epoch in again.history] == [epoch["accuracy"] for epoch in result.history]
 
 

@@ -46,21 +46,6 @@ class Checkpoint:
     state: dict[str, Any]
 
     @property
-    def student(self) -> dict[str, Tensor]:
-        """The student's state dict."""
-        return self.weights[STUDENT]
-
-    @property
-    def loss(self) -> dict[str, Tensor]:
-        """The objective's state dict."""
-        return self.weights[LOSS]
-
-    @property
-    def ema(self) -> dict[str, Tensor] | None:
-        """The moving average of the student; None if the run keeps none."""
-        return self.weights.get(EMA)
-
-    @property
     def deployed(self) -> str:
         """The file with the weights that were evaluated: the moving average if there is one, else the student."""
         return EMA if EMA in self.weights else STUDENT
