@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from fastkd.trainer.run.checkpoint import CheckpointError, find_checkpoint, load_weights
     from fastkd.trainer.run.distiller import Distiller, weights_hash
     from fastkd.trainer.run.evaluate import evaluate
-    from fastkd.trainer.run.folder import TrainResult
-    from fastkd.trainer.run.loop import train
+    from fastkd.trainer.run.loop import TrainResult, train
     from fastkd.trainer.run.meter import NonFiniteLossError
 
 _HOME = {
@@ -56,8 +55,7 @@ _HOME = {
     "run.checkpoint": ("CheckpointError", "find_checkpoint", "load_weights"),
     "run.distiller": ("Distiller", "weights_hash"),
     "run.evaluate": ("evaluate",),
-    "run.folder": ("TrainResult",),
-    "run.loop": ("train",),
+    "run.loop": ("TrainResult", "train"),
     "run.meter": ("NonFiniteLossError",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

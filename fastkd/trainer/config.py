@@ -1,4 +1,4 @@
-"""The configuration of a run: one dataclass made of its parts' dataclasses, and its JSON form."""
+"""The configuration of a run: a dataclass of dataclasses, and its JSON form."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastkd.trainer.data.config import DataConfig, check_seed
+from fastkd.trainer.imports import current_name
 from fastkd.trainer.models.build import ModelConfig
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.optim import OptimConfig
 from fastkd.validate import check_choice, check_int, check_number, check_type
 
 # What may differ between a run and its resumption: nothing that changes what it computes. The teacher's file and the
-# data may have moved, because the hashes of its weights and of their labels are compared. ``chunks`` sums in another
-# order, so that fewer GPUs can take over.
+# data may have moved, because hashes of the weights and of the labels are compared. ``chunks`` only changes the order
+# of sums; it may differ so that fewer GPUs can take over.
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "resume_or_start", "keep", "max_skipped", "tensorboard", "progress", "quiet", "device"),
     *("log_every", "save_every_steps", "save_every_epochs", "chunks", "teacher.weights", "teacher.min_accuracy"),
@@ -29,22 +30,29 @@ RENAMED = {"objective.msdcrd.sample_weight": "sample_term_weight"}
 
 @dataclass(kw_only=True, frozen=True)
 class TrainConfig:
-    """One training run.
+    """All settings of one training run::
 
-    ``student`` / ``teacher`` may be None when modules are given to ``train`` instead. ``run_dir`` is the run folder
-    (None writes nothing); ``resume`` goes on with the run in it, ``resume_or_start`` too if there is one, and so does a
-    restart by torchrun. A checkpoint is written every ``save_every_steps`` steps and every ``save_every_epochs`` epochs
-    (0: not), at the start, at the end, and on SIGTERM; the last ``keep`` and the best stay. ``log_every`` is in steps,
-    ``eval_every`` in epochs (the last epoch is always evaluated). ``device`` is ``auto`` (CUDA when present) or a torch
-    device. ``progress`` shows a bar on terminals; ``quiet`` prints nothing.
+        TrainConfig(
+            student=ModelConfig(name="timm:resnet18", num_classes=100),
+            teacher=ModelConfig(name="timm:resnet50", num_classes=100, weights="runs/teacher"),
+            data=DataConfig(name="cifar", options={"root": "data"}),
+            objective=ObjectiveConfig(terms="dcd+kd"),
+            run_dir="runs/student",
+        )
 
-    ``chunks``: every rank's part of the batch goes through the student in that many pieces, whose activations are in
-    memory one at a time; the objective still sees the whole batch, and the gradient is exact (``accumulate``). ``ema``:
-    the decay of a moving average of the student, which is then what is evaluated. ``max_skipped``: so many steps
-    whose loss or gradient is not finite are left out before the run ends with an error.
+    ``student`` / ``teacher`` may be None when modules are given to ``train`` instead. ``run_dir`` is the run folder;
+    None writes nothing. ``resume`` goes on with the run in it. So does ``resume_or_start`` if there is a run, and so
+    does a restart by torchrun. A checkpoint is written at the start, at the end, on SIGTERM, every ``save_every_steps``
+    steps and every ``save_every_epochs`` epochs (0: not); the last ``keep`` and the best stay. ``log_every`` is in
+    steps, ``eval_every`` in epochs (the last epoch is always evaluated). ``device`` is ``auto`` (CUDA when present) or
+    a torch device. ``progress`` shows a bar on terminals; ``quiet`` prints nothing.
 
-    ``channels_last`` is the memory layout of both models and their input; ``compile`` runs both through
-    ``torch.compile``. ``sync_batchnorm`` normalises with the rows of all ranks (several, on CUDA).
+    ``chunks`` splits each rank's batch into this many pieces to save activation memory; the gradient stays exact.
+    ``ema`` is the decay of a moving average of the student, which is then evaluated in its place. ``max_skipped`` is
+    how many steps whose loss or gradient is not finite are left out before the run ends with an error.
+
+    ``channels_last`` is the memory layout of both models and their input. ``compile`` runs both models through
+    ``torch.compile``. ``sync_batchnorm`` normalises with the rows of all ranks; it needs several ranks on CUDA.
     """
 
     student: ModelConfig | None = None
@@ -75,7 +83,10 @@ class TrainConfig:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        check_int("epochs", self.epochs, 1)
+        for name in ("epochs", "chunks", "keep", "log_every", "eval_every"):
+            check_int(name, getattr(self, name), 1)
+        for name in ("max_skipped", "save_every_steps", "save_every_epochs"):
+            check_int(name, getattr(self, name), 0)
         for name, part, kind in (
             ("data", self.data, DataConfig),
             ("objective", self.objective, ObjectiveConfig),
@@ -91,15 +102,8 @@ class TrainConfig:
         check_seed("seed", self.seed)
         check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
         check_type("device", self.device, str)
-        check_int("chunks", self.chunks, 1)
-        check_int("max_skipped", self.max_skipped, 0)
         if self.ema is not None:
             check_number("ema", self.ema, 0.0, 1.0, exclusive=True)
-        check_int("save_every_steps", self.save_every_steps, 0)
-        check_int("save_every_epochs", self.save_every_epochs, 0)
-        check_int("keep", self.keep, 1)
-        check_int("log_every", self.log_every, 1)
-        check_int("eval_every", self.eval_every, 1)
         for name in (
             *("resume", "resume_or_start", "channels_last", "compile", "sync_batchnorm"),
             *("tensorboard", "progress", "quiet"),
@@ -126,12 +130,17 @@ def differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = ""
     for key in sorted({*saved, *current}):
         if prefix + key in FREE_TO_CHANGE:
             continue
-        old, new = saved.get(key), current.get(key)
+        old, new = (_renamed(source.get(key)) for source in (saved, current))
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{prefix}{key}.")
         elif old != new:
             found.append(f"{prefix}{key}: {old!r} -> {new!r}")
     return found
+
+
+def _renamed(value: Any) -> Any:
+    """The present name of an object whose module has moved since the run began; other values as they are."""
+    return current_name(value) if isinstance(value, str) else value
 
 
 def without_initial_weights(config: TrainConfig) -> TrainConfig:

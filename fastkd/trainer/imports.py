@@ -1,9 +1,21 @@
-"""Objects named as ``package.module:attribute`` in a config."""
+"""Objects that a config names as ``package.module:attribute``."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
+
+# Modules that were renamed. Configs of runs from before then still say the old name.
+MOVED_MODULES = {
+    "fastkd.trainer.nets": "fastkd.trainer.models.small",
+    "fastkd.trainer.cifar_nets": "fastkd.trainer.models.cifar",
+}
+
+
+def current_name(name: str) -> str:
+    """``package.module:attribute`` with the module's present name; any other string comes back unchanged."""
+    module, colon, attribute = name.partition(":")
+    return MOVED_MODULES.get(module, module) + colon + attribute if colon else name
 
 
 def import_object(name: str, argument: str) -> Any:
@@ -11,7 +23,7 @@ def import_object(name: str, argument: str) -> Any:
 
     Raises ValueError when the name is malformed, the module cannot be found or the attribute is missing.
     """
-    module_name, _, attribute = name.partition(":")
+    module_name, _, attribute = current_name(name).partition(":")
     if not module_name or not attribute or module_name.startswith("."):
         raise ValueError(f"{argument}: got {name!r}, expected 'package.module:attribute'")
     try:

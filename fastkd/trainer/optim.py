@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,14 +15,18 @@ from fastkd.validate import check_choice, check_int, check_number, check_type
 
 @dataclass(kw_only=True, frozen=True)
 class OptimConfig:
-    """The optimiser, and the learning rate over time.
+    """The optimiser, and the learning rate over time::
+
+        OptimConfig(lr=0.1, schedule="step", milestones=(30, 60, 90))
+        OptimConfig(name="lamb", lr=8e-3, reference_batch=2048, lr_rule="sqrt", warmup_epochs=5)
 
     ``name``: SGD, or LARS for large batches (with ``momentum``, ``nesterov``); AdamW, or LAMB for large batches (with
-    ``betas``). ``lr`` is the peak; with ``reference_batch`` it is that of a batch of this size, and is multiplied by
-    global batch / reference_batch, or by its root (``lr_rule``). The first ``warmup_epochs`` rise linearly to the
-    peak; then ``schedule`` is a cosine to ``min_lr``, steps (times ``gamma`` at each of ``milestones``, in epochs) or
-    constant. ``weight_decay``, and the layer-wise rates of LARS and LAMB, reach weights of two or more dimensions only,
-    never biases, norms or tau. ``trust_coefficient`` is LARS's. ``clip_norm`` clips the global gradient norm.
+    ``betas``). ``lr`` is the peak. With ``reference_batch`` it is the peak for a batch of this size, and is multiplied
+    by global batch / reference_batch, or by the root of this quotient (``lr_rule``). The first ``warmup_epochs`` rise
+    linearly to the peak; then ``schedule`` is a cosine to ``min_lr``, steps (times ``gamma`` at each of ``milestones``,
+    in epochs) or constant. ``weight_decay``, and the layer-wise rates of LARS and LAMB, reach weights of two or more
+    dimensions only, never biases, norms or tau. ``trust_coefficient`` belongs to LARS. ``clip_norm`` bounds the norm of
+    all gradients together.
     """
 
     name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
@@ -41,7 +46,7 @@ class OptimConfig:
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        check_choice("optim.name", self.name, ("sgd", "adamw", "lars", "lamb"))
+        check_choice("optim.name", self.name, _BUILDERS)
         check_number("optim.lr", self.lr, 0.0, exclusive=True)
         if self.reference_batch is not None:
             check_int("optim.reference_batch", self.reference_batch, 1)
@@ -116,9 +121,9 @@ class Schedule:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of all trainable parameters: with weight decay (two or more dimensions), and without.
+    """All trainable parameters in two groups: those of two or more dimensions with weight decay, the others without.
 
-    Biases, norm weights and tau have fewer than two dimensions; so do positional scalars and gains.
+    Biases, norm weights, tau, positional scalars and gains have fewer than two dimensions.
     """
     decayed: list[tuple[str, nn.Parameter]] = []
     rest: list[tuple[str, nn.Parameter]] = []
@@ -142,28 +147,13 @@ def build_optimizer(module: nn.Module, config: OptimConfig, device: torch.device
     if not groups:
         raise ValueError("student: has no trainable parameter")
     # One fused kernel instead of a Python loop over parameters; fp32 and fp64 parameters on CPU and CUDA have it.
-    fused = device.type in ("cpu", "cuda")
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
-    if config.name in ("lars", "lamb"):
-        for group in groups:
-            # Also without weight decay, which is what the two go by otherwise.
-            group["always_adapt"] = group["params"][0].ndim >= 2
-    if config.name == "lamb":
-        from timm.optim import Lamb
+    return _BUILDERS[config.name](groups, config, device.type in ("cpu", "cuda"))
 
-        # Its own clipping is off: clip_norm says what is clipped.
-        return Lamb(groups, lr=config.lr, betas=config.betas, max_grad_norm=None)
-    if config.name == "lars":
-        from timm.optim import Lars
 
-        return Lars(
-            groups,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            trust_coeff=config.trust_coefficient,
-        )
+Groups = list[dict[str, Any]]
+
+
+def _sgd(groups: Groups, config: OptimConfig, fused: bool) -> torch.optim.Optimizer:
     sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.momentum:
         # torch 2.11's fused SGD leaves new momentum uninitialised if the scaler skips the first step, and fails if a
@@ -172,6 +162,27 @@ def build_optimizer(module: nn.Module, config: OptimConfig, device: torch.device
             for parameter in group["params"]:
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
+
+
+def _timm(name: str, groups: Groups, lr: float, **options: Any) -> torch.optim.Optimizer:
+    """LARS or LAMB, with layer-wise rates for all weights: by default those without weight decay have none."""
+    import timm.optim
+
+    for group in groups:
+        group["always_adapt"] = group["params"][0].ndim >= 2
+    built: torch.optim.Optimizer = getattr(timm.optim, name)(groups, lr=lr, **options)
+    return built
+
+
+_BUILDERS: dict[str, Callable[[Groups, OptimConfig, bool], torch.optim.Optimizer]] = {
+    "sgd": _sgd,
+    "adamw": lambda groups, c, fused: torch.optim.AdamW(groups, lr=c.lr, betas=c.betas, fused=fused),
+    "lars": lambda groups, c, _: _timm(
+        "Lars", groups, c.lr, momentum=c.momentum, nesterov=c.nesterov, trust_coeff=c.trust_coefficient
+    ),
+    # Its own clipping is off: clip_norm says what is clipped.
+    "lamb": lambda groups, c, _: _timm("Lamb", groups, c.lr, betas=c.betas, max_grad_norm=None),
+}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

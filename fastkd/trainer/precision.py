@@ -18,3 +18,8 @@ def choose_device(name: str, precision: str = "fp32") -> torch.device:
     if device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise ValueError("precision: got 'bf16', which this CUDA device does not support; use 'fp16' or 'fp32'")
     return device
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which models compute in ``precision``; it changes nothing in fp32."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")

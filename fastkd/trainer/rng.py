@@ -1,4 +1,4 @@
-"""The random number generators of a run: seeded, saved, restored."""
+"""The random number generators of a run: seeded, saved and restored."""
 
 from __future__ import annotations
 
@@ -7,31 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
-
-def _generators(device: torch.device) -> tuple[Tensor, Tensor | None, Any, Any]:
-    """Torch's, the device's, Python's and numpy's: a student may draw from any (stochastic depth, masks)."""
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), on_device, random.getstate(), np.random.get_state()  # noqa: NPY002
-
-
-def _set_generators(state: tuple[Tensor, Tensor | None, Any, Any], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
-    random.setstate(state[2])
-    np.random.set_state(state[3])  # noqa: NPY002
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """The generators of torch, CUDA, Python and numpy in plain types and tensors."""
-    version, words, cached = random.getstate()
+    """The states of torch's, CUDA's, Python's and numpy's global generators, in plain types and tensors.
+
+    All four are saved, because a model or an augmentation may draw from any of them.
+    """
+    version, words, gauss = random.getstate()
     generator: Any = np.random.get_state()  # noqa: NPY002 (the global generator is what is saved)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": [version, list(words), cached],
+        "python": [version, list(words), gauss],
         "numpy": [
             str(generator[0]),
             torch.from_numpy(generator[1].astype(np.int64)),
@@ -42,23 +30,14 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     }
 
 
-def resume_generators(state: dict[str, Any], seed: int, rank: int, device: torch.device) -> None:
-    """Set this rank's generators to their saved state; a rank that the saved run did not have seeds its own."""
-    generators = [state["rng"], *state["rng_of_other_ranks"]]
-    if rank < len(generators):
-        restore_rng(generators[rank], device)
-    else:
-        seed_everything(mix_seed(seed, rank, state["step"]))
-
-
-def restore_rng(rng: dict[str, Any], device: torch.device) -> None:
-    """Set the generators of torch, CUDA, Python and numpy."""
-    torch.set_rng_state(rng["torch"])
-    if device.type == "cuda" and rng["cuda"] is not None:
-        torch.cuda.set_rng_state(rng["cuda"], device)
-    version, words, gauss = rng["python"]
+def restore_rng(state: dict[str, Any], device: torch.device) -> None:
+    """Set the generators to what ``rng_state`` returned."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    kind, keys, index, has_gauss, cached = rng["numpy"]
+    kind, keys, index, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), index, has_gauss, cached))  # noqa: NPY002
 
 

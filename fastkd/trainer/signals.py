@@ -1,4 +1,4 @@
-"""A request to stop that comes as a signal: SIGTERM, and SIGUSR1, which SLURM sends before the time is up."""
+"""A request to stop that comes as a signal: SIGTERM, or SIGUSR1, which SLURM sends before the time is up."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """While entered, the signals only set ``signal``, their number; the handlers that were there come back at the end.
+    """While it is entered, a signal only sets ``signal`` to its number; on leaving, the earlier handlers come back.
 
-    Outside the main thread, where Python allows no handlers, it stays 0.
+    Outside the main thread, where Python allows no handlers, ``signal`` stays 0.
     """
 
     def __init__(self) -> None:
@@ -35,8 +35,11 @@ class StopRequest:
         self.signal = number
 
 
-def _leave_signals_to_main(worker: int) -> None:
-    """torchrun, timeout and scancel signal the whole process group, and a worker that dies takes the run with it."""
+def leave_signals_to_main(worker: int) -> None:
+    """Make a loader's worker process ignore the signals that ask the run to stop.
+
+    torchrun, timeout and scancel signal the whole process group, and a worker that dies takes the run with it.
+    """
     for number in (*SIGNALS, signal.SIGINT):
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)

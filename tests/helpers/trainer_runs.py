@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import os
 import random
+import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ from fastkd.trainer import (
     OptimConfig,
     TensorImages,
     TrainConfig,
-    train,
 )
+from fastkd.trainer.models.small import SmallConvNet
+from fastkd.trainer.run.checkpoint import _manifest_hash, file_hash
+
+ROOT = Path(__file__).parents[2]
 
 
 class DropoutNet(nn.Module):
@@ -61,6 +65,18 @@ def noisy_data(samples: int = 52) -> tuple[NoisyImages, TensorImages]:
     centres = torch.randn(4, 1, 4, 4, generator=generator)
     images = centres[labels] + 0.5 * torch.randn(samples, 1, 4, 4, generator=generator)
     return NoisyImages(images, labels), TensorImages(images[:20], labels[:20])
+
+
+def networks(student: int = 4, teacher: int = 6) -> tuple[SmallConvNet, SmallConvNet]:
+    torch.manual_seed(0)
+    return SmallConvNet(num_classes=4, width=student), SmallConvNet(num_classes=4, width=teacher)
+
+
+def convolutional(**changes: Any) -> dict[str, Any]:
+    """What ``train`` takes for two small convolutional networks."""
+    student, teacher = networks()
+    train_data, eval_data = noisy_data()
+    return {"student": student, "teacher": teacher, "train_data": train_data, "eval_data": eval_data, **changes}
 
 
 def write_teacher(path: Path) -> str:
@@ -122,6 +138,23 @@ def lines(run_dir: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
+def seal(checkpoint: Path, change: Callable[[dict[str, Any]], Any] = lambda body: None) -> None:
+    """Make the manifest agree with the files, after a change of it, as someone who forges a checkpoint would."""
+    body = json.loads((checkpoint / "manifest.json").read_text())
+    del body["sha256"]
+    change(body)
+    for name, entry in body["files"].items():
+        entry.update(bytes=(checkpoint / name).stat().st_size, sha256=file_hash(checkpoint / name))
+    (checkpoint / "manifest.json").write_text(json.dumps({**body, "sha256": _manifest_hash(body)}))
+
+
+def run_python(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """``python ARGUMENTS`` in this repository, with one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
 def same(left: Any, right: Any) -> bool:
     """Equal in every bit, through nested dicts and lists."""
     if isinstance(left, Tensor):
@@ -131,17 +164,3 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, list | tuple):
         return len(left) == len(right) and all(map(same, left, right))
     return bool(left == right)
-
-
-if __name__ == "__main__":
-    # python -m tests.helpers.trainer_runs CONFIG.json: a run slow enough to be killed anywhere in it.
-    torch.set_num_threads(1)
-    pause = float(sys.argv[2])
-    forward = DropoutNet.forward
-
-    def slow(self: DropoutNet, images: Tensor) -> Tensor:
-        time.sleep(pause)
-        return forward(self, images)
-
-    DropoutNet.forward = slow  # type: ignore[method-assign]
-    train(TrainConfig.from_dict(json.loads(Path(sys.argv[1]).read_text())))

@@ -405,14 +405,23 @@ def trained(rank: int, changes: dict[str, Any], stop_at: int | None = None, bad_
 
 def reductions(rank: int, changes: dict[str, Any]) -> tuple[int, list[int], int]:
     """The number of trained parameters, the sizes of all all-reduces of more than 64 numbers, and the steps."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    from fastkd.trainer.run.ranks import Ranks
+
     sizes: list[int] = []
-    all_reduce = dist.all_reduce
+    all_reduce, wrap = dist.all_reduce, Ranks.wrap
 
     def recorded(x: Tensor, *arguments: Any, **options: Any) -> Any:
         sizes.append(x.numel())
         return all_reduce(x, *arguments, **options)
 
-    dist.all_reduce = recorded
+    def wrap_with_hook(self: Ranks, module: nn.Module) -> nn.Module:
+        wrapped = wrap(self, module)
+        wrapped.register_comm_hook(None, allreduce_hook)  # the gradients then go through dist.all_reduce
+        return wrapped
+
+    dist.all_reduce, Ranks.wrap = recorded, wrap_with_hook
     result = trained(rank, changes)
     parameters = sum(x.numel() for name, x in result["weights"].items() if not name.startswith("teacher."))
     return parameters, [size for size in sizes if size > 64], result["history"][-1]["step"]

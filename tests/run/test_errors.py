@@ -10,13 +10,16 @@ import torch
 from torch import nn
 
 from fastkd.trainer import (
+    CKDConfig,
     DataConfig,
     DCDConfig,
     KDConfig,
     ModelConfig,
+    MSDCRDConfig,
     NonFiniteLossError,
     ObjectiveConfig,
     OptimConfig,
+    PCKDConfig,
     TensorImages,
     TrainConfig,
     load_weights,
@@ -110,6 +113,13 @@ def test_the_meter_finds_the_step_without_looking_at_every_step():
         (lambda: OptimConfig(momentum=1.0), r"optim\.momentum: got 1\.0, expected a number >= 0 and < 1"),
         (lambda: OptimConfig(betas=(0.9,)), r"optim\.betas: got \(0\.9,\), expected two numbers"),
         (lambda: OptimConfig(betas=(0.9, 1.0)), r"optim\.betas: got 1\.0, expected a number >= 0 and < 1"),
+        (lambda: CKDConfig(temperature=0), r"ckd\.temperature: got 0"),
+        (lambda: PCKDConfig(category_weight=-1), r"pckd\.category_weight: got -1"),
+        (lambda: PCKDConfig(preview_base=0), r"pckd\.preview_base: got 0"),
+        (lambda: PCKDConfig(hidden_dim=0), r"pckd\.hidden_dim: got 0"),
+        (lambda: MSDCRDConfig(windows=(0,)), r"msdcrd\.windows: got 0"),
+        (lambda: MSDCRDConfig(positives="both"), r"msdcrd\.positives: got 'both'"),
+        (lambda: DCDConfig(min_scale=3.0, max_scale=2.0), r"dcd\.min_scale: got 3\.0, expected at most max_scale"),
         (lambda: ObjectiveConfig(terms="1e400*kd"), r"objective\.terms: got the weight '1e400' .*a finite number"),
     ],
 )
@@ -137,6 +147,8 @@ def test_wrong_settings_name_the_argument(build, message):
         (lambda: OptimConfig(milestones=3), "optim.milestones: got 3 of type int, expected tuple or list"),
         (lambda: ModelConfig(name="a", pretrained="yes"), "model.pretrained: got 'yes'"),
         (lambda: DCDConfig(learnable="no"), "dcd.learnable: got 'no'"),
+        (lambda: MSDCRDConfig(strides=3), "msdcrd.strides: got 3"),
+        (lambda: ObjectiveConfig(pckd=CKDConfig()), "objective.pckd: got CKDConfig"),
         (lambda: ObjectiveConfig(kd=4.0), "objective.kd: got 4.0 of type float, expected KDConfig"),
     ],
 )

@@ -1,15 +1,13 @@
 """Resume: the continued run equals the uninterrupted one in every bit, wherever it was stopped."""
 
 import dataclasses
-import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +15,21 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastkd.trainer import CheckpointError, DataConfig, OptimConfig, TensorImages, TrainConfig, train
-from fastkd.trainer.run.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
-from tests.helpers.trainer_runs import DropoutNet, lines, noisy_data, one_thread, same, tiny_config  # noqa: F401
+from fastkd.trainer import (
+    CheckpointError,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PCKDConfig,
+    TensorImages,
+    TrainConfig,
+    evaluate_checkpoint,
+    train,
+)
+from fastkd.trainer.imports import import_object
+from fastkd.trainer.run.checkpoint import LOSS, STUDENT, find_checkpoint, read_checkpoint
+from tests.helpers.trainer_runs import DropoutNet, convolutional, lines, noisy_data, one_thread, same, seal, tiny_config  # noqa: F401
 
 
 class Stop(Exception):
@@ -45,15 +55,23 @@ def assert_same_run(left: TrainConfig, right: TrainConfig) -> None:
     """Weights, heads, tau, optimiser, scaler, generators, loader, sums and metrics lines."""
     a, b = (read_checkpoint(find_checkpoint(config.run_dir)) for config in (left, right))
     assert a.manifest["step"] == b.manifest["step"]
-    assert same(a.student, b.student)
-    assert {name.split(".")[-1] for name in a.loss} >= {"tau", "weight"}
-    assert same(a.loss, b.loss)
+    assert {name.split(".")[-1] for name in a.weights[LOSS]} >= {"tau", "weight"}
+    assert same(a.weights, b.weights)
     assert a.state.keys() == b.state.keys()
     for key in a.state.keys() - {"seconds"}:
         assert same(a.state[key], b.state[key]), key
     assert lines(left.run_dir) == lines(right.run_dir)
     steps = [line["step"] for line in lines(left.run_dir) if line["kind"] == "step"]
     assert steps == list(range(1, a.manifest["step"] + 1))
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, step: int, **given: Any) -> TrainConfig:
+    """Train until ``step``, where the run dies; returns the config to resume with."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(Stop):
+            train(config, **given)
+    return dataclasses.replace(config, resume=True)
 
 
 @pytest.fixture
@@ -66,82 +84,42 @@ def reference(tmp_path: Path) -> TrainConfig:
 
 @pytest.mark.parametrize("step", [2, 5, 13, 14, 17, 26])
 def test_resume_equals_the_uninterrupted_run(reference, tmp_path, monkeypatch, step):
-    config = dataclasses.replace(reference, run_dir=str(tmp_path / "cut"))
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        with pytest.raises(Stop):
-            train(config)
+    config = interrupted(monkeypatch, dataclasses.replace(reference, run_dir=str(tmp_path / "cut")), step)
     # The process that resumes has used its generators in its own way.
     torch.rand(7), random.random(), np.random.rand(3)  # noqa: NPY002
-    result = train(dataclasses.replace(config, resume=True))
     # Saved every 3 steps and after each epoch of 13.
-    assert result.resumed_from == max(s for s in [*range(0, 26, 3), 13] if s < step)
+    assert train(config).resumed_from == max(s for s in [*range(0, 26, 3), 13] if s < step)
     assert_same_run(reference, config)
 
 
-@pytest.mark.parametrize("step", [8, 20])
-def test_resume_is_exact_with_worker_processes(tmp_path, monkeypatch, step):
-    data = DataConfig(name="tests.helpers.trainer_runs:noisy_data", batch_size=4, num_workers=2)
-    whole = tiny_config(tmp_path, data=data, save_every_steps=5, run_dir=str(tmp_path / "whole"))
-    train(whole)
-    config = dataclasses.replace(whole, run_dir=str(tmp_path / "cut"))
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        with pytest.raises(Stop):
-            train(config)
-    assert train(dataclasses.replace(config, resume=True)).resumed_from == (step - 1) // 5 * 5
-    assert_same_run(whole, config)
+ADAMW = OptimConfig(name="adamw", lr=1e-2, schedule="step", milestones=(0.5, 1.2))
+DATA = DataConfig(name="tests.helpers.trainer_runs:noisy_data", batch_size=4)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_resume_is_exact_under_autocast_with_adamw(tmp_path, monkeypatch, precision):
-    optim = OptimConfig(name="adamw", lr=1e-2, schedule="step", milestones=(0.5, 1.2))
-    whole = tiny_config(tmp_path, precision=precision, optim=optim, save_every_steps=4, run_dir=str(tmp_path / "whole"))
-    train(whole)
-    config = dataclasses.replace(whole, run_dir=str(tmp_path / "cut"))
-    with monkeypatch.context() as patch:
-        stop_at(patch, 19)
-        with pytest.raises(Stop):
-            train(config)
-    assert train(dataclasses.replace(config, resume=True)).resumed_from == 16
+@pytest.mark.parametrize("step", [8, 19])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": dataclasses.replace(DATA, num_workers=2)},
+        {"precision": "bf16", "optim": ADAMW},
+        {"precision": "fp16", "optim": ADAMW},
+        {"chunks": 2},
+        # A preview that changes much from epoch to epoch.
+        {"objective": ObjectiveConfig(terms="dcd + pckd", pckd=PCKDConfig(preview_base=1.5))},
+        {"objective": ObjectiveConfig(terms="dcd + msdcrd + 0.5*kd")},
+        {"objective": ObjectiveConfig(terms="dcd + 100*ckd")},
+    ],
+    ids=["workers", "bf16", "fp16", "chunks", "pckd", "msdcrd", "ckd"],
+)
+def test_resume_within_an_epoch_is_exact(tmp_path, monkeypatch, changes, step):
+    whole = tiny_config(tmp_path, save_every_steps=5, run_dir=str(tmp_path / "whole"), **changes)
+    given = convolutional if "objective" in changes else dict
+    train(whole, **given())
+    config = interrupted(monkeypatch, dataclasses.replace(whole, run_dir=str(tmp_path / "cut")), step, **given())
+    assert train(config, **given()).resumed_from == (step - 1) // 5 * 5
     assert_same_run(whole, config)
     state = read_checkpoint(find_checkpoint(config.run_dir)).state
-    assert (state["scaler"]["scale"] > 1) == (precision == "fp16")
-
-
-def test_killed_at_random_moments_and_resumed_equals_the_uninterrupted_run(tmp_path):
-    """kill -9 of a real process, most of whose time goes into checkpoints and steps."""
-    whole = tiny_config(tmp_path, save_every_steps=1, log_every=1, run_dir=str(tmp_path / "whole"), epochs=4)
-    train(whole)
-    config = dataclasses.replace(whole, run_dir=str(tmp_path / "cut"))
-    file = tmp_path / "config.json"
-    folder = Path(config.run_dir) / "checkpoints"
-    generator = random.Random(5)
-    kills, target = 0, 0
-    while True:
-        file.write_text(json.dumps(dataclasses.replace(config, resume=kills > 0).to_dict()))
-        target += generator.randint(6, 15)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.trainer_runs", str(file), "0.01"],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-        )
-        while process.poll() is None and kills < 3:
-            found = list_checkpoints(folder) if folder.exists() else []
-            if found and int(found[-1].name.removeprefix("step-")) >= target:
-                time.sleep(generator.uniform(0.0, 0.02))
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        _, errors = process.communicate(timeout=60)
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, errors.decode()
-        kills += 1
-    assert kills == 3
-    assert_same_run(whole, config)
-    assert not list(folder.glob(".tmp-*"))
+    assert (state["scaler"]["scale"] > 1) == (config.precision == "fp16")
 
 
 def test_a_crash_at_every_point_of_a_save_leaves_a_run_that_resumes(tmp_path, monkeypatch):
@@ -215,6 +193,26 @@ def test_resume_with_another_config_names_what_differs(tmp_path):
     changed = dataclasses.replace(config, resume=True, epochs=3, optim=dataclasses.replace(config.optim, lr=0.1))
     with pytest.raises(CheckpointError, match=r"epochs: 2 -> 3; optim\.lr: 0\.05 -> 0\.1"):
         train(changed)
+
+
+def test_a_run_from_before_its_models_module_was_renamed_is_evaluated_and_resumed(tmp_path):
+    """Its config and its checkpoints say the old name; the config to resume with says either."""
+    name = "fastkd.trainer.models.small:MLP"
+    student = ModelConfig(name=name, num_classes=4, options={"in_features": 16})
+    config = tiny_config(tmp_path, student=student, save_every_steps=5, keep=9, epochs=1)
+    expected = read_checkpoint(train(config).path).weights[STUDENT]
+    shutil.rmtree(find_checkpoint(config.run_dir))
+    old = dataclasses.replace(student, name="fastkd.trainer.nets:MLP")
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        seal(checkpoint, lambda body: body["config"]["student"].update(name=old.name))
+    for model in (student, old):
+        run = shutil.copytree(tmp_path / "run", tmp_path / model.name)
+        assert evaluate_checkpoint(run, eval_data=noisy_data()[1]).step == 10
+        resumed = train(dataclasses.replace(config, student=model, run_dir=str(run), resume=True))
+        assert resumed.resumed_from == 10
+        assert same(read_checkpoint(resumed.path).weights[STUDENT], expected)
+    for moved in ("fastkd.trainer.nets:MLP", "fastkd.trainer.cifar_nets:CifarResNet"):
+        assert import_object(moved, "model.name").__module__.startswith("fastkd.trainer.models.")
 
 
 def test_resume_with_another_teacher_or_student_raises(tmp_path):

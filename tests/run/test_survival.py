@@ -5,16 +5,14 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastkd.trainer import CheckpointError, NonFiniteLossError, ObjectiveConfig, OptimConfig, load_weights, train
-from fastkd.trainer.run.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
-from tests.helpers.trainer_runs import lines, one_thread, same, tiny_config  # noqa: F401
+from fastkd.trainer.run.checkpoint import EMA, LOSS, STUDENT, find_checkpoint, list_checkpoints, read_checkpoint
+from tests.helpers.trainer_runs import lines, one_thread, run_python, same, tiny_config  # noqa: F401
 
 
 class Bursts:
@@ -51,7 +49,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, caps
         first, second = (
             read_checkpoint(Path(config.run_dir) / "checkpoints" / f"step-{step:08d}") for step in (before, after)
         )
-        weights = [{k: v for k, v in part.student.items() if "num_batches" not in k} for part in (first, second)]
+        weights = [
+            {k: v for k, v in part.weights[STUDENT].items() if "num_batches" not in k} for part in (first, second)
+        ]
         assert same(*weights) != changed
         assert same(first.state["optimizer"]["state"], second.state["optimizer"]["state"]) != changed
     assert all(torch.isfinite(value).all() for value in load_weights(config.run_dir).values())
@@ -124,7 +124,7 @@ def test_a_signal_saves_and_the_resumed_run_equals_the_uninterrupted_one(tmp_pat
     assert resumed.stopped_by is None
     assert resumed.resumed_from == step
     assert resumed.history == expected.history
-    assert same(read_checkpoint(resumed.path).student, read_checkpoint(expected.path).student)
+    assert same(read_checkpoint(resumed.path).weights[STUDENT], read_checkpoint(expected.path).weights[STUDENT])
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -153,7 +153,7 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, mo
     assert again.stopped_by is None
     assert again.history == expected.history
     assert again.path.name == ("step-00000013-evaluated" if epochs == 1 else "step-00000026")
-    assert same(read_checkpoint(again.path).student, read_checkpoint(expected.path).student)
+    assert same(read_checkpoint(again.path).weights[STUDENT], read_checkpoint(expected.path).weights[STUDENT])
     assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "cut" / "metrics.jsonl").read_bytes()
     assert train(dataclasses.replace(config, resume=True)).already_finished
 
@@ -203,9 +203,9 @@ def test_a_loss_that_is_infinite_with_finite_gradients_changes_nothing_either(tm
     train(config, terms={"own": Term()})
     points = [read_checkpoint(path) for path in list_checkpoints(Path(config.run_dir) / "checkpoints")]
     for step in (2, 4):
-        for part in ("student", "loss", "ema"):
+        for part in (STUDENT, LOSS, EMA):
             before, after = (
-                {k: v for k, v in getattr(points[k], part).items() if "num_batches" not in k} for k in (step - 1, step)
+                {k: v for k, v in points[k].weights[part].items() if "num_batches" not in k} for k in (step - 1, step)
             )
             assert same(before, after), (step, part)
 
@@ -250,17 +250,10 @@ def test_the_command_exits_as_a_process_that_the_signal_ended(tmp_path):
         "--no-tensorboard",
         "--no-progress",
     ]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.run(
-        [sys.executable, "-c", code, *flags], cwd=root, env=environment, capture_output=True, text=True, timeout=120
-    )
+    first = run_python("-c", code, *flags)
     assert first.returncode == 128 + signal.SIGTERM, first.stderr
     assert "stopped at step 5 of 10; resume from" in first.stdout
-    command = "import sys; from fastkd.cli import main; sys.exit(main(sys.argv[1:]))"
-    second = subprocess.run(
-        [sys.executable, "-c", command, *flags], cwd=root, env=environment, capture_output=True, text=True, timeout=120
-    )
+    second = run_python("-c", "import sys; from fastkd.cli import main; sys.exit(main(sys.argv[1:]))", *flags)
     assert second.returncode == 0, second.stderr
     assert "resumed from" in second.stdout
     assert "at step 5 of 10" in second.stdout
@@ -296,16 +289,8 @@ def test_a_rank_that_is_killed_is_restarted_by_torchrun_and_the_run_goes_on(tmp_
         "s.TrainStep.__call__ = step\n"
         "print('resumed from', train(TrainConfig.from_dict(json.load(open(sys.argv[1])))).resumed_from)\n"
     )
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "run.py"), str(tmp_path / "config.json")],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = run_python(*launch, str(tmp_path / "run.py"), str(tmp_path / "config.json"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("resumed from 6") == 2
     assert [line["step"] for line in lines(config.run_dir) if line["kind"] == "step"] == list(range(1, 27))
@@ -331,18 +316,18 @@ def test_the_moving_average_is_what_is_evaluated_saved_and_resumed(tmp_path):
     config = tiny_config(tmp_path, ema=0.9, save_every_steps=1, keep=100, run_dir=str(tmp_path / "whole"))
     result = train(config)
     checkpoints = [read_checkpoint(path) for path in list_checkpoints(Path(config.run_dir) / "checkpoints")]
-    expected = checkpoints[1].ema["fc.weight"]
+    expected = checkpoints[1].weights[EMA]["fc.weight"]
     for checkpoint in checkpoints[2:]:
-        expected = 0.9 * expected + 0.1 * checkpoint.student["fc.weight"]
-    torch.testing.assert_close(checkpoints[-1].ema["fc.weight"], expected)
-    assert not torch.equal(checkpoints[-1].ema["fc.weight"], checkpoints[-1].student["fc.weight"])
-    assert same(load_weights(config.run_dir), checkpoints[-1].ema)
-    assert same(dict(result.deployed.model.state_dict()), checkpoints[-1].ema)
+        expected = 0.9 * expected + 0.1 * checkpoint.weights[STUDENT]["fc.weight"]
+    torch.testing.assert_close(checkpoints[-1].weights[EMA]["fc.weight"], expected)
+    assert not torch.equal(checkpoints[-1].weights[EMA]["fc.weight"], checkpoints[-1].weights[STUDENT]["fc.weight"])
+    assert same(load_weights(config.run_dir), checkpoints[-1].weights[EMA])
+    assert same(dict(result.deployed.model.state_dict()), checkpoints[-1].weights[EMA])
 
     cut = dataclasses.replace(config, run_dir=str(tmp_path / "cut"), objective=ObjectiveConfig(terms="dcd+kd+stop"))
     train(cut, terms={"stop": stopping_at(9, signal.SIGTERM)})
     again = train(dataclasses.replace(cut, resume=True), terms={"stop": stopping_at(-1, signal.SIGTERM)})
-    assert same(read_checkpoint(again.path).ema, checkpoints[-1].ema)
+    assert same(read_checkpoint(again.path).weights[EMA], checkpoints[-1].weights[EMA])
     assert [epoch["accuracy"] for epoch in again.history] == [epoch["accuracy"] for epoch in result.history]
 
 

@@ -8,16 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastkd
-from fastkd.trainer import (
-    TERMS,
-    DCDConfig,
-    KDConfig,
-    ModelOutput,
-    Objective,
-    ObjectiveConfig,
-    load_weights,
-    train,
-)
+from fastkd.trainer import TERMS, DCDConfig, KDConfig, ModelOutput, Objective, ObjectiveConfig, load_weights, train
 from fastkd.trainer.objective.config import parse_terms
 from tests.helpers.trainer_runs import DropoutNet, batch, distiller, lines, noisy_data, one_thread, shapes, tiny_config  # noqa: F401
 
@@ -99,14 +90,12 @@ def test_own_terms_are_modules_or_functions_with_a_name_and_a_weight(tmp_path, m
     assert "hint" in Objective(ObjectiveConfig(terms="hint"), *shapes(12, 24)).terms
 
 
-@pytest.mark.parametrize("name", ["loss", "lr", "epoch", "step", "kind", "accuracy", "eval_loss", "grad_norm"])
-def test_a_term_named_like_another_value_of_the_records_is_an_error(name):
-    with pytest.raises(ValueError, match=rf"objective\.terms: got the name '{name}', which is reserved"):
-        Objective(ObjectiveConfig(terms=name), *shapes(12, 24), {name: lambda s, t, y: {name: s.logits.sum()}})
+RECORDED = ["loss", "lr", "epoch", "step", "kind", "accuracy", "eval_loss", "grad_norm"]
+ATTRIBUTES = ["train", "type", "keys", "forward", "float", "__class__", "training"]
 
 
-@pytest.mark.parametrize("name", ["train", "type", "keys", "forward", "float", "__class__", "training"])
-def test_a_term_named_like_an_attribute_of_modules_is_an_error(name):
+@pytest.mark.parametrize("name", RECORDED + ATTRIBUTES)
+def test_a_term_named_like_a_recorded_value_or_an_attribute_of_modules_is_an_error(name):
     with pytest.raises(ValueError, match=rf"objective\.terms: got the name '{name}', which is reserved"):
         Objective(ObjectiveConfig(terms=name), *shapes(12, 24), {name: lambda s, t, y: {name: s.logits.sum()}})
 

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastkd.demo.costs import peak_bytes
 from fastkd.trainer.models.features import FeatureModel, ModelShapes
+from fastkd.trainer.models.small import SmallConvNet
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.objective.objective import Objective
-from fastkd.trainer.run.accumulate import cached_step, join_outputs
+from fastkd.trainer.run.accumulate import join_outputs
+from fastkd.trainer.run.distiller import Distiller, Trained
 from tests.helpers.checks import assert_close
 
 
@@ -36,11 +39,10 @@ def shapes(features: int) -> ModelShapes:
     return ModelShapes(features=features, classes=5)
 
 
-def models(dtype: torch.dtype = torch.float64) -> tuple[FeatureModel, FeatureModel, Objective]:
+def build(dtype: torch.dtype = torch.float64) -> Distiller:
     torch.manual_seed(0)
-    student, teacher = FeatureModel(Net(16).to(dtype), "head"), FeatureModel(Net(24).to(dtype).eval(), "head")
-    teacher.requires_grad_(False)
-    return student, teacher, Objective(ObjectiveConfig(terms="dcd+kd"), shapes(16), shapes(24)).to(dtype)
+    objective = Objective(ObjectiveConfig(terms="dcd+kd"), shapes(16), shapes(24))
+    return Distiller(FeatureModel(Net(16), "head"), FeatureModel(Net(24), "head"), objective).to(dtype)
 
 
 def seed() -> None:
@@ -53,64 +55,78 @@ def draw() -> list[float]:
     return [*torch.rand(3).tolist(), random.random(), np.random.random()]  # noqa: NPY002
 
 
-def gradients(*modules: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{number}.{name}": parameter.grad
-        for number, module in enumerate(modules)
-        for name, parameter in module.named_parameters()
-        if parameter.grad is not None
-    }
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
 
 
 @pytest.mark.parametrize("rows", [16, 19])
 @pytest.mark.parametrize("chunks", [1, 2, 8])
 def test_gradients_are_those_of_one_graph_over_all_chunks(chunks: int, rows: int) -> None:
-    student, teacher, objective = models()
+    distiller = build()
     images = torch.randn(rows, 3, 2, 2, dtype=torch.float64)
     labels = torch.randint(5, (rows,))
-
-    def teach(part: Tensor):
-        with torch.no_grad():
-            return teacher(part)
-
-    cached, cached_objective = copy.deepcopy(student), copy.deepcopy(objective)
+    chunked = copy.deepcopy(distiller)
     seed()
-    loss, terms = cached_step(
-        cached, teach, cached_objective, list(cached.buffers()), images, labels, 1.0, chunks, lambda x: x.backward()
-    )
+    taught = chunked.teach(images, chunks)
+    loss, terms = Trained(chunked.student, chunked.objective, chunks)(images, taught, labels)
+    loss.backward()
     drawn = draw()
 
-    teacher.model.gain.fill_(1)
     seed()
     parts = images.tensor_split(chunks)
-    joined = join_outputs([student(part) for part in parts])
-    expected, expected_terms = objective(joined, join_outputs([teach(part) for part in parts]), labels)
+    teacher = join_outputs([distiller.teach(part) for part in parts])
+    joined = join_outputs([distiller.student(part) for part in parts])
+    expected, expected_terms = distiller.objective(joined, teacher, labels)
     expected.backward()
 
     assert drawn == draw()
     assert_close(loss, expected, torch.float64)
     assert terms.keys() == expected_terms.keys()
-    found, wanted = gradients(cached, cached_objective), gradients(student, objective)
+    found, wanted = gradients(chunked), gradients(distiller)
     assert found.keys() == wanted.keys()
-    assert len(found) == len([*student.parameters(), *objective.parameters()])
+    assert len(found) == len([parameter for parameter in distiller.parameters() if parameter.requires_grad])
     for name, grad in wanted.items():
         assert_close(found[name], grad, torch.float64)
-    for buffer, wanted_buffer in zip(cached.buffers(), student.buffers(), strict=True):
+    for buffer, wanted_buffer in zip(chunked.buffers(), distiller.buffers(), strict=True):
         assert torch.equal(buffer, wanted_buffer)
 
 
+def test_the_activations_of_one_chunk_are_in_memory_at_a_time() -> None:
+    student, teacher = (FeatureModel(SmallConvNet(num_classes=5, width=32)) for _ in range(2))
+    distiller = Distiller(student, teacher, Objective(ObjectiveConfig(terms="dcd+kd"), shapes(64), shapes(64)))
+    images, labels = torch.randn(64, 1, 16, 16), torch.arange(64) % 5
+
+    def peak(chunks: int) -> int:
+        def step() -> None:
+            taught = distiller.teach(images, chunks)
+            Trained(student, distiller.objective, chunks)(images, taught, labels)[0].backward()
+
+        step()  # makes the gradients
+        return peak_bytes(step)
+
+    assert peak(4) < 0.35 * peak(1)
+
+
 def test_more_chunks_than_images_are_as_many_as_images() -> None:
-    student, teacher, objective = models()
-    student.eval()
+    distiller = build()
+    distiller.student.eval()
     images, labels = torch.randn(3, 3, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 2])
-    loss, _ = cached_step(student, teacher, objective, [], images, labels, 1.0, 10, lambda x: x.backward())
+    loss, _ = Trained(distiller.student, distiller.objective, 10)(images, distiller.teach(images, 10), labels)
+    loss.backward()
     assert loss.isfinite()
 
 
-def test_weights_converted_by_autocast_still_get_their_gradients() -> None:
-    student, teacher, objective = models(torch.float32)
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_weights_converted_by_autocast_get_the_gradients_of_the_whole_batch(chunks: int) -> None:
+    distiller = build(torch.float32)
+    distiller.student.eval()
+    whole = copy.deepcopy(distiller)
     images, labels = torch.randn(8, 3, 2, 2), torch.randint(5, (8,))
-    with torch.autocast("cpu", torch.bfloat16):
-        cached_step(student, teacher, objective, [], images, labels, 1.0, 2, lambda x: x.backward())
-    assert set(gradients(student)) == {f"0.{name}" for name, _ in student.named_parameters()}
-    assert all(grad.any() for grad in gradients(student).values())
+    for model, count in ((distiller, chunks), (whole, 1)):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = Trained(model.student, model.objective, count)(images, model.teach(images), labels)
+        loss.backward()
+    found, wanted = gradients(distiller), gradients(whole)
+    assert found.keys() == wanted.keys() >= {f"student.{name}" for name, _ in distiller.student.named_parameters()}
+    for name, grad in wanted.items():
+        assert_close(found[name], grad, torch.bfloat16)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.trainer import ModelOutput, Objective, ObjectiveConfig, train
-from fastkd.trainer.objective import objective
+from fastkd.trainer.objective import terms as objective_terms
 from tests.helpers.trainer_runs import DropoutNet, one_thread, shapes, tiny_config  # noqa: F401
 
 
@@ -46,7 +46,7 @@ def test_logits_of_different_dtypes_are_compared_in_float32(monkeypatch):
     labels = torch.arange(8) % 4
     model = Objective(ObjectiveConfig(terms="kd"), *shapes(6, 6))
     for devices in (set(), {"cpu"}):
-        monkeypatch.setattr(objective, "_ONE_READ_DEVICES", devices)
+        monkeypatch.setattr(objective_terms, "ONE_READ_DEVICES", devices)
         teacher.logits = teacher.logits.bfloat16().float()
         expected, _ = model(student, teacher, labels)
         teacher.logits = teacher.logits.bfloat16()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.trainer import FeatureModel, ModelConfig, ObjectiveConfig, build_model, train
-from fastkd.trainer.models.features import probe
+from fastkd.trainer.models.features import measure_shapes
 from fastkd.trainer.models.small import MLP, SmallConvNet
 from tests.helpers.trainer_runs import DropoutNet, noisy_data, one_thread, tiny_config  # noqa: F401
 
@@ -40,7 +40,7 @@ def test_the_map_leads_to_the_features_and_its_positions_are_classified(name: st
     torch.manual_seed(0)
     module = build_model(ModelConfig(name=name, num_classes=7, options=options)).eval()
     model = FeatureModel(module)
-    source = probe(model, torch.randn(2, 3, side, side), feature_map=True).feature_map
+    source = measure_shapes(model, torch.randn(2, 3, side, side), feature_map=True).feature_map
     assert source is not None
     assert source.shape == shape
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_the_map_carries_the_gradient_and_its_classifier_changes_nothing() -> No
     torch.manual_seed(0)
     model = FeatureModel(SmallConvNet(width=4))
     images = torch.randn(2, 1, 8, 8)
-    probe(model, images, feature_map=True)
+    measure_shapes(model, images, feature_map=True)
     output = model(images)
     before = output.feature_map.detach().clone()
     vectors = output.feature_map.detach().movedim(1, -1).reshape(-1, 8)
@@ -97,7 +97,7 @@ def test_a_layer_after_pooling_that_works_in_place_leaves_the_positions_alone() 
 
     torch.manual_seed(0)
     model = FeatureModel(Net())
-    probe(model, torch.randn(2, 1, 8, 8), feature_map=True)
+    measure_shapes(model, torch.randn(2, 1, 8, 8), feature_map=True)
     output = model(torch.randn(2, 1, 8, 8))
     assert model.map_source.tail == ("act", "fc")
     vectors = output.feature_map.detach().movedim(1, -1).reshape(-1, 8)
@@ -110,22 +110,22 @@ def test_another_map_can_be_named() -> None:
     torch.manual_seed(0)
     images = torch.randn(2, 1, 8, 8)
     model = FeatureModel(SmallConvNet(width=4, depth=3), feature_map="features.5")
-    source = probe(model, images, feature_map=True).feature_map
+    source = measure_shapes(model, images, feature_map=True).feature_map
     assert source is not None
     assert (source.shape, source.tail) == ((8, 4, 4), None)  # the classifier takes 16 channels
     assert model(images).feature_map.shape == (2, 8, 4, 4)
-    probe(model, images)  # for a run without such terms
+    measure_shapes(model, images)  # for a run without such terms
     assert model(images).feature_map is None
     with pytest.raises(ValueError, match=r"feature_map: got 'nothing', expected a layer of SmallConv.*features\.2 \("):
-        probe(FeatureModel(SmallConvNet(), feature_map="nothing"), images, feature_map=True)
+        measure_shapes(FeatureModel(SmallConvNet(), feature_map="nothing"), images, feature_map=True)
     flat = FeatureModel(MLP(), feature_map="body")
     with pytest.raises(ValueError, match="feature_map: got 'body', expected a layer of MLP that gives a map"):
-        probe(flat, images, feature_map=True)
+        measure_shapes(flat, images, feature_map=True)
 
 
 def test_a_model_without_a_map_is_an_error_that_says_what_it_has() -> None:
     with pytest.raises(ValueError, match=r"feature_map: found no layer of MLP .*ModelConfig\(feature_map=.*body\.2"):
-        probe(FeatureModel(MLP()), torch.randn(2, 1, 8, 8), feature_map=True)
+        measure_shapes(FeatureModel(MLP()), torch.randn(2, 1, 8, 8), feature_map=True)
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 4), (4, 4, 6), (4, 6, 4)])
@@ -142,7 +142,7 @@ def test_layouts_are_told_apart(shape: tuple[int, ...]) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(self.mix(self.body(x).flatten(1)))
 
-    source = probe(FeatureModel(Net()), torch.randn(2, 96), feature_map=True).feature_map
+    source = measure_shapes(FeatureModel(Net()), torch.randn(2, 96), feature_map=True).feature_map
     assert source is not None
     assert source.shape == ((6, 4, 4) if shape == (4, 4, 6) else shape)
     assert source.tail is None

@@ -18,7 +18,7 @@ from fastkd.trainer import (
     find_classifier,
     train,
 )
-from fastkd.trainer.models.features import pool_features, probe
+from fastkd.trainer.models.features import measure_shapes, pool_features
 from tests.helpers.trainer_runs import tiny_config
 
 CLASSIFIERS = {
@@ -65,7 +65,7 @@ def test_the_classifier_is_found(name):
         assert layer is model.get_classifier()
     size = 299 if name == "torchvision:inception_v3" else 224
     width = getattr(layer, "in_features", getattr(layer, "in_channels", None))
-    assert probe(FeatureModel(model), torch.randn(2, 3, size, size)) == ModelShapes(features=width, classes=7)
+    assert measure_shapes(FeatureModel(model), torch.randn(2, 3, size, size)) == ModelShapes(features=width, classes=7)
 
 
 SMALL = [
@@ -94,7 +94,7 @@ def test_features_are_the_input_of_the_classifier(name, size):
         else:  # SqueezeNet: features and logits are averages around a 1x1 convolution and a ReLU
             assert output.features.shape == (2, layer.in_channels)
         assert not layer._forward_pre_hooks
-        assert probe(wrapped, images).classes == 7  # the layer found gives the logits
+        assert measure_shapes(wrapped, images).classes == 7  # the layer found gives the logits
 
 
 def test_a_bare_name_is_looked_up_in_timm_then_torchvision():
@@ -139,9 +139,9 @@ def test_a_named_classifier_is_checked_and_used():
         FeatureModel(model)
     with pytest.raises(ValueError, match=r"classifier: got '9', expected a layer of Sequential, such as \['1', '3'\]"):
         FeatureModel(model, "9")
-    assert probe(FeatureModel(model, "3"), torch.randn(2, 16)) == ModelShapes(features=6, classes=4)
+    assert measure_shapes(FeatureModel(model, "3"), torch.randn(2, 16)) == ModelShapes(features=6, classes=4)
     with pytest.raises(ValueError, match=r"layer '1' of Sequential gives 6 values but the model's logits have 4"):
-        probe(FeatureModel(model, "1"), torch.randn(2, 16))
+        measure_shapes(FeatureModel(model, "1"), torch.randn(2, 16))
 
 
 def test_a_timm_model_without_or_with_two_classifiers_must_be_told():
@@ -174,12 +174,13 @@ def test_a_layer_called_fc_that_does_not_give_the_logits_is_not_taken_for_the_cl
         with pytest.raises(
             ValueError, match=r"'fc' of Tail gives something else than the model's logits.*FeatureModel"
         ):
-            probe(FeatureModel(hidden), images)
-        assert probe(FeatureModel(hidden, "end"), images) == ModelShapes(features=4, classes=4)
-        assert probe(FeatureModel(hidden, "fc"), images) == ModelShapes(features=6, classes=4)  # confirmed by name
+            measure_shapes(FeatureModel(hidden), images)
+        assert measure_shapes(FeatureModel(hidden, "end"), images) == ModelShapes(features=4, classes=4)
+        # Confirmed by its name.
+        assert measure_shapes(FeatureModel(hidden, "fc"), images) == ModelShapes(features=6, classes=4)
         assert not hidden.fc._forward_hooks
         for end in (nn.Identity(), nn.LogSoftmax(1), nn.Softmax(1), nn.Dropout(0.5)):
-            assert probe(FeatureModel(Tail(end)), images) == ModelShapes(features=6, classes=4)
+            assert measure_shapes(FeatureModel(Tail(end)), images) == ModelShapes(features=6, classes=4)
 
 
 def test_cross_entropy_and_kd_need_no_classifier_layer(tmp_path):
@@ -259,7 +260,7 @@ def test_probe_changes_no_state():
         modes = [module.training for module in model.modules()]
         generator = torch.get_rng_state()
         images = torch.randn(2, 4, generator=torch.Generator())
-        assert probe(FeatureModel(model), images) == ModelShapes(features=4, classes=2)
+        assert measure_shapes(FeatureModel(model), images) == ModelShapes(features=4, classes=2)
         assert [module.training for module in model.modules()] == modes
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
         assert torch.equal(torch.get_rng_state(), generator)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastkd.trainer.models.features import ModelOutput
-from fastkd.trainer.objective import objective
+from fastkd.trainer.objective import terms as objective_terms
 from fastkd.trainer.objective.config import CEConfig, KDConfig, ObjectiveConfig
 from fastkd.trainer.objective.objective import Objective
 from tests.helpers.trainer_runs import shapes
@@ -13,15 +13,16 @@ from tests.helpers.trainer_runs import shapes
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The logits that went through ``ce_kd_terms``."""
+    """The logits that went through ``ce_kd_terms``, where the CPU is one of the devices that read them once."""
     seen = []
-    original = objective.ce_kd_terms
+    original = objective_terms.ce_kd_terms
 
     def record(student_logits: torch.Tensor, *args: object, **options: object) -> object:
         seen.append(student_logits)
         return original(student_logits, *args, **options)
 
-    monkeypatch.setattr(objective, "ce_kd_terms", record)
+    monkeypatch.setattr(objective_terms, "ce_kd_terms", record)
+    monkeypatch.setattr(objective_terms, "ONE_READ_DEVICES", {"cpu"})
     return seen
 
 
@@ -42,10 +43,11 @@ def test_one_read_changes_no_value_no_name_and_no_order(
 ) -> None:
     student, teacher, labels = outputs()
     model = Objective(CONFIG, *shapes(6, 9))
-    total, named = model(student, teacher, labels)
+    with monkeypatch.context() as patch:
+        patch.setattr(objective_terms, "ONE_READ_DEVICES", set())
+        total, named = model(student, teacher, labels)
     (grad,) = torch.autograd.grad(total, student.logits)
     assert not reads
-    monkeypatch.setattr(objective, "_ONE_READ_DEVICES", {"cpu"})
     fused_total, fused_named = model(student, teacher, labels)
     (fused_grad,) = torch.autograd.grad(fused_total, student.logits)
     assert len(reads) == 1
@@ -57,19 +59,13 @@ def test_one_read_changes_no_value_no_name_and_no_order(
 
 
 @pytest.mark.parametrize("terms", ["ce", "0*ce + kd"])
-def test_one_term_alone_is_computed_alone(
-    terms: str, reads: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(objective, "_ONE_READ_DEVICES", {"cpu"})
+def test_one_term_alone_is_computed_alone(terms: str, reads: list[torch.Tensor]) -> None:
     _, named = Objective(ObjectiveConfig(terms=terms), *shapes(6, 9))(*outputs())
     assert not reads
     assert list(named) == [terms[-2:]]
 
 
-def test_class_probabilities_go_through_torchs_cross_entropy(
-    reads: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(objective, "_ONE_READ_DEVICES", {"cpu"})
+def test_class_probabilities_go_through_torchs_cross_entropy(reads: list[torch.Tensor]) -> None:
     student, teacher, labels = outputs()
     model = Objective(ObjectiveConfig(terms="ce + kd"), *shapes(6, 9))
     _, named = model(student, teacher, F.one_hot(labels, 5).float())
@@ -78,7 +74,6 @@ def test_class_probabilities_go_through_torchs_cross_entropy(
 
 
 def test_a_users_own_cross_entropy_is_not_replaced(reads: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objective, "_ONE_READ_DEVICES", {"cpu"})
 
     def own(student: ModelOutput, teacher: ModelOutput, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"ce": F.cross_entropy(student.logits, labels, ignore_index=3)}

@@ -8,17 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastkd.trainer import (
-    DataConfig,
-    DCDConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    load_weights,
-    train,
-)
+from fastkd.trainer import DataConfig, DCDConfig, ModelConfig, ObjectiveConfig, OptimConfig, load_weights, train
 from fastkd.trainer.optim import Schedule, build_optimizer
-from fastkd.trainer.run.checkpoint import list_checkpoints, read_checkpoint
+from fastkd.trainer.run.checkpoint import LOSS, STUDENT, list_checkpoints, read_checkpoint
 from tests.helpers.trainer_runs import DropoutNet, batch, distiller, lines, noisy_data, one_thread, tiny_config  # noqa: F401
 
 
@@ -155,8 +147,12 @@ def test_clipping_bounds_the_gradient(tmp_path):
     )
     result = train(config)
     first, last = (read_checkpoint(path) for path in list_checkpoints(Path(config.run_dir) / "checkpoints"))
-    moved = [last.student[name] - first.student[name] for name, _ in result.distiller.student.model.named_parameters()]
-    heads = [last.loss[name] - first.loss[name] for name, _ in result.distiller.objective.named_parameters()]
+
+    def changes(file: str, module: nn.Module) -> list[torch.Tensor]:
+        return [last.weights[file][name] - first.weights[file][name] for name, _ in module.named_parameters()]
+
+    moved = changes(STUDENT, result.distiller.student.model)
+    heads = changes(LOSS, result.distiller.objective)
     assert all(change.any() for change in heads[:3])
     # The one global norm is that of the student, the heads and tau together.
     assert 0 < torch.cat([change.flatten() for change in [*moved, *heads]]).norm() <= 1.001e-3

@@ -26,9 +26,9 @@ from fastkd.trainer.data.images import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.trainer.data.labels import normalization_of
 from fastkd.trainer.data.loader import eval_loader
 from fastkd.trainer.models.build import torchvision_weights, trained_normalization
-from fastkd.trainer.models.features import ModelOutput, probe
+from fastkd.trainer.models.features import ModelOutput, measure_shapes
 from fastkd.trainer.run.check import check_teacher
-from fastkd.trainer.run.distiller import build_distiller, weights_hash
+from fastkd.trainer.run.distiller import Trained, build_distiller, weights_hash
 from fastkd.trainer.run.prepare import prepare
 from fastkd.trainer.run.ranks import Ranks
 from tests.helpers.checks import assert_close
@@ -324,10 +324,10 @@ def test_maps_and_tokens_of_families_in_msdcrd(name):
     batch = torch.randn(2, 3, 224, 224)
     settings = ObjectiveConfig(terms="msdcrd")
     teacher = FeatureModel(model)
-    found = probe(teacher, batch, feature_map=True)
+    found = measure_shapes(teacher, batch, feature_map=True)
     assert found.feature_map.shape == FAMILIES[name]
     student = FeatureModel(Net())
-    own = probe(student, batch, feature_map=True)
+    own = measure_shapes(student, batch, feature_map=True)
     objective = Objective(settings, own, found)
     small = torch.nn.functional.avg_pool2d(batch, 16)
     with torch.no_grad():
@@ -346,25 +346,25 @@ def data() -> tuple[Images, Images]:
     return made, made
 
 
-@pytest.mark.timeout(300)
-def test_a_run_with_every_option_is_saved_under_plain_names_and_resumed(tmp_path, capsys, compilations):
-    weights = tmp_path / "teacher.safetensors"
+def run_settings(tmp_path, **teacher) -> TrainConfig:
+    """A run with a teacher whose weights are in a file."""
     torch.manual_seed(1)
-    save_file(Net(6).state_dict(), weights)
-    settings = dataclasses.replace(
-        config(
-            teacher={"weights": str(weights), "normalization": OWN, "dtype": "bf16", "min_accuracy": 0.0},
-            compile=True,
-            channels_last=True,
-        ),
+    save_file(Net(6).state_dict(), tmp_path / "teacher.safetensors")
+    return dataclasses.replace(
+        config(teacher={"weights": str(tmp_path / "teacher.safetensors"), **teacher}),
         data=DataConfig(name="tests.trainer.test_prepare:data", batch_size=8),
         epochs=2,
         device="cpu",
         run_dir=str(tmp_path / "run"),
         tensorboard=False,
         progress=False,
-        quiet=False,
     )
+
+
+@pytest.mark.timeout(300)
+def test_a_run_with_every_option_is_saved_under_plain_names_and_resumed(tmp_path, capsys, compilations):
+    settings = run_settings(tmp_path, normalization=OWN, dtype="bf16", min_accuracy=0.0)
+    settings = dataclasses.replace(settings, compile=True, channels_last=True, quiet=False)
     whole = train(settings)
     out = capsys.readouterr().out
     for line in ("teacher accuracy", "teacher input: the data's", "teacher in bf16", "models: channels_last, compile"):
@@ -379,16 +379,20 @@ def test_a_run_with_every_option_is_saved_under_plain_names_and_resumed(tmp_path
         assert_close(tensor, saved[name], torch.float32, floor=1e-2)
 
 
+def test_chunks_of_a_compiled_student_give_the_gradients_of_the_whole_batch(compilations):
+    settings = config(compile=True)
+    chunked, whole = build(settings), build(settings)
+    prepare(chunked, settings, CPU, Ranks())
+    for distiller, chunks in ((chunked, 2), (whole, 1)):
+        distiller.student.eval()  # batch norm would normalise with a chunk's own rows
+        trained = Trained(distiller.student, distiller.objective, chunks)
+        trained(images(), distiller.teach(images()), torch.arange(8) % 5)[0].backward()
+    for one, other in zip(chunked.parameters(), whole.parameters(), strict=True):
+        if one.requires_grad:
+            assert_close(one.grad, other.grad, torch.float32)
+
+
 def test_a_run_whose_teacher_misses_its_floor_leaves_nothing_behind(tmp_path):
-    weights = tmp_path / "teacher.safetensors"
-    torch.manual_seed(1)
-    save_file(Net(6).state_dict(), weights)
-    settings = dataclasses.replace(
-        config(teacher={"weights": str(weights), "min_accuracy": 1.0}),
-        data=DataConfig(name="tests.trainer.test_prepare:data", batch_size=8),
-        run_dir=str(tmp_path / "run"),
-        device="cpu",
-    )
     with pytest.raises(ValueError, match=r"teacher\.min_accuracy: the teacher reaches 0\.\d+ "):
-        train(settings)
+        train(run_settings(tmp_path, min_accuracy=1.0))
     assert not (tmp_path / "run").exists()

@@ -23,10 +23,8 @@ from fastkd.trainer import (
     TrainConfig,
     train,
 )
-from fastkd.trainer.models.features import probe
-from fastkd.trainer.models.small import SmallConvNet
-from tests.helpers.trainer_runs import batch, noisy_data, one_thread, tiny_config  # noqa: F401
-from tests.run.test_resume import Stop, assert_same_run, stop_at
+from fastkd.trainer.models.features import measure_shapes
+from tests.helpers.trainer_runs import batch, convolutional, networks, one_thread, tiny_config  # noqa: F401
 
 TERMS = ("ckd", "pckd", "msdcrd")
 NAMES = {
@@ -36,22 +34,10 @@ NAMES = {
 }
 
 
-def networks(student: int = 4, teacher: int = 6) -> tuple[nn.Module, nn.Module]:
-    torch.manual_seed(0)
-    return SmallConvNet(num_classes=4, width=student), SmallConvNet(num_classes=4, width=teacher)
-
-
 def build(config: ObjectiveConfig, dtype: torch.dtype = torch.float32) -> Distiller:
     models = [FeatureModel(network.to(dtype)) for network in networks()]
-    shapes = [probe(model, batch()[0].to(dtype), feature_map=True) for model in models]
+    shapes = [measure_shapes(model, batch()[0].to(dtype), feature_map=True) for model in models]
     return Distiller(models[0], models[1], Objective(config, *shapes)).to(dtype)
-
-
-def given(**changes: object) -> dict[str, object]:
-    """What ``train`` takes for two small convolutional networks."""
-    student, teacher = networks()
-    data = noisy_data()
-    return {"student": student, "teacher": teacher, "train_data": data[0], "eval_data": data[1], **changes}
 
 
 def test_each_term_is_its_module_on_what_the_models_give() -> None:
@@ -124,7 +110,7 @@ def test_all_terms_together_train_in_every_precision(
             return {"mine": self.head(student.features.float()).square().mean()}
 
     before = head.weight.clone()
-    result = train(config, **given(student=student, teacher=convert(teacher)), terms={"mine": Mine()})
+    result = train(config, **convolutional(student=student, teacher=convert(teacher)), terms={"mine": Mine()})
     record = result.history[0]
     assert record.keys() >= {"ce", "kd", "dcd/contrast", "mine"}.union(*NAMES.values())
     assert all(math.isfinite(value) for value in record.values())
@@ -142,24 +128,6 @@ def test_every_parameter_of_a_term_is_trained_and_none_of_the_teacher(terms: str
         assert parameter.grad.abs().sum() > 0, name
     assert all(parameter.grad is None for parameter in distiller.teacher.parameters())
     assert distiller.student.model.features[0].weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("terms", ["pckd", "msdcrd + 0.5*kd", "100*ckd"])
-@pytest.mark.parametrize("step", [8, 19])
-def test_a_run_resumed_within_an_epoch_equals_the_uninterrupted_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terms: str, step: int
-) -> None:
-    """Under a preview that changes much from epoch to epoch."""
-    objective = ObjectiveConfig(terms=terms + " + dcd", pckd=PCKDConfig(preview_base=1.5))
-    whole = tiny_config(tmp_path, objective=objective, save_every_steps=5, run_dir=str(tmp_path / "whole"))
-    train(whole, **given())
-    config = dataclasses.replace(whole, run_dir=str(tmp_path / "cut"))
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        with pytest.raises(Stop):
-            train(config, **given())
-    assert train(dataclasses.replace(config, resume=True), **given()).resumed_from == (step - 1) // 5 * 5
-    assert_same_run(whole, config)
 
 
 def test_terms_are_told_every_epoch_and_the_preview_follows(tmp_path: Path) -> None:
@@ -200,28 +168,8 @@ def test_a_teacher_that_classifies_no_single_position_is_an_error(tmp_path: Path
 
     config = tiny_config(tmp_path, run_dir=None, epochs=1, objective=ObjectiveConfig(terms="msdcrd"))
     with pytest.raises(ValueError, match=r"msdcrd: the teacher's layers after 'body' do not classify single positions"):
-        train(config, **given(teacher=Flat()))
-    assert train(config, **given(student=Flat())).history  # a student need not
-
-
-@pytest.mark.parametrize(
-    ("build_config", "error", "message"),
-    [
-        (lambda: CKDConfig(temperature=0), ValueError, r"ckd\.temperature: got 0"),
-        (lambda: PCKDConfig(category_weight=-1), ValueError, r"pckd\.category_weight: got -1"),
-        (lambda: PCKDConfig(preview_base=0), ValueError, r"pckd\.preview_base: got 0"),
-        (lambda: PCKDConfig(hidden_dim=0), ValueError, r"pckd\.hidden_dim: got 0"),
-        (lambda: MSDCRDConfig(windows=(0,)), ValueError, r"msdcrd\.windows: got 0"),
-        (lambda: MSDCRDConfig(strides=3), TypeError, r"msdcrd\.strides: got 3"),
-        (lambda: MSDCRDConfig(positives="both"), ValueError, r"msdcrd\.positives: got 'both'"),
-        (lambda: ObjectiveConfig(pckd=CKDConfig()), TypeError, r"objective\.pckd: got CKDConfig"),
-    ],
-)
-def test_wrong_options_name_the_argument(
-    build_config: Callable[[], object], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        build_config()
+        train(config, **convolutional(teacher=Flat()))
+    assert train(config, **convolutional(student=Flat())).history  # a student need not
 
 
 def test_a_config_with_windows_survives_json(tmp_path: Path) -> None:

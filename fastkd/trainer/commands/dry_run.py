@@ -18,6 +18,7 @@ from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.datasets import choose_data
 from fastkd.trainer.data.loader import first_images
 from fastkd.trainer.models.build import ModelConfig, build_model, count_parameters, torchvision_weights
+from fastkd.trainer.objective.config import describe_terms
 from fastkd.trainer.objective.objective import needs
 from fastkd.trainer.optim import Schedule
 from fastkd.trainer.precision import DTYPES
@@ -53,7 +54,7 @@ def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
     lines = [_model("student", config.student, distiller.student.model)]
     if distiller.teacher is not None and config.teacher is not None:
         lines.append(_model("teacher", config.teacher, distiller.teacher.model.model))
-    lines.append("loss " + " + ".join(f"{weight:g} x {name}" for name, weight in distiller.objective.weights.items()))
+    lines.append(f"loss {describe_terms(config.objective.weights)}")
     heads = count_parameters(distiller.objective)
     if heads:
         lines[-1] += f" ({heads:,} parameters of its own)"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastkd.trainer.commands.reopen import reopen
 from fastkd.trainer.data.loader import eval_loader, first_images
 from fastkd.trainer.models.build import count_parameters
-from fastkd.trainer.models.features import FeatureModel, probe
+from fastkd.trainer.models.features import FeatureModel, measure_shapes
 from fastkd.trainer.precision import choose_device
 from fastkd.trainer.run.evaluate import evaluate
 
@@ -89,7 +89,7 @@ def evaluate_checkpoint(
     wrapped = FeatureModel(reopened.model, optional=True).to(target)
     if len(eval_data) == 0:
         raise ValueError("eval_data: got an empty dataset, expected at least one sample")
-    count = probe(wrapped, first_images(eval_data)).classes
+    count = measure_shapes(wrapped, first_images(eval_data)).classes
     confusion = torch.zeros((count, count), dtype=torch.long)
     loader = eval_loader(eval_data, config.data, target)
     values = evaluate(wrapped, loader, target, config.precision, confusion=confusion)

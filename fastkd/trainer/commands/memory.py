@@ -6,11 +6,11 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.precision import DTYPES
+from fastkd.trainer.precision import autocast
 from fastkd.trainer.run.distiller import Distiller
 
 
@@ -49,34 +49,24 @@ def memory_of(
         return tensor
 
     distiller.train()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), _autocast(config):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        autocast(images.device, config.precision),
+    ):
         output = student(images)
     found["student's activations"] = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     outputs = 2 * _bytes(value for value in vars(output).values() if isinstance(value, Tensor))  # with their gradients
     if teacher is not None:
-        with LiveBytes() as live, _autocast(config):
+        with LiveBytes() as live, autocast(images.device, config.precision):
             taught = teacher(images)
         found["teacher's forward pass"] = live.peak
         outputs += _bytes(value for value in vars(taught).values() if isinstance(value, Tensor))
     if chunks > 1:
         found["outputs of all chunks"] = outputs * rows // part
     if world_size > 1:
-        columns = _gathered(objective, output.logits.shape[1])
+        columns = objective.columns_sent(output.logits.shape[1])
         found["embeddings of all ranks"] = config.data.batch_size * columns * output.logits.element_size()
     return found
-
-
-def _gathered(objective: nn.Module, classes: int) -> int:
-    """Columns that a row sends to the other ranks; of maps, nothing is counted."""
-    columns = 0
-    for term in getattr(objective, "terms", {}).values():
-        head = getattr(getattr(term, "loss", None), "student_head", None)
-        name = type(term).__name__
-        if name == "DCDTerm" and isinstance(head, nn.Linear):
-            columns += 2 * head.out_features
-        elif name in ("CKDTerm", "PCKDTerm"):
-            columns += 2 * classes
-    return columns
 
 
 class LiveBytes(TorchDispatchMode):
@@ -109,10 +99,6 @@ class LiveBytes(TorchDispatchMode):
         if self._views[key] == 0:
             del self._views[key]
             self.live -= size
-
-
-def _autocast(config: TrainConfig) -> torch.autocast:
-    return torch.autocast("cpu", DTYPES[config.precision], enabled=config.precision != "fp32")
 
 
 def _bytes(tensors: Any) -> int:

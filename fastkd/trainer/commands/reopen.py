@@ -10,13 +10,12 @@ from torch import nn
 
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.datasets import DATASETS, build_datasets
+from fastkd.trainer.imports import current_name
 from fastkd.trainer.models import cifar as cifar_nets
 from fastkd.trainer.models import small as nets
 from fastkd.trainer.models.build import build_model
 from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.run.checkpoint import (
-    EMA,
-    STUDENT,
     Checkpoint,
     CheckpointError,
     find_checkpoint,
@@ -72,13 +71,13 @@ def reopen(
             raise CheckpointError(f"{checkpoint.path}: its data was given as objects; pass it as eval_data=...")
         _check_trust(checkpoint.path, config.data.name, config.data.name in DATASETS, trust_code)
         train_data, eval_data = build_datasets(config.data)
-    load_into(model, checkpoint.deployed, checkpoint.path / (STUDENT if checkpoint.ema is None else EMA))
+    load_into(model, checkpoint.weights[checkpoint.deployed], checkpoint.path / checkpoint.deployed)
     return Reopened(checkpoint, config, model, train_data, eval_data)
 
 
 def is_known_model(name: str) -> bool:
     """Whether ``name`` can build nothing but a model of timm or torchvision, or a class of our own networks."""
-    source, _, attribute = name.rpartition(":")
+    source, _, attribute = current_name(name).rpartition(":")
     # Looked up without following dots, and not what the module merely imports: nets:nn.functional... reaches anything.
     ours = {module.__name__: module for module in (nets, cifar_nets)}
     found = vars(ours[source]).get(attribute) if source in ours else None

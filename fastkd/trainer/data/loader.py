@@ -15,7 +15,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.rng import mix_seed
-from fastkd.trainer.signals import _leave_signals_to_main
+from fastkd.trainer.signals import leave_signals_to_main
 
 
 class EpochSampler(Sampler[int]):
@@ -156,7 +156,7 @@ def train_loader(
         num_workers=config.num_workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_main,
+        worker_init_fn=leave_signals_to_main,
         # A generator of its own: otherwise every pass draws a number from torch's global one.
         generator=torch.Generator().manual_seed(seed),
     )
@@ -181,6 +181,6 @@ def eval_loader(
         num_workers=config.num_workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_main,
+        worker_init_fn=leave_signals_to_main,
         generator=torch.Generator(),
     )

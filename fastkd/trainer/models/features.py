@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,10 +123,10 @@ class FeatureModel(nn.Module):
         super().__init__()
         self.optional = optional
         self.classifier_name: str | None = None
-        # A layer that only its name suggests is compared with the logits by ``probe``.
+        # A layer that only its name suggests is compared with the logits by ``measure_shapes``.
         self.guessed = classifier is None and not callable(getattr(model, "get_classifier", None))
         self.map_name = feature_map
-        self.map_source: MapSource | None = None  # set by ``probe`` when maps are needed
+        self.map_source: MapSource | None = None  # set by ``measure_shapes`` when maps are needed
         self.channels_last = False
         # Filled by the hooks of one forward pass. They stay the same lists, because torch.compile has traced them.
         self._inputs: list[Tensor] = []
@@ -205,8 +206,20 @@ class FeatureModel(nn.Module):
             return self.model(images.to(dtype))
 
 
-@torch.no_grad()
-def probe(model: FeatureModel, images: Tensor, *, feature_map: bool = False) -> ModelShapes:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Runs its block with ``model`` in eval mode and without gradients; then every module gets its mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def measure_shapes(model: FeatureModel, images: Tensor, *, feature_map: bool = False) -> ModelShapes:
     """The shapes of ``model``, from one forward pass in eval mode; changes no state of the wrapped module.
 
     ``feature_map`` also finds the last map, in a second pass, and lets ``model`` return it from then on.
@@ -216,23 +229,18 @@ def probe(model: FeatureModel, images: Tensor, *, feature_map: bool = False) -> 
             than the logits; or there is no map.
     """
     images = images.to(next(model.parameters(), images).device)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     model.map_source = None  # a model may have been in another run, with other terms
-    try:
+    with evaluating(model):
         shapes = _check_classifier(model, images)
         if not feature_map:
             return shapes
         assert model.classifier_name is not None
         model.map_source = find_map(lambda: model(images).features, model.model, model.classifier_name, model.map_name)
         return replace(shapes, feature_map=model.map_source)
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _check_classifier(model: FeatureModel, images: Tensor) -> ModelShapes:
-    """See ``probe``."""
+    """See ``measure_shapes``."""
     given: list[Any] = []
     layer = None if model.optional else model.classifier
     handle = None if layer is None else layer.register_forward_hook(lambda _module, _args, value: given.append(value))

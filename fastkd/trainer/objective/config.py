@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, fields
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any, Literal
 
-from fastkd.validate import check_choice, check_int, check_number, check_type
+import torch
+
+from fastkd.losses import CKDLoss, DCDLoss, KDLoss, MSDCRDLoss, PCKDLoss
+from fastkd.validate import check_number, check_type
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -22,17 +27,17 @@ class CEConfig:
 
 @dataclass(kw_only=True, frozen=True)
 class KDConfig:
-    """``fastkd.losses.KDLoss``: Hinton's loss at this temperature."""
+    """The options of ``fastkd.losses.KDLoss``: Hinton's loss at this temperature."""
 
     temperature: float = 4.0
 
     def __post_init__(self) -> None:
-        check_number("kd.temperature", self.temperature, 0.0, exclusive=True)
+        _check_options("kd", self, KDLoss)
 
 
 @dataclass(kw_only=True, frozen=True)
 class DCDConfig:
-    """``fastkd.losses.DCDLoss``: see there."""
+    """The options of ``fastkd.losses.DCDLoss``: see there."""
 
     embed_dim: int = 128
     alpha: float = 0.5
@@ -43,29 +48,22 @@ class DCDConfig:
     temperature: float = 0.07
 
     def __post_init__(self) -> None:
-        check_int("dcd.embed_dim", self.embed_dim, 1)
-        check_number("dcd.alpha", self.alpha, 0.0)
-        check_choice("dcd.consistency", self.consistency, ("student||teacher", "teacher||student"))
-        for name, bound in (("dcd.max_scale", self.max_scale), ("dcd.min_scale", self.min_scale)):
-            if bound is not None:
-                check_number(name, bound, 0.0, exclusive=True)
-        check_type("dcd.learnable", self.learnable, bool)
-        check_number("dcd.temperature", self.temperature, 0.0, exclusive=True)
+        _check_options("dcd", self, DCDLoss, 1, 1)
 
 
 @dataclass(kw_only=True, frozen=True)
 class CKDConfig:
-    """``fastkd.losses.CKDLoss``: see there."""
+    """The options of ``fastkd.losses.CKDLoss``: see there."""
 
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("ckd.temperature", self.temperature, 0.0, exclusive=True)
+        _check_options("ckd", self, CKDLoss)
 
 
 @dataclass(kw_only=True, frozen=True)
 class PCKDConfig:
-    """``fastkd.losses.PCKDLoss``: see there. It contains KD; ``kd_weight=0`` leaves that out."""
+    """The options of ``fastkd.losses.PCKDLoss``: see there. It contains KD; ``kd_weight=0`` leaves KD out."""
 
     temperature: float = 4.0
     relation_scale: float = 0.25
@@ -77,17 +75,15 @@ class PCKDConfig:
     hidden_dim: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "relation_scale", "preview_base"):
-            check_number(f"pckd.{name}", getattr(self, name), 0.0, exclusive=True)
-        for name in ("category_weight", "center_weight", "feature_weight", "kd_weight"):
-            check_number(f"pckd.{name}", getattr(self, name), 0.0)
-        if self.hidden_dim is not None:
-            check_int("pckd.hidden_dim", self.hidden_dim, 1)
+        _check_options("pckd", self, PCKDLoss, 1, 1)
 
 
 @dataclass(kw_only=True, frozen=True)
 class MSDCRDConfig:
-    """``fastkd.losses.MSDCRDLoss``: see there. ``windows=None`` are three scales of the teacher's map."""
+    """The options of ``fastkd.losses.MSDCRDLoss``: see there.
+
+    ``windows=None`` means three scales of the teacher's map.
+    """
 
     windows: tuple[int | None, ...] | None = None
     strides: tuple[int, ...] | None = None
@@ -97,23 +93,28 @@ class MSDCRDConfig:
     feature_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("msdcrd.temperature", self.temperature, 0.0, exclusive=True)
-        check_choice("msdcrd.positives", self.positives, ("index", "label"))
-        for name in ("sample_term_weight", "feature_weight"):
-            check_number(f"msdcrd.{name}", getattr(self, name), 0.0)
-        for name in ("windows", "strides"):
-            check_type(f"msdcrd.{name}", getattr(self, name), (tuple, list, type(None)))
-            for side in getattr(self, name) or ():
-                if side is not None:
-                    check_int(f"msdcrd.{name}", side, 1)
+        _check_options("msdcrd", self, MSDCRDLoss, 1, 1)
+
+
+def _check_options(term: str, config: Any, loss: Callable[..., Any], *widths: int) -> None:
+    """Raise what the loss says of its options, with the term's name before the argument's: ``kd.temperature: ...``."""
+    try:
+        # On tensors without memory, which draw no random numbers.
+        with torch.device("meta"):
+            loss(*widths, **asdict(config))
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{term}.{error}") from None
 
 
 @dataclass(kw_only=True, frozen=True)
 class ObjectiveConfig:
-    """Which terms, and their weights and options.
+    """Which terms the loss is made of, with their weights and options.
 
-    ``terms`` is a sum such as ``"dcd+kd"`` or ``"0.5*kd + 2*dcd"``. Cross-entropy belongs to every objective: it is
-    added with weight 1 unless written, and ``"0*ce + kd"`` leaves it out. ``"ce"`` alone trains from scratch.
+    ``terms`` is a sum of names, each with a weight or without (1). Cross-entropy belongs to every objective: it is
+    added with weight 1 unless written, and ``"0*ce + kd"`` leaves it out. ``"ce"`` alone trains from scratch::
+
+        ObjectiveConfig(terms="dcd+kd")
+        ObjectiveConfig(terms="0.5*kd + 2*dcd", kd=KDConfig(temperature=2.0))
     """
 
     terms: str = "ce+kd+dcd"
@@ -125,10 +126,20 @@ class ObjectiveConfig:
     msdcrd: MSDCRDConfig = field(default_factory=MSDCRDConfig)
 
     def __post_init__(self) -> None:
-        parse_terms(self.terms)
+        _ = self.weights
         for part in fields(self):
-            if callable(part.default_factory):
-                check_type(f"objective.{part.name}", getattr(self, part.name), type(part.default_factory()))
+            if isinstance(part.default_factory, type):
+                check_type(f"objective.{part.name}", getattr(self, part.name), part.default_factory)
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term that ``terms`` names, in its order; terms of weight zero are left out."""
+        return parse_terms(self.terms)
+
+
+def describe_terms(weights: Mapping[str, float]) -> str:
+    """The sum in words for the user: ``1 x ce + 0.5 x kd``."""
+    return " + ".join(f"{weight:g} x {name}" for name, weight in weights.items())
 
 
 def parse_terms(text: str) -> dict[str, float]:

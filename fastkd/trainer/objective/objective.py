@@ -1,51 +1,29 @@
-"""The objective: a weighted sum of named terms, ``total = CE + lambda KD + beta DCD``.
+"""The objective: a weighted sum of named terms, such as ``CE + lambda KD + beta DCD``.
 
-A term is a module (or any callable): see ``fastkd.trainer.objective.terms``. There ``TERMS`` maps the name of a term to
-what builds it. A new method adds one entry there.
+A term is a module or a function: see ``fastkd.trainer.objective.terms``, where ``TERMS`` maps the name of each term to
+its builder. A new method adds one entry there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-from fastkd.functional.kd import ce_kd_terms
 from fastkd.trainer.models.features import ModelOutput, ModelShapes
-from fastkd.trainer.objective.config import (
-    ObjectiveConfig,
-    parse_terms,
-)
-from fastkd.trainer.objective.terms import TERMS, CallableTerm, CETerm, KDTerm, TermFunction, one_dtype
+from fastkd.trainer.objective.config import ObjectiveConfig
+from fastkd.trainer.objective.terms import TERMS, CallableTerm, TermFunction
 
 # Names of other values in the same record.
 _RESERVED = {"kind", "step", "epoch", "lr", "loss", "accuracy", "eval_loss", "grad_norm"}
-
-# Where cross-entropy and KD together are one read of the logits; on a CPU torch's own cross-entropy is as fast.
-_ONE_READ_DEVICES = {"cuda"}
-
-
-def _ce_and_kd(
-    terms: Mapping[str, nn.Module], student: ModelOutput, teacher: ModelOutput | None, labels: Tensor
-) -> dict[str, dict[str, Tensor]]:
-    """The values of the terms ``ce`` and ``kd`` computed together, where both are ours and that is faster."""
-    ce, kd = terms.get("ce"), terms.get("kd")
-    if not (isinstance(ce, CETerm) and isinstance(kd, KDTerm) and student.logits.device.type in _ONE_READ_DEVICES):
-        return {}
-    if labels.ndim != 1:  # class probabilities, which only torch's cross-entropy takes
-        return {}
-    assert teacher is not None
-    ce_value, kd_value = ce_kd_terms(
-        *one_dtype(student.logits, teacher.logits), labels, kd.loss.temperature, label_smoothing=ce.label_smoothing
-    )
-    return {"ce": {"ce": ce_value}, "kd": {"kd": kd_value}}
 
 
 def needs(what: str, config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
     """Whether any term needs the ``"teacher"``, the ``"features"`` or the ``"maps"``: see ``objective.terms``."""
     known = {**TERMS, **(terms or {})}
     default = what != "maps"
-    return any(getattr(known.get(name), f"needs_{what}", default) for name in parse_terms(config.terms))
+    return any(getattr(known.get(name), f"needs_{what}", default) for name in config.weights)
 
 
 class Objective(nn.Module):
@@ -53,7 +31,7 @@ class Objective(nn.Module):
 
     Args:
         config: which terms, their weights and options.
-        student, teacher: what ``probe`` found of the models; without a teacher, the student's for both.
+        student, teacher: the models' shapes, from ``measure_shapes``; without a teacher, the student's for both.
         terms: the user's own terms by name: modules (their parameters are trained) or plain functions. They may be
             named, with a weight, in ``config.terms``; one that is not named there is an error.
 
@@ -69,7 +47,7 @@ class Objective(nn.Module):
         terms: Mapping[str, nn.Module | TermFunction] | None = None,
     ) -> None:
         super().__init__()
-        self.weights = parse_terms(config.terms)
+        self.weights = dict(config.weights)
         given = dict(terms or {})
         unused = sorted(set(given) - set(self.weights))
         if unused:
@@ -87,19 +65,28 @@ class Objective(nn.Module):
                 known = sorted({*TERMS, *given})
                 raise ValueError(f"objective.terms: got {name!r} in {config.terms!r}, expected terms among {known}")
         self.terms = nn.ModuleDict(built)
+        self._pairs = [
+            (name, other)
+            for name, term in built.items()
+            for other in built
+            if isinstance(built[other], getattr(term, "fuses_with", ()))
+        ]
 
     def forward(
-        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, share: float = 1.0
+        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, rank_weight: float = 1.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and every named term before weights, detached (``ce``, ``kd``, ``dcd/contrast``, ...).
 
-        ``share``, with several ranks: W n / N, by which means over this rank's n of N rows are multiplied, so that the
-        average over the W ranks is the mean over the global batch. Terms whose attribute ``spans_ranks`` is true
-        contain that already.
+        ``rank_weight``: with several ranks W n / N, by which means over this rank's n of N rows are multiplied, so that
+        the average over the W ranks is the mean over the global batch. The values of a term whose attribute
+        ``spans_ranks`` is true contain it already.
         """
         total: Tensor | None = None
         named = {}
-        together = _ce_and_kd(dict(self.terms.items()), student, teacher, labels)
+        together: dict[str, Mapping[str, Tensor]] = {}
+        for pair in self._pairs:
+            values = self.terms[pair[0]].fused(self.terms[pair[1]], student, teacher, labels)  # type: ignore[operator]
+            together.update(zip(pair, values or (), strict=False))
         for name, term in self.terms.items():
             values = together[name] if name in together else term(student, teacher, labels)
             if not isinstance(values, Mapping) or not values:
@@ -111,8 +98,8 @@ class Objective(nn.Module):
                 if not isinstance(value, Tensor) or value.ndim != 0:
                     got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                     raise TypeError(f"terms: {name!r} returned {got} for {part!r}, expected a 0-dim tensor")
-                if share != 1.0 and not getattr(term, "spans_ranks", False):
-                    value = share * value
+                if rank_weight != 1.0 and not getattr(term, "spans_ranks", False):
+                    value = rank_weight * value
                 named[name if part == name else f"{name}/{part}"] = value.detach()
                 weighted = self.weights[name] * value
                 total = weighted if total is None else total + weighted
@@ -120,16 +107,19 @@ class Objective(nn.Module):
         return total, named
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells the terms that have a method ``set_epoch``; the loop calls this before every epoch, counted from 0."""
-        for term in self.terms.values():
-            if hasattr(term, "set_epoch"):
-                term.set_epoch(epoch)  # type: ignore[operator]
+        """Tell the epoch, counted from 0, to the terms that have a method ``set_epoch``."""
+        for _, set_epoch in self._methods("set_epoch"):
+            set_epoch(epoch)
 
     def scalars(self) -> dict[str, Tensor]:
         """Further values to log (``dcd/tau``, ``dcd/scale``), of the terms that have a method ``scalars``."""
-        return {
-            f"{name}/{key}": value
-            for name, term in self.terms.items()
-            if hasattr(term, "scalars")
-            for key, value in term.scalars().items()  # type: ignore[operator]
-        }
+        found = self._methods("scalars")
+        return {f"{name}/{key}": value for name, scalars in found for key, value in scalars().items()}
+
+    def columns_sent(self, classes: int) -> int:
+        """How many numbers per row go to the other ranks, as the terms with a method ``columns_sent`` say."""
+        return sum(columns_sent(classes) for _, columns_sent in self._methods("columns_sent"))
+
+    def _methods(self, method: str) -> list[tuple[str, Callable[..., Any]]]:
+        """The terms' names and methods of this name, of the terms that have it."""
+        return [(name, getattr(term, method)) for name, term in self.terms.items() if hasattr(term, method)]

@@ -16,6 +16,8 @@ from typing import Any
 import tyro
 
 from fastkd.trainer.config import FREE_TO_CHANGE
+from fastkd.trainer.imports import current_name
+from fastkd.trainer.objective.config import describe_terms
 from fastkd.trainer.report.curves import MAX_POINTS, Panel, Quantity, draw, look
 from fastkd.trainer.report.records import RecordedRun, read_runs
 from fastkd.trainer.report.style import render_page, write_atomically
@@ -151,7 +153,6 @@ def facts(run: RecordedRun) -> dict[str, str]:
     info, config = run.info, run.info["config"]
     given = info["given_as_objects"]
     data = "given as objects" if "data" in given else str(config["data"]["name"])
-    weights = " + ".join(f"{weight:g} x {name}" for name, weight in info["loss_weights"].items())
     return {
         "status": status(run),
         "records": f"{counted(len(run.steps), 'step')}, {counted(len(run.epochs), 'epoch')}"
@@ -161,7 +162,7 @@ def facts(run: RecordedRun) -> dict[str, str]:
         "teacher, sha256 of its weights": info["teacher_sha256"] or "none",
         "data": f"{data}: {info['train_samples']:,} training samples, {info['eval_samples']:,} evaluation samples",
         "labels, sha256": "unknown (no checkpoint)" if run.manifest is None else run.manifest["labels_sha256"],
-        "loss": weights,
+        "loss": describe_terms(info["loss_weights"]),
         "global batch": f"{info['global_batch']:,}" + (f" on {info['ranks']} ranks" if info["ranks"] > 1 else ""),
         "length": f"{counted(config['epochs'], 'epoch')} of {run.steps_per_epoch:,g} steps",
         "optimiser": str(config["optim"]["name"]),
@@ -200,7 +201,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = str(value)
+            flat[prefix + name] = current_name(str(value))  # runs from before a module moved compare as equal
     return flat
 
 

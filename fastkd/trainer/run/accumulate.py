@@ -1,98 +1,79 @@
-"""Cached accumulation: one optimiser step over k chunks whose negatives span the whole batch, exactly.
+"""Exact accumulation: the model's output for a whole batch, with the activations of one chunk in memory at a time.
 
-Summing the losses of chunks would contrast a sample only with those of its own chunk. Here every chunk is first run
-without a graph, and only the student's outputs are kept; the objective sees them all at once and gives their gradient;
-then every chunk is run again, with the random numbers and the buffers it had, and that gradient is taken back through
-it. Memory is that of one chunk's activations and the whole batch's outputs; time that of one more forward pass.
-(Gradient caching: arXiv 2101.06983.) Batch norm normalises with a chunk's own rows.
+Summing the losses of chunks would contrast a sample with the samples of its own chunk only. Here the objective sees the
+outputs for the whole batch, and its gradient is exact. The forward pass keeps the outputs and drops the activations; in
+the backward pass each chunk is run again, with the random numbers and the buffers that it had. The price is one more
+forward pass. (Gradient caching: arXiv 2101.06983.) Batch norm normalises with a chunk's own rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastkd.trainer.models.features import ModelOutput
-from fastkd.trainer.rng import _generators, _set_generators
+from fastkd.trainer.rng import restore_rng, rng_state
 
 
-def cached_step(
-    student: Callable[[Tensor], ModelOutput],
-    teach: Callable[[Tensor], ModelOutput | None],
-    objective: Callable[..., tuple[Tensor, dict[str, Tensor]]],
-    buffers: list[Tensor],
-    images: Tensor,
-    labels: Tensor,
-    share: float,
-    chunks: int,
-    backward: Callable[[Tensor], None],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and terms over all images; the gradients are added to the parameters' as ``backward(loss)`` would.
+def in_chunks(model: Callable[[Tensor], ModelOutput], images: Tensor, chunks: int) -> ModelOutput:
+    """``model(images)``, computed on at most ``chunks`` parts of the images, one after the other."""
+    if chunks == 1:
+        return model(images)
+    return join_outputs([model(part) for part in images.tensor_split(min(chunks, len(images)))])
 
-    ``student``, ``teach`` and ``objective`` each enter autocast by themselves: it would keep the weights converted in
-    the first pass, which lead to no gradient. ``buffers``: the student's, which a forward pass may change. There are at
-    most as many chunks as images.
-    """
-    parts = images.tensor_split(min(chunks, len(images)))
-    before = [buffer.clone() for buffer in buffers]
-    generators = []
-    with torch.no_grad():
-        outputs = []
-        for part in parts:
-            generators.append(_generators(images.device))
-            outputs.append(student(part))
-        taught = [teach(part) for part in parts]
-    afterwards = _generators(images.device)
 
-    joined = join_outputs(outputs)
-    leaves = {name: value.requires_grad_() for name, value in _tensors(joined).items() if value.is_floating_point()}
-    teacher = None if taught[0] is None else join_outputs([output for output in taught if output is not None])
-    loss, terms = objective(joined, teacher, labels, share)
-    backward(loss)
+def recomputed(model: nn.Module, images: Tensor) -> ModelOutput:
+    """``model(images)``, whose activations are computed a second time in the backward pass instead of being kept."""
+    before = _Snapshot(model, images.device)
 
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)
-    start = 0
-    for part, state in zip(parts, generators, strict=True):
-        _set_generators(state, images.device)
-        found = _tensors(student(part))
-        rows = slice(start, start + len(part))
-        used = [name for name, leaf in leaves.items() if leaf.grad is not None and found[name].requires_grad]
-        torch.autograd.backward([found[name] for name in used], [leaves[name].grad[rows] for name in used])  # type: ignore[index]
-        start += len(part)
-    _set_generators(afterwards, images.device)
-    return loss.detach(), terms
+    @contextmanager
+    def as_before() -> Iterator[None]:
+        """For the second pass: the generators and buffers of the first one."""
+        now = _Snapshot(model, images.device)
+        before.restore()
+        try:
+            yield
+        finally:
+            now.restore()
+
+    # Not stopped early: the second pass must end where the first one did for a model that notes what it computes.
+    output: ModelOutput = checkpoint(
+        model,
+        images,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), as_before()),
+        early_stop=False,
+    )
+    return output
+
+
+class _Snapshot:
+    """What a forward pass reads and changes beside the weights: the random number generators and the buffers."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.device, self.rng = device, rng_state(device)
+        self.buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        restore_rng(self.rng, self.device)
+        for buffer, value in self.buffers:
+            buffer.copy_(value)
 
 
 def join_outputs(outputs: list[ModelOutput]) -> ModelOutput:
     """The outputs of consecutive chunks as those of one batch; what is no tensor is taken from the first."""
     first = outputs[0]
     joined: dict[str, Any] = {
-        name: torch.cat([getattr(output, name) for output in outputs]) for name in _tensors(first)
+        field.name: torch.cat([getattr(output, field.name) for output in outputs])
+        for field in dataclasses.fields(first)
+        if isinstance(getattr(first, field.name), Tensor)
     }
     return dataclasses.replace(first, **joined)
-
-
-def _tensors(output: ModelOutput) -> dict[str, Tensor]:
-    values = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-
-def average_gradients(module: nn.Module, world_size: int) -> None:
-    """The mean over the ranks of all gradients of ``module``, in one all-reduce for each dtype."""
-    if world_size == 1:
-        return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in module.parameters():
-        if parameter.grad is not None:
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for grads in by_dtype.values():
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        torch.distributed.all_reduce(flat)
-        flat /= world_size
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(part.view_as(grad))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import Subset
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.labels import labels_of
 from fastkd.trainer.data.loader import GlobalBatches
-from fastkd.trainer.models.features import FeatureModel
+from fastkd.trainer.models.features import FeatureModel, evaluating
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.evaluate import evaluate
 from fastkd.trainer.run.ranks import Ranks
@@ -23,8 +24,9 @@ def check_fit(
 ) -> None:
     """Raise ValueError, before anything is written, for what would end the run in its first or last batch.
 
-    Labels that the student has no class for, as far as the datasets expose theirs; a chunk of one row, of which batch
-    norm gets a single value per channel. Called before ``prepare``, with images that the student can take.
+    That is a label that the student has no class for, as far as the datasets expose their labels, and a chunk of one
+    row, of which batch norm would get a single value per channel. Called before ``prepare``, with images that the
+    student can take.
     """
     rows = batches.rows(len(batches) - 1) // batches.world_size  # the fewest of any rank
     rows //= min(config.chunks, rows)
@@ -35,9 +37,11 @@ def check_fit(
             f"drop_last={batches.drop_last} on {batches.world_size} rank(s), whose smallest chunk has one row, of "
             f"which batch norm ({single[0]!r} of the student) gets one value per channel; expected at least two rows"
         )
-    # Without cross-entropy the labels of the training set may mean anything.
-    for name, dataset in (("train_data", train_set), ("eval_data", eval_set)):
-        largest = _largest_label(dataset) if name == "eval_data" or "ce" in distiller.objective.weights else None
+    labelled = {"train_data": train_set, "eval_data": eval_set}
+    if "ce" not in distiller.objective.weights:
+        del labelled["train_data"]  # without cross-entropy its labels may mean anything
+    for name, dataset in labelled.items():
+        largest = _largest_label(dataset)
         if largest is not None and largest >= classes:
             raise ValueError(
                 f"student.num_classes: the student has {classes} classes, but {name} has the label {largest}; expected "
@@ -49,32 +53,26 @@ def _classes_and_single_values(model: FeatureModel, image: Tensor) -> tuple[int,
     """The logits' width, and the names of the batch norms that get one value per channel of one image [1, C, H, W]."""
     single: list[str] = []
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def look(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs and inputs[0].numel() == inputs[0].shape[1]:
-                single.append(name)
+    def look(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs and inputs[0].numel() == inputs[0].shape[1]:
+            single.append(name)
 
-        return look
-
-    modes = [(module, module.training) for module in model.modules()]
     hooks = [
-        module.register_forward_pre_hook(watch(name))
+        module.register_forward_pre_hook(partial(look, name))
         for name, module in model.model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
     ]
     try:
-        with torch.no_grad():
-            logits = model.eval()(image.to(next(model.parameters(), image).device)).logits
+        with evaluating(model):
+            logits = model(image.to(next(model.parameters(), image).device)).logits
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
     return logits.shape[1], single
 
 
 def _largest_label(dataset: Any) -> int | None:
-    """None for a dataset that does not expose its labels, or changes them on the way."""
+    """The largest label; None for a dataset that does not expose its labels, or changes them when it is read."""
     whole = dataset
     while isinstance(whole, Subset):
         whole = whole.dataset
@@ -94,8 +92,8 @@ def check_teacher(
 ) -> float | None:
     """The teacher's top-1 accuracy on ``loader``'s data, computed as in training; None where no floor asks for it.
 
-    Raises ValueError on every rank when it is below ``config.teacher.min_accuracy``: other weights, other classes or
-    another normalisation than the data's are the usual reasons.
+    Raises ValueError on every rank when the accuracy is below ``config.teacher.min_accuracy``. The usual reasons are
+    other weights, other classes, or another normalisation than the data's.
     """
     if distiller.teacher is None or config.teacher is None or config.teacher.min_accuracy is None:
         return None
@@ -112,7 +110,7 @@ def check_teacher(
 
 
 def report_broken(dataset: Any, tell: Callable[[str], None]) -> None:
-    """Tell how many images of a dataset that counts them could not be read, by this rank, if there are any."""
+    """Tell how many images this rank could not read, if there are any and the dataset counts them."""
     broken = getattr(dataset, "broken", 0)
     if broken:
         tell(f"{broken} of {len(dataset)} training images cannot be read; others took their places")

@@ -1,11 +1,7 @@
 """Checkpoints: written atomically, verified before use, never unpickled beyond plain types and tensors.
 
-A checkpoint is a folder ``step-00000123`` with
-    student.safetensors   the student's state dict
-    loss.safetensors      the objective's state dict: projection heads and tau
-    ema.safetensors       the moving average of the student, if the run keeps one
-    state.pt              optimiser, scaler, generators, data loader, progress: read with ``weights_only=True`` only
-    manifest.json         step, config, teacher hash, versions, and size and sha256 of the files above and of itself
+A checkpoint is a folder ``step-00000123`` of files whose sizes and hashes its manifest states. What is in the files is
+said in ``fastkd.trainer.run.state``.
 """
 
 from __future__ import annotations
@@ -17,8 +13,9 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-STUDENT, LOSS, STATE, MANIFEST = "student.safetensors", "loss.safetensors", "state.pt", "manifest.json"
-EMA = "ema.safetensors"
-_FILES = (STUDENT, LOSS, STATE)
+STUDENT, LOSS, EMA = "student.safetensors", "loss.safetensors", "ema.safetensors"
+STATE, MANIFEST = "state.pt", "manifest.json"
 _FORMAT = 3
 
 
@@ -39,27 +35,27 @@ class CheckpointError(RuntimeError):
 
 @dataclass
 class Checkpoint:
-    """A verified checkpoint in memory: ``student``, ``loss`` and ``ema`` (None: the run keeps no moving average) are
-    state dicts, ``state`` plain types and tensors."""
+    """A verified checkpoint in memory.
+
+    ``weights`` are the state dicts of its safetensors files, by the file's name; ``state`` is plain types and tensors.
+    """
 
     path: Path
     manifest: dict[str, Any]
-    student: dict[str, Tensor]
-    loss: dict[str, Tensor]
+    weights: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
-    ema: dict[str, Tensor] | None = None
 
     @property
-    def deployed(self) -> dict[str, Tensor]:
-        """What was evaluated: the moving average if there is one, else the student."""
-        return self.student if self.ema is None else self.ema
+    def deployed(self) -> str:
+        """The file with the weights that were evaluated: the moving average if there is one, else the student."""
+        return EMA if EMA in self.weights else STUDENT
 
 
 class CheckpointFolder:
     """The checkpoints of one run, for one process at a time.
 
-    Leftovers of an interrupted write (``.tmp-*``) are removed when it is opened. Raises CheckpointError when another
-    process has it open (POSIX locks: not on Windows, and on a network file system only as far as that has them).
+    Opening it removes the leftovers of an interrupted write (``.tmp-*``). Raises CheckpointError when another process
+    has it open. (The lock is a POSIX lock: there is none on Windows, and not every network file system has it.)
     """
 
     def __init__(self, path: Path, keep: int) -> None:
@@ -82,18 +78,16 @@ class CheckpointFolder:
     def save(
         self,
         step: int,
+        modules: Mapping[str, nn.Module],
         *,
-        student: nn.Module,
-        loss: nn.Module,
         state: dict[str, Any],
         manifest: dict[str, Any],
-        ema: nn.Module | None = None,
         again: bool = False,
     ) -> Path:
         """Write the checkpoint of ``step``, make it durable, and only then remove those beyond ``keep`` and the best.
 
-        The best has the highest ``accuracy`` in its manifest, the latest of equals. ``again``: one of this step may be
-        there, and the new one is then named ``step-...-evaluated``.
+        ``modules`` by the names of their files. The best has the highest ``accuracy`` in its manifest, the latest of
+        equals. ``again``: one of this step may be there, and the new one is then named ``step-...-evaluated``.
 
         Raises CheckpointError when there is one already, or when it cannot be written (a full disk); the earlier ones
         stay.
@@ -117,10 +111,8 @@ class CheckpointFolder:
                 raise CheckpointError(f"{final / name}: cannot be written ({error})") from error
 
         temporary.mkdir()
-        write(STUDENT, lambda file: save_file(_plain_tensors(student), file))
-        write(LOSS, lambda file: save_file(_plain_tensors(loss), file))
-        if ema is not None:
-            write(EMA, lambda file: save_file(_plain_tensors(ema), file))
+        for name, module in modules.items():
+            write(name, partial(save_file, _plain_tensors(module)))
         write(STATE, lambda file: torch.save(state, file))
         body = {"format": _FORMAT, "step": step, "files": dict(files), **manifest}
         body["sha256"] = _manifest_hash(body)
@@ -151,7 +143,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def best_checkpoint(checkpoints: list[Path]) -> Path | None:
-    """The one whose manifest has the highest accuracy, the latest of equals; None if none has any."""
+    """The checkpoint with the highest accuracy in its manifest, the latest of equals; None if no manifest has one."""
     found: list[tuple[float, int, Path]] = []
     for path in checkpoints:
         try:
@@ -164,7 +156,9 @@ def best_checkpoint(checkpoints: list[Path]) -> Path | None:
 
 
 def find_checkpoint(path: str | Path, *, best: bool = False) -> Path:
-    """The checkpoint folder that ``path`` means: itself, or of a run folder the newest or the ``best`` one.
+    """The checkpoint folder that ``path`` means: itself, or of a run folder the newest or the ``best`` one::
+
+        find_checkpoint("runs/digits", best=True)  # runs/digits/checkpoints/step-00000160
 
     CheckpointError if there is none.
     """
@@ -199,10 +193,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: has format {version}, expected {_FORMAT}")
     if not isinstance(manifest.get("step"), int) or not isinstance(manifest.get("config"), dict):
         raise CheckpointError(f"{file}: has no step or no config")
-    for name in _FILES:
+    for name in (STUDENT, LOSS, STATE):
         if name not in files:
             raise CheckpointError(f"{file}: does not list {name}")
-    for name in (*_FILES, EMA) if EMA in files else _FILES:
+    for name in (STUDENT, LOSS, STATE, *([EMA] if EMA in files else [])):
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name}: is missing")
         size = (path / name).stat().st_size
@@ -219,13 +213,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     state = _load_tensors(path / STATE)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path / STATE}: holds {type(state).__name__}, expected a dict")
-    ema = _load_tensors(path / EMA) if EMA in manifest["files"] else None
-    return Checkpoint(path, manifest, _load_tensors(path / STUDENT), _load_tensors(path / LOSS), state, ema)
+    weights = {name: _load_tensors(path / name) for name in (STUDENT, LOSS, EMA) if name in manifest["files"]}
+    return Checkpoint(path, manifest, weights, state)
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """A model's state dict from a ``.safetensors`` file, a ``.pt`` / ``.pth`` / ``.bin`` state dict (also under the key
-    ``state_dict`` or ``model``), a fastkd checkpoint or a fastkd run folder (their student, as it was evaluated).
+    ``state_dict`` or ``model``), a fastkd checkpoint or a fastkd run folder (their student, as it was evaluated)::
+
+        model.load_state_dict(load_weights("runs/digits"))
 
     Nothing is executed: pickles are read with ``weights_only=True``. Raises CheckpointError naming the file.
     """

@@ -1,4 +1,4 @@
-"""What a run is: its models, settings, hardware and versions, for run.json and the first lines of the log."""
+"""Describes a run for ``run.json`` and the first lines of the log: models, settings, hardware and versions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import torch
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.models.build import ModelConfig, count_parameters
 from fastkd.trainer.models.features import FeatureModel
+from fastkd.trainer.objective.config import describe_terms
 from fastkd.trainer.optim import Schedule
 from fastkd.trainer.run.distiller import Distiller
+from fastkd.trainer.run.state import Identity
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, fastkd and of the packages that decide a run's numbers."""
+    """The versions of Python, fastkd and the packages that decide a run's numbers."""
     found = {"python": platform.python_version()}
     for package in ("fastkd", "torch", "torchvision", "timm", "torchdata", "numpy", "safetensors"):
         try:
@@ -35,14 +37,14 @@ def describe(
     device: torch.device,
     schedule: Schedule,
     eval_samples: int,
-    identity: dict[str, Any],
+    identity: Identity,
     ranks: int,
 ) -> dict[str, Any]:
-    """What ``run.json`` holds: everything needed to tell what a run was."""
+    """The content of ``run.json``: everything that is needed to tell what a run was."""
 
     def model(role: str, model: FeatureModel, named: ModelConfig | None) -> dict[str, Any]:
         name = type(model.model).__name__
-        if named is not None and role not in identity["given_as_objects"]:
+        if named is not None and role not in identity.given_as_objects:
             name = named.name
         return {
             "name": name,
@@ -54,8 +56,8 @@ def describe(
     return {
         "student": model("student", distiller.student, config.student),
         "teacher": None if distiller.teacher is None else model("teacher", distiller.teacher.model, config.teacher),
-        "teacher_sha256": identity["teacher_sha256"],
-        "train_samples": identity["train_samples"],
+        "teacher_sha256": identity.teacher_sha256,
+        "train_samples": identity.train_samples,
         "eval_samples": eval_samples,
         "global_batch": config.data.batch_size,
         "ranks": ranks,
@@ -67,8 +69,8 @@ def describe(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "versions": versions(),
         "torchrun": os.environ.get("TORCHELASTIC_RUN_ID"),
-        "given_as_objects": identity["given_as_objects"],
-        "config": identity["config"],
+        "given_as_objects": identity.given_as_objects,
+        "config": identity.config,
     }
 
 
@@ -81,10 +83,9 @@ def header(info: dict[str, Any]) -> list[str]:
             f"teacher {teacher['name']} ({teacher['parameters']:,} parameters) sha256 {info['teacher_sha256']}"
         )
     on_ranks = f" on {info['ranks']} ranks" if info["ranks"] > 1 else ""
-    weights = " + ".join(f"{weight:g} x {name}" for name, weight in info["loss_weights"].items())
     return [
         *lines,
-        f"loss {weights}",
+        f"loss {describe_terms(info['loss_weights'])}",
         f"global batch {info['global_batch']}{on_ranks}, {info['train_samples']} training samples, "
         f"{info['steps']} steps",
         f"{info['learning_rate']}; {info['precision']} on {info['device']}; seed {info['seed']}",

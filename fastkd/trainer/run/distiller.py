@@ -1,4 +1,4 @@
-"""Student, frozen teacher and objective in one module: what the loop calls."""
+"""Student, frozen teacher and objective in one module, and the part of it that is trained."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.models.build import ModelConfig, Normalization, build_model
-from fastkd.trainer.models.features import FeatureModel, ModelOutput, probe
+from fastkd.trainer.models.features import FeatureModel, ModelOutput, measure_shapes
 from fastkd.trainer.objective.objective import Objective, needs
 from fastkd.trainer.objective.terms import TermFunction
+from fastkd.trainer.run.accumulate import in_chunks, recomputed
 from fastkd.trainer.run.checkpoint import load_into, load_weights
 
 
 class FrozenModel(nn.Module):
-    """A model that stays in eval mode and without gradient whatever is called on it or on a module that holds it.
+    """A model that stays in eval mode and without gradient, whatever is called on it or on a module that holds it.
 
-    It may have been trained with another normalisation of its input than that of the data: see ``convert_input``.
+    It may have been trained with another normalisation than the data have: see ``convert_input``.
     """
 
     def __init__(self, model: FeatureModel) -> None:
@@ -36,9 +37,9 @@ class FrozenModel(nn.Module):
         self.requires_grad_(False)
 
     def convert_input(self, data: Normalization, own: Normalization) -> None:
-        """From now on take images normalised as ``data`` is, and give the model what it would see as ``own``.
+        """From now on take images normalised by ``data``, and give them to the model as normalised by ``own``.
 
-        ``x s + b`` with ``s = data.std / own.std``, ``b = (data.mean - own.mean) / own.std``, for each channel.
+        That is ``x s + b`` per channel, with ``s = data.std / own.std`` and ``b = (data.mean - own.mean) / own.std``.
         """
         (mean, std), (own_mean, own_std) = (torch.tensor(pair, dtype=torch.float64) for pair in (data, own))
         device = next(self.model.parameters()).device
@@ -65,8 +66,39 @@ class FrozenModel(nn.Module):
         return self.model(images)
 
 
+class Trained(nn.Module):
+    """The part of a distiller that is trained: student and objective. DistributedDataParallel wraps this module.
+
+    The teacher stays outside: its parameters and buffers are the same on every rank and never change.
+    """
+
+    def __init__(self, student: FeatureModel, objective: Objective, chunks: int = 1) -> None:
+        """``chunks``: how many parts of the images go through the student one at a time, see ``accumulate``."""
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self.chunks = chunks
+
+    def forward(
+        self, images: Tensor, teacher: ModelOutput | None, labels: Tensor, rank_weight: float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total loss and its named terms; ``teacher`` is the teacher's output, ``rank_weight`` the objective's."""
+        if self.chunks == 1:
+            student = self.student(images)
+        else:
+            student = in_chunks(lambda part: recomputed(self.student, part), images, self.chunks)
+        return self.objective(student, teacher, labels, rank_weight)
+
+
 class Distiller(nn.Module):
-    """``forward(images, labels)`` -> (total loss, named terms before weights)."""
+    """``distiller(images, labels)`` -> (total loss, named terms before weights, detached).
+
+    A loop of your own needs no more than this module and an optimiser over the parameters that require a gradient::
+
+        objective = Objective(ObjectiveConfig(terms="kd"), shapes, shapes)  # ModelShapes(features=64, classes=10)
+        distiller = Distiller(FeatureModel(student), FeatureModel(teacher), objective)
+        loss, terms = distiller(images, labels)
+    """
 
     def __init__(self, student: FeatureModel, teacher: FeatureModel | None, objective: Objective) -> None:
         super().__init__()
@@ -75,18 +107,18 @@ class Distiller(nn.Module):
         self.objective = objective
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """For the student and the objective; the teacher stays without gradient."""
+        """Sets it for the student and the objective; the teacher stays without gradient."""
         super().requires_grad_(requires_grad)
         if self.teacher is not None:
             self.teacher.requires_grad_(False)
         return self
 
-    def teach(self, images: Tensor) -> ModelOutput | None:
-        """The teacher's output, without a graph; None without a teacher."""
-        return None if self.teacher is None else self.teacher(images)
+    def teach(self, images: Tensor, chunks: int = 1) -> ModelOutput | None:
+        """The teacher's output, without a graph, computed on ``chunks`` parts of the images; None without a teacher."""
+        return None if self.teacher is None else in_chunks(self.teacher, images, chunks)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Training mode, and the objective's terms told the epoch, counted from 0."""
+        """Switch to training mode and tell the objective's terms the epoch, counted from 0."""
         self.train()
         self.objective.set_epoch(epoch)
 
@@ -94,14 +126,13 @@ class Distiller(nn.Module):
         """The objective's further values (tau and scale) on the host."""
         return {name: value.item() for name, value in self.objective.scalars().items()}
 
-    def forward(self, images: Tensor, labels: Tensor, share: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-        """``share``: see ``Objective``."""
-        teacher = self.teach(images)
-        return self.objective(self.student(images), teacher, labels, share)
+    def forward(self, images: Tensor, labels: Tensor, rank_weight: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total loss and its named terms; ``rank_weight``: see ``Objective.forward``."""
+        return Trained(self.student, self.objective)(images, self.teach(images), labels, rank_weight)
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 over name, dtype, shape and bytes of every tensor of the state dict, in the order of the names."""
+    """The sha256 of a model's weights: of name, dtype, shape and bytes of every tensor, in the order of the names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
@@ -118,10 +149,10 @@ def build_distiller(
     teacher: nn.Module | None = None,
     terms: Mapping[str, nn.Module | TermFunction] | None = None,
 ) -> Distiller:
-    """The distiller of ``config``, with the given modules in place of those that the config would build.
+    """The distiller of ``config``; given modules replace what the config would build.
 
-    ``images`` [B, C, H, W] is a small batch: one forward pass of each model tells its feature dimension and its
-    classes, a second one finds its last map if a term needs maps.
+    ``images`` [B, C, H, W] is a small batch. One forward pass of each model tells its feature dimension and its
+    classes; a second one finds its last map if a term needs maps.
 
     Raises:
         ValueError: no student; a term needs a teacher and there is none, or the reverse; a teacher without weights;
@@ -133,7 +164,7 @@ def build_distiller(
     student_model = _feature_model("student", config.student, student, optional)
     if student_model is None:
         raise ValueError("student: got None, expected config.student or a module")
-    shapes = probe(student_model, images, feature_map=maps)
+    shapes = measure_shapes(student_model, images, feature_map=maps)
     wanted = needs("teacher", config.objective, terms)
     if wanted != (config.teacher is not None or teacher is not None):
         has = "needs a teacher but there is none" if wanted else "has no term that uses the teacher that is given"
@@ -145,7 +176,7 @@ def build_distiller(
     teacher_model = _feature_model("teacher", config.teacher, teacher, optional)
     assert teacher_model is not None
     _check_nothing_shared(student_model, teacher_model)
-    teacher_shapes = probe(teacher_model, images, feature_map=maps)
+    teacher_shapes = measure_shapes(teacher_model, images, feature_map=maps)
     if shapes.classes != teacher_shapes.classes:
         raise ValueError(f"teacher: has {teacher_shapes.classes} classes, expected the student's {shapes.classes}")
     return Distiller(student_model, teacher_model, Objective(config.objective, shapes, teacher_shapes, terms))

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 
 class MovingAverage:
-    """``module``: ``decay`` times itself plus ``1 - decay`` times the model, after every step, without waiting for it.
+    """Keeps ``module``, the average; after every step it is ``decay`` times itself plus ``1 - decay`` times the model.
 
-    Running statistics are averaged like weights; integers, and what is infinite for good, are copied.
+    Nothing waits for the device. Running statistics are averaged like weights. Integers, and buffers that hold
+    infinities (attention masks), are copied.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -23,7 +24,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, is_step: Tensor) -> None:
-        """``is_step``, 0-dim: false changes nothing."""
+        """Take in the model after a step; where ``is_step``, 0-dim, is false, nothing changes."""
         own, new = _state(self.module), _state(model)
         mine = [own[name] for name in own if name in self._averaged]
         differences = torch._foreach_sub([new[name] for name in own if name in self._averaged], mine)

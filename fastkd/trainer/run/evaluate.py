@@ -1,4 +1,4 @@
-"""Accuracy of a model, and of a checkpoint whose model is rebuilt from the checkpoint's own config."""
+"""The accuracy of a model on an evaluation set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.trainer.precision import DTYPES
+from fastkd.trainer.precision import autocast
 from fastkd.trainer.run.ranks import Ranks
 from fastkd.trainer.signals import StopRequest
 from fastkd.validate import check_labels
@@ -24,14 +24,16 @@ def evaluate(
     confusion: Tensor | None = None,
     stop: StopRequest | None = None,
 ) -> dict[str, float]:
-    """``accuracy`` (top-1) and ``top5`` in [0, 1], ``eval_loss`` (mean cross-entropy in nats).
+    """``accuracy`` (top-1) and ``top5`` in [0, 1], ``eval_loss`` (mean cross-entropy in nats)::
 
-    Leaves ``model`` in eval mode. With several ``ranks``, over the loaders of all of them. ``confusion`` [C, C], int64,
-    is added to: one at (label, prediction) for every sample of this rank's loader. ``stop``: once it is requested, the
-    rest is left out, and the values mean nothing.
+        evaluate(FeatureModel(module), DataLoader(dataset, 256), torch.device("cpu"))["accuracy"]
+
+    Leaves ``model`` in eval mode. With several ``ranks`` the values are those of the samples of all ranks' loaders.
+    ``confusion`` [C, C], int64, gets 1 added at (label, prediction) for every sample of this rank's loader. Once
+    ``stop`` is requested the remaining batches are left out, and the values mean nothing.
     """
     ranks = ranks or Ranks()
-    ranks.share_buffers(model)
+    ranks.broadcast_buffers(model)
     model.eval()
     counts = torch.zeros(3, dtype=torch.long, device=device)  # right, among the first five, samples
     loss = torch.zeros((), device=device)
@@ -39,7 +41,7 @@ def evaluate(
         if stop is not None and stop.signal:
             break
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+        with autocast(device, precision):
             logits = model(images).logits.float()
         check_labels(labels, logits)
         found = logits.argmax(1)

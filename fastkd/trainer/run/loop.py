@@ -1,45 +1,57 @@
-"""``train``: one loop from the config to the last checkpoint."""
+"""``train``: from the config to the last checkpoint, in one function."""
 
 from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fastkd.trainer.config import TrainConfig, without_initial_weights
-from fastkd.trainer.data.datasets import choose_data
-from fastkd.trainer.data.labels import labels_hash, normalization_of
-from fastkd.trainer.data.loader import eval_loader, first_images, train_loader
+from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.objective.terms import TermFunction
 from fastkd.trainer.optim import Schedule
 from fastkd.trainer.precision import choose_device
-from fastkd.trainer.rng import resume_generators, rng_state, seed_everything
-from fastkd.trainer.run.check import check_fit, check_teacher, report_broken
-from fastkd.trainer.run.checkpoint import CheckpointFolder
+from fastkd.trainer.rng import seed_everything
+from fastkd.trainer.run.check import check_teacher, report_broken
 from fastkd.trainer.run.describe import describe, header
-from fastkd.trainer.run.distiller import build_distiller, weights_hash
+from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.evaluate import evaluate
-from fastkd.trainer.run.folder import (
-    Progress,
-    TrainResult,
-    check_same_run,
-    given_as_objects,
-    open_run,
-    pack,
-    unpack,
-    write_run_file,
-)
-from fastkd.trainer.run.log import RunLog
-from fastkd.trainer.run.meter import Clock, Meter, NonFiniteLossError, check_finite
-from fastkd.trainer.run.prepare import prepare
+from fastkd.trainer.run.folder import RunFolder, open_run
+from fastkd.trainer.run.meter import Clock, Meter, NonFiniteLossError
+from fastkd.trainer.run.prepare import build_models, identify, open_data
 from fastkd.trainer.run.ranks import join_ranks
+from fastkd.trainer.run.state import Progress, RunState
 from fastkd.trainer.run.step import TrainStep
 from fastkd.trainer.signals import StopRequest
+
+
+@dataclass
+class TrainResult:
+    """What ``train`` returns.
+
+    ``accuracy``: top-1 on the evaluation set after the last epoch, in [0, 1]. ``history``: one dict per epoch (epoch,
+    step, lr, the epoch's means of loss and terms, ``dcd/tau``, ``dcd/scale``, accuracy, top5, eval_loss). ``seconds``:
+    wall-clock of training, resumed parts included. ``parameters``: of the student. ``path``: the last checkpoint, None
+    without run_dir. ``distiller``: student, teacher and objective, in eval mode. ``deployed``: the model that was
+    evaluated, the student or its moving average. ``resumed_from``: the step, None for a new run.
+    ``already_finished``: there was nothing left to do. ``stopped_by``: the signal that ended the run early, else None.
+    """
+
+    accuracy: float
+    history: list[dict[str, float]]
+    seconds: float
+    parameters: int
+    path: Path | None
+    distiller: Distiller
+    deployed: FeatureModel
+    resumed_from: int | None
+    already_finished: bool
+    stopped_by: signal.Signals | None = None
 
 
 def train(
@@ -53,6 +65,13 @@ def train(
 ) -> TrainResult:
     """Train ``config.student`` by ``config.objective``; objects given as arguments replace what the config would build.
 
+    A run of a recipe, and one of your own modules and data::
+
+        result = train(RECIPES["digits-teacher"]())
+        config = TrainConfig(objective=ObjectiveConfig(terms="dcd+kd"), epochs=10, run_dir="runs/mine")
+        result = train(config, student=student, teacher=teacher, train_data=images, eval_data=held_out)
+        print(result.accuracy, result.path)
+
     ``student`` / ``teacher`` are modules, or ``FeatureModel(module, classifier)`` to name the classifier layer. A given
     teacher is left frozen: in eval mode and without gradient. ``train_data`` / ``eval_data`` are map-style datasets of
     (image, label), given together. ``terms`` are own objective terms. Reseeds torch's, Python's and numpy's generators.
@@ -65,48 +84,37 @@ def train(
         NonFiniteLossError: the loss became NaN or infinite too often; the last good checkpoint stays.
         BrokenImagesError: too many images cannot be read.
     """
+    # Who am I: this process among the ranks, its device, its folder, and the checkpoint to go on from.
     ranks = join_ranks()
     device = ranks.place(choose_device(config.device, config.precision))
-    folder, checkpoint = ranks.on_main(lambda: open_run(config))
-    quiet = config.quiet or not ranks.is_main
+    path, checkpoint = ranks.on_main(lambda: open_run(config))
+
+    # What is trained: data, models, schedule.
     seed_everything(config.seed)
-    train_set, eval_set = choose_data(config.data, train_data, eval_data)
-    place = (ranks.rank, ranks.world_size)
-    loader, set_epoch = train_loader(train_set, config.data, config.seed, device, *place)
-    test_loader = eval_loader(eval_set, config.data, device, *place)
-    sample = first_images(train_set)
+    data = open_data(config, train_data, eval_data, device, ranks)
     initial = config if checkpoint is None else without_initial_weights(config)
-    distiller = build_distiller(initial, sample, student=student, teacher=teacher, terms=terms).to(device)
-    check_fit(config, distiller, sample, loader.batch_sampler, train_set, eval_set)
-    prepared = prepare(distiller, initial, device, ranks, normalization_of(train_set))
-    per_epoch = len(loader)
+    distiller, prepared = build_models(initial, data, device, ranks, student=student, teacher=teacher, terms=terms)
+    per_epoch = len(data.loader)
     total = per_epoch * config.epochs
     schedule = Schedule(
         config.optim, steps_per_epoch=per_epoch, epochs=config.epochs, global_batch=config.data.batch_size
     )
+    identity = identify(config, data, distiller, {"student": student, "teacher": teacher, "data": train_data})
+    ranks.check_same(vars(identity))
+    info = describe(config, distiller, device, schedule, len(data.eval_set), identity, ranks.world_size)
+    if checkpoint is None:
+        check_teacher(distiller, config, data.eval_loader, device, config.precision, ranks)
+
+    # Where it stands: at the beginning, or as the checkpoint has it. The same generator state begins every run of a
+    # seed, whatever the construction above drew from it.
+    seed_everything(config.seed, ranks.rank)
     step = TrainStep(distiller, config, device, ranks)
     meter = Meter(ranks.mean, max_skipped=config.max_skipped, scaled=config.precision == "fp16")
-    identity = {
-        "config": config.to_dict(),
-        "given_as_objects": given_as_objects(student=student, teacher=teacher, data=train_data),
-        "train_samples": len(train_set),
-        "labels_sha256": labels_hash(train_set),
-        "teacher_sha256": None if distiller.teacher is None else weights_hash(distiller.teacher.model.model),
-    }
-    ranks.check_same(identity)
-    info = describe(config, distiller, device, schedule, len(eval_set), identity, ranks.world_size)
-
-    if checkpoint is None:
-        check_teacher(distiller, config, test_loader, device, config.precision, ranks)
-
-    # The same generator state begins every run of a seed, whatever the construction above drew from it.
-    seed_everything(config.seed, ranks.rank)
-    progress = Progress()
+    state = RunState(distiller, step, meter, data.loader, Progress())
     if checkpoint is not None:
-        check_same_run(checkpoint, identity)
-        progress = unpack(checkpoint, distiller, meter, step)
-        if progress.loader is not None:
-            loader.load_state_dict(progress.loader)
+        identity.check(checkpoint)
+        state.restore(checkpoint, config.seed, ranks.rank)
+    progress = state.progress
     result = TrainResult(
         accuracy=progress.history[-1].get("accuracy", math.nan) if progress.history else math.nan,
         history=progress.history,
@@ -120,80 +128,37 @@ def train(
     )
     if result.already_finished:
         distiller.eval()
-        if not quiet:
-            print(f"{folder}: the run is already finished ({total} steps, accuracy {result.accuracy:.4f})")
+        if ranks.is_main and not config.quiet:
+            print(f"{path}: the run is already finished ({total} steps, accuracy {result.accuracy:.4f})")
         ranks.close()
         return result
 
-    saver: CheckpointFolder | None = None
-
-    def open_folder() -> None:
-        nonlocal saver
-        if folder is not None:
-            saver = CheckpointFolder(folder / "checkpoints", config.keep)  # locks it before anything in it changes
-            write_run_file(folder, info)
-
-    ranks.on_main(open_folder)
-    log = RunLog(
-        folder if ranks.is_main else None,
-        size=progress.metrics_bytes,
-        step=progress.step,
-        steps=total,
-        tensorboard=config.tensorboard,
-        progress=config.progress,
-        quiet=quiet,
-    )
+    folder = RunFolder(path, checkpoint, config, identity, info, state, ranks)
+    log = folder.log
     meter.report = log.print
-    begun = time.perf_counter() - progress.seconds
-
-    def save(accuracy: float | None = None) -> None:
-        if folder is None:
-            return
-        meter.flush()
-        generators = ranks.gather(rng_state(device))
-
-        def write() -> Path:
-            assert saver is not None
-            check_finite(distiller, progress.step)
-            progress.metrics_bytes = log.sync()
-            progress.seconds = time.perf_counter() - begun
-            return saver.save(
-                progress.step,
-                student=distiller.student.model,
-                ema=None if step.ema is None else step.ema.module,
-                again=checkpoint is not None and progress.step == result.resumed_from,
-                loss=distiller.objective,
-                state=pack(progress, meter, step, generators),
-                manifest={**identity, "epoch": progress.epoch, "accuracy": accuracy, "versions": info["versions"]},
-            )
-
-        result.path = ranks.on_main(write)
-
     try:
-        for line in (*header(info), *prepared):
-            log.print(line)
-        if checkpoint is None:
-            save()
-        else:
-            resume_generators(checkpoint.state, config.seed, ranks.rank, device)
-            log.print(f"resumed from {checkpoint.path} at step {progress.step} of {total}")
+        with folder, StopRequest() as stop:
+            for line in (*header(info), *prepared):
+                log.print(line)
+            if checkpoint is None:
+                folder.save()
+            else:
+                log.print(f"resumed from {checkpoint.path} at step {progress.step} of {total}")
 
-        stop, stopping = StopRequest(), 0
-        with stop:
+            stopping = 0
             for epoch in range(progress.epoch, config.epochs):
                 end = (epoch + 1) * per_epoch
-                if progress.loader is None and progress.step < end:
+                if progress.step == epoch * per_epoch:
                     meter.reset()
-                progress.loader = None
-                set_epoch(epoch)
+                data.set_epoch(epoch)
                 distiller.begin_epoch(epoch)
                 clock = Clock()
                 # A run that was stopped before its evaluation has the steps of this epoch behind it.
-                for images, labels in clock.watch(loader) if progress.step < end else ():
+                for images, labels in clock.watch(data.loader) if progress.step < end else ():
                     lr = schedule(progress.step)
-                    rows = loader.batch_sampler.rows(progress.step % per_epoch)
+                    rows = data.loader.batch_sampler.rows(progress.step % per_epoch)
                     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                    meter.add(progress.step + 1, *step(images, labels, ranks.share(len(labels), rows), lr))
+                    meter.add(progress.step + 1, *step(images, labels, ranks.weight(len(labels), rows), lr))
                     clock.images += rows
                     progress.step += 1
 
@@ -204,25 +169,23 @@ def train(
                     stopping = ranks.largest(stop.signal)
                     by_step = config.save_every_steps and progress.step % config.save_every_steps == 0
                     if (by_step or stopping) and progress.step < end:
-                        progress.loader = loader.state_dict()
-                        save()
-                        progress.loader = None
+                        folder.save()
                     if stopping:
                         break
 
                 meter.flush()
                 if clock.images:
                     log.speed(progress.step, clock.values())
-                    report_broken(train_set, log.print)
+                    report_broken(data.train_set, log.print)
                 if stopping and progress.step < end:
                     break
                 record = {"epoch": epoch, "lr": schedule(end - 1), **meter.means(), **distiller.scalars()}
                 finished = epoch + 1 == config.epochs
                 if finished or (epoch + 1) % config.eval_every == 0:
-                    record.update(evaluate(step.deployed, test_loader, device, config.precision, ranks, stop=stop))
+                    record.update(evaluate(step.deployed, data.eval_loader, device, config.precision, ranks, stop=stop))
                     stopping = ranks.largest(stop.signal)
                     if stopping:
-                        save()
+                        folder.save()
                         break
                     result.accuracy = record["accuracy"]
                     shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "epoch")
@@ -233,22 +196,19 @@ def train(
                 by_epoch = config.save_every_epochs and progress.epoch % config.save_every_epochs == 0
                 by_step = config.save_every_steps and progress.step % config.save_every_steps == 0
                 if finished or by_epoch or by_step or stopping:
-                    save(record.get("accuracy"))
+                    folder.save(record.get("accuracy"))
                 if stopping:
                     break
             if progress.epoch < config.epochs:
                 result.stopped_by = signal.Signals(stopping)
-                log.print(f"stopped at step {progress.step} of {total}; resume from {result.path}")
+                log.print(f"stopped at step {progress.step} of {total}; resume from {folder.newest}")
     except NonFiniteLossError as error:
-        kept = f"the last good checkpoint is {result.path}" if result.path else "no checkpoint was kept"
+        kept = f"the last good checkpoint is {folder.newest}" if folder.newest else "no checkpoint was kept"
         raise NonFiniteLossError(f"{error}; {kept}") from None
-    finally:
-        log.close()
-        if saver is not None:
-            saver.close()
+
     distiller.eval()
     step.deployed.eval()
-    result.seconds = time.perf_counter() - begun
+    result.path, result.seconds = folder.newest, folder.seconds
     step.close()
     ranks.close()
     return result

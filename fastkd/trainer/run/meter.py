@@ -1,4 +1,4 @@
-"""Means of the logged values, and the speed of a run."""
+"""The means of the logged values over an epoch, and the speed of a run."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Meter:
         scaled: bool = False,
         report: Callable[[str], None] = print,
     ) -> None:
-        """``reduce``: the mean over the ranks. ``scaled``: in fp16 a gradient that is not finite is how the loss scale
-        is found, and does not count."""
+        """``reduce`` is the mean over the ranks. With ``scaled``, for fp16, gradients that are not finite do not count
+        as skipped steps: the loss scale is found by them."""
         self.names: list[str] = []
         self.skipped = 0
         self.max_skipped = max_skipped
@@ -87,9 +87,17 @@ class Meter:
         """Begin an epoch."""
         self.sums, self.count = {}, 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch's sums so far, over how many steps, and how many steps of the run were skipped."""
+        return {"sums": dict(self.sums), "count": self.count, "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what ``state_dict`` returned."""
+        self.sums, self.count, self.skipped = dict(state["sums"]), state["count"], state["skipped"]
+
 
 def check_finite(distiller: Distiller, step: int) -> None:
-    """NonFiniteLossError when a weight is not finite: a finite loss can have a gradient that is not."""
+    """Raise NonFiniteLossError when a weight is not finite: a finite loss can have a gradient that is not."""
     for module in (distiller.student.model, distiller.objective):
         trained = {name for name, _ in module.named_parameters()}
         for name, tensor in module.state_dict().items():
@@ -100,7 +108,7 @@ def check_finite(distiller: Distiller, step: int) -> None:
 
 
 class Clock:
-    """Images a second, and the share of the time in which the next batch was waited for."""
+    """Measures images per second, and the fraction of the time in which the run waited for the next batch."""
 
     def __init__(self) -> None:
         self._begun = time.perf_counter()

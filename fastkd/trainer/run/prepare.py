@@ -1,18 +1,79 @@
-"""What is done to the models between building them and the first step: layout, precision, input, torch.compile."""
+"""The steps before training: the data opened, the models built, checked against the data and made ready."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.data.datasets import choose_data
+from fastkd.trainer.data.labels import labels_hash, normalization_of
+from fastkd.trainer.data.loader import eval_loader, first_images, train_loader
 from fastkd.trainer.models.build import Normalization, check_normalization, trained_normalization
-from fastkd.trainer.models.features import FeatureModel
+from fastkd.trainer.objective.terms import TermFunction
 from fastkd.trainer.precision import DTYPES
-from fastkd.trainer.run.distiller import Distiller
+from fastkd.trainer.run.check import check_fit
+from fastkd.trainer.run.distiller import Distiller, build_distiller, weights_hash
 from fastkd.trainer.run.ranks import Ranks
+from fastkd.trainer.run.state import Identity
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run: both datasets, this rank's loaders, and the images of a batch of two.
+
+    ``set_epoch`` tells ``loader`` the epoch before each pass.
+    """
+
+    train_set: Any
+    eval_set: Any
+    loader: StatefulDataLoader
+    set_epoch: Callable[[int], None]
+    eval_loader: DataLoader[Any]
+    sample: Tensor
+
+
+def open_data(config: TrainConfig, train_data: Any, eval_data: Any, device: torch.device, ranks: Ranks) -> RunData:
+    """The given datasets, or the configured ones, with their loaders."""
+    train_set, eval_set = choose_data(config.data, train_data, eval_data)
+    place = (ranks.rank, ranks.world_size)
+    loader, set_epoch = train_loader(train_set, config.data, config.seed, device, *place)
+    evaluation = eval_loader(eval_set, config.data, device, *place)
+    return RunData(train_set, eval_set, loader, set_epoch, evaluation, first_images(train_set))
+
+
+def build_models(
+    config: TrainConfig,
+    data: RunData,
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    student: nn.Module | None,
+    teacher: nn.Module | None,
+    terms: Mapping[str, nn.Module | TermFunction] | None,
+) -> tuple[Distiller, list[str]]:
+    """The distiller on ``device``, checked against the data and ready for the first step; and lines for the user."""
+    distiller = build_distiller(config, data.sample, student=student, teacher=teacher, terms=terms).to(device)
+    check_fit(config, distiller, data.sample, data.loader.batch_sampler, data.train_set, data.eval_set)
+    return distiller, prepare(distiller, config, device, ranks, normalization_of(data.train_set))
+
+
+def identify(config: TrainConfig, data: RunData, distiller: Distiller, objects: dict[str, Any]) -> Identity:
+    """The run's identity; ``objects`` are the arguments of ``train`` that may replace what the config would build."""
+    return Identity(
+        config=config.to_dict(),
+        given_as_objects=[name for name, value in objects.items() if value is not None],
+        train_samples=len(data.train_set),
+        labels_sha256=labels_hash(data.train_set),
+        teacher_sha256=None if distiller.teacher is None else weights_hash(distiller.teacher.model.model),
+    )
 
 
 def prepare(
@@ -22,10 +83,10 @@ def prepare(
     ranks: Ranks,
     data_normalization: Normalization | None = None,
 ) -> list[str]:
-    """Apply what ``config`` says of the models to ``distiller``, which is on ``device``; lines for the user.
+    """Give both models the precision, layout and input that ``config`` asks for; returns lines for the user.
 
-    Called once, before the optimiser and DistributedDataParallel see the parameters. ``data_normalization``: that of
-    the images, None if the data do not say. State dicts keep their names.
+    Called once, on ``device``, before the optimiser and DistributedDataParallel see the parameters. State dicts keep
+    their names. ``data_normalization`` is how the images are normalised, None if the data do not say.
 
     Raises ValueError: ``sync_batchnorm`` without several ranks on CUDA; a teacher with a normalisation of its own on
     data that do not say theirs, or of another number of channels.
@@ -55,17 +116,13 @@ def prepare(
                 frozen.model.to(DTYPES[config.teacher.dtype])
                 lines.append(f"teacher in {config.teacher.dtype}")
     for model in models:
-        _place(model, config)
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.channels_last = True
+        if config.compile:
+            model.compile()
     chosen = [name for name in ("channels_last", "compile", "sync_batchnorm") if getattr(config, name)]
     return lines + ([f"models: {', '.join(chosen)}"] if chosen else [])
-
-
-def _place(model: FeatureModel, config: TrainConfig) -> None:
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        model.channels_last = True
-    if config.compile:
-        model.compile()
 
 
 def _convert_input(distiller: Distiller, config: TrainConfig, data: Normalization | None) -> list[str]:

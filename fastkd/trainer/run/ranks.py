@@ -1,10 +1,10 @@
 """The ranks of a run, as ``torchrun`` starts them; with one process, everything here does nothing.
 
-W ranks take the same steps as one: every global batch is split over them, terms that are means over a rank's rows are
-weighted so that the average over ranks is the mean over the global batch, DistributedDataParallel averages the
-gradients, metrics are averaged, every rank evaluates its share. Rank 0 logs and writes the checkpoints, which another
-number of ranks can resume. What differs from one process: batch norm normalises with a rank's own rows, and dropout
-and augmentations draw from a generator of each rank.
+W ranks take the same steps as one process. Every global batch is split over them. A term that is a mean over a rank's
+rows is weighted so that its average over the ranks is the mean over the global batch. DistributedDataParallel averages
+the gradients, and metrics are averaged too. Every rank evaluates its part of the evaluation set. Rank 0 logs and writes
+the checkpoints, which another number of ranks can resume. Two things differ from one process: batch norm normalises
+with a rank's own rows, and dropout and augmentations draw from a generator of each rank.
 """
 
 from __future__ import annotations
@@ -20,12 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastkd.trainer.models.features import FeatureModel, ModelOutput
-from fastkd.trainer.objective.objective import Objective
-from fastkd.trainer.run.distiller import Distiller
-
 Value = TypeVar("Value")
-StepFunction = Callable[[Tensor, Tensor, float], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -82,31 +77,27 @@ class Ranks:
                 if value != values[name]:
                     raise ValueError(f"{name}: got {values[name]!r} on rank {self.rank}, {value!r} on rank {rank}")
 
-    def share(self, rows: int, global_rows: int) -> float:
-        """W n / N: a mean over n of N rows times this, averaged over W ranks, is the mean over the global batch."""
+    def weight(self, rows: int, global_rows: int) -> float:
+        """W n / N, the weight of this rank's means.
+
+        A mean over this rank's n of N rows times W n / N, averaged over the W ranks, is the mean over the global batch.
+        """
         return rows * self.world_size / global_rows
 
     def place(self, device: torch.device) -> torch.device:
-        """The device of this rank: without an index, the GPU of its number on this machine."""
+        """The device of this rank: its own GPU of this machine if ``device`` is CUDA without an index."""
         if self.world_size > 1 and device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank)))
             torch.cuda.set_device(device)
         return device
 
-    def step(self, distiller: Distiller) -> StepFunction:
-        """The distiller as (images, labels, share) -> (loss, terms), its trained part under DistributedDataParallel.
+    def wrap(self, trained: nn.Module) -> nn.Module:
+        """``trained``, under DistributedDataParallel if there are several ranks.
 
-        The teacher stays outside: its parameters and buffers are the same on every rank and never change.
+        That gives every rank the weights of rank 0 now, and the mean of all ranks' gradients in each backward pass.
         """
-        if self.world_size == 1:
-            return distiller
         # static_graph: parameters that no term uses (a classifier without cross-entropy) are found once.
-        trained = DistributedDataParallel(_Trained(distiller.student, distiller.objective), static_graph=True)
-
-        def step(images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, dict[str, Tensor]]:
-            return trained(images, distiller.teach(images), labels, share)
-
-        return step
+        return trained if self.world_size == 1 else DistributedDataParallel(trained, static_graph=True)
 
     def largest(self, value: int) -> int:
         """The largest ``value`` of all ranks."""
@@ -117,15 +108,8 @@ class Ranks:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
-    def share_state(self, distiller: Distiller) -> None:
-        """Give every rank the trained weights and buffers of rank 0."""
-        if self.world_size > 1:
-            for part in (distiller.student, distiller.objective):
-                for tensor in part.state_dict().values():
-                    dist.broadcast(tensor, 0)
-
-    def share_buffers(self, model: nn.Module) -> None:
-        """Give every rank the buffers of rank 0 (the running statistics of batch norm), those of the checkpoints."""
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Give every rank the buffers of rank 0 (the running statistics of batch norm), which checkpoints hold."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
@@ -136,20 +120,6 @@ class Ranks:
             gc.collect()  # DistributedDataParallel lies in reference cycles, and holds the group
             dist.barrier()
             dist.destroy_process_group()
-
-
-class _Trained(nn.Module):
-    """What DistributedDataParallel sees: student, projection heads and tau."""
-
-    def __init__(self, student: FeatureModel, objective: Objective) -> None:
-        super().__init__()
-        self.student = student
-        self.objective = objective
-
-    def forward(
-        self, images: Tensor, teacher: ModelOutput | None, labels: Tensor, share: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.objective(self.student(images), teacher, labels, share)
 
 
 def join_ranks() -> Ranks:

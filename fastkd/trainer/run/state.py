@@ -1,0 +1,151 @@
+"""What a checkpoint holds, and how a run is put back from it. No other module says it.
+
+A checkpoint is a folder ``step-00000123`` with
+    student.safetensors   the student's state dict
+    loss.safetensors      the objective's state dict: projection heads and tau
+    ema.safetensors       the moving average of the student, if the run keeps one
+    state.pt              the fields of ``SavedState``
+    manifest.json         the fields of ``Identity``; step, epoch, accuracy, versions; format, files, sha256
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import nn
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from fastkd.trainer.config import differences
+from fastkd.trainer.rng import mix_seed, restore_rng, rng_state, seed_everything
+from fastkd.trainer.run.checkpoint import EMA, LOSS, MANIFEST, STATE, STUDENT, Checkpoint, CheckpointError, load_into
+from fastkd.trainer.run.distiller import Distiller
+from fastkd.trainer.run.meter import Meter
+from fastkd.trainer.run.step import TrainStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a run must have in common with the checkpoint that it resumes from.
+
+    ``given_as_objects`` names the arguments of ``train`` that replaced what the config would build; the config does not
+    describe those.
+    """
+
+    config: dict[str, Any]
+    given_as_objects: list[str]
+    train_samples: int
+    labels_sha256: str | None
+    teacher_sha256: str | None
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """CheckpointError when the data or the teacher are not those that the checkpoint was written with."""
+        saved = checkpoint.manifest
+        for key in ("train_samples", "labels_sha256", "teacher_sha256"):
+            if saved[key] != getattr(self, key):
+                raise CheckpointError(
+                    f"{checkpoint.path}: was written with {key}={saved[key]}, this run has {getattr(self, key)}"
+                )
+        before, now = ("data" in given for given in (saved["given_as_objects"], self.given_as_objects))
+        if before != now:
+            raise CheckpointError(
+                f"{checkpoint.path}: its data {'was' if before else 'was not'} given as objects (train_data, "
+                f"eval_data), that of this run {'is' if now else 'is not'}"
+            )
+
+
+@dataclass
+class Progress:
+    """Where a run is: ``step`` optimiser steps done, ``epoch`` the one to go on with, ``history`` a record each.
+
+    ``metrics_bytes`` is the size of ``metrics.jsonl`` when the checkpoint was written.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+    metrics_bytes: int = 0
+
+
+@dataclass(kw_only=True)
+class SavedState(Progress):
+    """``state.pt``: plain types and tensors, which ``torch.load(weights_only=True)`` accepts.
+
+    ``loader`` is None between two epochs. ``rng`` is rank 0's ``rng_state``.
+    """
+
+    loader: dict[str, Any] | None
+    meter: dict[str, Any]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    rng: dict[str, Any]
+    rng_of_other_ranks: list[dict[str, Any]]
+
+
+def check_resumable(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+    """CheckpointError when the checkpoint lacks what resuming reads, or belongs to another config."""
+    state = checkpoint.state
+    rng = state["rng"] if isinstance(state.get("rng"), dict) else {}
+    for name, have, need in (
+        (MANIFEST, checkpoint.manifest, {part.name for part in fields(Identity)}),
+        (STATE, state, {part.name for part in fields(SavedState)}),
+        (STATE, rng, rng_state(torch.device("cpu")).keys()),
+    ):
+        if missing := sorted(need - have.keys()):
+            raise CheckpointError(f"{checkpoint.path / name}: lacks {', '.join(missing)}")
+    if changed := differences(checkpoint.manifest["config"], config):
+        raise CheckpointError(f"{checkpoint.path}: belongs to another config ({'; '.join(changed)})")
+
+
+@dataclass
+class RunState:
+    """All of a run that changes while it trains."""
+
+    distiller: Distiller
+    step: TrainStep
+    meter: Meter
+    loader: StatefulDataLoader
+    progress: Progress
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules whose state dicts are files of a checkpoint, by the file's name."""
+        found = {STUDENT: self.distiller.student.model, LOSS: self.distiller.objective}
+        return found if self.step.ema is None else {**found, EMA: self.step.ema.module}
+
+    def saved_state(self, generators: list[dict[str, Any]]) -> SavedState:
+        """The content of ``state.pt``; ``generators``: the ``rng_state`` of every rank."""
+        return SavedState(
+            **vars(self.progress),
+            loader=self.loader.state_dict() if self.progress.step % len(self.loader) else None,
+            meter=self.meter.state_dict(),
+            **self.step.state_dict(),
+            rng=generators[0],
+            rng_of_other_ranks=generators[1:],
+        )
+
+    def restore(self, checkpoint: Checkpoint, seed: int, rank: int) -> None:
+        """Put everything back as it was in the checkpoint. CheckpointError when it does not fit.
+
+        A rank that the saved run did not have seeds its generators anew.
+        """
+        for name, module in self.modules.items():
+            if name not in checkpoint.weights:
+                raise CheckpointError(f"{checkpoint.path}: has no {name}, expected the moving average of the student")
+            load_into(module, checkpoint.weights[name], checkpoint.path / name)
+        try:
+            saved = SavedState(**checkpoint.state)
+            self.step.load_state_dict(checkpoint.state)
+            self.meter.load_state_dict(saved.meter)
+            if saved.loader is not None:
+                self.loader.load_state_dict(saved.loader)
+            self.progress = Progress(**{part.name: getattr(saved, part.name) for part in fields(Progress)})
+            generators = [saved.rng, *saved.rng_of_other_ranks]
+            if rank < len(generators):
+                restore_rng(generators[rank], self.step.device)
+            else:
+                seed_everything(mix_seed(seed, rank, saved.step))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{checkpoint.path / STATE}: is not a training state ({error!r})") from error
