@@ -70,7 +70,7 @@ bench-scale: $(SETUP)
 
 # Compiles every kernel for every target of the launch table, without a GPU, and fails on what would make it slow.
 aot: $(SETUP)
-	$(PY) -m bench.aot.dual_softmax
+	$(PY) -m bench.aot
 
 # The sanitizer comes last, so that a machine without a usable one still shows what the tests found.
 gpu-test: gpu-ready

@@ -18,7 +18,8 @@ import math
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.launch import hardware_of, multiprocessors, pool_config
+from fastkd.kernels.launch import hardware_of, launch_config, multiprocessors
+from fastkd.kernels.normalize import round_to_tf32
 from torch import Tensor
 
 from fastkd.numerics import NORM_EPS, window_counts
@@ -95,7 +96,7 @@ def _sums(
 
 
 @triton.jit(do_not_specialize=["stride_xb", "stride_xc", "stride_xp", "C", "splits"])
-def _forward_kernel(
+def forward_kernel(
     X, stride_xb, stride_xc, stride_xp, Y, INVERSE_NORM, C, splits,
     H: tl.constexpr, W: tl.constexpr, M: tl.constexpr, SCALES: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, ALIGN: tl.constexpr,
@@ -171,7 +172,7 @@ def _dot_products(G, U, rows, in_rows, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 
 
 @triton.jit(do_not_specialize=["n", "C"])
-def _dots_kernel(G, U, DOTS, n, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr):
+def dots_kernel(G, U, DOTS, n, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     dots = _dot_products(G, U, rows, rows < n, C // ALIGN * ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
     tl.store(DOTS + rows, dots, mask=rows < n)
@@ -208,7 +209,7 @@ def _scale_range(k, p_first, p_last, W: tl.constexpr, SCALES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["C", "splits"])
-def _backward_kernel(
+def backward_kernel(
     G, U, INVERSE_NORM, DOTS, GRAD_X, C, splits,
     H: tl.constexpr, W: tl.constexpr, M: tl.constexpr, SCALES: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr,
@@ -248,8 +249,7 @@ def _backward_kernel(
                     in_m[:, None], offs_c[None, :], in_c[None, :], C, NORMALIZE=NORMALIZE, HAS_DOTS=HAS_DOTS,
                 )  # fmt: skip
                 if IS_ROUNDED:
-                    rounded = ((g.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-                    g = tl.where(tl.abs(g) < INF, rounded, g)  # a NaN's bits could carry over into a zero
+                    g = round_to_tf32(g)
                 h = tl.where(in_m, h, 0)
                 contains = _contains(y[:, None], x[:, None], y0[None, :], x0[None, :], h[None, :], w[None, :])
                 acc = _add_product(acc, contains, g, IS_SPLIT=IS_SPLIT, PRECISION=PRECISION)
@@ -285,7 +285,7 @@ def _strides(features: Tensor) -> tuple[Tensor, int, int]:
     return features.contiguous(), H * W, 1
 
 
-def _scales(height: int, width: int, windows: list[int], strides: list[int]) -> tuple[tuple[int, ...], ...]:
+def scales_of(height: int, width: int, windows: list[int], strides: list[int]) -> tuple[tuple[int, ...], ...]:
     found, first = [], 0
     for k, (rows, columns) in enumerate(window_counts(height, width, windows, strides)):
         found.append((first, columns, rows, *windows[2 * k : 2 * k + 2], *strides[2 * k : 2 * k + 2]))
@@ -293,11 +293,11 @@ def _scales(height: int, width: int, windows: list[int], strides: list[int]) -> 
     return tuple(found)
 
 
-def _block(count: int, largest: int) -> int:
+def block(count: int, largest: int) -> int:
     return min(largest, max(16, triton.next_power_of_2(count)))
 
 
-def _precision(hardware: str) -> str:
+def precision(hardware: str) -> str:
     """tf32 where that is the fast one; AMD's matrix units multiply fp32 itself."""
     return "ieee" if hardware == "gfx942" else "tf32"
 
@@ -312,18 +312,18 @@ def pooled(
 ) -> tuple[Tensor, Tensor]:
     """Y [B, M, C] in ``dtype``, and INVERSE_NORM [B, M], or [B, 0] without ``normalize``."""
     B, C, H, W = features.shape
-    SCALES = _scales(H, W, windows, strides)
+    SCALES = scales_of(H, W, windows, strides)
     M = SCALES[-1][0] + SCALES[-1][1] * SCALES[-1][2]
     X, stride_xc, stride_xp = _strides(features)
     channels_last = stride_xp != 1
     hardware = hardware_of(X.device)
-    config = pool_config(hardware)
-    BLOCK_M = _block(M, config.BLOCK_M)
+    config = launch_config("multiscale_pool", hardware=hardware)
+    BLOCK_M = block(M, config.BLOCK_M)
     programs = B * triton.cdiv(M, BLOCK_M)
     splits = 1 if normalize else _splits(programs, C, config.BLOCK_N, X.device)
     Y = torch.empty(B, M, C, dtype=dtype, device=X.device)
     inverse_norm = torch.empty(B, M if normalize else 0, dtype=torch.float32, device=X.device)
-    _forward_kernel[(programs * splits,)](
+    forward_kernel[(programs * splits,)](
         X=X,
         stride_xb=X.stride(0),
         stride_xc=stride_xc,
@@ -339,11 +339,11 @@ def pooled(
         CHANNELS_LAST=channels_last,
         BLOCK_M=BLOCK_M,
         BLOCK_N=config.BLOCK_N,
-        BLOCK_P=_block(H * W, config.BLOCK_M),
+        BLOCK_P=block(H * W, config.BLOCK_M),
         ALIGN=math.gcd(16 // X.element_size(), C, X.stride(0), stride_xp if channels_last else stride_xc),
         NORMALIZE=normalize,
-        IS_SPLIT=X.dtype == torch.float32 and _precision(hardware) == "tf32",
-        PRECISION=_precision(hardware),
+        IS_SPLIT=X.dtype == torch.float32 and precision(hardware) == "tf32",
+        PRECISION=precision(hardware),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -359,20 +359,20 @@ def spread_gradients(
     B, C, H, W = grad_features.shape
     M = grad.shape[1]
     hardware = hardware_of(grad.device)
-    config = pool_config(hardware)
-    BLOCK_M, BLOCK_P = _block(M, config.BLOCK_M), _block(H * W, config.BLOCK_M)
+    config = launch_config("multiscale_pool", hardware=hardware)
+    BLOCK_M, BLOCK_P = block(M, config.BLOCK_M), block(H * W, config.BLOCK_M)
     ALIGN = math.gcd(16 // grad.element_size(), C)
     programs = B * triton.cdiv(H * W, BLOCK_P)
     dots = None
     if unit is not None and (M > BLOCK_M or H * W > BLOCK_P):
         dots = torch.empty(B, M, dtype=torch.float32, device=grad.device)
-        _dots_kernel[(triton.cdiv(B * M, ROWS),)](
+        dots_kernel[(triton.cdiv(B * M, ROWS),)](
             G=grad, U=unit, DOTS=dots, n=B * M, C=C, BLOCK_M=ROWS, BLOCK_N=128, ALIGN=ALIGN, num_warps=4
         )
     # Without dots each program takes those of all its windows: once only.
     splits = 1 if unit is not None and dots is None else _splits(programs, C, config.BLOCK_N, grad.device)
-    is_tf32 = _precision(hardware) == "tf32"
-    _backward_kernel[(programs * splits,)](
+    is_tf32 = precision(hardware) == "tf32"
+    backward_kernel[(programs * splits,)](
         G=grad,
         U=unit,
         INVERSE_NORM=inverse_norm,
@@ -383,7 +383,7 @@ def spread_gradients(
         H=H,
         W=W,
         M=M,
-        SCALES=_scales(H, W, windows, strides),
+        SCALES=scales_of(H, W, windows, strides),
         CHANNELS_LAST=not grad_features.is_contiguous(),
         BLOCK_P=BLOCK_P,
         BLOCK_N=config.BLOCK_N,
@@ -393,7 +393,7 @@ def spread_gradients(
         HAS_DOTS=dots is not None,
         IS_SPLIT=is_tf32 and grad_features.dtype == torch.float32,
         IS_ROUNDED=is_tf32 and grad_features.dtype != torch.float32,
-        PRECISION=_precision(hardware),
+        PRECISION=precision(hardware),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -24,10 +24,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.launch import column_splits, hardware_of, multiprocessors, soft_target_config
+from fastkd.kernels.launch import column_splits, hardware_of, launch_config, multiprocessors
+from fastkd.kernels.tiles import LOG2E
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
 ROWS = 128  # of a program that merges splits
 
 
@@ -131,7 +131,7 @@ def _finish(
 
 
 @triton.jit(do_not_specialize=["stride_xn", "stride_yn", "n", "C", "tiles_per_split"])
-def _forward_kernel(
+def forward_kernel(
     X, Y, stride_xn, stride_yn, LABELS, WEIGHT, LOSS, STATS, STATE, n, C, temperature, smoothing, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, POWER: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
@@ -186,7 +186,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["stride_xn", "n", "C", "columns_per_split", "splits"])
-def _merge_kernel(
+def merge_kernel(
     X, stride_xn, LABELS, WEIGHT, LOSS, STATS, STATE, n, C, temperature, smoothing, columns_per_split, splits,
     BLOCK_M: tl.constexpr, POWER: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
@@ -230,7 +230,7 @@ def _merge_kernel(
 
 
 @triton.jit(do_not_specialize=["stride_xn", "stride_yn", "n", "C"])
-def _backward_kernel(
+def backward_kernel(
     X, Y, stride_xn, stride_yn, LABELS, WEIGHT, STATS, GRAD_CE, GRAD_KD, GRAD, n, C, temperature, smoothing,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, POWER: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
@@ -315,7 +315,7 @@ def soft_target_losses(
     n, C = X.shape
     # Without a teacher there is one softmax only, that of the labels.
     temperature = 1.0 if Y is None else temperature
-    config = soft_target_config("soft_target_forward", classes=C, hardware=hardware_of(X.device))
+    config = launch_config("soft_target_forward", width=C, hardware=hardware_of(X.device))
     tiles = triton.cdiv(C, config.BLOCK_N)
     splits = column_splits(triton.cdiv(n, config.BLOCK_M), tiles, config.ctas_per_sm * multiprocessors(X.device))
     tiles_per_split = triton.cdiv(tiles, splits)
@@ -327,7 +327,7 @@ def soft_target_losses(
         "STATE": state, "n": n, "C": C, "temperature": temperature, "smoothing": smoothing,
         **_flags(Y, labels, weight, temperature, smoothing),
     }  # fmt: skip
-    _forward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
+    forward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
         **shared,
         Y=Y,
         stride_yn=0 if Y is None else Y.stride(0),
@@ -341,7 +341,7 @@ def soft_target_losses(
         num_stages=config.num_stages,
     )
     if splits > 1:
-        _merge_kernel[(triton.cdiv(n, ROWS),)](
+        merge_kernel[(triton.cdiv(n, ROWS),)](
             **shared,
             columns_per_split=tiles_per_split * config.BLOCK_N,
             splits=splits,
@@ -369,9 +369,9 @@ def soft_target_gradient(
     assert X is not None
     assert stats.is_contiguous()
     n, C = X.shape
-    config = soft_target_config("soft_target_backward", classes=C, hardware=hardware_of(X.device))
+    config = launch_config("soft_target_backward", width=C, hardware=hardware_of(X.device))
     grad = torch.empty(n, C, dtype=X.dtype, device=X.device)
-    _backward_kernel[(triton.cdiv(n, config.BLOCK_M), triton.cdiv(C, config.BLOCK_N))](
+    backward_kernel[(triton.cdiv(n, config.BLOCK_M), triton.cdiv(C, config.BLOCK_N))](
         X=X,
         Y=Y,
         stride_xn=X.stride(0),

@@ -1,12 +1,12 @@
 """Arithmetic of ``contrast`` on one tile, shared by the streaming kernels and by those on matrix products.
 
-The names are those of the legend in contrast.py. IS_EDGE: the tile may hold columns that do not exist, and the
+The names are those of the legend in streaming.py. IS_EDGE: the tile may hold columns that do not exist, and the
 diagonal: the pairs of a query and the key of the same number.
 """
 
 import triton
 import triton.language as tl
-from fastkd.kernels.dual_softmax.tile import LOG2E
+from fastkd.kernels.tiles import LOG2E
 
 # A maximum to start from: finite, so that a row that has seen no key yet stays free of inf - inf.
 LOWEST = tl.constexpr(-1e30)

@@ -1,13 +1,11 @@
 """Arithmetic of ``dual_softmax`` on one tile, shared by the streaming kernels and by those on matrix products.
 
-The names are those of the legend in dual_softmax.py. ``state`` is STATE of a row-block, ``row_factors`` its COEF.
+The names are those of the legend in streaming.py. ``state`` is STATE of a row-block, ``row_factors`` its COEF.
 """
 
 import triton
 import triton.language as tl
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from fastkd.kernels.tiles import LN2, LOG2E
 
 
 @triton.jit

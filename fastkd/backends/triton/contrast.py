@@ -15,14 +15,14 @@ from torch import Tensor
 from fastkd.backends.masks import Mask
 from fastkd.kernels.contrast import streaming as contrast
 from fastkd.kernels.contrast import wide as contrast_wide
-from fastkd.kernels.contrast.per_row import Side, coefficients, gradients, statistics, vectors
-from fastkd.kernels.launch import allows_tf32, contrast_fits, hardware_of
-from fastkd.kernels.normalize import padded_width
+from fastkd.kernels.contrast.per_row import Side, coefficients, gradients, statistics
+from fastkd.kernels.launch import allows_tf32, fits, hardware_of
+from fastkd.kernels.normalize import padded_width, vectors
 
 
 def is_wide(rows: Tensor) -> bool:
     """Whether dot products come from torch.mm: rows too wide for a tile, or fp32 products that must not be tf32."""
-    if not contrast_fits(rows.dtype, padded_width(rows.shape[1]), hardware_of(rows.device)):
+    if not fits(rows.dtype, padded_width(rows.shape[1]), hardware_of(rows.device)):
         return True
     return rows.is_cuda and rows.dtype == torch.float32 and not allows_tf32()
 

@@ -12,8 +12,8 @@ from fastkd.backends.masks import Mask
 from fastkd.backends.triton.contrast import is_wide, numbered, rounds_to_tf32
 from fastkd.kernels.contrast import streaming as contrast
 from fastkd.kernels.contrast import wide as contrast_wide
-from fastkd.kernels.contrast.per_row import Side, coefficients, gradients, statistics, vectors
-from fastkd.kernels.normalize import padded_width
+from fastkd.kernels.contrast.per_row import Side, coefficients, gradients, statistics
+from fastkd.kernels.normalize import padded_width, vectors
 
 
 class _Rows:
