@@ -1,12 +1,9 @@
-"""``contrast`` of several ranks through the Triton kernels in the interpreter, against the float64 definition.
-
-Run by tests/test_triton_contrast.py in its own process: TRITON_INTERPRET must be set before Triton is imported.
-"""
+"""``contrast`` of several ranks, in one process, against the float64 definition."""
 
 import pytest
 import torch
+from fastkd.kernels import tiles
 from fastkd.kernels.contrast import streaming as contrast
-from fastkd.kernels.contrast import wide as contrast_wide
 
 from fastkd.backends.triton import contrast_rows as triton_contrast_rows
 from tests.helpers.contrast_blocks import ranks_problem
@@ -22,14 +19,6 @@ def key_sizes(mode: str) -> tuple[int, ...]:
         return SIZES
     # A query with a positive by index needs a key on its rank.
     return (0, 17, 4) if mode == "label" else (1, 17, 4)
-
-
-@pytest.fixture(params=["streaming", "wide"])
-def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(triton_contrast_rows, "is_wide", lambda rows: request.param == "wide")
-    monkeypatch.setattr(contrast_wide, "ROWS", 16)
-    monkeypatch.setattr(contrast_wide, "COLUMNS", 16)
-    return request.param
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -48,7 +37,7 @@ def test_rows_as_they_are_in_half_precision(mode: str) -> None:
 def test_columns_split_over_programs_and_a_scale_that_needs_the_maximum(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contrast, "column_splits", lambda *_: 3)
+    monkeypatch.setattr(tiles, "column_splits", lambda *_: 3)
     p, loss = ranks_problem(mode, SIZES, key_sizes(mode), 6, scale=120.0)
     check_against_definition(p, kernel=loss)
 

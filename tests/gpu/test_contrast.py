@@ -1,53 +1,22 @@
-"""The contrast kernels: in the interpreter, when they are chosen, and on a GPU."""
-
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
+"""The contrast kernels on a GPU."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastkd import backends
 from tests.helpers.checks import assert_close, value_and_grads
+from tests.helpers.contrast_blocks import ranks_problem
 from tests.helpers.contrast_cases import MODES, NEEDS_PAIRS, Problem, check_against_definition, problem
+from tests.helpers.gpu import (
+    LOW_PRECISIONS,
+    assert_linear_memory_without_synchronisation,
+    assert_replays_from_a_cuda_graph,
+    gpu,
+    matmul_precision,
+    sanitizer,
+)
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[2]
-
-
-def gpu(test: Callable[..., None]) -> Callable[..., None]:
-    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    return pytest.mark.gpu(skip(test))
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("file", ["interpreted_contrast.py", "interpreted_contrast_rows.py"])
-def test_kernels_in_the_interpreter(file: str) -> None:
-    """A process of its own: the interpreter is chosen when Triton is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-
-
-class OnGpu:
-    """What ``resolve`` reads of a CUDA tensor."""
-
-    is_cuda, ndim, device, dtype = True, 2, torch.device("cuda", 0), torch.bfloat16
-
-    def __init__(self, width: int) -> None:
-        self.shape = (8, width)
-
-
-@pytest.mark.parametrize("width", [1, 128, 21841])
-def test_cuda_tensors_of_any_width_get_the_kernels(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
-    monkeypatch.setattr(backends, "_launch_error", lambda: None)
-    assert backends.resolve(None, "contrast", OnGpu(width)) == "triton"
 
 
 def on_gpu(mode: str, n: int, N: int, D: int, dtype: torch.dtype, **options: object) -> Problem:
@@ -57,41 +26,32 @@ def on_gpu(mode: str, n: int, N: int, D: int, dtype: torch.dtype, **options: obj
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("n", "d"), [(3, 5), (63, 16), (129, 128), (1000, 100), (513, 256), (700, 1000)])
+@pytest.mark.parametrize(
+    ("n", "d"), [(3, 5), (63, 16), pytest.param(129, 128, marks=sanitizer), (1000, 100), (513, 256), (700, 1000)]
+)
 def test_contrast_on_a_gpu_equals_the_definition(n: int, d: int, mode: str, dtype: torch.dtype) -> None:
     check_against_definition(on_gpu(mode, n, n, d, dtype))
 
 
 @gpu
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("n", "d"), [(63, 16), (129, 128), (300, 64)])
+@pytest.mark.parametrize(("n", "d"), [(63, 16), pytest.param(129, 128, marks=sanitizer), (300, 64)])
 def test_contrast_on_a_gpu_in_tf32(n: int, d: int, mode: str) -> None:
-    torch.set_float32_matmul_precision("high")
-    try:
-        check_against_definition(on_gpu(mode, n, n, d, torch.float32), tolerance=torch.float16)  # the same mantissa
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    with matmul_precision("high") as tolerance:
+        check_against_definition(on_gpu(mode, n, n, d, torch.float32), tolerance=tolerance)
 
 
 @gpu
-@pytest.mark.parametrize("precision", ["highest", "high"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("dtype", "precision"), LOW_PRECISIONS, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("d", [100, 128, 1000])
 def test_gpu_blocks_of_several_ranks(d: int, mode: str, dtype: torch.dtype, precision: str) -> None:
-    if precision == "high" and dtype != torch.float32:
-        pytest.skip("the setting concerns float32 alone")
-    from tests.helpers.contrast_blocks import ranks_problem
-
     sizes = (130, 0, 500)
     key_sizes = sizes if MODES[mode][3] or mode in NEEDS_PAIRS else (1, 300, 70)
     weight = torch.tensor([0.0, 5.0, 1.0]).repeat(210)
     p, loss = ranks_problem(mode, sizes, key_sizes, d, dtype=dtype, device="cuda", weight=weight)
-    torch.set_float32_matmul_precision(precision)
-    try:
-        check_against_definition(p, -37.0, torch.float16 if precision == "high" else None, loss)
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    with matmul_precision(precision) as tolerance:
+        check_against_definition(p, -37.0, tolerance, loss)
 
 
 @gpu
@@ -156,17 +116,8 @@ def test_gpu_large_batch_equals_float32_and_itself(mode: str) -> None:
 @pytest.mark.parametrize("d", [128, 1000])
 def test_gpu_memory_is_linear_and_no_host_synchronisation(d: int, mode: str) -> None:
     p = on_gpu(mode, 8192, 8192, d, torch.bfloat16)
-    value_and_grads(p.kernel, *p.inputs)
-    leaves = [x.requires_grad_() for x in p.inputs]
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        p.kernel(*leaves).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.max_memory_allocated() - before < (64 if d == 128 else 240) * 2**20  # N x N alone is 256 MiB
+    mib = 64 if d == 128 else 240  # N x N alone is 256 MiB
+    assert_linear_memory_without_synchronisation(p.kernel, p.inputs, mib)
 
 
 @gpu
@@ -199,20 +150,7 @@ def test_gpu_replays_from_a_cuda_graph(mode: str) -> None:
         loss = p.kernel(*inputs)
         return loss, *torch.autograd.grad(loss, inputs)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    with torch.no_grad():
-        inputs[0].copy_(fresh)
-    graph.replay()
-    for a, e in zip(results, step(), strict=True):
-        assert torch.equal(a, e)
+    assert_replays_from_a_cuda_graph(step, inputs[0], fresh)
 
 
 @gpu

@@ -1,0 +1,67 @@
+"""What tests on a GPU share: the marker, fp32 precision, memory and synchronisation, CUDA graphs."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.checks import value_and_grads
+
+sanitizer = pytest.mark.sanitizer
+# (dtype, what torch.set_float32_matmul_precision is given): the setting concerns float32 alone.
+PRECISIONS = [
+    (torch.bfloat16, "highest"), (torch.float16, "highest"), (torch.float32, "highest"), (torch.float32, "high"),
+]  # fmt: skip
+LOW_PRECISIONS = [PRECISIONS[0], *PRECISIONS[2:]]
+
+
+def gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that needs a CUDA device, and skips it where there is none."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[torch.dtype | None]:
+    """fp32 products at this precision. Gives the dtype that has the mantissa of tf32 where they are tf32."""
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield torch.float16 if precision == "high" else None
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def assert_linear_memory_without_synchronisation(
+    loss: Callable[..., Tensor], inputs: tuple[Tensor, ...], mib: int
+) -> None:
+    """A second forward and backward allocates less than ``mib`` MiB, and never waits for the device."""
+    value_and_grads(loss, *inputs)
+    leaves = [x.requires_grad_() for x in inputs]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(*leaves).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.max_memory_allocated() - before < mib * 2**20
+
+
+def assert_replays_from_a_cuda_graph(step: Callable[[], tuple[Tensor, ...]], leaf: Tensor, fresh: Tensor) -> None:
+    """A captured ``step`` gives, after ``leaf`` got the values of ``fresh``, what running it again gives."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    with torch.no_grad():
+        leaf.copy_(fresh)
+    graph.replay()
+    for a, e in zip(results, step(), strict=True):
+        assert torch.equal(a, e)
