@@ -61,7 +61,8 @@ def _vector(x, divisor, norm, is_zero, NORMALIZE: tl.constexpr, TO_TF32: tl.cons
 @triton.jit(do_not_specialize=["stride_0n", "stride_0d", "stride_1n", "stride_1d", "n", "D", "width"])
 def vectors_kernel(
     X0, X1, stride_0n, stride_0d, stride_1n, stride_1d, VECTORS, INVERSE_NORM, n, D, width,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, TO_TF32: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, IS_ONE_PIECE: tl.constexpr, NORMALIZE: tl.constexpr,
+    TO_TF32: tl.constexpr,
 ):  # fmt: skip
     side = tl.program_id(1)
     if side == 0:
@@ -73,17 +74,18 @@ def vectors_kernel(
     X_rows = X + rows[:, None] * stride_n
     rows += side.to(tl.int64) * n
     x = _load(X_rows, stride_d, 0, in_rows, D, BLOCK_D=BLOCK_D)
+    end = BLOCK_D if IS_ONE_PIECE else width  # constant for narrow rows, whose loops then vanish
     divisor, norm, is_zero = None, None, None
     if NORMALIZE:
         # Divided by the largest magnitude before squaring: the square of 1e30 overflows, that of 1e-30 vanishes.
         largest = tl.max(tl.abs(x), 1)
-        for start in range(BLOCK_D, D, BLOCK_D):
+        for start in range(BLOCK_D, end, BLOCK_D):
             piece = _load(X_rows, stride_d, start, in_rows, D, BLOCK_D=BLOCK_D)
             largest = tl.maximum(largest, tl.max(tl.abs(piece), 1))
         divisor = tl.where(largest == 0, 1.0, largest)
         scaled = tl.div_rn(x, divisor[:, None])
         squares = tl.sum(scaled * scaled, 1)
-        for start in range(BLOCK_D, D, BLOCK_D):
+        for start in range(BLOCK_D, end, BLOCK_D):
             scaled = tl.div_rn(_load(X_rows, stride_d, start, in_rows, D, BLOCK_D=BLOCK_D), divisor[:, None])
             squares += tl.sum(scaled * scaled, 1)
         norm = tl.sqrt_rn(squares)
@@ -93,7 +95,7 @@ def vectors_kernel(
     OUT = VECTORS + rows[:, None] * width
     x = _vector(x, divisor, norm, is_zero, NORMALIZE=NORMALIZE, TO_TF32=TO_TF32)
     _store(OUT, x, 0, in_rows, width, BLOCK_D=BLOCK_D)
-    for start in range(BLOCK_D, width, BLOCK_D):
+    for start in range(BLOCK_D, end, BLOCK_D):
         piece = _load(X_rows, stride_d, start, in_rows, D, BLOCK_D=BLOCK_D)
         piece = _vector(piece, divisor, norm, is_zero, NORMALIZE=NORMALIZE, TO_TF32=TO_TF32)
         _store(OUT, piece, start, in_rows, width, BLOCK_D=BLOCK_D)
@@ -111,7 +113,7 @@ def _sum(PARTIAL, stride_ps, splits, start, in_rows, D, BLOCK_M: tl.constexpr, B
 @triton.jit(do_not_specialize=["stride_ps", "n", "D", "width", "splits"])
 def finish_kernel(
     PARTIAL, stride_ps, VECTORS, INVERSE_NORM, SCALE, UNSCALE, GRAD0, GRAD1, DOTS, n, D, width, splits,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, IS_ONE_PIECE: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """Adds the splits, and goes back through the normalisation: ``(g - (g . u) u) / |x|``."""
     side = tl.program_id(1)
@@ -121,6 +123,7 @@ def finish_kernel(
     rows = side.to(tl.int64) * n + offs_m
     stride_ps = stride_ps.to(tl.int64)
     P, V, OUT = PARTIAL + rows[:, None] * width, VECTORS + rows[:, None] * width, GRAD + offs_m[:, None] * D
+    end = BLOCK_D if IS_ONE_PIECE else D
     unscale = tl.load(UNSCALE)
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * tl.load(SCALE).to(tl.float32) * unscale
     if NORMALIZE:
@@ -128,14 +131,14 @@ def finish_kernel(
     total = _sum(P, stride_ps, splits, 0, in_rows, D, BLOCK_M=BLOCK_M, BLOCK_D=BLOCK_D)
     vector = _load(V, 1, 0, in_rows, D, BLOCK_D=BLOCK_D)
     dots = tl.sum(total * vector, 1)
-    for start in range(BLOCK_D, D, BLOCK_D):
+    for start in range(BLOCK_D, end, BLOCK_D):
         piece = _sum(P, stride_ps, splits, start, in_rows, D, BLOCK_M=BLOCK_M, BLOCK_D=BLOCK_D)
         dots += tl.sum(piece * _load(V, 1, start, in_rows, D, BLOCK_D=BLOCK_D), 1)
     tl.store(DOTS + rows, dots * unscale, mask=in_rows)
     if NORMALIZE:
         total -= dots[:, None] * vector
     _store(OUT, total * factor[:, None], 0, in_rows, D, BLOCK_D=BLOCK_D)
-    for start in range(BLOCK_D, D, BLOCK_D):
+    for start in range(BLOCK_D, end, BLOCK_D):
         piece = _sum(P, stride_ps, splits, start, in_rows, D, BLOCK_M=BLOCK_M, BLOCK_D=BLOCK_D)
         if NORMALIZE:
             piece -= dots[:, None] * _load(V, 1, start, in_rows, D, BLOCK_D=BLOCK_D)
@@ -147,10 +150,10 @@ def padded_width(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
-def tile(width: int) -> tuple[int, int]:
-    """BLOCK_M and BLOCK_D of a kernel that reads whole rows in pieces."""
+def tile(width: int) -> dict[str, int]:
+    """The constants of a kernel that reads rows in pieces."""
     BLOCK_D = min(padded_width(width), BLOCK_ELEMENTS)
-    return BLOCK_ELEMENTS // BLOCK_D, BLOCK_D
+    return {"BLOCK_M": BLOCK_ELEMENTS // BLOCK_D, "BLOCK_D": BLOCK_D, "IS_ONE_PIECE": width <= BLOCK_D}
 
 
 def _vectors(sides: Sequence[Tensor], width: int, *, normalize: bool, to_tf32: bool) -> tuple[Tensor, Tensor | None]:
@@ -160,10 +163,10 @@ def _vectors(sides: Sequence[Tensor], width: int, *, normalize: bool, to_tf32: b
     assert first.dtype == last.dtype
     n, D = first.shape
     assert width >= D
-    BLOCK_M, BLOCK_D = tile(width)
+    constants = tile(width)
     vectors = torch.empty(len(sides), n, width, dtype=first.dtype, device=first.device)
     inverse_norm = torch.empty(len(sides), n, dtype=torch.float32, device=first.device) if normalize else None
-    vectors_kernel[(triton.cdiv(n, BLOCK_M), len(sides))](
+    vectors_kernel[(triton.cdiv(n, constants["BLOCK_M"]), len(sides))](
         X0=first,
         X1=last,
         stride_0n=first.stride(0),
@@ -175,8 +178,7 @@ def _vectors(sides: Sequence[Tensor], width: int, *, normalize: bool, to_tf32: b
         n=n,
         D=D,
         width=width,
-        BLOCK_M=BLOCK_M,
-        BLOCK_D=BLOCK_D,
+        **constants,
         NORMALIZE=normalize,
         TO_TF32=to_tf32,
         num_warps=4,
@@ -215,10 +217,10 @@ def input_gradients(
     assert partial.stride()[1:] == (n * width, width, 1)
     assert rows.is_contiguous()
     assert inverse_norm is None or inverse_norm.is_contiguous()
-    BLOCK_M, BLOCK_D = tile(width)
+    constants = tile(width)
     grads = [torch.empty(n, D, dtype=dtype, device=rows.device) for _ in range(sides)]
     dots = torch.empty(sides, n, dtype=torch.float32, device=rows.device)
-    finish_kernel[(triton.cdiv(n, BLOCK_M), sides)](
+    finish_kernel[(triton.cdiv(n, constants["BLOCK_M"]), sides)](
         PARTIAL=partial,
         stride_ps=partial.stride(0),
         VECTORS=rows,
@@ -232,8 +234,7 @@ def input_gradients(
         D=D,
         width=width,
         splits=splits,
-        BLOCK_M=BLOCK_M,
-        BLOCK_D=BLOCK_D,
+        **constants,
         NORMALIZE=inverse_norm is not None,
         num_warps=4,
     )

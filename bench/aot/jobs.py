@@ -19,16 +19,15 @@ def _normalize_jobs(hardware: str) -> Iterator[Job]:
     """Rows of one piece and of several; bf16, since fp16 and fp32 need no more registers, and fp32 rounded to tf32."""
 
     def job(name: str, kernel: Any, dtype: str, width: int, **flags: bool) -> Job:
-        BLOCK_M, BLOCK_D = normalize.tile(width)
         return Job(
-            name=f"{name} D={BLOCK_D}",
+            name=f"{name} D={width}",
             hardware=hardware,
             kernel=kernel,
-            constants={"BLOCK_M": BLOCK_M, "BLOCK_D": BLOCK_D, **flags},
+            constants={**normalize.tile(width), **flags},
             types=dict.fromkeys(("X0", "X1", "VECTORS", "GRAD0", "GRAD1"), f"*{dtype}"),
         )
 
-    for width in (128, normalize.BLOCK_ELEMENTS):
+    for width in (128, 2 * normalize.BLOCK_ELEMENTS):
         yield job("vectors", normalize.vectors_kernel, "bf16", width, NORMALIZE=True, TO_TF32=False)
         yield job("finish", normalize.finish_kernel, "bf16", width, NORMALIZE=True)
     yield job("vectors tf32", normalize.vectors_kernel, "fp32", 128, NORMALIZE=True, TO_TF32=True)
