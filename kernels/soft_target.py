@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from fastkd.kernels.launch import column_splits, hardware_of, launch_config, multiprocessors
-from fastkd.kernels.tiles import LOG2E
+from fastkd.kernels.tiles import LOG2E, store_numbers
 from torch import Tensor
 
 ROWS = 128  # of a program that merges splits
@@ -123,11 +123,7 @@ def _finish(
         log_st, log_sy = tl.log(st), tl.log(sy)
         kd = temperature * temperature * (e / (sy * temperature) + (log_st - log_sy))
         tl.store(LOSS + stride_k + rows, weight * kd, mask=in_rows)
-    tl.store(STATS + rows, mx, mask=in_rows)
-    tl.store(STATS + stride_k + rows, log_s1, mask=in_rows)
-    tl.store(STATS + 2 * stride_k + rows, log_st, mask=in_rows)
-    tl.store(STATS + 3 * stride_k + rows, my, mask=in_rows)
-    tl.store(STATS + 4 * stride_k + rows, log_sy, mask=in_rows)
+    store_numbers(STATS + rows, n, in_rows, (mx, log_s1, log_st, my, log_sy))
 
 
 @triton.jit(do_not_specialize=["stride_xn", "stride_yn", "n", "C", "tiles_per_split"])
@@ -175,9 +171,7 @@ def forward_kernel(
     mx, s1, st, my, sy, e, z_sum = state
     state = mx, tl.sum(s1, 1), tl.sum(st, 1), my, tl.sum(sy, 1), tl.sum(e, 1), tl.sum(z_sum, 1)
     if IS_SPLIT:
-        STATE += split.to(tl.int64) * 7 * n + rows
-        for k in tl.static_range(7):
-            tl.store(STATE + k * n.to(tl.int64), state[k], mask=in_rows)
+        store_numbers(STATE + split.to(tl.int64) * 7 * n + rows, n, in_rows, state)
     else:
         _finish(
             state, X, LABELS, WEIGHT, LOSS, STATS, rows, in_rows, stride_xn, n, C, temperature, smoothing,

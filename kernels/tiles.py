@@ -20,6 +20,13 @@ BLOCK_ROWS = 128  # rows of a program that reads a few numbers per row
 
 
 @triton.jit
+def store_numbers(NUMBERS, n, in_rows, values):
+    """Writes ``values``, a tuple of numbers per row, to NUMBERS [len(values), n]; NUMBERS points to the rows' first."""
+    for k in tl.static_range(len(values)):
+        tl.store(NUMBERS + k * n.to(tl.int64), values[k], mask=in_rows)
+
+
+@triton.jit
 def split_tiles(split, tiles_per_split, n_cols, first_positive, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """A split has tiles ``first ... last - 1``; tiles ``skip ... resume - 1`` may hold positives of the row-block.
 

@@ -5,12 +5,13 @@ by label the log-sum-exp and COUNT, the number of positives.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from fastkd.kernels.normalize import input_gradients
-from fastkd.kernels.tiles import BLOCK_ROWS, LARGEST_G, LN2, LOG2E
+from fastkd.kernels.tiles import BLOCK_ROWS, LARGEST_G, LN2, LOG2E, store_numbers
 from torch import Tensor
 
 
@@ -37,6 +38,36 @@ class Side:
             positive=None if self.positive is None else self.positive[rows],
             coef=None if self.coef is None else self.coef[:, rows],
         )
+
+
+def forward_arguments(queries: Side, keys: Side, by_label: bool, exclude_self: bool) -> dict[str, Any]:
+    """What kernels are passed of queries and keys to see which pairs count, apart from the vectors."""
+    return {
+        "POSITIVE": queries.positive,
+        "ROW_LABELS": queries.labels,
+        "COL_LABELS": keys.labels,
+        "first_row": queries.first,
+        "first_col": keys.first,
+        "HAS_LABELS": queries.labels is not None,
+        "BY_LABEL": by_label,
+        "HAS_INDEX": queries.positive is not None,
+        "EXCLUDE_SELF": exclude_self,
+    }
+
+
+def backward_arguments(rows: Side, columns: Side, by_label: bool, exclude_self: bool) -> dict[str, Any]:
+    """The same for a gradient, whose queries are the sides that have COEF."""
+    found = forward_arguments(rows, columns, by_label, exclude_self)
+    found["ROW_POSITIVE"], found["COL_POSITIVE"] = found.pop("POSITIVE"), columns.positive
+    found["HAS_INDEX"] = rows.positive is not None or columns.positive is not None
+    return found | {
+        "ROW_COEF": rows.coef,
+        "stride_rn": 0 if rows.coef is None else rows.coef.stride(0),
+        "COL_COEF": columns.coef,
+        "stride_cn": 0 if columns.coef is None else columns.coef.stride(0),
+        "BY_ROW": rows.coef is not None,
+        "BY_COLUMN": columns.coef is not None,
+    }
 
 
 @triton.jit
@@ -87,8 +118,7 @@ def statistics_kernel(
         others = (m - xp) + tl.log2(s)
         loss = tl.maximum(others, 0.0) * LN2 + _log1p(tl.exp2(-tl.abs(others)))
         first, second = loss, xp * LN2
-    tl.store(STATS + offs_m, first, mask=in_rows)
-    tl.store(STATS + stride_k + offs_m, second, mask=in_rows)
+    store_numbers(STATS + offs_m, n, in_rows, (first, second))
     if HAS_WEIGHT:
         loss *= tl.load(WEIGHT + offs_m, mask=in_rows, other=0.0).to(tl.float32)
     tl.store(LOSS + offs_m, loss, mask=in_rows)
@@ -122,8 +152,7 @@ def coefficients_kernel(
     else:
         at_positive = w * _expm1(-first)
         lse = first + second
-    tl.store(COEF + offs_m, tl.log2(w) - lse * LOG2E, mask=in_rows)
-    tl.store(COEF + n.to(tl.int64) + offs_m, at_positive, mask=in_rows)
+    store_numbers(COEF + offs_m, n, in_rows, (tl.log2(w) - lse * LOG2E, at_positive))
     tl.store(UNSCALE, tl.load(GRAD).to(tl.float32) * (largest / LARGEST_G))
 
 

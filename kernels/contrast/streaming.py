@@ -18,14 +18,12 @@ PARTIAL [SPLITS, n, BLOCK_D]: ``sum_j G_ij k_j`` if rows are queries (BY_ROW), `
 All sums are taken in a fixed order: there are no atomics. Nothing is read back to the host.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.contrast.per_row import Side
-from fastkd.kernels.contrast.tile import accumulate, gradient, load_side, load_state, store_state
-from fastkd.kernels.tiles import descriptor, first_column, loop_bounds, split_tiles, tiling
+from fastkd.kernels.contrast.per_row import Side, backward_arguments, forward_arguments
+from fastkd.kernels.contrast.tile import accumulate, gradient, load_side, load_state
+from fastkd.kernels.tiles import descriptor, first_column, loop_bounds, split_tiles, store_numbers, tiling
 from torch import Tensor
 
 
@@ -64,7 +62,7 @@ def forward_kernel(
                 X, scale, state, queries, keys, offs_n < n_cols, HAS_LABELS=HAS_LABELS, BY_LABEL=BY_LABEL,
                 HAS_INDEX=HAS_INDEX, EXCLUDE_SELF=EXCLUDE_SELF, IS_EDGE=turn == 1,
             )  # fmt: skip
-    store_state(STATE, n, in_rows, state)
+    store_numbers(STATE, n, in_rows, state)
 
 
 @triton.jit(do_not_specialize=["stride_rn", "stride_cn", "n", "n_cols", "first_row", "first_col", "tiles_per_split"])
@@ -110,19 +108,6 @@ def backward_kernel(
     tl.store(PARTIAL, total, mask=in_rows[:, None])
 
 
-def _shared(rows: Side, columns: Side, BLOCK_M: int, BLOCK_N: int) -> dict[str, Any]:
-    """What both kernels are passed of their rows and columns."""
-    return {
-        "ROWS": descriptor(rows.vectors, BLOCK_M),
-        "COLS": descriptor(columns.vectors, BLOCK_N),
-        "ROW_LABELS": rows.labels,
-        "COL_LABELS": columns.labels,
-        "first_row": rows.first,
-        "first_col": columns.first,
-        "HAS_LABELS": rows.labels is not None,
-    }
-
-
 def running_statistics(
     queries: Side,
     keys: Side,
@@ -148,14 +133,12 @@ def running_statistics(
     if state is None:
         state = torch.empty(splits, 3, n, dtype=torch.float32, device=queries.vectors.device)
     forward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
-        **_shared(queries, keys, config.BLOCK_M, config.BLOCK_N),
         **arguments,
+        **forward_arguments(queries, keys, by_label, exclude_self),
+        ROWS=descriptor(queries.vectors, config.BLOCK_M),
+        COLS=descriptor(keys.vectors, config.BLOCK_N),
         SCALE=scale,
-        POSITIVE=queries.positive,
         STATE=state,
-        BY_LABEL=by_label,
-        HAS_INDEX=queries.positive is not None,
-        EXCLUDE_SELF=exclude_self,
         HAS_CARRY=has_carry,
     )
     return state
@@ -184,21 +167,12 @@ def gradient_sums(
     n, BLOCK_D = rows.vectors.shape
     sums = torch.empty(splits, n, BLOCK_D, dtype=torch.float32, device=rows.vectors.device)
     backward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
-        **_shared(rows, columns, config.BLOCK_M, config.BLOCK_N),
         **arguments,
+        **backward_arguments(rows, columns, by_label, exclude_self),
+        ROWS=descriptor(rows.vectors, config.BLOCK_M),
+        COLS=descriptor(columns.vectors, config.BLOCK_N),
         SCALE=scale,
-        ROW_COEF=rows.coef,
-        stride_rn=0 if rows.coef is None else rows.coef.stride(0),
-        COL_COEF=columns.coef,
-        stride_cn=0 if columns.coef is None else columns.coef.stride(0),
-        ROW_POSITIVE=rows.positive,
-        COL_POSITIVE=columns.positive,
         PARTIAL=sums,
         BLOCK_D=BLOCK_D,
-        BY_LABEL=by_label,
-        HAS_INDEX=rows.positive is not None or columns.positive is not None,
-        EXCLUDE_SELF=exclude_self,
-        BY_ROW=rows.coef is not None,
-        BY_COLUMN=columns.coef is not None,
     )
     return sums if partial is None else partial.add_(sums)

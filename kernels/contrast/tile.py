@@ -28,15 +28,6 @@ def load_state(STATE, n, in_rows, BLOCK_M: tl.constexpr, HAS_CARRY: tl.constexpr
 
 
 @triton.jit
-def store_state(STATE, n, in_rows, state):
-    m, s, xp = state
-    stride_k = n.to(tl.int64)
-    tl.store(STATE, m, mask=in_rows)
-    tl.store(STATE + stride_k, s, mask=in_rows)
-    tl.store(STATE + 2 * stride_k, xp, mask=in_rows)
-
-
-@triton.jit
 def load_side(
     LABELS, POSITIVE, COEF, stride_c, offsets, first, inside,
     HAS_LABELS: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_COEF: tl.constexpr,

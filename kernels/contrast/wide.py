@@ -6,9 +6,10 @@ The names are those of the legend in streaming.py; SPLITS is 1. ``X`` holds one 
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.contrast.per_row import Side
-from fastkd.kernels.contrast.tile import accumulate, gradient, load_side, load_state, store_state
+from fastkd.kernels.contrast.per_row import Side, backward_arguments, forward_arguments
+from fastkd.kernels.contrast.tile import accumulate, gradient, load_side, load_state
 from fastkd.kernels.products import blocks, product
+from fastkd.kernels.tiles import store_numbers
 from torch import Tensor
 
 
@@ -39,7 +40,7 @@ def accumulate_kernel(
             x, scale, state, queries, keys, inside, HAS_LABELS=HAS_LABELS, BY_LABEL=BY_LABEL, HAS_INDEX=HAS_INDEX,
             EXCLUDE_SELF=EXCLUDE_SELF, IS_EDGE=True,
         )  # fmt: skip
-    store_state(STATE + offs_m, n, in_rows, state)
+    store_numbers(STATE + offs_m, n, in_rows, state)
 
 
 @triton.jit(do_not_specialize=["stride_rn", "stride_cn", "m", "k", "first_row", "first_col"])
@@ -90,23 +91,15 @@ def running_statistics(
         X = product(a.vectors, b.vectors.T)
         m, k = X.shape
         accumulate_kernel[(triton.cdiv(m, 4),)](
+            **forward_arguments(a, b, by_label, exclude_self),
             X=X,
             SCALE=scale,
-            POSITIVE=a.positive,
-            ROW_LABELS=a.labels,
-            COL_LABELS=b.labels,
             STATE=state[0, 0, part],
             n=n,
             m=m,
             k=k,
-            first_row=a.first,
-            first_col=b.first,
             BLOCK_M=4,
             BLOCK_N=256,
-            HAS_LABELS=a.labels is not None,
-            BY_LABEL=by_label,
-            HAS_INDEX=a.positive is not None,
-            EXCLUDE_SELF=exclude_self,
             HAS_CARRY=has_carry or cols.start > 0,
             num_warps=4,
         )
@@ -133,29 +126,14 @@ def gradient_sums(
         G = torch.empty_like(X, dtype=a.vectors.dtype)
         m, k = X.shape
         gradient_kernel[(triton.cdiv(m, 16), triton.cdiv(k, 128))](
+            **backward_arguments(a, b, by_label, exclude_self),
             X=X,
             SCALE=scale,
-            ROW_COEF=a.coef,
-            stride_rn=0 if a.coef is None else a.coef.stride(0),
-            COL_COEF=b.coef,
-            stride_cn=0 if b.coef is None else b.coef.stride(0),
-            ROW_POSITIVE=a.positive,
-            COL_POSITIVE=b.positive,
-            ROW_LABELS=a.labels,
-            COL_LABELS=b.labels,
             G=G,
             m=m,
             k=k,
-            first_row=a.first,
-            first_col=b.first,
             BLOCK_M=16,
             BLOCK_N=128,
-            HAS_LABELS=a.labels is not None,
-            BY_LABEL=by_label,
-            HAS_INDEX=a.positive is not None or b.positive is not None,
-            EXCLUDE_SELF=exclude_self,
-            BY_ROW=a.coef is not None,
-            BY_COLUMN=b.coef is not None,
             num_warps=4,
         )
         partial[0, part] += product(G, b.vectors)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from fastkd.kernels.normalize import input_gradients
-from fastkd.kernels.tiles import BLOCK_ROWS, LARGEST_G, LN2, LOG2E
+from fastkd.kernels.tiles import BLOCK_ROWS, LARGEST_G, LN2, LOG2E, store_numbers
 from torch import Tensor
 
 
@@ -43,9 +43,7 @@ def statistics_kernel(
     la = (mp + tl.log2(sp)) * LN2
     lc = (mq + tl.log2(sq)) * LN2
     E = scale * se / sp
-    tl.store(STATS + offs_m, la, mask=in_rows)
-    tl.store(STATS + stride_k + offs_m, lc, mask=in_rows)
-    tl.store(STATS + 2 * stride_k + offs_m, E, mask=in_rows)
+    store_numbers(STATS + offs_m, n, in_rows, (la, lc, E))
     # The maximum minus the positive first: where the positive is the maximum, the loss is the small logarithm alone.
     contrast = ((mq - xp) + tl.log2(sq) if IS_SWAPPED else (mp - xp) + tl.log2(sp)) * LN2
     consistency = E - la + lc
@@ -53,8 +51,7 @@ def statistics_kernel(
         weight = tl.load(WEIGHT + offs_m, mask=in_rows, other=0.0).to(tl.float32)
         contrast *= weight
         consistency *= weight
-    tl.store(LOSS + offs_m, contrast, mask=in_rows)
-    tl.store(LOSS + stride_k + offs_m, consistency, mask=in_rows)
+    store_numbers(LOSS + offs_m, n, in_rows, (contrast, consistency))
 
 
 @triton.jit(do_not_specialize=["n_cols", "stride_sn"])
@@ -93,14 +90,7 @@ def coefficients_kernel(
         r *= to_p
         k *= to_p
         x *= tl.exp2(-lc)
-    COEF += offs_n
-    stride_cn = n_cols.to(tl.int64)
-    tl.store(COEF, k, mask=inside)
-    tl.store(COEF + stride_cn, r, mask=inside)
-    tl.store(COEF + 2 * stride_cn, x, mask=inside)
-    tl.store(COEF + 3 * stride_cn, w, mask=inside)
-    tl.store(COEF + 4 * stride_cn, la, mask=inside)
-    tl.store(COEF + 5 * stride_cn, lc, mask=inside)
+    store_numbers(COEF + offs_n, n_cols, inside, (k, r, x, w, la, lc))
     tl.store(UNSCALE, bound / LARGEST_G)
 
 

@@ -19,9 +19,9 @@ All sums are taken in a fixed order: there are no atomics. Nothing is read back 
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.dual_softmax.tile import accumulate, gradient, load_row_factors, load_state, store_state
+from fastkd.kernels.dual_softmax.tile import accumulate, gradient, load_row_factors, load_state
 from fastkd.kernels.launch import LaunchConfig
-from fastkd.kernels.tiles import descriptor, first_column, loop_bounds, split_tiles, tiling
+from fastkd.kernels.tiles import descriptor, first_column, loop_bounds, split_tiles, store_numbers, tiling
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -50,7 +50,7 @@ def forward_kernel(
             state = accumulate(
                 X, Y, scale, state, start + offs_n, n_cols, positive, BOUNDED=BOUNDED, IS_EDGE=turn == 1
             )  # fmt: skip
-    store_state(STATE, n, offs_m < n, state)
+    store_numbers(STATE, n, offs_m < n, state)
 
 
 @triton.jit(do_not_specialize=["stride_rn", "stride_cn", "n", "n_cols", "offset", "tiles_per_split"])

@@ -61,18 +61,6 @@ def load_state(STATE, n, in_rows, BLOCK_M: tl.constexpr, BOUNDED: tl.constexpr, 
 
 
 @triton.jit
-def store_state(STATE, n, in_rows, state):
-    mp, sp, mq, sq, se, xp = state
-    stride_k = n.to(tl.int64)
-    tl.store(STATE, mp, mask=in_rows)
-    tl.store(STATE + stride_k, sp, mask=in_rows)
-    tl.store(STATE + 2 * stride_k, mq, mask=in_rows)
-    tl.store(STATE + 3 * stride_k, sq, mask=in_rows)
-    tl.store(STATE + 4 * stride_k, se, mask=in_rows)
-    tl.store(STATE + 5 * stride_k, xp, mask=in_rows)
-
-
-@triton.jit
 def load_row_factors(COEF, stride_cn, in_rows, BOUNDED: tl.constexpr):
     k = tl.load(COEF, mask=in_rows, other=0.0)[:, None]
     r = tl.load(COEF + stride_cn, mask=in_rows, other=0.0)[:, None]

@@ -6,8 +6,9 @@ The names are those of the legend in streaming.py; SPLITS is 1. ``X``, ``Y`` hol
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.dual_softmax.tile import accumulate, gradient, load_row_factors, load_state, store_state
+from fastkd.kernels.dual_softmax.tile import accumulate, gradient, load_row_factors, load_state
 from fastkd.kernels.products import blocks, product
+from fastkd.kernels.tiles import store_numbers
 from torch import Tensor
 
 
@@ -27,7 +28,7 @@ def accumulate_kernel(
         x = tl.load(X + offsets, mask=mask, other=0.0)
         y = tl.load(Y + offsets, mask=mask, other=0.0)
         state = accumulate(x, y, scale, state, offs_n, k, offs_m + offset, BOUNDED=BOUNDED, IS_EDGE=True)
-    store_state(STATE + offs_m, n, in_rows, state)
+    store_numbers(STATE + offs_m, n, in_rows, state)
 
 
 @triton.jit(do_not_specialize=["stride_rn", "stride_cn", "m", "k", "offset"])
