@@ -101,13 +101,13 @@ def candidates(entry: Entry, current: LaunchConfig) -> list[LaunchConfig]:
             if m >= n
         ]
     else:
-        # A tile of the forward has to hold the row, but for that of the last entry.
+        # A tile of the forward has to hold the row, except in the last entry.
         is_bound = entry.kernel == SOFT[0] and entry.key.width > 0
         widths = (current.BLOCK_N,) if is_bound or current.BLOCK_N < 1024 else (1024, 2048, 4096)
         space = [
             LaunchConfig(m, n, warps, 1)
             for m, n, warps in itertools.product((1, 2, 4, 8, 16, 32), widths, (1, 2, 4, 8, 16))
-            if 128 * warps <= m * n <= 2048 * warps  # 4 to 64 elements a thread
+            if 128 * warps <= m * n <= 2048 * warps  # 4 to 64 elements per thread
         ]
     return [current, *(config for config in space if _shape(config) != _shape(current))]
 
@@ -225,7 +225,7 @@ def lines_of(found: dict[Entry, LaunchConfig]) -> Iterator[str]:
 
 
 def prepare(hardware: str, entry: Entry, candidate: LaunchConfig, rows: int) -> LaunchConfig | None:
-    """In a worker: as :func:`compiled`, and what a launch compiles is in Triton's cache for whoever times it."""
+    """In a worker: what :func:`compiled` gives. Triton's cache then holds what a launch of it needs."""
     config = compiled(hardware, entry, candidate)
     if config is not None and torch.cuda.is_available():
         with table_with(hardware, entry, config):
@@ -237,7 +237,7 @@ def prepare(hardware: str, entry: Entry, candidate: LaunchConfig, rows: int) -> 
 
 @dataclass(frozen=True)
 class Search:
-    """Where and how long; ``each``: seconds of measurement a candidate."""
+    """Where to search, and for how long. ``each``: seconds of measurement per candidate."""
 
     hardware: str
     device: torch.device
@@ -305,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--entries", nargs="+", metavar="PATTERN", help="such as backward:2:128:bounded; default: all")
     parser.add_argument("--rows", type=int, default=32768)
     parser.add_argument("--seconds", type=float, default=540, help="of the whole search")
-    parser.add_argument("--each", type=float, default=0.1, help="seconds of measurement a candidate")
+    parser.add_argument("--each", type=float, default=0.1, help="seconds of measurement per candidate")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="that compile")
     parser.add_argument("--list", action="store_true", help="print the search space and stop")
     parser.add_argument("--hardware", choices=launch.HARDWARE[:-1], default="sm_90", help="whose entries --list shows")

@@ -47,8 +47,8 @@ class Entry(NamedTuple):
     bounded: bool | None = None
 
 
-# {kernel: {(bytes an element, width): config}}. dual_softmax may add a third number to a key, which is BOUNDED; without
-# it, both get the entry. contrast_self is the backward of queries that are contrasted with themselves.
+# {kernel: {(bytes per element, width): config}}. A key of dual_softmax may have BOUNDED as its third part; without it,
+# the entry is for both. contrast_self is the backward of queries that are contrasted with themselves.
 _Lines = dict[str, dict[Any, LaunchConfig]]
 
 
@@ -170,7 +170,7 @@ _INTERPRETER: _Lines = {
 
 
 def _table(*parts: _Lines) -> dict[Entry, LaunchConfig]:
-    """All lines of the parts; those of a later part replace those of an earlier one."""
+    """The entries of all parts; a later part replaces what an earlier one says."""
     table = {}
     for part in parts:
         for kernel, lines in part.items():

@@ -1,16 +1,17 @@
-"""``multiscale_pool`` on a GPU: a tile of windows x channels at a time, as a product with a matrix of zeros and ones.
+"""``multiscale_pool`` on a GPU: one tile of windows x channels at a time, as a product with a matrix of zeros and ones.
 
-Bytes a channel, for H W positions, M windows and e bytes an element: the forward reads H W e and writes M e. With
-NORMALIZE it visits the channels twice, first for the norms; the second finds a map of 7 x 7 in the L2 cache, but reads
-one of 56 x 56 again. The backward reads M e (2 M e with NORMALIZE: the unit rows too) and writes H W e. Not measured on
-a GPU yet.
+Bytes per channel, for H W positions, M windows and e bytes per element: the forward reads H W e and writes M e. With
+NORMALIZE it visits the channels twice, the first time for the norms. The second visit finds a map of 7 x 7 in the L2
+cache, but reads one of 56 x 56 again. The backward reads M e (2 M e with NORMALIZE: the unit rows too) and writes
+H W e. None of this has been measured on a GPU yet.
 
-Legend. ``X`` [B, C, H, W], ``GRAD_X`` likewise; ``Y`` [B, M, C] the averages or unit rows, ``G`` their gradient.
-``P`` [m, p]: whether window m contains position p, made from indices; the sums ``P X`` and ``P^T G`` are fp32. Zeros
-and ones are exact in every dtype, and so are products with fp16 and bf16. fp32 operands are the sum of two that tf32
-holds (IS_SPLIT): all but the last bit or two survive. 0 * inf is NaN: a tile of sums that are not all finite is summed
-again, one position or window at a time. SCALES: for every scale its first window, its windows a row and a column, and
-height, width, vertical and horizontal stride. ALIGN divides the map's strides, so that loads are as wide as it allows.
+Legend. ``X`` [B, C, H, W]: the map, and ``GRAD_X`` its gradient. ``Y`` [B, M, C]: the averages or unit rows, and ``G``
+their gradient. ``P`` [m, p]: whether window m contains position p, made from indices. The sums ``P X`` and ``P^T G``
+are fp32. Zeros and ones are exact in every dtype, and so are products with fp16 and bf16. fp32 operands are the sum of
+two numbers that tf32 holds (IS_SPLIT): all but the last bit or two survive. Because 0 * inf is NaN, a tile whose sums
+are not all finite is summed again, one position or window at a time. SCALES: for every scale its first window, its
+windows per row and per column, and height, width, vertical and horizontal stride. ALIGN divides the map's strides, so
+that loads are as wide as that allows.
 """
 
 import math
@@ -27,8 +28,8 @@ from fastkd.numerics import NORM_EPS, window_counts
 EPS = tl.constexpr(NORM_EPS)
 INF = tl.constexpr(float("inf"))
 TINY = tl.constexpr(1e-30)  # far below a norm that counts as zero
-ROWS = 16  # of a program that takes dot products
-PROGRAMS = 8  # a multiprocessor, at least, where there are channels enough
+ROWS = 16  # per program that takes dot products
+PROGRAMS = 8  # per multiprocessor, at least, where there are enough channels
 
 
 @triton.jit
@@ -130,8 +131,8 @@ def forward_kernel(
                 CHANNELS_LAST=CHANNELS_LAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_P=BLOCK_P, IS_SPLIT=IS_SPLIT,
                 PRECISION=PRECISION,
             ) * per_area[:, None]  # fmt: skip
-            # Divided by the largest magnitude before squaring: the square of 1e30 overflows, that of 1e-30 vanishes.
-            # By a sixteenth of it, whose reciprocal is a normal number up to the largest.
+            # Rows are divided by a number before squaring: the square of 1e30 overflows, the square of 1e-30 vanishes.
+            # It is a sixteenth of the largest magnitude, because the reciprocal is then always a normal number.
             new = tl.maximum(tl.max(tl.abs(y), 1) * 0.0625, divisor)
             new = tl.where(new < TINY, 0.0, new)
             per_new = tl.where(new == 0.0, 0.0, 1.0 / new)
@@ -144,7 +145,7 @@ def forward_kernel(
         inverse_norm = tl.where(is_zero, 0.0, 1.0 / (divisor * norm))
         if split == 0:
             tl.store(INVERSE_NORM + sample * M + m, inverse_norm, mask=in_m)
-        # One after the other: the reciprocal of a large norm may vanish.
+        # Applied one after the other: the reciprocal of a large norm may vanish.
         per_divisor, per_norm = tl.where(is_zero, 0.0, 1.0 / divisor), tl.where(is_zero, 0.0, 1.0 / norm)
     for c in range(split * BLOCK_N, C, splits * BLOCK_N):
         y = _sums(
@@ -191,7 +192,7 @@ def _load_gradients(
         if HAS_DOTS:
             dots = tl.load(DOTS + rows, mask=in_rows, other=0.0)
         inverse_norm = tl.load(INVERSE_NORM + rows, mask=in_rows, other=0.0)
-        # Past the last channel, a row's dot product that is not finite must not become one.
+        # A row's dot product that is not finite must not spread past the last channel.
         g = tl.where(inside, (g - dots * u) * inverse_norm, 0.0)
     return g * per_area
 
@@ -275,7 +276,7 @@ def backward_kernel(
 
 
 def _strides(features: Tensor) -> tuple[Tensor, int, int]:
-    """The map and its strides over channels and positions, one of which is 1; only slices of columns are copied."""
+    """The map, and its strides over channels and positions, one of which is 1. Only slices of columns are copied."""
     _, C, H, W = features.shape
     over_c, over_y, over_x = features.stride()[1:]
     over_p = over_x if W > 1 else over_y if H > 1 else 1
@@ -369,7 +370,7 @@ def spread_gradients(
         dots_kernel[(triton.cdiv(B * M, ROWS),)](
             G=grad, U=unit, DOTS=dots, n=B * M, C=C, BLOCK_M=ROWS, BLOCK_N=128, ALIGN=ALIGN, num_warps=4
         )
-    # Without dots each program takes those of all its windows: once only.
+    # Without dots, each program takes the dot products of all windows, which splits would repeat.
     splits = 1 if unit is not None and dots is None else _splits(programs, C, config.BLOCK_N, grad.device)
     is_tf32 = precision(hardware) == "tf32"
     backward_kernel[(programs * splits,)](

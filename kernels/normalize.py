@@ -77,7 +77,7 @@ def vectors_kernel(
     end = BLOCK_D if IS_ONE_PIECE else width  # constant for narrow rows, whose loops then vanish
     divisor, norm, is_zero = None, None, None
     if NORMALIZE:
-        # Divided by the largest magnitude before squaring: the square of 1e30 overflows, that of 1e-30 vanishes.
+        # Rows are divided by their largest magnitude before squaring: 1e30 squared overflows, 1e-30 squared vanishes.
         largest = tl.max(tl.abs(x), 1)
         for start in range(BLOCK_D, end, BLOCK_D):
             piece = _load(X_rows, stride_d, start, in_rows, D, BLOCK_D=BLOCK_D)
@@ -146,7 +146,7 @@ def finish_kernel(
 
 
 def padded_width(D: int) -> int:
-    """D as a tile of the streaming kernels holds it."""
+    """The width of a streaming kernel's tile that holds rows of D."""
     return max(16, triton.next_power_of_2(D))
 
 

@@ -1,22 +1,24 @@
-"""``soft_target`` on a GPU: cross-entropy and temperature-KL of the same logits, each read once a pass.
+"""``soft_target`` on a GPU: cross-entropy and temperature-KL of the same logits, each read once per pass.
 
-Bytes, for logits of e bytes an element: the forward reads both once (2 e), the backward reads both and writes the
-gradient (3 e): 5 e in all, and 56 bytes a row. Storing the gradient in the forward would not be less. Its two terms
-have upstream gradients that are known in the backward only, so both would be stored (2 e + 2 e) and combined there
-(2 e + 1 e): 7 e. With one term it is 5 e as well, but rounded twice, in fp16 before a loss scale lifts it from its
-underflow, and B C elements longer in memory. Eager code moves at least 5 e for the cross-entropy alone.
+Bytes, for logits of e bytes per element: the forward reads both tensors once (2 e). The backward reads both and writes
+the gradient (3 e). That is 5 e in all, and 56 bytes per row. Storing the gradient in the forward would not be less: the
+upstream gradients of the two terms are known in the backward only, so that both terms' gradients would be stored
+(2 e + 2 e) and combined there (2 e + 1 e), 7 e in all. With one term alone it would be 5 e as well, but the gradient
+would be rounded twice, in fp16 before a loss scale lifts it from its underflow, and it would occupy memory for longer.
+Eager code moves at least 5 e for the cross-entropy alone.
 
-Legend. ``X``, ``Y``: logits [n, C] of student and teacher. ``mx``, ``my``: their largest so far in a row.
-``s1 = sum exp(x - mx)``, ``st = sum exp((x - mx) / temperature)``, ``sy`` the same of the teacher,
+Legend. ``X``, ``Y``: logits [n, C] of student and teacher. ``mx``, ``my``: the largest logit per row so far.
+``s1 = sum exp(x - mx)``, ``st = sum exp((x - mx) / temperature)``, ``sy = sum exp((y - my) / temperature)``,
 ``e = sum exp((y - my) / temperature) ((y - my) - (x - mx))``, ``z = sum (x - mx)``. Then
 
     CE = log s1 - (1 - smoothing) (x_label - mx) - smoothing z / C
     KD = temperature^2 (e / (sy temperature) + log st - log sy)
 
 Everything is relative to the maxima, so that a common offset of the logits costs no digits. STATE [SPLITS, 7, n]: these
-of a split of the columns. STATS [5, n]: mx, log s1, log st, my, log sy. LOSS [2, n]: weighted CE and KD a row. ALIGN
-divides C and the strides, so that loads are as wide as that allows. POWER: the temperature, if 1, 2 or 4: exp(x - mx)
-is then that power of exp((x - mx) / temperature), a multiplication or two instead of an exponential; otherwise 0.
+numbers for one split of the columns. STATS [5, n]: mx, log s1, log st, my, log sy. LOSS [2, n]: weighted CE and KD per
+row. ALIGN divides C and the strides, so that loads are as wide as that allows. POWER: the temperature if it is 1, 2 or
+4, otherwise 0. ``exp(x - mx)`` is then that power of ``exp((x - mx) / temperature)``: one or two multiplications
+instead of an exponential.
 """
 
 import math
@@ -28,7 +30,7 @@ from fastkd.kernels.launch import column_splits, hardware_of, launch_config, mul
 from fastkd.kernels.tiles import LOG2E, store_numbers
 from torch import Tensor
 
-ROWS = 128  # of a program that merges splits
+ROWS = 128  # per program that merges splits
 
 
 @triton.jit
@@ -50,9 +52,9 @@ def _accumulate(
     POWER: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
     IS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """``state`` (mx, s1, st, my, sy, e, z) after one more tile; all but the maxima lane by lane, [BLOCK_M, BLOCK_N].
+    """``state`` (mx, s1, st, my, sy, e, z) after one more tile. All but the maxima are per lane, [BLOCK_M, BLOCK_N].
 
-    seen: how many tiles are in ``state``, none if IS_FIRST. c: log2(e) / temperature.
+    ``seen``: how many tiles are in ``state``; there are none if IS_FIRST. ``c``: log2(e) / temperature.
     """
     mx, s1, st, my, sy, e, z_sum = state
     largest = tl.max(x, 1)
@@ -229,7 +231,7 @@ def backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, POWER: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
-    """``GRAD_ic = w_i (p_ic - target_ic) + k_i (p'_ic - q'_ic)``, p' and q' at the temperature, which is in k."""
+    """``GRAD_ic = w_i (p_ic - target_ic) + k_i (p'_ic - q'_ic)``; p' and q' are at the temperature, a factor of k."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < n
@@ -272,7 +274,7 @@ def backward_kernel(
 
 
 def _unit_columns(logits: Tensor | None) -> Tensor | None:
-    """The logits with neighbouring columns side by side; only a transposed tensor is copied for that."""
+    """The logits, with the columns of a row next to each other. Only a transposed tensor is copied for that."""
     return logits if logits is None or logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
@@ -303,11 +305,11 @@ def soft_target_losses(
     temperature: float,
     smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """LOSS [2, n], of which the row of an absent term is not written, and STATS [5, n]. ``weight``: contiguous."""
+    """LOSS [2, n] and STATS [5, n]. The row of LOSS of an absent term is not written. ``weight``: contiguous."""
     X, Y = _unit_columns(student), _unit_columns(teacher)
     assert X is not None
     n, C = X.shape
-    # Without a teacher there is one softmax only, that of the labels.
+    # Without a teacher there is one softmax only, for the labels.
     temperature = 1.0 if Y is None else temperature
     config = launch_config("soft_target_forward", width=C, hardware=hardware_of(X.device))
     tiles = triton.cdiv(C, config.BLOCK_N)

@@ -56,7 +56,7 @@ class Job:
         return triton.compile(source, target=TARGETS[self.hardware], options=options)
 
     def compile_with_log(self) -> tuple[Any, str]:
-        """Also what ptxas said of it, which Triton's cache does not keep."""
+        """The compiled kernel, and what ptxas said of it, which Triton's cache does not keep."""
         if self.hardware == "gfx942":
             return self.compile(), ""
         text = io.StringIO()
@@ -204,13 +204,13 @@ def _main_loop(code: list[tuple[int, str, str]]) -> list[tuple[str, str]]:
 
 
 def clocks(result: Result) -> dict[str, float]:
-    """Clocks of one multiprocessor a tile, by unit (sm_90)."""
+    """Clocks of one multiprocessor per tile, by unit (sm_90)."""
     job, counts, warps = result.job, result.counts, result.job.num_warps
     M, N = job.constants["BLOCK_M"], job.constants["BLOCK_N"]
     columns = [kind for name, kind in job.types.items() if name in ("A_cols", "B_cols", "COLS")]
     D = int(re.findall(r"\d+", columns[0])[-1])
     rate = 2048 if job.matrix_dtype == "fp32" else 4096
-    # One with every operand of the columns, and one more a gradient.
+    # One product with every operand of the columns, and one more per gradient.
     gradients = sum(job.constants.get(name, 0) for name in ("NEED_A", "NEED_B"))
     products = len(columns) + (gradients or "BY_ROW" in job.constants)
     itemsize = 4 if job.matrix_dtype == "fp32" else 2

@@ -1,6 +1,6 @@
 """The parts of ``contrast`` that visit every row once: losses and statistics, factors of G, end of the gradients.
 
-The names are those of the legend in streaming.py. STATS [2, n], of queries: by index the loss and the positive's logit,
+The legend in streaming.py has the names. STATS [2, n], of queries: by index the loss and the positive's logit,
 by label the log-sum-exp and COUNT, the number of positives.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """Rows or columns of a launch: vectors [n, width], the number of the first, and what there is of the rest."""
+    """Rows or columns of a launch: vectors [n, width], the number of the first, and the rest as far as there is any."""
 
     vectors: Tensor
     first: int = 0

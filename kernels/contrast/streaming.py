@@ -1,19 +1,20 @@
 """``contrast`` on a GPU: one streaming pass forward; backward, the owner of a row-block computes its whole gradient.
 
-Legend. Rows are what a launch owns, columns what they are compared with; either may be queries, keys, or both at once.
-Their vectors [n, BLOCK_D] are in the dtype they are multiplied in, ``x_ij = scale q_i . k_j``. ``first_row`` and
-``first_col`` number them: the key of query i's number is its positive where there is no POSITIVE, and is left out
-under EXCLUDE_SELF. POSITIVE: number of the key that is a query's positive. LABELS: int32, equal where labels are;
-NO_LABEL matches nothing. ``P``, ``D``, BY_LABEL: as :class:`fastkd.backends.masks.Mask` says.
+Legend. Rows are what a launch owns, columns are what they are compared with. Either may be queries, keys, or both at
+once. Their vectors [n, BLOCK_D] are in the dtype they are multiplied in, and ``x_ij = scale q_i . k_j``. ``first_row``
+and ``first_col`` number them. POSITIVE: the number of the key that is a query's positive; without POSITIVE, it is the
+query's own number. EXCLUDE_SELF leaves out the key of the query's own number. LABELS: int32, equal where labels are;
+NO_LABEL matches nothing. ``P``, ``D``, BY_LABEL: see :class:`fastkd.backends.masks.Mask`.
 
-STATE [SPLITS, 3, n]: what a split of the columns has seen so far: maximum, ``sum exp2``, and the positive's logit or,
-BY_LABEL, the sum of theirs; in units of log 2. By index the maximum and the sum are those of the negatives alone, so
-that a loss near 0 keeps its digits. It can be carried from one block of columns to the next.
-COEF [2, n], of queries: ``log2 w_i - lse_i`` and what is special at the positives, see ``coefficients_kernel``; then
-``G_ij = exp2(x_ij + log2 w_i - lse_i)`` is the gradient of ``x_ij`` away from them, at the cost of one multiply-add
-and one exponential, and no bound on the scale could make it cheaper.
+STATE [SPLITS, 3, n]: three numbers per row, after the columns of a split that were seen so far: maximum, ``sum exp2``,
+and the positive's logit or, BY_LABEL, the sum of the positives' logits; in units of log 2. By index the maximum and the
+sum are taken over the negatives alone, so that a loss near 0 keeps its digits. STATE can be carried from one block of
+columns to the next.
+COEF [2, n], of queries: ``log2 w_i - lse_i``, and what is special at the positives, see ``coefficients_kernel``. Away
+from the positives the gradient of ``x_ij`` is ``G_ij = exp2(x_ij + log2 w_i - lse_i)``: one multiply-add and one
+exponential. A bound on the scale would save neither, so that there is no BOUNDED.
 PARTIAL [SPLITS, n, BLOCK_D]: ``sum_j G_ij k_j`` if rows are queries (BY_ROW), ``sum_j G_ji q_j`` if columns are
-(BY_COLUMN). Queries contrasted with themselves are both: x is symmetric, one product serves ``G_ij + G_ji``.
+(BY_COLUMN). Queries contrasted with themselves are both: x is symmetric, and one product serves ``G_ij + G_ji``.
 
 All sums are taken in a fixed order: there are no atomics. Nothing is read back to the host.
 """
@@ -48,7 +49,7 @@ def forward_kernel(
     HAS_DIAGONAL: tl.constexpr = EXCLUDE_SELF or not (BY_LABEL or HAS_INDEX)
     diagonal = row + first_row - first_col if HAS_DIAGONAL else -BLOCK_M
     tiles = split_tiles(split, tiles_per_split, n_cols, diagonal, BLOCK_M, BLOCK_N)
-    for turn in tl.static_range(2):
+    for turn in tl.static_range(2):  # all other tiles, then the edge
         low, high = loop_bounds(tiles, IS_EDGE=turn == 1)
         for index in range(low, high):
             start = first_column(index, tiles, BLOCK_N=BLOCK_N, IS_EDGE=turn == 1)
@@ -86,7 +87,7 @@ def backward_kernel(
     HAS_DIAGONAL: tl.constexpr = EXCLUDE_SELF or not (BY_LABEL or HAS_INDEX)
     diagonal = row + first_row - first_col if HAS_DIAGONAL else -BLOCK_M
     tiles = split_tiles(split, tiles_per_split, n_cols, diagonal, BLOCK_M, BLOCK_N)
-    # The edge first: with its bounds alive during the other loop, that one holds more registers.
+    # The edge comes first: the other loop needs more registers if the edge's bounds stay alive during it.
     for turn in tl.static_range(2):
         low, high = loop_bounds(tiles, IS_EDGE=turn == 0)
         for index in range(low, high):

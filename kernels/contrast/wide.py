@@ -1,6 +1,6 @@
 """``contrast`` of rows too wide for the streaming kernels: blocks of dot products by torch.mm, then one fused kernel.
 
-The names are those of the legend in streaming.py; SPLITS is 1. ``X`` holds one block of dot products [m, k].
+The legend in streaming.py has the names; SPLITS is 1. ``X`` holds one block of dot products [m, k].
 """
 
 import torch

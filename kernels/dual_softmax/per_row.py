@@ -1,6 +1,6 @@
 """The parts of ``dual_softmax`` that visit every row once: losses and statistics, factors of G, end of the gradients.
 
-The names are those of the legend in streaming.py. IS_SWAPPED: (A, B) is (teacher, student), so that the contrast reads
+The legend in streaming.py has the names. IS_SWAPPED: (A, B) is (teacher, student), so that the contrast reads
 q instead of p.
 """
 

@@ -1,17 +1,17 @@
-"""``dual_softmax`` on a GPU: one streaming pass forward, and a backward in which a row-block's owner does all of it.
+"""``dual_softmax`` on a GPU: one pass over the columns, and a backward in which a row-block's owner does all of it.
 
-Legend. ``A``, ``B``: unit rows [n, BLOCK_D] in the dtype they are multiplied in; (A, B) is (student, teacher), or
+Legend. ``A``, ``B``: unit rows [n, BLOCK_D] in the dtype they are multiplied in. (A, B) is (student, teacher), or
 (teacher, student) for the KL in the other direction. Rows are the n samples this launch owns. Columns are the n_cols
 samples they are compared with. Row i's positive is column ``i + offset``. ``X_ij = scale a_i . b_j`` and
 ``Y_ij = scale b_i . a_j``; ``p``, ``q`` are their softmaxes over j, ``la``, ``lc`` the log-sum-exps, and
-``E_i = sum_j p_ij (X_ij - Y_ij)``. ``G_ij`` is the gradient of ``X_ij``. Because ``Y_ij = X_ji``, a tile of X and one
+``E_i = sum_j p_ij (X_ij - Y_ij)``. ``G_ij`` is the gradient of ``X_ij``. Because ``Y_ij = X_ji``, one tile of X and one
 of Y hold all that both ``G_ij`` and ``G_ji`` need.
 
-STATE [SPLITS, 6, n]: what a split of the columns has seen so far: maximum of X, ``sum exp``, maximum of Y, ``sum exp``,
-``sum exp(X) (a_i . b_j - b_i . a_j)``, positive of X; X and Y in units of log 2. It can be carried from one chunk of
-columns to the next. STATS [3, n]: la, lc, E. COEF [6, n]: the factors of G, see ``coefficients_kernel``. PARTIAL
-[SPLITS, 2, n, BLOCK_D]: ``sum_j G_ij b_j`` and ``sum_j G_ji a_j``. BOUNDED: ``scale <= 40``, so that no maximum is
-subtracted and one exponential a similarity serves p and q and their transposes.
+STATE [SPLITS, 6, n]: six numbers per row, after the columns of a split that were seen so far: maximum of X,
+``sum exp``, maximum of Y, ``sum exp``, ``sum exp(X) (a_i . b_j - b_i . a_j)``, positive of X; both in units of log 2.
+STATE can be carried from one chunk of columns to the next. STATS [3, n]: la, lc, E. COEF [6, n]: the factors of G, see
+``coefficients_kernel``. PARTIAL [SPLITS, 2, n, BLOCK_D]: ``sum_j G_ij b_j`` and ``sum_j G_ji a_j``. BOUNDED: the scale
+is at most 40, so that no maximum is subtracted, and one exponential per similarity serves p and q and their transposes.
 
 All sums are taken in a fixed order: there are no atomics. Nothing is read back to the host.
 """
@@ -41,7 +41,7 @@ def forward_kernel(
     a = A_rows.load([row, 0])  # [BLOCK_M, BLOCK_D]
     b = B_rows.load([row, 0])
     tiles = split_tiles(split, tiles_per_split, n_cols, row + offset, BLOCK_M, BLOCK_N)
-    for turn in tl.static_range(2):
+    for turn in tl.static_range(2):  # all other tiles, then the edge
         low, high = loop_bounds(tiles, IS_EDGE=turn == 1)
         for index in range(low, high):
             start = first_column(index, tiles, BLOCK_N=BLOCK_N, IS_EDGE=turn == 1)
@@ -72,7 +72,7 @@ def backward_kernel(
     a = A_rows.load([row, 0])  # [BLOCK_M, BLOCK_D]
     b = B_rows.load([row, 0])
     tiles = split_tiles(split, tiles_per_split, n_cols, row + offset, BLOCK_M, BLOCK_N)
-    # The edge first: with its bounds alive during the other loop, that one spills.
+    # The edge comes first: the other loop spills if the edge's bounds stay alive during it.
     for turn in tl.static_range(2):
         low, high = loop_bounds(tiles, IS_EDGE=turn == 0)
         for index in range(low, high):

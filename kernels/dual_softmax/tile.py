@@ -1,6 +1,7 @@
 """Arithmetic of ``dual_softmax`` on one tile, shared by the streaming kernels and by those on matrix products.
 
-The names are those of the legend in streaming.py. ``state`` is STATE of a row-block, ``row_factors`` its COEF.
+The legend in streaming.py has the names. ``state`` is STATE of a row-block, ``row_factors`` is its COEF. IS_EDGE: the
+tile may hold columns that do not exist, and positives of these rows.
 """
 
 import triton
@@ -10,10 +11,7 @@ from fastkd.kernels.tiles import LN2, LOG2E
 
 @triton.jit
 def accumulate(X, Y, scale, state, offs_n, n_cols, positive, BOUNDED: tl.constexpr, IS_EDGE: tl.constexpr):
-    """The running state of a row-block after one more tile of cosines X, Y [BLOCK_M, BLOCK_N].
-
-    IS_EDGE: the tile may hold columns that do not exist, and positives of these rows.
-    """
+    """The state of a row-block after one more tile of cosines X, Y [BLOCK_M, BLOCK_N]."""
     mp, sp, mq, sq, se, xp = state
     d = X - Y
     X *= scale * LOG2E
@@ -78,7 +76,7 @@ def gradient(
     X, Y, COEF, stride_cn, offs_n, n_cols, positive, row_factors, scale,
     BOUNDED: tl.constexpr, IS_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """``G_ij`` and ``H_ij = G_ji`` of a tile of cosines X, Y [BLOCK_M, BLOCK_N]. IS_EDGE: as above."""
+    """``G_ij`` and ``H_ij = G_ji`` of a tile of cosines X, Y [BLOCK_M, BLOCK_N]."""
     ki, ri, xi, wi, lai, lci = row_factors
     X *= scale * LOG2E
     Y *= scale * LOG2E

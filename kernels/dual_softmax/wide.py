@@ -1,6 +1,6 @@
 """``dual_softmax`` of rows too wide for the streaming kernels: blocks of cosines by torch.mm, then one fused kernel.
 
-The names are those of the legend in streaming.py; SPLITS is 1. ``X``, ``Y`` hold one block of cosines [m, k].
+The legend in streaming.py has the names; SPLITS is 1. ``X``, ``Y`` hold one block of cosines [m, k].
 """
 
 import torch

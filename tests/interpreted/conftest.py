@@ -38,7 +38,7 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Elements of empty tensors that nothing writes show as NaN. The list holds an element per empty tensor made."""
+    """Elements of empty tensors that nothing writes show as NaN. Gives a list with the size of every tensor made."""
     made: list[int] = []
 
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
