@@ -1,13 +1,15 @@
-"""``dual_softmax`` on one set of inputs, for the tests in Triton's interpreter and on a GPU."""
+"""``dual_softmax`` on one set of inputs, for the tests in Triton's interpreter and on a GPU; see contrast_cases.py."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.functional.dcd import dcd_terms
+from tests.helpers import contrast_cases
 from tests.helpers.checks import embeddings
 
 BOUNDED, ONLINE = 40.0, math.inf
@@ -66,3 +68,10 @@ def dual_problem(
     consistency, max_scale = DUAL_MODES[mode]
     inputs = *(x.to(device) for x in embeddings(n, d, dtype=dtype)), torch.tensor(scale, device=device)
     return DualProblem(inputs, consistency, max_scale, weight, alpha)
+
+
+def any_problem(mode: str, n: int, d: int, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """The problem of a mode of dual_softmax or of contrast, with as many queries as keys."""
+    if mode in DUAL_MODES:
+        return dual_problem(mode, n, d, dtype, **options)
+    return contrast_cases.problem(mode, n, n, d, dtype, **options)

@@ -1,4 +1,4 @@
-"""What tests on a GPU share: the marker, fp32 precision, memory and synchronisation, CUDA graphs."""
+"""What tests on a GPU share: the marker, the precision of fp32 products, CUDA graphs."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
-
-from tests.helpers.checks import value_and_grads
 
 sanitizer = pytest.mark.sanitizer
 # (dtype, what torch.set_float32_matmul_precision is given): the setting concerns float32 alone.
@@ -30,23 +28,6 @@ def matmul_precision(precision: str) -> Iterator[torch.dtype | None]:
         yield torch.float16 if precision == "high" else None
     finally:
         torch.set_float32_matmul_precision("highest")
-
-
-def assert_linear_memory_without_synchronisation(
-    loss: Callable[..., Tensor], inputs: tuple[Tensor, ...], mib: int
-) -> None:
-    """A second forward and backward allocates less than ``mib`` MiB, and never waits for the device."""
-    value_and_grads(loss, *inputs)
-    leaves = [x.requires_grad_() for x in inputs]
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss(*leaves).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.max_memory_allocated() - before < mib * 2**20
 
 
 def assert_replays_from_a_cuda_graph(step: Callable[[], tuple[Tensor, ...]], leaf: Tensor, fresh: Tensor) -> None:

@@ -15,7 +15,7 @@ from fastkd.backends.triton import dual_softmax as dual_softmax_backend
 from tests.helpers.checks import assert_close, value_and_grads
 from tests.helpers.contrast_cases import MODES, NEEDS_PAIRS, check_against_definition
 from tests.helpers.contrast_cases import problem as contrast_problem
-from tests.helpers.dual_cases import DUAL_MODES, dual_problem
+from tests.helpers.dual_cases import DUAL_MODES, any_problem, dual_problem
 
 LOW = (torch.float32, torch.float16)
 WEIGHT = torch.tensor([0.0, 5.0, 1.0])
@@ -33,12 +33,6 @@ CONTRAST_CASES = [
 ]
 
 
-def problem(mode: str, n: int, d: int, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    if mode in DUAL_MODES:
-        return dual_problem(mode, n, d, dtype, **options)
-    return contrast_problem(mode, n, n, d, dtype, **options)
-
-
 @pytest.mark.parametrize("kernel", [dual_softmax.forward_kernel, contrast.forward_kernel])
 def test_the_kernels_are_interpreted(kernel: object) -> None:
     """What follows would also hold for a backend that fell back to another: these kernels must have run."""
@@ -53,7 +47,7 @@ def test_value_and_gradients(
 ) -> None:
     if d == 40:
         monkeypatch.setattr("fastkd.kernels.normalize.BLOCK_ELEMENTS", 32)  # a row is several pieces
-    check_against_definition(problem(mode, n, d, dtype) if n == N else contrast_problem(mode, n, N, d, dtype))
+    check_against_definition(any_problem(mode, n, d, dtype) if n == N else contrast_problem(mode, n, N, d, dtype))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +60,7 @@ def test_value_and_gradients(
 )
 def test_a_scale_that_needs_the_running_maximum(mode: str, dtype: torch.dtype, route: str) -> None:
     # exp(120) overflows float32. Few dimensions, so that the softmax does not saturate.
-    check_against_definition(problem(mode, 50 if mode in DUAL_MODES else 35, 6, dtype, scale=120.0))
+    check_against_definition(any_problem(mode, 50 if mode in DUAL_MODES else 35, 6, dtype, scale=120.0))
 
 
 @pytest.mark.parametrize("mode", ["dcd bounded", "index"])
@@ -74,7 +68,7 @@ def test_wide_rows_go_through_matrix_products(mode: str, monkeypatch: pytest.Mon
     for streaming in (dual_softmax, contrast):
         monkeypatch.setattr(streaming, "running_statistics", None)
         monkeypatch.setattr(streaming, "gradient_sums", None)
-    check_against_definition(problem(mode, 35, 300, torch.float16))
+    check_against_definition(any_problem(mode, 35, 300, torch.float16))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +76,7 @@ def test_wide_rows_go_through_matrix_products(mode: str, monkeypatch: pytest.Mon
     [("dcd bounded", 1), ("dcd bounded", 20), ("dcd online", 1), ("dcd online", 20), ("index", 20), ("self label", 20)],
 )
 def test_one_row_has_no_negatives(mode: str, d: int, route: str) -> None:
-    p = problem(mode, 1, d)
+    p = any_problem(mode, 1, d)
     # Zero but for the rounding of numbers near the scale.
     assert all(x.abs().max() <= 1e-5 for x in value_and_grads(p.kernel, *p.inputs))
 
@@ -101,13 +95,13 @@ def test_weights_and_upstream_of_contrast(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["dcd bounded", "self label"])
 def test_weights_far_above_one_do_not_overflow_half_precision(mode: str) -> None:
     weight = torch.tensor([0.0, 1e4, 1.0]).repeat(12)[:35]
-    check_against_definition(problem(mode, 35, 20, torch.float16, scale=8.0, weight=weight))
+    check_against_definition(any_problem(mode, 35, 20, torch.float16, scale=8.0, weight=weight))
 
 
 @pytest.mark.parametrize("upstream", [0.0, 1e-6, 1e4])
 @pytest.mark.parametrize("mode", ["dcd bounded", "index"])
 def test_small_and_large_upstream_gradients_survive_half_precision(mode: str, upstream: float) -> None:
-    p = problem(mode, 40 if mode in DUAL_MODES else 20, 16, torch.float16)
+    p = any_problem(mode, 40 if mode in DUAL_MODES else 20, 16, torch.float16)
     one, other = value_and_grads(p.kernel, *p.inputs), value_and_grads(p.kernel, *p.inputs, upstream=upstream)
     assert other[3].item() == pytest.approx(upstream * one[3].item(), rel=1e-4)
     # fp16 gradients of 1e-8 are subnormal: compare where the output format can hold them.
@@ -129,7 +123,7 @@ def test_small_and_large_upstream_gradients_survive_half_precision(mode: str, up
 )
 @pytest.mark.parametrize("wanted", [0, 1, 2])
 def test_frozen_inputs_change_nothing_for_the_others(wanted: int, mode: str, route: str) -> None:
-    p = problem(mode, 20, 10, scale=4.0 if mode in DUAL_MODES else 8.0)
+    p = any_problem(mode, 20, 10, scale=4.0 if mode in DUAL_MODES else 8.0)
     full = value_and_grads(p.kernel, *p.inputs)
     inputs = [x.clone() for x in p.inputs]
     inputs[wanted].requires_grad_()
@@ -154,14 +148,14 @@ def test_columns_split_over_programs(mode: str, splits: int, monkeypatch: pytest
     # 35 columns are three tiles: with seven splits some are empty, with two one is longer.
     asked = []
     monkeypatch.setattr(tiles, "column_splits", lambda *args: asked.append(args) or splits)
-    p = problem(mode, 35, 20)
+    p = any_problem(mode, 35, 20)
     check_against_definition(p)
     assert len(asked) == (2 if mode in DUAL_MODES else len(p.inputs))
 
 
 @pytest.mark.parametrize("mode", ["dcd bounded", "dcd online", "index"])
 def test_gradients_of_rows_rounded_to_tf32(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    p = problem(mode, 35, 20)
+    p = any_problem(mode, 35, 20)
     exact = value_and_grads(p.kernel, *p.inputs)
     for module, name in ((dual_softmax_backend, "unit_rows"), (contrast_backend, "vectors")):
         make = getattr(module, name)
@@ -201,7 +195,7 @@ def hard_inputs() -> dict[str, tuple[Tensor, Tensor]]:
     indirect=["route"],
 )
 def test_hard_inputs_give_finite_results(mode: str, case: str, scale: float, route: str) -> None:
-    p = problem(mode, 18, 6)
+    p = any_problem(mode, 18, 6)
     inputs = hard_inputs()[case][: len(p.inputs) - 1]
     results = value_and_grads(p.kernel, *inputs, torch.tensor(scale))
     assert all(x.isfinite().all() for x in results)
@@ -213,7 +207,7 @@ def test_hard_inputs_give_finite_results(mode: str, case: str, scale: float, rou
 @pytest.mark.parametrize("case", ["zero_rows", "huge", "tiny", "opposite"])
 @pytest.mark.parametrize("mode", ["dcd bounded", "dcd online"])
 def test_hard_inputs_have_the_definition_s_gradients(case: str, mode: str) -> None:
-    p = problem(mode, 18, 6)
+    p = any_problem(mode, 18, 6)
     inputs = *hard_inputs()[case], torch.tensor(5.0)
     exact = value_and_grads(p.definition, *(x.double() for x in inputs))
     for a, e in zip(value_and_grads(p.kernel, *inputs), exact, strict=True):
@@ -227,7 +221,7 @@ def test_collapsed_and_opposite_rows(operation: str, dtype: torch.dtype, scale: 
     """Every similarity is near -scale: a padded column, at similarity 0, would outweigh them all."""
     student, other = torch.eye(20, dtype=dtype)[:2]
     teacher = -0.9 * student + 0.4 * other
-    p = problem("index" if operation == "contrast" else "dcd online" if scale > 40 else "dcd bounded", n, 20, dtype)
+    p = any_problem("index" if operation == "contrast" else "dcd online" if scale > 40 else "dcd bounded", n, 20, dtype)
     size = n if operation == "contrast" else 1  # a sum over the rows, not a mean
     results = value_and_grads(p.kernel, student.repeat(n, 1), teacher.repeat(n, 1), torch.tensor(scale))
     assert results[0] == pytest.approx(size * math.log(n), abs=1e-4 * size)
@@ -239,7 +233,7 @@ def test_collapsed_and_opposite_rows(operation: str, dtype: torch.dtype, scale: 
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("mode", ["dcd bounded", "dcd online", "index"])
 def test_one_bad_element_makes_the_loss_bad(mode: str, side: int, bad: float, route: str) -> None:
-    p = problem(mode, 20, 6, scale=3.0)
+    p = any_problem(mode, 20, 6, scale=3.0)
     inputs = [x.clone() for x in p.inputs]
     inputs[side][3, :2] = torch.tensor([0.0, bad])
     assert not p.kernel(*inputs).isfinite()
@@ -247,7 +241,7 @@ def test_one_bad_element_makes_the_loss_bad(mode: str, side: int, bad: float, ro
 
 @pytest.mark.parametrize("mode", ["dcd bounded", "dcd online", *MODES])
 def test_every_element_of_an_empty_tensor_is_written(mode: str, route: str, request: pytest.FixtureRequest) -> None:
-    p = problem(mode, 37 if mode in DUAL_MODES else 18, 7)
+    p = any_problem(mode, 37 if mode in DUAL_MODES else 18, 7)
     expected = value_and_grads(p.kernel, *p.inputs)
     made = request.getfixturevalue("poison")
     actual = value_and_grads(p.kernel, *p.inputs)
@@ -258,7 +252,7 @@ def test_every_element_of_an_empty_tensor_is_written(mode: str, route: str, requ
 
 @pytest.mark.parametrize("mode", ["dcd bounded", "masked, given index"])
 def test_inputs_are_left_bitwise_unchanged(mode: str) -> None:
-    p = problem(mode, 20, 8, weight=torch.rand(20))
+    p = any_problem(mode, 20, 8, weight=torch.rand(20))
     names = ("query_labels", "key_labels", "positive_index")
     others = [p.weight, *(getattr(p, name) for name in names if hasattr(p, name))]
     given = [*(x.requires_grad_() for x in p.inputs), *others]
@@ -269,7 +263,7 @@ def test_inputs_are_left_bitwise_unchanged(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["dcd bounded", "masked, given index"])
 def test_compiles_as_one_graph(mode: str) -> None:
-    p = problem(mode, 20, 6)
+    p = any_problem(mode, 20, 6)
     compiled = torch.compile(p.kernel, fullgraph=True, backend="aot_eager")
     for a, e in zip(value_and_grads(compiled, *p.inputs), value_and_grads(p.kernel, *p.inputs), strict=True):
         assert torch.equal(a, e)
