@@ -169,7 +169,7 @@ _INTERPRETER: _Lines = {
 }
 
 
-def _table(*parts: _Lines) -> dict[Entry, LaunchConfig]:
+def table_of(*parts: _Lines) -> dict[Entry, LaunchConfig]:
     """The entries of all parts; a later part replaces what an earlier one says."""
     table = {}
     for part in parts:
@@ -181,11 +181,11 @@ def _table(*parts: _Lines) -> dict[Entry, LaunchConfig]:
 
 
 TABLE = {
-    "sm_80": _table(_SM80, _SOFT_TARGET),
-    "sm_90": _table(_SM90, _SOFT_TARGET),
-    "sm_100": _table(_SM90, _SM100, _SOFT_TARGET),
-    "gfx942": _table(_GFX942, _SOFT_TARGET),
-    "interpreter": _table(_INTERPRETER),
+    "sm_80": table_of(_SM80, _SOFT_TARGET),
+    "sm_90": table_of(_SM90, _SOFT_TARGET),
+    "sm_100": table_of(_SM90, _SM100, _SOFT_TARGET),
+    "gfx942": table_of(_GFX942, _SOFT_TARGET),
+    "interpreter": table_of(_INTERPRETER),
 }
 
 
