@@ -6,12 +6,7 @@ from torch import Tensor
 
 from tests.helpers.checks import assert_close, value_and_grads
 from tests.helpers.contrast_cases import MODES, NEEDS_PAIRS, Problem, check_against_definition, problem
-from tests.helpers.gpu import (
-    LOW_PRECISIONS,
-    gpu,
-    matmul_precision,
-    sanitizer,
-)
+from tests.helpers.gpu import LOW_PRECISIONS, gpu, matmul_precision, sanitizer
 
 pytest.importorskip("triton")
 

@@ -7,12 +7,7 @@ from torch import Tensor
 from tests.helpers.checks import assert_close, value_and_grads
 from tests.helpers.contrast_cases import check_against_definition
 from tests.helpers.dual_cases import DualProblem, dual_problem
-from tests.helpers.gpu import (
-    PRECISIONS,
-    gpu,
-    matmul_precision,
-    sanitizer,
-)
+from tests.helpers.gpu import PRECISIONS, gpu, matmul_precision, sanitizer
 
 pytest.importorskip("triton")
 
