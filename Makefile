@@ -8,17 +8,14 @@ BIN := .venv/bin
 PY := $(BIN)/python
 SETUP := $(if $(filter command,$(origin BIN) $(origin PY)),,setup)
 
-KERNEL_TESTS := tests/interpreted tests/ranks/test_pack.py
-GPU_TESTS := $(KERNEL_TESTS) tests/ranks/test_exchange.py
-# Small cases of every operation: compute-sanitizer makes a kernel tens of times slower.
-DUAL_CASES := gpu_equals_the_definition and highest and (63-16 or 129-128)
-SOFT_CASES := definition_on_a_gpu and 3.0 and (64-10- or 33-1001)
-CONTRAST_CASES := contrast_on_a_gpu and 129-128 and (bfloat16 or float32 or tf32)
-POOL_CASES := definition_on_a_gpu and (one-tile or rectangular) and (bfloat16 or float32)
-SANITIZED := ($(DUAL_CASES)) or ($(CONTRAST_CASES)) or ($(SOFT_CASES)) or ($(POOL_CASES)) or 131069-1 or packs_on_a_gpu
+# Tests run side by side, each process on one thread: `make test WORKERS=8` where there are eight cores.
+WORKERS ?= 2
+PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal
+
+GPU_TESTS := tests/gpu tests/ranks/test_pack.py tests/ranks/test_exchange.py tests/operations/test_contract.py
 SANITIZER := compute-sanitizer --report-api-errors no --error-exitcode 1
 
-.PHONY: help setup ext ext-cuda demo demo-ddp soak test lint format bench bench-scale aot gpu-test gpu-bench gpu-ready clean
+.PHONY: help setup ext ext-cuda demo demo-ddp soak test test-fast lint format bench bench-scale aot gpu-test gpu-bench gpu-ready clean
 
 .DEFAULT_GOAL := setup
 
@@ -58,9 +55,15 @@ demo-ddp: $(SETUP)
 soak: $(SETUP)
 	$(PY) -m tests.helpers.imagenet_like soak --kills 20
 
-## Runs the tests.
+# The tests in Triton's interpreter need its variable, and the others must not have it.
+## Runs all tests.
 test: $(SETUP)
-	$(PY) -m pytest
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreted
+
+## Runs the tests that do not take seconds, and leaves out the interpreter's: less than 90 seconds on two cores.
+test-fast: $(SETUP)
+	$(PYTEST) -m "not slow"
 
 ## Runs ruff (lint and format) and mypy.
 lint: $(SETUP)
@@ -85,7 +88,8 @@ bench-scale: $(SETUP)
 aot: $(SETUP)
 	$(PY) -m bench.aot
 
-# The sanitizer comes last, so that a machine without a usable one still shows what the tests found.
+# The sanitizer comes last, so that a machine without a usable one still shows what the tests found. It makes a kernel
+# tens of times slower, so it repeats only small cases of every operation, which the tests mark.
 ## Runs the tests that need a GPU, then small cases under compute-sanitizer.
 gpu-test: gpu-ready
 	$(PY) -m pytest -m gpu $(GPU_TESTS)
@@ -94,7 +98,7 @@ gpu-test: gpu-ready
 	@$(SANITIZER) $(PY) -c 'import torch; torch.ones(8, device="cuda").sum().item()' || \
 		{ echo "gpu-test: the tests passed; the sanitizer step fails: compute-sanitizer refuses this device or its driver"; exit 1; }
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) \
-		$(PY) -m pytest -m gpu --timeout 1800 $(KERNEL_TESTS) -k "$(SANITIZED)"
+		$(PY) -m pytest -m sanitizer --timeout 1800 $(GPU_TESTS)
 
 ## Measures the losses on a GPU against eager code, torch.compile and installed peers, into bench/results.
 gpu-bench: gpu-ready

@@ -3,9 +3,9 @@
     python -m bench.tune [--entries backward:2:128:bounded soft_target ...] [--seconds 540] [--rows 32768]
     python -m bench.tune --list         # the search space, on any machine
 
-An entry is kernel:bytes an element:width:mode, where mode is bounded or online, for soft_target its place in the row;
---entries takes any part of the kernel's name and may leave out what follows. Rows of 128 come first. Ends at --seconds
-or a signal, and then too prints what it has found; what was not searched stays as it is.
+An entry is kernel:bytes per element:width:mode. The mode is bounded or online, and for soft_target the entry's place
+among those of its kernel. --entries takes any part of the kernel's name and may leave out what follows. Rows of 128
+come first. The search ends at --seconds or at a signal, and prints what it has found; the rest stays as it is.
 
 Candidates are compiled in parallel, and left out where they spill or need more shared memory than the hardware has.
 ``ctas_per_sm`` is what the compiled code lets a multiprocessor hold. An entry that no candidate beats by two percent
@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -39,21 +40,24 @@ WIDEST_CLASSES = 1 << 17  # what the last entry of soft_target is measured at
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of the table. ``index``: BOUNDED or not for dual_softmax, the place in the row for soft_target."""
+    """One entry of the table. ``width``: of the rows it is measured with. ``mode``: bounded or online, or the place."""
 
-    kernel: str
-    itemsize: int
-    block_d: int
-    index: int
+    key: launch.Entry
+    width: int
+    mode: str
+
+    @property
+    def kernel(self) -> str:
+        return self.key.kernel
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.itemsize == 2 else torch.float32
+        """Entries of soft_target serve every dtype and are measured in bf16."""
+        return torch.float32 if self.key.itemsize == 4 else torch.bfloat16
 
     @property
     def name(self) -> str:
-        mode = ("bounded", "online")[self.index] if self.kernel in DUAL else self.index
-        return f"{self.kernel}:{self.itemsize}:{self.block_d}:{mode}"
+        return f"{self.kernel}:{self.dtype.itemsize}:{self.width}:{self.mode}"
 
     def matches(self, pattern: str) -> bool:
         (kernel, *own), (wanted, *rest) = self.name.split(":"), pattern.split(":")
@@ -61,14 +65,14 @@ class Entry:
 
 
 def entries(hardware: str, kernels: tuple[str, ...]) -> Iterator[tuple[Entry, LaunchConfig]]:
-    """The table's entries with what they are now. soft_target's serve every dtype and are measured in bf16."""
-    for kernel, itemsize, block_d, bounded, config in launch.entries(hardware):
-        if kernel in kernels:
-            yield Entry(kernel, itemsize, block_d, 0 if bounded else 1), config
-    for kernel in SOFT:
-        if kernel in kernels:
-            for index, config in enumerate(launch.soft_target_entries(kernel, hardware)):
-                yield Entry(kernel, 2, config.BLOCK_N, index), config
+    """The table's entries of these kernels, with what they are now."""
+    places: Counter[str] = Counter()
+    for key, config in launch.TABLE[hardware].items():
+        if key.kernel in DUAL and key.kernel in kernels:
+            yield Entry(key, key.width, "bounded" if key.bounded else "online"), config
+        if key.kernel in SOFT and key.kernel in kernels:
+            yield Entry(key, config.BLOCK_N, str(places[key.kernel])), config
+            places[key.kernel] += 1
 
 
 def plan(hardware: str, patterns: list[str] | None) -> list[tuple[Entry, LaunchConfig]]:
@@ -76,7 +80,7 @@ def plan(hardware: str, patterns: list[str] | None) -> list[tuple[Entry, LaunchC
 
     def rank(pair: tuple[Entry, LaunchConfig]) -> tuple[int, int]:
         entry = pair[0]
-        return (1 if entry.kernel in SOFT else 0 if entry.block_d == 128 else 2), entry.itemsize
+        return (1 if entry.kernel in SOFT else 0 if entry.width == 128 else 2), entry.dtype.itemsize
 
     found = [
         (entry, config)
@@ -97,24 +101,15 @@ def candidates(entry: Entry, current: LaunchConfig) -> list[LaunchConfig]:
             if m >= n
         ]
     else:
-        # A tile of the forward has to hold the row, but for that of the last entry.
-        is_bound = entry.kernel == SOFT[0] and not _is_last(entry)
+        # A tile of the forward has to hold the row, except in the last entry.
+        is_bound = entry.kernel == SOFT[0] and entry.key.width > 0
         widths = (current.BLOCK_N,) if is_bound or current.BLOCK_N < 1024 else (1024, 2048, 4096)
         space = [
             LaunchConfig(m, n, warps, 1)
             for m, n, warps in itertools.product((1, 2, 4, 8, 16, 32), widths, (1, 2, 4, 8, 16))
-            if 128 * warps <= m * n <= 2048 * warps  # 4 to 64 elements a thread
+            if 128 * warps <= m * n <= 2048 * warps  # 4 to 64 elements per thread
         ]
     return [current, *(config for config in space if _shape(config) != _shape(current))]
-
-
-def _is_last(entry: Entry) -> bool:
-    return entry.index == len(launch._SOFT_TARGET[entry.kernel]) - 1
-
-
-def _row(entry: Entry) -> tuple[str, int, int]:
-    """Which row of the table holds the entry."""
-    return (entry.kernel, entry.itemsize, entry.block_d) if entry.kernel in DUAL else (entry.kernel, 0, 0)
 
 
 def _shape(config: LaunchConfig) -> LaunchConfig:
@@ -124,14 +119,15 @@ def _shape(config: LaunchConfig) -> LaunchConfig:
 @contextlib.contextmanager
 def table_with(hardware: str, entry: Entry, config: LaunchConfig) -> Iterator[None]:
     """The launch table with one entry exchanged."""
-    table: dict = launch._TABLE[hardware] if entry.kernel in DUAL else launch._SOFT_TARGET
-    key = (entry.kernel, entry.itemsize, entry.block_d) if entry.kernel in DUAL else entry.kernel
-    row = table[key]
-    table[key] = (*row[: entry.index], config, *row[entry.index + 1 :])
+    table = launch.TABLE[hardware]
+    before = table[entry.key]
+    table[entry.key] = config
+    launch.launch_config.cache_clear()
     try:
         yield
     finally:
-        table[key] = row
+        table[entry.key] = before
+        launch.launch_config.cache_clear()
 
 
 def compiled(hardware: str, entry: Entry, config: LaunchConfig) -> LaunchConfig | None:
@@ -153,17 +149,12 @@ def compiled(hardware: str, entry: Entry, config: LaunchConfig) -> LaunchConfig 
 def _compiles(job: object, entry: Entry, config: LaunchConfig) -> bool:
     """Whether an ahead-of-time job is one of this entry."""
     name, constants = str(job.name), job.constants  # type: ignore[attr-defined]
-    dtype = "bf16" if entry.itemsize == 2 else "fp32"
-    if not name.startswith(f"{entry.kernel} {dtype}"):
+    if not name.startswith(f"{entry.kernel} {'fp32' if entry.dtype == torch.float32 else 'bf16'}"):
         return False
     if entry.kernel in DUAL:
-        mode = "online" if entry.index else "bounded"
-        return f" D={entry.block_d} {mode}" in name
-    return (constants["BLOCK_M"], constants["BLOCK_N"], job.num_warps) == (  # type: ignore[attr-defined]
-        config.BLOCK_M,
-        config.BLOCK_N,
-        config.num_warps,
-    )
+        return f" D={entry.width} {entry.mode}" in name
+    tile = constants["BLOCK_M"], constants["BLOCK_N"], job.num_warps  # type: ignore[attr-defined]
+    return tile == (config.BLOCK_M, config.BLOCK_N, config.num_warps)
 
 
 def step_of(entry: Entry, rows: int, device: torch.device) -> Callable[[], object]:
@@ -171,7 +162,7 @@ def step_of(entry: Entry, rows: int, device: torch.device) -> Callable[[], objec
     if entry.kernel in SOFT:
         from fastkd.kernels import soft_target
 
-        classes = WIDEST_CLASSES if _is_last(entry) else entry.block_d
+        classes = entry.key.width or WIDEST_CLASSES
         n = LOGITS // classes
         x, y = (torch.randn(n, classes, device=device, dtype=entry.dtype) for _ in range(2))
         labels = torch.randint(classes, (n,), device=device)
@@ -185,9 +176,9 @@ def step_of(entry: Entry, rows: int, device: torch.device) -> Callable[[], objec
     from fastkd.kernels.dual_softmax import per_row as dual_softmax_rows
     from fastkd.kernels.dual_softmax import streaming as dual_softmax
 
-    x, y = (torch.randn(rows, entry.block_d, device=device, dtype=entry.dtype) for _ in range(2))
-    units, _ = normalize.unit_rows(x, y, width=entry.block_d)
-    scale, bounded = torch.tensor(10.0, device=device), entry.index == 0
+    x, y = (torch.randn(rows, entry.width, device=device, dtype=entry.dtype) for _ in range(2))
+    units, _ = normalize.unit_rows(x, y, width=entry.width)
+    scale, bounded = torch.tensor(10.0, device=device), entry.mode == "bounded"
 
     def forward() -> torch.Tensor:
         return dual_softmax.running_statistics(units, units, scale, offset=0, bounded=bounded)
@@ -217,22 +208,24 @@ def line_of(config: LaunchConfig) -> str:
 
 
 def lines_of(found: dict[Entry, LaunchConfig]) -> Iterator[str]:
-    """The entries to paste, a row a line."""
-    rows: dict[tuple[str, int, int], list[LaunchConfig]] = {}
-    for entry, config in sorted(found.items(), key=lambda pair: (pair[0].kernel, pair[0].index)):
-        rows.setdefault(_row(entry), []).append(config)
-    for (kernel, itemsize, block_d), configs in sorted(rows.items()):
-        if kernel in SOFT:
-            yield f'"{kernel}": ({", ".join(line_of(config) for config in configs)}),'
-        else:
-            name = "_FORWARD" if kernel == DUAL[0] else "_BACKWARD"
-            same = len(set(configs)) == 1 and len(configs) == 2
-            value = f"_both({line_of(configs[0])})" if same else f"({', '.join(line_of(c) for c in configs)})"
-            yield f"({name}, {itemsize}, {block_d}): {value},"
+    """The entries to paste, in the table's own words: one line where both modes are alike."""
+    kernels: dict[str, dict[tuple[int, int], dict[bool | None, LaunchConfig]]] = {}
+    for entry, config in found.items():
+        kernel, itemsize, width, bounded = entry.key
+        kernels.setdefault(kernel, {}).setdefault((itemsize, width), {})[bounded] = config
+    for kernel, rows in kernels.items():
+        yield f'"{kernel}": {{'
+        for (itemsize, width), modes in rows.items():
+            config, *others = modes.values()
+            if None in modes or [config] == others:
+                yield f"    ({itemsize}, {width}): {line_of(config)},"
+            else:
+                yield from (f"    ({itemsize}, {width}, {mode}): {line_of(x)}," for mode, x in modes.items())
+        yield "},"
 
 
 def prepare(hardware: str, entry: Entry, candidate: LaunchConfig, rows: int) -> LaunchConfig | None:
-    """In a worker: as :func:`compiled`, and what a launch compiles is in Triton's cache for whoever times it."""
+    """In a worker: what :func:`compiled` gives. Triton's cache then holds what a launch of it needs."""
     config = compiled(hardware, entry, candidate)
     if config is not None and torch.cuda.is_available():
         with table_with(hardware, entry, config):
@@ -244,7 +237,7 @@ def prepare(hardware: str, entry: Entry, candidate: LaunchConfig, rows: int) -> 
 
 @dataclass(frozen=True)
 class Search:
-    """Where and how long; ``each``: seconds of measurement a candidate."""
+    """Where to search, and for how long. ``each``: seconds of measurement per candidate."""
 
     hardware: str
     device: torch.device
@@ -300,8 +293,9 @@ class Search:
                 else:
                     found[entry] = config
         finally:
-            keys = {_row(entry) for entry in found}
-            whole = {entry: config for entry, config in entries(self.hardware, (*DUAL, *SOFT)) if _row(entry) in keys}
+            keys = {entry.key[:3] for entry in found}  # with both modes, of which one may not have been searched
+            table = entries(self.hardware, (*DUAL, *SOFT))
+            whole = {entry: config for entry, config in table if entry.key[:3] in keys}
             print(f"\n# Measured by python -m bench.tune on {gpu_report.hardware(self.device)}.")
             print(*lines_of(whole | found), sep="\n", flush=True)
 
@@ -311,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--entries", nargs="+", metavar="PATTERN", help="such as backward:2:128:bounded; default: all")
     parser.add_argument("--rows", type=int, default=32768)
     parser.add_argument("--seconds", type=float, default=540, help="of the whole search")
-    parser.add_argument("--each", type=float, default=0.1, help="seconds of measurement a candidate")
+    parser.add_argument("--each", type=float, default=0.1, help="seconds of measurement per candidate")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="that compile")
     parser.add_argument("--list", action="store_true", help="print the search space and stop")
     parser.add_argument("--hardware", choices=launch.HARDWARE[:-1], default="sm_90", help="whose entries --list shows")
@@ -329,7 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
         for entry, current in work:
             print(entry.name, *(line_of(config) for config in candidates(entry, current)), sep="\n    ")
         return 0
-    from bench.aot import dual_softmax as aot  # noqa: F401  # names the cache that the workers fill
+    import bench.aot  # noqa: F401  # names the cache that the workers fill
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # spawn: a process that was forked cannot use CUDA.

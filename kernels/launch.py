@@ -1,25 +1,30 @@
 """The launch table: which tile sizes, warps and stages a kernel gets, by hardware. No search happens at run time.
 
-Where it was filled: every entry was chosen from ahead-of-time compilation (``python -m bench.aot``: no spill, shared
-memory within the limit, warpgroup matrix instructions on sm_90). None has been measured yet.
+Every entry was chosen from ahead-of-time compilation (``python -m bench.aot``): no spills, shared memory within the
+limit, warpgroup matrix instructions on sm_90. None has been measured yet; ``python -m bench.tune`` measures on a GPU.
 
-An entry is a pure function of (kernel, element size, padded D, BOUNDED, hardware); ``contrast`` has no BOUNDED.
-``sm_80`` entries stay below 99 KiB of shared memory, so that they also fit consumer cards of compute capability 8.6 and
-8.9, which use them. So do 12.x, where those of ``dual_softmax`` spill: there they run only if asked for.
+``sm_80`` entries stay below 99 KiB of shared memory, so that consumer cards of compute capability 8.6 and 8.9 use them
+too. Cards of compute capability 12.x also use them; there ``dual_softmax`` spills, and runs only if it is asked for.
 """
 
 import functools
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 HARDWARE = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
+STREAMING = ("dual_softmax_forward", "dual_softmax_backward", "contrast_forward", "contrast_backward", "contrast_self")
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """ctas_per_sm: how many programs the compiled code lets a multiprocessor hold. apart: one launch a side."""
+    """How a kernel is launched.
+
+    ``ctas_per_sm``: how many programs of the compiled code a multiprocessor can hold. ``apart``: the gradients of the
+    two sides get a launch each, because one launch for both would spill.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
@@ -29,200 +34,186 @@ class LaunchConfig:
     apart: bool = False
 
 
-# (kernel, bytes an element, padded D): (BOUNDED, not BOUNDED), or one entry for both. Rows of 16 and 32 use that of 64.
-_Entries = dict[tuple[str, int, int], tuple[LaunchConfig, LaunchConfig]]
-_FORWARD, _BACKWARD = "dual_softmax_forward", "dual_softmax_backward"
+class Entry(NamedTuple):
+    """What a line of the table is for: a kernel, its dtype's size, the widest row it holds, and BOUNDED.
+
+    ``itemsize`` 0: every dtype. ``width``: padded D, or the number of classes; 0: rows of any width.
+    ``bounded``: None for kernels that have no BOUNDED.
+    """
+
+    kernel: str
+    itemsize: int = 0
+    width: int = 0
+    bounded: bool | None = None
 
 
-def _both(config: LaunchConfig) -> tuple[LaunchConfig, LaunchConfig]:
-    return config, config
+# {kernel: {(bytes per element, width): config}}. A key of dual_softmax may have BOUNDED as its third part; without it,
+# the entry is for both. contrast_self is the backward of queries that are contrasted with themselves.
+_Lines = dict[str, dict[Any, LaunchConfig]]
 
 
-_SM80: _Entries = {
-    (_FORWARD, 2, 64): _both(LaunchConfig(64, 32, 8, 2)),
-    (_FORWARD, 2, 128): _both(LaunchConfig(64, 32, 8, 2)),
-    (_FORWARD, 4, 64): _both(LaunchConfig(32, 16, 8, 1)),
-    (_FORWARD, 4, 128): _both(LaunchConfig(32, 16, 8, 1)),
-    (_BACKWARD, 2, 64): _both(LaunchConfig(32, 32, 8, 2)),
-    (_BACKWARD, 2, 128): _both(LaunchConfig(32, 32, 8, 2)),
-    (_BACKWARD, 4, 64): _both(LaunchConfig(32, 32, 8, 2)),
-    (_BACKWARD, 4, 128): _both(LaunchConfig(32, 16, 8, 1)),
+def _by_size(two: LaunchConfig, four: LaunchConfig) -> dict[Any, LaunchConfig]:
+    """One config for 16-bit rows of 64 and 128 elements, and one for 32-bit rows."""
+    return {(2, 64): two, (2, 128): two, (4, 64): four, (4, 128): four}
+
+
+_SM80: _Lines = {
+    "dual_softmax_forward": _by_size(LaunchConfig(64, 32, 8, 2), LaunchConfig(32, 16, 8, 1)),
+    "dual_softmax_backward": {
+        **_by_size(LaunchConfig(32, 32, 8, 2), LaunchConfig(32, 32, 8, 2)),
+        (4, 128): LaunchConfig(32, 16, 8, 1),
+    },
+    "contrast_forward": _by_size(LaunchConfig(64, 32, 8, 2), LaunchConfig(32, 32, 8, 2)),
+    "contrast_backward": _by_size(LaunchConfig(64, 32, 8, 2), LaunchConfig(32, 32, 8, 2)),
+    "contrast_self": {
+        **_by_size(LaunchConfig(64, 32, 8, 2), LaunchConfig(32, 32, 8, 2)),
+        (2, 128): LaunchConfig(32, 32, 8, 2),
+    },
+    "multiscale_pool": {(0, 0): LaunchConfig(32, 64, 8, 1)},
 }
-_SM90: _Entries = {
-    (_FORWARD, 2, 64): _both(LaunchConfig(128, 64, 8, 2, ctas_per_sm=2)),
-    (_FORWARD, 2, 128): _both(LaunchConfig(128, 64, 8, 2)),
-    (_FORWARD, 2, 256): _both(LaunchConfig(128, 32, 8, 2)),
-    (_FORWARD, 4, 64): _both(LaunchConfig(128, 64, 8, 2)),
-    (_FORWARD, 4, 128): _both(LaunchConfig(128, 32, 8, 2)),
-    (_BACKWARD, 2, 64): _both(LaunchConfig(64, 64, 4, 2, ctas_per_sm=2)),
-    (_BACKWARD, 2, 128): (
-        LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
-        LaunchConfig(64, 64, 4, 2, ctas_per_sm=2, apart=True),
-    ),
-    (_BACKWARD, 2, 256): _both(LaunchConfig(64, 16, 4, 2, ctas_per_sm=2, apart=True)),
-    (_BACKWARD, 4, 64): _both(LaunchConfig(64, 32, 4, 2, ctas_per_sm=2)),
-    (_BACKWARD, 4, 128): _both(LaunchConfig(128, 32, 8, 2, apart=True)),
+_SM90: _Lines = {
+    "dual_softmax_forward": {
+        (2, 64): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
+        (2, 128): LaunchConfig(128, 64, 8, 2),
+        (2, 256): LaunchConfig(128, 32, 8, 2),
+        (4, 64): LaunchConfig(128, 64, 8, 2),
+        (4, 128): LaunchConfig(128, 32, 8, 2),
+    },
+    "dual_softmax_backward": {
+        (2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+        (2, 128, True): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+        (2, 128, False): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2, apart=True),
+        (2, 256): LaunchConfig(64, 16, 4, 2, ctas_per_sm=2, apart=True),
+        (4, 64): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
+        (4, 128): LaunchConfig(128, 32, 8, 2, apart=True),
+    },
+    "contrast_forward": {
+        (2, 64): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
+        (2, 128): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
+        (2, 256): LaunchConfig(128, 64, 8, 2),
+        (4, 64): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
+        (4, 128): LaunchConfig(128, 64, 8, 2),
+    },
+    "contrast_backward": {
+        (2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=3),
+        (2, 128): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+        (2, 256): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
+        (4, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+        (4, 128): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
+    },
+    "contrast_self": {
+        (2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+        (2, 128): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+        (2, 256): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
+        (4, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+        (4, 128): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
+    },
+    "multiscale_pool": {(0, 0): LaunchConfig(64, 64, 8, 1)},
 }
-_SM100: _Entries = _SM90 | {
-    (_FORWARD, 2, 64): _both(LaunchConfig(64, 64, 4, 2, ctas_per_sm=3)),
-    (_FORWARD, 2, 128): _both(LaunchConfig(64, 64, 4, 2, ctas_per_sm=2)),
-    (_FORWARD, 2, 256): _both(LaunchConfig(64, 64, 4, 2)),
-    (_FORWARD, 4, 64): _both(LaunchConfig(64, 64, 4, 2, ctas_per_sm=2)),
-    (_FORWARD, 4, 128): _both(LaunchConfig(64, 64, 4, 2)),
-    (_BACKWARD, 2, 128): (LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 4, 2, apart=True)),
-    (_BACKWARD, 2, 256): (LaunchConfig(64, 64, 8, 2, apart=True), LaunchConfig(64, 32, 8, 2, apart=True)),
-    (_BACKWARD, 4, 64): _both(LaunchConfig(64, 32, 8, 2)),
-    (_BACKWARD, 4, 128): _both(LaunchConfig(64, 32, 8, 2, apart=True)),
+# What differs from sm_90. In multiscale_pool 64 rows would go through tensor memory, where Triton 3.6 fails to compile,
+# and 32 x 64 spills with 8 warps.
+_SM100: _Lines = {
+    "dual_softmax_forward": {
+        (2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=3),
+        (2, 128): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+        (2, 256): LaunchConfig(64, 64, 4, 2),
+        (4, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+        (4, 128): LaunchConfig(64, 64, 4, 2),
+    },
+    "dual_softmax_backward": {
+        (2, 128, True): LaunchConfig(64, 64, 4, 2),
+        (2, 128, False): LaunchConfig(64, 64, 4, 2, apart=True),
+        (2, 256, True): LaunchConfig(64, 64, 8, 2, apart=True),
+        (2, 256, False): LaunchConfig(64, 32, 8, 2, apart=True),
+        (4, 64): LaunchConfig(64, 32, 8, 2),
+        (4, 128): LaunchConfig(64, 32, 8, 2, apart=True),
+    },
+    "contrast_forward": dict.fromkeys(_SM90["contrast_forward"], LaunchConfig(64, 64, 4, 2, ctas_per_sm=2)),
+    "contrast_backward": {
+        (2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
+        (2, 256): LaunchConfig(64, 64, 8, 2),
+        (4, 128): LaunchConfig(64, 32, 4, 2),
+    },
+    "contrast_self": {
+        (2, 256): LaunchConfig(64, 32, 8, 2),
+        (4, 128): LaunchConfig(64, 32, 4, 2),
+    },
+    "multiscale_pool": {(0, 0): LaunchConfig(32, 32, 4, 1)},
 }
-_GFX942: _Entries = {
-    (kernel, itemsize, block_d): _both(LaunchConfig(64, 16, 4, 1))
-    for kernel in (_FORWARD, _BACKWARD)
-    for itemsize in (2, 4)
-    for block_d in (64, 128)
+_GFX942: _Lines = {
+    **{kernel: _by_size(LaunchConfig(64, 16, 4, 1), LaunchConfig(64, 16, 4, 1)) for kernel in STREAMING},
+    "multiscale_pool": {(0, 0): LaunchConfig(32, 32, 4, 1)},
 }
-_TABLE = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942}
-_INTERPRETER = LaunchConfig(16, 16, 4, 1)
-
-# (kernel): (rows of at most BLOCK_N classes, ...), the last one for all that are wider. A row that fits one tile needs
-# no running maximum, and a tile of one warp no barrier.
-_SOFT_TARGET: dict[str, tuple[LaunchConfig, ...]] = {
-    "soft_target_forward": (
-        LaunchConfig(32, 16, 1, 1),
-        LaunchConfig(8, 64, 1, 1),
-        LaunchConfig(4, 128, 1, 1),
-        LaunchConfig(2, 256, 1, 1),
-        LaunchConfig(1, 512, 1, 1),
-        LaunchConfig(1, 1024, 1, 1),
-        LaunchConfig(1, 2048, 2, 1),
-        LaunchConfig(1, 4096, 4, 1),
-        LaunchConfig(1, 8192, 8, 1),
-        LaunchConfig(1, 2048, 8, 1, ctas_per_sm=2),
-    ),
-    "soft_target_backward": (
-        LaunchConfig(32, 16, 1, 1),
-        LaunchConfig(8, 64, 1, 1),
-        LaunchConfig(4, 128, 1, 1),
-        LaunchConfig(2, 256, 1, 1),
-        LaunchConfig(1, 512, 1, 1),
-        LaunchConfig(1, 1024, 2, 1),
-    ),
+# A row that fits one tile needs no running maximum, and a tile of one warp needs no barrier.
+_NARROW = {
+    (0, 16): LaunchConfig(32, 16, 1, 1),
+    (0, 64): LaunchConfig(8, 64, 1, 1),
+    (0, 128): LaunchConfig(4, 128, 1, 1),
+    (0, 256): LaunchConfig(2, 256, 1, 1),
+    (0, 512): LaunchConfig(1, 512, 1, 1),
 }
-_SOFT_TARGET_INTERPRETER = (LaunchConfig(4, 32, 4, 1), LaunchConfig(2, 64, 4, 1))
-
-# Windows or positions (BLOCK_M) x channels (BLOCK_N) of an accumulator of multiscale_pool, forward and backward.
-# On sm_100 64 rows would go through tensor memory, where Triton 3.6 fails to compile; 32 x 64 spills with 8 warps.
-_POOL = {
-    "sm_80": LaunchConfig(32, 64, 8, 1),
-    "sm_90": LaunchConfig(64, 64, 8, 1),
-    "sm_100": LaunchConfig(32, 32, 4, 1),
-    "gfx942": LaunchConfig(32, 32, 4, 1),
+_SOFT_TARGET: _Lines = {
+    "soft_target_forward": {
+        **_NARROW,
+        (0, 1024): LaunchConfig(1, 1024, 1, 1),
+        (0, 2048): LaunchConfig(1, 2048, 2, 1),
+        (0, 4096): LaunchConfig(1, 4096, 4, 1),
+        (0, 8192): LaunchConfig(1, 8192, 8, 1),
+        (0, 0): LaunchConfig(1, 2048, 8, 1, ctas_per_sm=2),
+    },
+    "soft_target_backward": {**_NARROW, (0, 0): LaunchConfig(1, 1024, 2, 1)},
 }
-# As _TABLE, one entry for every mask; contrast_self is the backward of queries contrasted with themselves.
-_CONTRAST_SM80: dict[tuple[str, int, int], LaunchConfig] = {
-    ("contrast_forward", 2, 64): LaunchConfig(64, 32, 8, 2),
-    ("contrast_forward", 2, 128): LaunchConfig(64, 32, 8, 2),
-    ("contrast_forward", 4, 64): LaunchConfig(32, 32, 8, 2),
-    ("contrast_forward", 4, 128): LaunchConfig(32, 32, 8, 2),
-    ("contrast_backward", 2, 64): LaunchConfig(64, 32, 8, 2),
-    ("contrast_backward", 2, 128): LaunchConfig(64, 32, 8, 2),
-    ("contrast_backward", 4, 64): LaunchConfig(32, 32, 8, 2),
-    ("contrast_backward", 4, 128): LaunchConfig(32, 32, 8, 2),
-    ("contrast_self", 2, 64): LaunchConfig(64, 32, 8, 2),
-    ("contrast_self", 2, 128): LaunchConfig(32, 32, 8, 2),
-    ("contrast_self", 4, 64): LaunchConfig(32, 32, 8, 2),
-    ("contrast_self", 4, 128): LaunchConfig(32, 32, 8, 2),
+_INTERPRETER: _Lines = {
+    **{kernel: dict.fromkeys(lines, LaunchConfig(16, 16, 4, 1)) for kernel, lines in _SM90.items()},
+    **{kernel: {(0, 32): LaunchConfig(4, 32, 4, 1), (0, 0): LaunchConfig(2, 64, 4, 1)} for kernel in _SOFT_TARGET},
 }
-_CONTRAST_SM90 = {
-    ("contrast_forward", 2, 64): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
-    ("contrast_forward", 2, 128): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
-    ("contrast_forward", 2, 256): LaunchConfig(128, 64, 8, 2),
-    ("contrast_forward", 4, 64): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
-    ("contrast_forward", 4, 128): LaunchConfig(128, 64, 8, 2),
-    ("contrast_backward", 2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=3),
-    ("contrast_backward", 2, 128): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
-    ("contrast_backward", 2, 256): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
-    ("contrast_backward", 4, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
-    ("contrast_backward", 4, 128): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
-    ("contrast_self", 2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
-    ("contrast_self", 2, 128): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
-    ("contrast_self", 2, 256): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
-    ("contrast_self", 4, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
-    ("contrast_self", 4, 128): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
+
+
+def table_of(*parts: _Lines) -> dict[Entry, LaunchConfig]:
+    """The entries of all parts; a later part replaces what an earlier one says."""
+    table = {}
+    for part in parts:
+        for kernel, lines in part.items():
+            for (itemsize, width, *bounded), config in lines.items():
+                for mode in bounded or ((True, False) if kernel.startswith("dual_softmax") else (None,)):
+                    table[Entry(kernel, itemsize, width, mode)] = config
+    return table
+
+
+TABLE = {
+    "sm_80": table_of(_SM80, _SOFT_TARGET),
+    "sm_90": table_of(_SM90, _SOFT_TARGET),
+    "sm_100": table_of(_SM90, _SM100, _SOFT_TARGET),
+    "gfx942": table_of(_GFX942, _SOFT_TARGET),
+    "interpreter": table_of(_INTERPRETER),
 }
-_CONTRAST_SM100 = _CONTRAST_SM90 | {
-    ("contrast_forward", 2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
-    ("contrast_forward", 2, 128): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
-    ("contrast_forward", 2, 256): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
-    ("contrast_forward", 4, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
-    ("contrast_forward", 4, 128): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
-    ("contrast_backward", 2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
-    ("contrast_backward", 2, 256): LaunchConfig(64, 64, 8, 2),
-    ("contrast_backward", 4, 128): LaunchConfig(64, 32, 4, 2),
-    ("contrast_self", 2, 256): LaunchConfig(64, 32, 8, 2),
-    ("contrast_self", 4, 128): LaunchConfig(64, 32, 4, 2),
-}
-_CONTRAST_GFX942 = {
-    (kernel, itemsize, block_d): LaunchConfig(64, 16, 4, 1)
-    for kernel in ("contrast_forward", "contrast_backward", "contrast_self")
-    for itemsize in (2, 4)
-    for block_d in (64, 128)
-}
-_CONTRAST = {"sm_80": _CONTRAST_SM80, "sm_90": _CONTRAST_SM90, "sm_100": _CONTRAST_SM100, "gfx942": _CONTRAST_GFX942}
 
 
-def launch_config(kernel: str, *, dtype: torch.dtype, block_d: int, bounded: bool, hardware: str) -> LaunchConfig:
-    """The entry of ``kernel`` ("dual_softmax_forward", "dual_softmax_backward"); KeyError where there is none."""
-    if hardware == "interpreter":
-        return _INTERPRETER
-    row = _TABLE[hardware][kernel, dtype.itemsize, max(block_d, 64)]
-    return row[0] if bounded else row[1]
+@functools.cache
+def launch_config(
+    kernel: str, *, hardware: str, dtype: torch.dtype = torch.float32, width: int = 0, bounded: bool | None = None
+) -> LaunchConfig:
+    """The config of the narrowest entry that holds rows of ``width`` elements; KeyError where there is none."""
+    holds = {
+        entry.width or math.inf: config
+        for entry, config in TABLE[hardware].items()
+        if entry.kernel == kernel
+        and entry.itemsize in (0, dtype.itemsize)
+        and entry.bounded == bounded
+        and width <= (entry.width or math.inf)
+    }
+    if not holds:
+        raise KeyError(f"{kernel}: no entry for {dtype} rows of {width} on {hardware}")
+    return holds[min(holds)]
 
 
-def entries(hardware: str) -> Iterator[tuple[str, int, int, bool, LaunchConfig]]:
-    """(kernel, bytes an element, padded D, BOUNDED, config) of every entry."""
-    for (kernel, itemsize, block_d), row in _TABLE[hardware].items():
-        for bounded, config in zip((True, False), row, strict=True):
-            yield kernel, itemsize, block_d, bounded, config
-
-
-def soft_target_config(kernel: str, *, classes: int, hardware: str) -> LaunchConfig:
-    """The entry of "soft_target_forward" or "soft_target_backward": the narrowest that holds a row, else the last."""
-    configs = soft_target_entries(kernel, hardware)
-    return next((config for config in configs if classes <= config.BLOCK_N), configs[-1])
-
-
-def soft_target_entries(kernel: str, hardware: str) -> tuple[LaunchConfig, ...]:
-    return _SOFT_TARGET_INTERPRETER if hardware == "interpreter" else _SOFT_TARGET[kernel]
-
-
-def pool_config(hardware: str) -> LaunchConfig:
-    """The entry of multiscale_pool's kernels."""
-    return _INTERPRETER if hardware == "interpreter" else _POOL[hardware]
-
-
-def fits(dtype: torch.dtype, block_d: int, hardware: str) -> bool:
-    """Whether rows this wide fit the streaming kernels; wider ones go through matrix products."""
-    table = _SM90 if hardware == "interpreter" else _TABLE[hardware]
-    return (_BACKWARD, dtype.itemsize, max(block_d, 64)) in table
-
-
-def contrast_config(kernel: str, *, dtype: torch.dtype, block_d: int, hardware: str) -> LaunchConfig:
-    """The entry of "contrast_forward", "contrast_backward" or "contrast_self"; KeyError where there is none."""
-    if hardware == "interpreter":
-        return _INTERPRETER
-    return _CONTRAST[hardware][kernel, dtype.itemsize, max(block_d, 64)]
-
-
-def contrast_entries(hardware: str) -> Iterator[tuple[str, int, int, LaunchConfig]]:
-    """(kernel, bytes an element, padded D, config) of every entry."""
-    for (kernel, itemsize, block_d), config in _CONTRAST[hardware].items():
-        yield kernel, itemsize, block_d, config
-
-
-def contrast_fits(dtype: torch.dtype, block_d: int, hardware: str) -> bool:
-    """As :func:`fits`, for contrast."""
-    table = _CONTRAST_SM90 if hardware == "interpreter" else _CONTRAST[hardware]
-    return ("contrast_backward", dtype.itemsize, max(block_d, 64)) in table
+@functools.cache
+def fits(dtype: torch.dtype, width: int, hardware: str) -> bool:
+    """Whether rows of this padded width fit the streaming kernels; wider rows go through matrix products."""
+    widest = {
+        entry.width for entry in TABLE[hardware] if entry.kernel in STREAMING and entry.itemsize == dtype.itemsize
+    }
+    return bool(widest) and width <= max(widest)
 
 
 def allows_tf32() -> bool:
@@ -249,10 +240,10 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def column_splits(row_blocks: int, column_tiles: int, slots: int) -> int:
-    """Over how many programs the columns of a row-block are split so that ``slots`` resident programs stay busy.
+    """The number of programs over which the columns of a row-block are split, so that ``slots`` programs stay busy.
 
-    The time is rounds of programs times tiles a program. Of the numbers within 5 % of the least time the smallest, and
-    at most 16 rounds in all: the buffer of partial sums grows with it.
+    The estimated time is the number of rounds of programs times the tiles of each program. The result is the smallest
+    number within 5 % of the least time, with at most 16 rounds in all: the buffer of partial sums grows with it.
     """
     most = max(1, min(column_tiles, 16 * slots // row_blocks))
 

@@ -1,16 +1,17 @@
-"""``multiscale_pool`` on a GPU: a tile of windows x channels at a time, as a product with a matrix of zeros and ones.
+"""``multiscale_pool`` on a GPU: one tile of windows x channels at a time, as a product with a matrix of zeros and ones.
 
-Bytes a channel, for H W positions, M windows and e bytes an element: the forward reads H W e and writes M e. With
-NORMALIZE it visits the channels twice, first for the norms; the second finds a map of 7 x 7 in the L2 cache, but reads
-one of 56 x 56 again. The backward reads M e (2 M e with NORMALIZE: the unit rows too) and writes H W e. Not measured on
-a GPU yet.
+Bytes per channel, for H W positions, M windows and e bytes per element: the forward reads H W e and writes M e. With
+NORMALIZE it visits the channels twice, the first time for the norms. The second visit finds a map of 7 x 7 in the L2
+cache, but reads one of 56 x 56 again. The backward reads M e (2 M e with NORMALIZE: the unit rows too) and writes
+H W e. None of this has been measured on a GPU yet.
 
-Legend. ``X`` [B, C, H, W], ``GRAD_X`` likewise; ``Y`` [B, M, C] the averages or unit rows, ``G`` their gradient.
-``P`` [m, p]: whether window m contains position p, made from indices; the sums ``P X`` and ``P^T G`` are fp32. Zeros
-and ones are exact in every dtype, and so are products with fp16 and bf16. fp32 operands are the sum of two that tf32
-holds (IS_SPLIT): all but the last bit or two survive. 0 * inf is NaN: a tile of sums that are not all finite is summed
-again, one position or window at a time. SCALES: for every scale its first window, its windows a row and a column, and
-height, width, vertical and horizontal stride. ALIGN divides the map's strides, so that loads are as wide as it allows.
+Legend. ``X`` [B, C, H, W]: the map, and ``GRAD_X`` its gradient. ``Y`` [B, M, C]: the averages or unit rows, and ``G``
+their gradient. ``P`` [m, p]: whether window m contains position p, made from indices. The sums ``P X`` and ``P^T G``
+are fp32. Zeros and ones are exact in every dtype, and so are products with fp16 and bf16. fp32 operands are the sum of
+two numbers that tf32 holds (IS_SPLIT): all but the last bit or two survive. Because 0 * inf is NaN, a tile whose sums
+are not all finite is summed again, one position or window at a time. SCALES: for every scale its first window, its
+windows per row and per column, and height, width, vertical and horizontal stride. ALIGN divides the map's strides, so
+that loads are as wide as that allows.
 """
 
 import math
@@ -18,7 +19,8 @@ import math
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.launch import hardware_of, multiprocessors, pool_config
+from fastkd.kernels.launch import hardware_of, launch_config, multiprocessors
+from fastkd.kernels.normalize import round_to_tf32
 from torch import Tensor
 
 from fastkd.numerics import NORM_EPS, window_counts
@@ -26,8 +28,8 @@ from fastkd.numerics import NORM_EPS, window_counts
 EPS = tl.constexpr(NORM_EPS)
 INF = tl.constexpr(float("inf"))
 TINY = tl.constexpr(1e-30)  # far below a norm that counts as zero
-ROWS = 16  # of a program that takes dot products
-PROGRAMS = 8  # a multiprocessor, at least, where there are channels enough
+ROWS = 16  # per program that takes dot products
+PROGRAMS = 8  # per multiprocessor, at least, where there are enough channels
 
 
 @triton.jit
@@ -95,7 +97,7 @@ def _sums(
 
 
 @triton.jit(do_not_specialize=["stride_xb", "stride_xc", "stride_xp", "C", "splits"])
-def _forward_kernel(
+def forward_kernel(
     X, stride_xb, stride_xc, stride_xp, Y, INVERSE_NORM, C, splits,
     H: tl.constexpr, W: tl.constexpr, M: tl.constexpr, SCALES: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, ALIGN: tl.constexpr,
@@ -129,8 +131,8 @@ def _forward_kernel(
                 CHANNELS_LAST=CHANNELS_LAST, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_P=BLOCK_P, IS_SPLIT=IS_SPLIT,
                 PRECISION=PRECISION,
             ) * per_area[:, None]  # fmt: skip
-            # Divided by the largest magnitude before squaring: the square of 1e30 overflows, that of 1e-30 vanishes.
-            # By a sixteenth of it, whose reciprocal is a normal number up to the largest.
+            # Rows are divided by a number before squaring: the square of 1e30 overflows, the square of 1e-30 vanishes.
+            # It is a sixteenth of the largest magnitude, because the reciprocal is then always a normal number.
             new = tl.maximum(tl.max(tl.abs(y), 1) * 0.0625, divisor)
             new = tl.where(new < TINY, 0.0, new)
             per_new = tl.where(new == 0.0, 0.0, 1.0 / new)
@@ -143,7 +145,7 @@ def _forward_kernel(
         inverse_norm = tl.where(is_zero, 0.0, 1.0 / (divisor * norm))
         if split == 0:
             tl.store(INVERSE_NORM + sample * M + m, inverse_norm, mask=in_m)
-        # One after the other: the reciprocal of a large norm may vanish.
+        # Applied one after the other: the reciprocal of a large norm may vanish.
         per_divisor, per_norm = tl.where(is_zero, 0.0, 1.0 / divisor), tl.where(is_zero, 0.0, 1.0 / norm)
     for c in range(split * BLOCK_N, C, splits * BLOCK_N):
         y = _sums(
@@ -171,7 +173,7 @@ def _dot_products(G, U, rows, in_rows, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 
 
 @triton.jit(do_not_specialize=["n", "C"])
-def _dots_kernel(G, U, DOTS, n, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr):
+def dots_kernel(G, U, DOTS, n, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     dots = _dot_products(G, U, rows, rows < n, C // ALIGN * ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
     tl.store(DOTS + rows, dots, mask=rows < n)
@@ -190,7 +192,7 @@ def _load_gradients(
         if HAS_DOTS:
             dots = tl.load(DOTS + rows, mask=in_rows, other=0.0)
         inverse_norm = tl.load(INVERSE_NORM + rows, mask=in_rows, other=0.0)
-        # Past the last channel, a row's dot product that is not finite must not become one.
+        # A row's dot product that is not finite must not spread past the last channel.
         g = tl.where(inside, (g - dots * u) * inverse_norm, 0.0)
     return g * per_area
 
@@ -208,7 +210,7 @@ def _scale_range(k, p_first, p_last, W: tl.constexpr, SCALES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["C", "splits"])
-def _backward_kernel(
+def backward_kernel(
     G, U, INVERSE_NORM, DOTS, GRAD_X, C, splits,
     H: tl.constexpr, W: tl.constexpr, M: tl.constexpr, SCALES: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr,
@@ -248,8 +250,7 @@ def _backward_kernel(
                     in_m[:, None], offs_c[None, :], in_c[None, :], C, NORMALIZE=NORMALIZE, HAS_DOTS=HAS_DOTS,
                 )  # fmt: skip
                 if IS_ROUNDED:
-                    rounded = ((g.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-                    g = tl.where(tl.abs(g) < INF, rounded, g)  # a NaN's bits could carry over into a zero
+                    g = round_to_tf32(g)
                 h = tl.where(in_m, h, 0)
                 contains = _contains(y[:, None], x[:, None], y0[None, :], x0[None, :], h[None, :], w[None, :])
                 acc = _add_product(acc, contains, g, IS_SPLIT=IS_SPLIT, PRECISION=PRECISION)
@@ -275,7 +276,7 @@ def _backward_kernel(
 
 
 def _strides(features: Tensor) -> tuple[Tensor, int, int]:
-    """The map and its strides over channels and positions, one of which is 1; only slices of columns are copied."""
+    """The map, and its strides over channels and positions, one of which is 1. Only slices of columns are copied."""
     _, C, H, W = features.shape
     over_c, over_y, over_x = features.stride()[1:]
     over_p = over_x if W > 1 else over_y if H > 1 else 1
@@ -285,7 +286,7 @@ def _strides(features: Tensor) -> tuple[Tensor, int, int]:
     return features.contiguous(), H * W, 1
 
 
-def _scales(height: int, width: int, windows: list[int], strides: list[int]) -> tuple[tuple[int, ...], ...]:
+def scales_of(height: int, width: int, windows: list[int], strides: list[int]) -> tuple[tuple[int, ...], ...]:
     found, first = [], 0
     for k, (rows, columns) in enumerate(window_counts(height, width, windows, strides)):
         found.append((first, columns, rows, *windows[2 * k : 2 * k + 2], *strides[2 * k : 2 * k + 2]))
@@ -293,11 +294,11 @@ def _scales(height: int, width: int, windows: list[int], strides: list[int]) -> 
     return tuple(found)
 
 
-def _block(count: int, largest: int) -> int:
+def block(count: int, largest: int) -> int:
     return min(largest, max(16, triton.next_power_of_2(count)))
 
 
-def _precision(hardware: str) -> str:
+def precision(hardware: str) -> str:
     """tf32 where that is the fast one; AMD's matrix units multiply fp32 itself."""
     return "ieee" if hardware == "gfx942" else "tf32"
 
@@ -312,18 +313,18 @@ def pooled(
 ) -> tuple[Tensor, Tensor]:
     """Y [B, M, C] in ``dtype``, and INVERSE_NORM [B, M], or [B, 0] without ``normalize``."""
     B, C, H, W = features.shape
-    SCALES = _scales(H, W, windows, strides)
+    SCALES = scales_of(H, W, windows, strides)
     M = SCALES[-1][0] + SCALES[-1][1] * SCALES[-1][2]
     X, stride_xc, stride_xp = _strides(features)
     channels_last = stride_xp != 1
     hardware = hardware_of(X.device)
-    config = pool_config(hardware)
-    BLOCK_M = _block(M, config.BLOCK_M)
+    config = launch_config("multiscale_pool", hardware=hardware)
+    BLOCK_M = block(M, config.BLOCK_M)
     programs = B * triton.cdiv(M, BLOCK_M)
     splits = 1 if normalize else _splits(programs, C, config.BLOCK_N, X.device)
     Y = torch.empty(B, M, C, dtype=dtype, device=X.device)
     inverse_norm = torch.empty(B, M if normalize else 0, dtype=torch.float32, device=X.device)
-    _forward_kernel[(programs * splits,)](
+    forward_kernel[(programs * splits,)](
         X=X,
         stride_xb=X.stride(0),
         stride_xc=stride_xc,
@@ -339,11 +340,11 @@ def pooled(
         CHANNELS_LAST=channels_last,
         BLOCK_M=BLOCK_M,
         BLOCK_N=config.BLOCK_N,
-        BLOCK_P=_block(H * W, config.BLOCK_M),
+        BLOCK_P=block(H * W, config.BLOCK_M),
         ALIGN=math.gcd(16 // X.element_size(), C, X.stride(0), stride_xp if channels_last else stride_xc),
         NORMALIZE=normalize,
-        IS_SPLIT=X.dtype == torch.float32 and _precision(hardware) == "tf32",
-        PRECISION=_precision(hardware),
+        IS_SPLIT=X.dtype == torch.float32 and precision(hardware) == "tf32",
+        PRECISION=precision(hardware),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -359,20 +360,20 @@ def spread_gradients(
     B, C, H, W = grad_features.shape
     M = grad.shape[1]
     hardware = hardware_of(grad.device)
-    config = pool_config(hardware)
-    BLOCK_M, BLOCK_P = _block(M, config.BLOCK_M), _block(H * W, config.BLOCK_M)
+    config = launch_config("multiscale_pool", hardware=hardware)
+    BLOCK_M, BLOCK_P = block(M, config.BLOCK_M), block(H * W, config.BLOCK_M)
     ALIGN = math.gcd(16 // grad.element_size(), C)
     programs = B * triton.cdiv(H * W, BLOCK_P)
     dots = None
     if unit is not None and (M > BLOCK_M or H * W > BLOCK_P):
         dots = torch.empty(B, M, dtype=torch.float32, device=grad.device)
-        _dots_kernel[(triton.cdiv(B * M, ROWS),)](
+        dots_kernel[(triton.cdiv(B * M, ROWS),)](
             G=grad, U=unit, DOTS=dots, n=B * M, C=C, BLOCK_M=ROWS, BLOCK_N=128, ALIGN=ALIGN, num_warps=4
         )
-    # Without dots each program takes those of all its windows: once only.
+    # Without dots, each program takes the dot products of all windows, which splits would repeat.
     splits = 1 if unit is not None and dots is None else _splits(programs, C, config.BLOCK_N, grad.device)
-    is_tf32 = _precision(hardware) == "tf32"
-    _backward_kernel[(programs * splits,)](
+    is_tf32 = precision(hardware) == "tf32"
+    backward_kernel[(programs * splits,)](
         G=grad,
         U=unit,
         INVERSE_NORM=inverse_norm,
@@ -383,7 +384,7 @@ def spread_gradients(
         H=H,
         W=W,
         M=M,
-        SCALES=_scales(H, W, windows, strides),
+        SCALES=scales_of(H, W, windows, strides),
         CHANNELS_LAST=not grad_features.is_contiguous(),
         BLOCK_P=BLOCK_P,
         BLOCK_N=config.BLOCK_N,
@@ -393,7 +394,7 @@ def spread_gradients(
         HAS_DOTS=dots is not None,
         IS_SPLIT=is_tf32 and grad_features.dtype == torch.float32,
         IS_ROUNDED=is_tf32 and grad_features.dtype != torch.float32,
-        PRECISION=_precision(hardware),
+        PRECISION=precision(hardware),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

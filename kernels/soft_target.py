@@ -1,22 +1,24 @@
-"""``soft_target`` on a GPU: cross-entropy and temperature-KL of the same logits, each read once a pass.
+"""``soft_target`` on a GPU: cross-entropy and temperature-KL of the same logits, each read once per pass.
 
-Bytes, for logits of e bytes an element: the forward reads both once (2 e), the backward reads both and writes the
-gradient (3 e): 5 e in all, and 56 bytes a row. Storing the gradient in the forward would not be less. Its two terms
-have upstream gradients that are known in the backward only, so both would be stored (2 e + 2 e) and combined there
-(2 e + 1 e): 7 e. With one term it is 5 e as well, but rounded twice, in fp16 before a loss scale lifts it from its
-underflow, and B C elements longer in memory. Eager code moves at least 5 e for the cross-entropy alone.
+Bytes, for logits of e bytes per element: the forward reads both tensors once (2 e). The backward reads both and writes
+the gradient (3 e). That is 5 e in all, and 56 bytes per row. Storing the gradient in the forward would not be less: the
+upstream gradients of the two terms are known in the backward only, so that both terms' gradients would be stored
+(2 e + 2 e) and combined there (2 e + 1 e), 7 e in all. With one term alone it would be 5 e as well, but the gradient
+would be rounded twice, in fp16 before a loss scale lifts it from its underflow, and it would occupy memory for longer.
+Eager code moves at least 5 e for the cross-entropy alone.
 
-Legend. ``X``, ``Y``: logits [n, C] of student and teacher. ``mx``, ``my``: their largest so far in a row.
-``s1 = sum exp(x - mx)``, ``st = sum exp((x - mx) / temperature)``, ``sy`` the same of the teacher,
+Legend. ``X``, ``Y``: logits [n, C] of student and teacher. ``mx``, ``my``: the largest logit per row so far.
+``s1 = sum exp(x - mx)``, ``st = sum exp((x - mx) / temperature)``, ``sy = sum exp((y - my) / temperature)``,
 ``e = sum exp((y - my) / temperature) ((y - my) - (x - mx))``, ``z = sum (x - mx)``. Then
 
     CE = log s1 - (1 - smoothing) (x_label - mx) - smoothing z / C
     KD = temperature^2 (e / (sy temperature) + log st - log sy)
 
 Everything is relative to the maxima, so that a common offset of the logits costs no digits. STATE [SPLITS, 7, n]: these
-of a split of the columns. STATS [5, n]: mx, log s1, log st, my, log sy. LOSS [2, n]: weighted CE and KD a row. ALIGN
-divides C and the strides, so that loads are as wide as that allows. POWER: the temperature, if 1, 2 or 4: exp(x - mx)
-is then that power of exp((x - mx) / temperature), a multiplication or two instead of an exponential; otherwise 0.
+numbers for one split of the columns. STATS [5, n]: mx, log s1, log st, my, log sy. LOSS [2, n]: weighted CE and KD per
+row. ALIGN divides C and the strides, so that loads are as wide as that allows. POWER: the temperature if it is 1, 2 or
+4, otherwise 0. ``exp(x - mx)`` is then that power of ``exp((x - mx) / temperature)``: one or two multiplications
+instead of an exponential.
 """
 
 import math
@@ -24,11 +26,11 @@ import math
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.launch import column_splits, hardware_of, multiprocessors, soft_target_config
+from fastkd.kernels.launch import column_splits, hardware_of, launch_config, multiprocessors
+from fastkd.kernels.tiles import LOG2E, store_numbers
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
-ROWS = 128  # of a program that merges splits
+ROWS = 128  # per program that merges splits
 
 
 @triton.jit
@@ -50,9 +52,9 @@ def _accumulate(
     POWER: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
     IS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """``state`` (mx, s1, st, my, sy, e, z) after one more tile; all but the maxima lane by lane, [BLOCK_M, BLOCK_N].
+    """``state`` (mx, s1, st, my, sy, e, z) after one more tile. All but the maxima are per lane, [BLOCK_M, BLOCK_N].
 
-    seen: how many tiles are in ``state``, none if IS_FIRST. c: log2(e) / temperature.
+    ``seen``: how many tiles are in ``state``; there are none if IS_FIRST. ``c``: log2(e) / temperature.
     """
     mx, s1, st, my, sy, e, z_sum = state
     largest = tl.max(x, 1)
@@ -123,15 +125,11 @@ def _finish(
         log_st, log_sy = tl.log(st), tl.log(sy)
         kd = temperature * temperature * (e / (sy * temperature) + (log_st - log_sy))
         tl.store(LOSS + stride_k + rows, weight * kd, mask=in_rows)
-    tl.store(STATS + rows, mx, mask=in_rows)
-    tl.store(STATS + stride_k + rows, log_s1, mask=in_rows)
-    tl.store(STATS + 2 * stride_k + rows, log_st, mask=in_rows)
-    tl.store(STATS + 3 * stride_k + rows, my, mask=in_rows)
-    tl.store(STATS + 4 * stride_k + rows, log_sy, mask=in_rows)
+    store_numbers(STATS + rows, n, in_rows, (mx, log_s1, log_st, my, log_sy))
 
 
 @triton.jit(do_not_specialize=["stride_xn", "stride_yn", "n", "C", "tiles_per_split"])
-def _forward_kernel(
+def forward_kernel(
     X, Y, stride_xn, stride_yn, LABELS, WEIGHT, LOSS, STATS, STATE, n, C, temperature, smoothing, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, POWER: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
@@ -175,9 +173,7 @@ def _forward_kernel(
     mx, s1, st, my, sy, e, z_sum = state
     state = mx, tl.sum(s1, 1), tl.sum(st, 1), my, tl.sum(sy, 1), tl.sum(e, 1), tl.sum(z_sum, 1)
     if IS_SPLIT:
-        STATE += split.to(tl.int64) * 7 * n + rows
-        for k in tl.static_range(7):
-            tl.store(STATE + k * n.to(tl.int64), state[k], mask=in_rows)
+        store_numbers(STATE + split.to(tl.int64) * 7 * n + rows, n, in_rows, state)
     else:
         _finish(
             state, X, LABELS, WEIGHT, LOSS, STATS, rows, in_rows, stride_xn, n, C, temperature, smoothing,
@@ -186,7 +182,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["stride_xn", "n", "C", "columns_per_split", "splits"])
-def _merge_kernel(
+def merge_kernel(
     X, stride_xn, LABELS, WEIGHT, LOSS, STATS, STATE, n, C, temperature, smoothing, columns_per_split, splits,
     BLOCK_M: tl.constexpr, POWER: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
@@ -230,12 +226,12 @@ def _merge_kernel(
 
 
 @triton.jit(do_not_specialize=["stride_xn", "stride_yn", "n", "C"])
-def _backward_kernel(
+def backward_kernel(
     X, Y, stride_xn, stride_yn, LABELS, WEIGHT, STATS, GRAD_CE, GRAD_KD, GRAD, n, C, temperature, smoothing,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, POWER: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
-    """``GRAD_ic = w_i (p_ic - target_ic) + k_i (p'_ic - q'_ic)``, p' and q' at the temperature, which is in k."""
+    """``GRAD_ic = w_i (p_ic - target_ic) + k_i (p'_ic - q'_ic)``; p' and q' are at the temperature, a factor of k."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < n
@@ -278,7 +274,7 @@ def _backward_kernel(
 
 
 def _unit_columns(logits: Tensor | None) -> Tensor | None:
-    """The logits with neighbouring columns side by side; only a transposed tensor is copied for that."""
+    """The logits, with the columns of a row next to each other. Only a transposed tensor is copied for that."""
     return logits if logits is None or logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
@@ -309,13 +305,13 @@ def soft_target_losses(
     temperature: float,
     smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """LOSS [2, n], of which the row of an absent term is not written, and STATS [5, n]. ``weight``: contiguous."""
+    """LOSS [2, n] and STATS [5, n]. The row of LOSS of an absent term is not written. ``weight``: contiguous."""
     X, Y = _unit_columns(student), _unit_columns(teacher)
     assert X is not None
     n, C = X.shape
-    # Without a teacher there is one softmax only, that of the labels.
+    # Without a teacher there is one softmax only, for the labels.
     temperature = 1.0 if Y is None else temperature
-    config = soft_target_config("soft_target_forward", classes=C, hardware=hardware_of(X.device))
+    config = launch_config("soft_target_forward", width=C, hardware=hardware_of(X.device))
     tiles = triton.cdiv(C, config.BLOCK_N)
     splits = column_splits(triton.cdiv(n, config.BLOCK_M), tiles, config.ctas_per_sm * multiprocessors(X.device))
     tiles_per_split = triton.cdiv(tiles, splits)
@@ -327,7 +323,7 @@ def soft_target_losses(
         "STATE": state, "n": n, "C": C, "temperature": temperature, "smoothing": smoothing,
         **_flags(Y, labels, weight, temperature, smoothing),
     }  # fmt: skip
-    _forward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
+    forward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
         **shared,
         Y=Y,
         stride_yn=0 if Y is None else Y.stride(0),
@@ -341,7 +337,7 @@ def soft_target_losses(
         num_stages=config.num_stages,
     )
     if splits > 1:
-        _merge_kernel[(triton.cdiv(n, ROWS),)](
+        merge_kernel[(triton.cdiv(n, ROWS),)](
             **shared,
             columns_per_split=tiles_per_split * config.BLOCK_N,
             splits=splits,
@@ -369,9 +365,9 @@ def soft_target_gradient(
     assert X is not None
     assert stats.is_contiguous()
     n, C = X.shape
-    config = soft_target_config("soft_target_backward", classes=C, hardware=hardware_of(X.device))
+    config = launch_config("soft_target_backward", width=C, hardware=hardware_of(X.device))
     grad = torch.empty(n, C, dtype=X.dtype, device=X.device)
-    _backward_kernel[(triton.cdiv(n, config.BLOCK_M), triton.cdiv(C, config.BLOCK_N))](
+    backward_kernel[(triton.cdiv(n, config.BLOCK_M), triton.cdiv(C, config.BLOCK_N))](
         X=X,
         Y=Y,
         stride_xn=X.stride(0),

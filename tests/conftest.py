@@ -1,5 +1,6 @@
 """Fixtures of several test files."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,13 @@ import pytest
 
 from fastkd.distributed import pack
 from tests.helpers.building import run_setup
+
+
+def pytest_report_header() -> str:
+    """Says in which of the two ways the kernels are tested; tests/interpreted/conftest.py says why there are two."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "kernels: in Triton's interpreter"
+    return "kernels: tests/interpreted is left out; set TRITON_INTERPRET=1 to run it"
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import bench.aot
-from bench.aot.compile import (
-    TARGETS,
-    Job,
-    Result,
-    clocks,
-    examine,
-)
+from bench.aot.compile import TARGETS, Job, Result, clocks, examine
 from bench.aot.jobs import jobs
 
 
@@ -38,7 +32,7 @@ HEADER = (
 
 
 def run(hardware: list[str], workers: int, select: Callable[[list[Job]], list[int]] | None = None) -> int:
-    """Compiles all jobs, or those of the numbers that ``select`` names; prints the table, returns how many failed."""
+    """Compiles all jobs, or those whose numbers ``select`` returns. Prints the table; returns how many failed."""
     everything = [job for name in hardware for job in jobs(name)]
     chosen = range(len(everything)) if select is None else select(everything)
     work = [everything[index] for index in chosen]
@@ -57,7 +51,7 @@ def run(hardware: list[str], workers: int, select: Callable[[list[Job]], list[in
 
 
 def _measure(task: tuple[list[str], int]) -> dict[str, Any]:
-    """What :func:`examine` found, by the job's number: kernels do not travel between processes."""
+    """What :func:`examine` found of the job of a number: kernels themselves do not travel between processes."""
     hardware, index = task
     fields = vars(examine([job for name in hardware for job in jobs(name)][index]))
     del fields["job"]

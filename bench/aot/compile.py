@@ -13,31 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from fastkd.kernels.launch import Entry, LaunchConfig
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-
-
-# Bytes a program may use, and bytes and 32-bit registers of a multiprocessor.
+# Bytes that a program may use, then bytes and 32-bit registers of a multiprocessor.
 SHARED_LIMIT = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
-
-
 SHARED_TOTAL = {"sm_80": 102400, "sm_90": 233472, "sm_100": 233472, "gfx942": 65536}
-
-
 REGISTERS = 65536
-
-
-SHARED_RESERVED = 1024  # a program, by the driver
+SHARED_RESERVED = 1024  # by the driver, per program
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ class Job:
         return triton.compile(source, target=TARGETS[self.hardware], options=options)
 
     def compile_with_log(self) -> tuple[Any, str]:
-        """Also what ptxas said of it, which Triton's cache does not keep."""
+        """The compiled kernel, and what ptxas said of it, which Triton's cache does not keep."""
         if self.hardware == "gfx942":
             return self.compile(), ""
         text = io.StringIO()
@@ -84,6 +75,21 @@ class Job:
 
 def _type(name: str) -> str:
     return "*fp32" if name.isupper() and len(name) > 1 else "i32"
+
+
+def launched(config: LaunchConfig) -> dict[str, Any]:
+    """An entry's config as the fields of a Job."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "ctas_per_sm": config.ctas_per_sm}
+
+
+def dtypes_and_widths(hardware: str, entry: Entry) -> Iterator[tuple[str, int, bool]]:
+    """(dtype, padded D, whether only the commonest flags are compiled) of the rows that get a streaming entry."""
+    dtype = "bf16" if entry.itemsize == 2 else "fp32"
+    yield dtype, entry.width, False
+    if hardware == "sm_90" and entry.itemsize == 2:
+        yield "fp16", entry.width, True
+    if hardware == "sm_90" and entry.width == 64:
+        yield dtype, 16, True
 
 
 @dataclass
@@ -114,16 +120,6 @@ class Result:
         if hardware == "sm_90" and self.job.matrix_dtype in ("bf16", "fp16") and not self.has_hgmma:
             found.append("no HGMMA")
         return found
-
-
-def _uses(hardware: str, itemsize: int, block_d: int) -> Iterator[tuple[str, int, bool]]:
-    """(dtype, padded D, whether only the commonest flags are compiled) that get an entry of the launch table."""
-    dtype = "bf16" if itemsize == 2 else "fp32"
-    yield dtype, block_d, False
-    if hardware == "sm_90" and itemsize == 2:
-        yield "fp16", block_d, True
-    if hardware == "sm_90" and block_d == 64:
-        yield dtype, 16, True
 
 
 def examine(job: Job) -> Result:
@@ -208,13 +204,13 @@ def _main_loop(code: list[tuple[int, str, str]]) -> list[tuple[str, str]]:
 
 
 def clocks(result: Result) -> dict[str, float]:
-    """Clocks of one multiprocessor a tile, by unit (sm_90)."""
+    """Clocks of one multiprocessor per tile, by unit (sm_90)."""
     job, counts, warps = result.job, result.counts, result.job.num_warps
     M, N = job.constants["BLOCK_M"], job.constants["BLOCK_N"]
     columns = [kind for name, kind in job.types.items() if name in ("A_cols", "B_cols", "COLS")]
     D = int(re.findall(r"\d+", columns[0])[-1])
     rate = 2048 if job.matrix_dtype == "fp32" else 4096
-    # One with every operand of the columns, and one more a gradient.
+    # One product with every operand of the columns, and one more per gradient.
     gradients = sum(job.constants.get(name, 0) for name in ("NEED_A", "NEED_B"))
     products = len(columns) + (gradients or "BY_ROW" in job.constants)
     itemsize = 4 if job.matrix_dtype == "fp32" else 2

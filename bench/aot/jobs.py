@@ -1,36 +1,33 @@
 """All kernels that are compiled ahead of time, by hardware."""
 
 from collections.abc import Iterator
+from typing import Any
 
-from fastkd.kernels import launch
-from fastkd.kernels.dual_softmax import streaming as dual_softmax
+from fastkd.kernels import normalize
 
-from bench.aot import pool as aot_pool
-from bench.aot.compile import Job, _uses
-from bench.aot.dual_softmax import _row_jobs, _soft_target_jobs, _variants
+from bench.aot import contrast, dual_softmax, pool, soft_target
+from bench.aot.compile import Job
 
 
 def jobs(hardware: str) -> Iterator[Job]:
-    for kernel, itemsize, block_d, bounded, config in launch.entries(hardware):
-        for dtype, width, is_extra in _uses(hardware, itemsize, block_d):
-            types = dict.fromkeys(("A_rows", "B_rows"), f"tensordesc<{dtype}[{config.BLOCK_M}, {width}]>")
-            types |= dict.fromkeys(("A_cols", "B_cols"), f"tensordesc<{dtype}[{config.BLOCK_N}, {width}]>")
-            constants = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "PRECISION": "tf32", "BOUNDED": bounded}
-            for variant, flags in _variants(kernel, width, config, is_extra=is_extra):
-                yield Job(
-                    name=f"{kernel} {dtype} D={width} {'bounded' if bounded else 'online'}{variant}",
-                    hardware=hardware,
-                    kernel=getattr(dual_softmax, f"_{kernel.removeprefix('dual_softmax_')}_kernel"),
-                    constants=constants | flags,
-                    types=types,
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                    ctas_per_sm=config.ctas_per_sm,
-                    matrix_dtype=dtype,
-                )
-    yield from _row_jobs(hardware)
-    yield from _soft_target_jobs(hardware)
-    yield from (Job(hardware=hardware, **case) for case in aot_pool.cases(hardware))
-    from bench.aot import contrast as aot_contrast  # which needs Job
+    for operation in (dual_softmax, contrast, soft_target, pool):
+        yield from operation.jobs(hardware)
+    yield from _normalize_jobs(hardware)
 
-    yield from aot_contrast.jobs(hardware)
+
+def _normalize_jobs(hardware: str) -> Iterator[Job]:
+    """Rows of one piece and of several; bf16, since fp16 and fp32 need no more registers, and fp32 rounded to tf32."""
+
+    def job(name: str, kernel: Any, dtype: str, width: int, **flags: bool) -> Job:
+        return Job(
+            name=f"{name} D={width}",
+            hardware=hardware,
+            kernel=kernel,
+            constants={**normalize.tile(width), **flags},
+            types=dict.fromkeys(("X0", "X1", "VECTORS", "GRAD0", "GRAD1"), f"*{dtype}"),
+        )
+
+    for width in (128, 2 * normalize.BLOCK_ELEMENTS):
+        yield job("vectors", normalize.vectors_kernel, "bf16", width, NORMALIZE=True, TO_TF32=False)
+        yield job("finish", normalize.finish_kernel, "bf16", width, NORMALIZE=True)
+    yield job("vectors tf32", normalize.vectors_kernel, "fp32", 128, NORMALIZE=True, TO_TF32=True)

@@ -1,6 +1,6 @@
 """``contrast``: InfoNCE of query rows against key rows, over the rows of one rank or of several.
 
-:class:`fastkd.backends.masks.Mask` says which keys count as what. :func:`_forward` and :func:`_backward` are the
+:class:`fastkd.backends.masks.Mask` says which keys count as what. :func:`forward` and :func:`backward` are the
 operation. They hand blocks of keys to a backend's ``Forward`` or ``Backward``. On one rank its own keys are all there
 are; custom ops let torch.compile see through that case. On several ranks the keys of the others arrive through an
 exchange. Queries, and two numbers per query, travel only where a rank's keys need a gradient, and then for the
@@ -24,7 +24,7 @@ from fastkd.distributed.pack import pack_rows
 from fastkd.numerics import accumulation_dtype
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """Queries or keys: this rank's rows [n, D], and their inverse norms [n, 1] if they were normalised."""
 
     exchange: Exchange | Alone
@@ -33,12 +33,12 @@ class _Side(NamedTuple):
     gathered: Tensor | None = None
 
 
-def _rows(queries: _Side, keys: _Side, logit_scale: Tensor, mask: Mask, like: Tensor, normalize: bool) -> ContrastRows:
+def _rows(queries: Side, keys: Side, logit_scale: Tensor, mask: Mask, like: Tensor, normalize: bool) -> ContrastRows:
     scale, k = logit_scale.to(accumulation_dtype(like.dtype)), None if mask.exclude_self else keys.rows
     return ContrastRows(queries.rows, k, scale, mask, normalize, keys.exchange.total, keys.exchange.is_packed)
 
 
-def _forward(rows: ContrastRows, keys: _Side, weight: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+def forward(rows: ContrastRows, keys: Side, weight: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     """The weighted sum over this rank's queries, and two numbers per query for the backward, [2, n]."""
     state = implementation("contrast", backend).Forward(rows)
     for cols, block in keys.exchange.columns(keys.rows[None], keys.gathered):
@@ -46,10 +46,10 @@ def _forward(rows: ContrastRows, keys: _Side, weight: Tensor | None, backend: st
     return state.finish(weight)
 
 
-def _backward(
+def backward(
     rows: ContrastRows,
-    queries: _Side,
-    keys: _Side,
+    queries: Side,
+    keys: Side,
     upstream: ContrastUpstream,
     needs: tuple[bool, bool, bool],
     like: Tensor,
@@ -74,12 +74,12 @@ def _backward(
     return grad_query if need_query else grad_query.new_empty(0), grad_key, grad_scale
 
 
-def _alone(query: Tensor, key: Tensor | None, normalize: bool, backend: str) -> tuple[_Side, _Side]:
+def _alone(query: Tensor, key: Tensor | None, normalize: bool, backend: str) -> tuple[Side, Side]:
     """Queries and keys of one rank, as the backend computes with them."""
     make = implementation("contrast", backend).rows
     exchange = Alone(len(query if key is None else key))
-    queries = _Side(exchange, *make(query, normalize))
-    return queries, queries if key is None else _Side(exchange, *make(key, normalize))
+    queries = Side(exchange, *make(query, normalize))
+    return queries, queries if key is None else Side(exchange, *make(key, normalize))
 
 
 @torch.library.custom_op("fastkd::contrast", mutates_args=())
@@ -110,7 +110,7 @@ def contrast(
     mask = _mask(key, query_labels, key_labels, positive_index, by_label)
     with torch.autocast(query.device.type, enabled=False):
         queries, keys = _alone(query, key, normalize, backend)
-        return _forward(_rows(queries, keys, logit_scale, mask, query, normalize), keys, weight, backend)
+        return forward(_rows(queries, keys, logit_scale, mask, query, normalize), keys, weight, backend)
 
 
 @contrast.register_fake
@@ -142,7 +142,7 @@ def contrast_backward(
         queries, keys = _alone(query, key, normalize, backend)
         rows = _rows(queries, keys, logit_scale, mask, query, normalize)
         upstream = ContrastUpstream(stats, weight, grad_loss)
-        grad_query, grad_key, grad_scale = _backward(rows, queries, keys, upstream, needs, query, backend)
+        grad_query, grad_key, grad_scale = backward(rows, queries, keys, upstream, needs, query, backend)
     return grad_query, grad_key, grad_scale.to(logit_scale.dtype)
 
 
@@ -243,7 +243,7 @@ class GlobalContrast(torch.autograd.Function):
                 exclude_self=is_self,
             )
             rows = _rows(queries, keys, logit_scale, mask, query, normalize)
-            total, stats = _forward(rows, keys, weight, backend)
+            total, stats = forward(rows, keys, weight, backend)
             numbers = stats if weight is None else torch.cat([stats, weight.to(stats.dtype)[None]])
             # Not among the saved tensors: they are still arriving, and autograd would take that for a change.
             ctx.numbers = start_numbers(peers, numbers.T) if needs_numbers else None
@@ -274,25 +274,25 @@ class GlobalContrast(torch.autograd.Function):
         logit_scale, weight, stats, q, inverse_q, k, inverse_k, gathered_keys = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         with torch.autocast(q.device.type, enabled=False):
-            queries = _Side(ctx.exchanges[0], q, inverse_q, ctx.gathered_queries)
-            keys = _Side(ctx.exchanges[1], k, inverse_k, gathered_keys)
+            queries = Side(ctx.exchanges[0], q, inverse_q, ctx.gathered_queries)
+            keys = Side(ctx.exchanges[1], k, inverse_k, gathered_keys)
             if ctx.numbers is not None:
                 numbers = ctx.numbers.wait(queries.exchange).T.contiguous()
                 stats, weight = numbers[:2], None if weight is None else numbers[2]
             rows = _rows(queries, keys, logit_scale, ctx.mask, ctx.like, ctx.normalize)
             upstream = ContrastUpstream(stats, weight, grad_loss)
-            found = _backward(rows, queries, keys, upstream, needs, ctx.like, ctx.backend)
+            found = backward(rows, queries, keys, upstream, needs, ctx.like, ctx.backend)
         grads = (*found[:2], found[2].to(logit_scale.dtype))
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 8
 
 
-def _exchanged(peers: Peers, rows: Tensor, dtype: torch.dtype, normalize: bool) -> tuple[Exchange, _Side]:
+def _exchanged(peers: Peers, rows: Tensor, dtype: torch.dtype, normalize: bool) -> tuple[Exchange, Side]:
     """Start to exchange a side."""
     exchange, units, inverse_norm, gathered = start(peers, (rows,), dtype, normalize)
-    return exchange, _Side(exchange, units[0], inverse_norm[0] if normalize else None, gathered)
+    return exchange, Side(exchange, units[0], inverse_norm[0] if normalize else None, gathered)
 
 
-def _packed(exchange: Exchange | Alone, rows: Tensor, dtype: torch.dtype, normalize: bool) -> _Side:
+def _packed(exchange: Exchange | Alone, rows: Tensor, dtype: torch.dtype, normalize: bool) -> Side:
     """A side that stays at home."""
     units, inverse_norm = pack_rows((rows,), dtype, normalize)
-    return _Side(exchange, units[0], inverse_norm[0] if normalize else None)
+    return Side(exchange, units[0], inverse_norm[0] if normalize else None)

@@ -1,6 +1,6 @@
 """``dual_softmax``: contrast and consistency of DCD, over the rows of one rank or of several.
 
-:func:`_forward` and :func:`_backward` are the operation. They hand blocks of columns to a backend's ``Forward`` or
+:func:`forward` and :func:`backward` are the operation. They hand blocks of columns to a backend's ``Forward`` or
 ``Backward``. On one rank the rows themselves are all the columns; custom ops let torch.compile see through that case.
 On several ranks the columns of the others arrive through an exchange. Then every rank returns the sums over its own
 rows, and computes their whole gradient alone, from three numbers per column. For that the upstream gradients must be
@@ -52,7 +52,7 @@ def _rows(exchange: Exchange | Alone, units: Any, logit_scale: Tensor, like: Ten
     return DualRows(units, scale, options.scale_bound, exchange.total, exchange.is_packed)
 
 
-def _forward(
+def forward(
     exchange: Exchange | Alone, rows: DualRows, gathered: Tensor | None, weight: Tensor | None, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weighted sums of contrast and consistency, and the statistics of the rank's rows."""
@@ -62,7 +62,7 @@ def _forward(
     return state.finish(weight, options.is_swapped)
 
 
-def _backward(
+def backward(
     exchange: Exchange | Alone,
     rows: DualRows,
     gathered: Tensor | None,
@@ -104,7 +104,7 @@ def dual_softmax(
     with torch.autocast(student.device.type, enabled=False):
         units, _ = options.module.units(*options.pair(student, teacher))
         alone = Alone(len(student))
-        return _forward(alone, _rows(alone, units, logit_scale, student, options), None, weight, options)
+        return forward(alone, _rows(alone, units, logit_scale, student, options), None, weight, options)
 
 
 @dual_softmax.register_fake
@@ -138,7 +138,7 @@ def dual_softmax_backward(
         )
         alone = Alone(len(student))
         rows = _rows(alone, units, logit_scale, student, options)
-        *grads, grad_scale = _backward(alone, rows, None, inverse_norm, stats, upstream, needs, student, options)
+        *grads, grad_scale = backward(alone, rows, None, inverse_norm, stats, upstream, needs, student, options)
     return grads[0], grads[1], grad_scale.to(logit_scale.dtype)
 
 
@@ -191,7 +191,7 @@ class GlobalDualSoftmax(torch.autograd.Function):
             pair = options.pair(student, teacher)
             exchange, units, inverse_norm, gathered = start(peers, pair, exchange_dtype(student.dtype))
             rows = _rows(exchange, units, logit_scale, student, options)
-            contrast, consistency_sum, stats = _forward(exchange, rows, gathered, weight, options)
+            contrast, consistency_sum, stats = forward(exchange, rows, gathered, weight, options)
             ctx.exchange, ctx.weighted, ctx.like = exchange, weight is not None, student.new_empty(0, student.shape[1])
             numbers = options.module.numbers(stats)
             if weight is not None:
@@ -212,7 +212,7 @@ class GlobalDualSoftmax(torch.autograd.Function):
                 numbers, weight = numbers[:-1], numbers[-1]
             upstream = DualUpstream(numbers, weight, grad_contrast, grad_consistency, ctx.options.is_swapped)
             rows = _rows(ctx.exchange, units, logit_scale, ctx.like, ctx.options)
-            *grads, grad_scale = _backward(
+            *grads, grad_scale = backward(
                 ctx.exchange, rows, gathered, inverse_norm, stats, upstream, needs, ctx.like, ctx.options
             )
         grads.append(grad_scale.to(logit_scale.dtype))

@@ -1,27 +1,23 @@
-"""The parts of ``contrast`` that cost one visit a row: vectors, losses and statistics, factors of G, end of gradients.
+"""The parts of ``contrast`` that visit every row once: losses and statistics, factors of G, end of the gradients.
 
-The names are those of the legend in contrast.py. STATS [2, n], of queries: by index the loss and the positive's logit,
-by label the log-sum-exp and COUNT, the number of positives. Rows may be of any width: they are read in pieces of
-BLOCK_D elements, the second and third time from cache.
+The legend in streaming.py has the names. STATS [2, n], of queries: by index the loss and the positive's logit,
+by label the log-sum-exp and COUNT, the number of positives.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.dual_softmax.tile import LN2, LOG2E
-from fastkd.kernels.normalize import EPS, padded_width, round_to_tf32
+from fastkd.kernels.normalize import input_gradients
+from fastkd.kernels.tiles import BLOCK_ROWS, LARGEST_G, LN2, LOG2E, store_numbers
 from torch import Tensor
-
-LARGEST_G = tl.constexpr(16384.0)  # a quarter of the largest fp16: G of both sides of a pair is added
-BLOCK_ROWS = 128
-BLOCK_ELEMENTS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """Rows or columns of a launch: vectors [n, width], the number of the first, and what there is of the rest."""
+    """Rows or columns of a launch: vectors [n, width], the number of the first, and the rest as far as there is any."""
 
     vectors: Tensor
     first: int = 0
@@ -44,48 +40,34 @@ class Side:
         )
 
 
-@triton.jit(do_not_specialize=["stride_xn", "stride_xd", "n", "D", "width"])
-def _vectors_kernel(
-    X, stride_xn, stride_xd, VECTORS, INVERSE_NORM, n, D, width,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, TO_TF32: tl.constexpr,
-):  # fmt: skip
-    """Unit rows as ``_unit_rows_kernel`` makes them, or rows as they are; zero beyond D."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_rows = rows < n
-    X += rows[:, None] * stride_xn
-    divisor = tl.full([BLOCK_M], 1.0, tl.float32)
-    norm = tl.full([BLOCK_M], 1.0, tl.float32)
-    is_zero = rows < 0
-    if NORMALIZE:
-        largest = tl.zeros([BLOCK_M], tl.float32)
-        squares = tl.zeros([BLOCK_M], tl.float32)
-        for start in range(0, D, BLOCK_D):
-            offs_d = start + tl.arange(0, BLOCK_D)
-            mask = in_rows[:, None] & (offs_d < D)[None, :]
-            x = tl.load(X + offs_d[None, :].to(tl.int64) * stride_xd, mask=mask, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
-        divisor = tl.where(largest == 0, 1.0, largest)
-        for start in range(0, D, BLOCK_D):
-            offs_d = start + tl.arange(0, BLOCK_D)
-            mask = in_rows[:, None] & (offs_d < D)[None, :]
-            x = tl.load(X + offs_d[None, :].to(tl.int64) * stride_xd, mask=mask, other=0.0).to(tl.float32)
-            x = tl.div_rn(x, divisor[:, None])
-            squares += tl.sum(x * x, 1)
-        norm = tl.sqrt_rn(squares)
-        is_zero = divisor * norm <= EPS
-        norm = tl.where(is_zero, 1.0, norm)
-        tl.store(INVERSE_NORM + rows, tl.where(is_zero, 0.0, tl.div_rn(1.0, divisor * norm)), mask=in_rows)
-    for start in range(0, width, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D)
-        mask = in_rows[:, None] & (offs_d < D)[None, :]
-        x = tl.load(X + offs_d[None, :].to(tl.int64) * stride_xd, mask=mask, other=0.0).to(tl.float32)
-        if NORMALIZE:
-            x = tl.div_rn(tl.div_rn(x, divisor[:, None]), norm[:, None])
-            x = tl.where(is_zero[:, None], 0.0, x)
-        if TO_TF32:
-            x = round_to_tf32(x)
-        mask = in_rows[:, None] & (offs_d < width)[None, :]
-        tl.store(VECTORS + rows[:, None] * width + offs_d[None, :], x.to(VECTORS.dtype.element_ty), mask=mask)
+def forward_arguments(queries: Side, keys: Side, by_label: bool, exclude_self: bool) -> dict[str, Any]:
+    """What kernels are passed of queries and keys to see which pairs count, apart from the vectors."""
+    return {
+        "POSITIVE": queries.positive,
+        "ROW_LABELS": queries.labels,
+        "COL_LABELS": keys.labels,
+        "first_row": queries.first,
+        "first_col": keys.first,
+        "HAS_LABELS": queries.labels is not None,
+        "BY_LABEL": by_label,
+        "HAS_INDEX": queries.positive is not None,
+        "EXCLUDE_SELF": exclude_self,
+    }
+
+
+def backward_arguments(rows: Side, columns: Side, by_label: bool, exclude_self: bool) -> dict[str, Any]:
+    """The same for a gradient, whose queries are the sides that have COEF."""
+    found = forward_arguments(rows, columns, by_label, exclude_self)
+    found["ROW_POSITIVE"], found["COL_POSITIVE"] = found.pop("POSITIVE"), columns.positive
+    found["HAS_INDEX"] = rows.positive is not None or columns.positive is not None
+    return found | {
+        "ROW_COEF": rows.coef,
+        "stride_rn": 0 if rows.coef is None else rows.coef.stride(0),
+        "COL_COEF": columns.coef,
+        "stride_cn": 0 if columns.coef is None else columns.coef.stride(0),
+        "BY_ROW": rows.coef is not None,
+        "BY_COLUMN": columns.coef is not None,
+    }
 
 
 @triton.jit
@@ -107,7 +89,7 @@ def _expm1(x):
 
 
 @triton.jit(do_not_specialize=["n", "splits"])
-def _statistics_kernel(
+def statistics_kernel(
     STATE, WEIGHT, COUNT, STATS, LOSS, n, splits,
     BLOCK_M: tl.constexpr, HAS_WEIGHT: tl.constexpr, BY_LABEL: tl.constexpr,
 ):  # fmt: skip
@@ -136,15 +118,14 @@ def _statistics_kernel(
         others = (m - xp) + tl.log2(s)
         loss = tl.maximum(others, 0.0) * LN2 + _log1p(tl.exp2(-tl.abs(others)))
         first, second = loss, xp * LN2
-    tl.store(STATS + offs_m, first, mask=in_rows)
-    tl.store(STATS + stride_k + offs_m, second, mask=in_rows)
+    store_numbers(STATS + offs_m, n, in_rows, (first, second))
     if HAS_WEIGHT:
         loss *= tl.load(WEIGHT + offs_m, mask=in_rows, other=0.0).to(tl.float32)
     tl.store(LOSS + offs_m, loss, mask=in_rows)
 
 
 @triton.jit(do_not_specialize=["n", "stride_sn"])
-def _coefficients_kernel(
+def coefficients_kernel(
     STATS, stride_sn, WEIGHT, LARGEST_WEIGHT, GRAD, COEF, UNSCALE, n,
     BLOCK_M: tl.constexpr, HAS_WEIGHT: tl.constexpr, BY_LABEL: tl.constexpr,
 ):  # fmt: skip
@@ -171,76 +152,8 @@ def _coefficients_kernel(
     else:
         at_positive = w * _expm1(-first)
         lse = first + second
-    tl.store(COEF + offs_m, tl.log2(w) - lse * LOG2E, mask=in_rows)
-    tl.store(COEF + n.to(tl.int64) + offs_m, at_positive, mask=in_rows)
+    store_numbers(COEF + offs_m, n, in_rows, (tl.log2(w) - lse * LOG2E, at_positive))
     tl.store(UNSCALE, tl.load(GRAD).to(tl.float32) * (largest / LARGEST_G))
-
-
-@triton.jit(do_not_specialize=["n", "D", "width", "splits"])
-def _finish_kernel(
-    PARTIAL, VECTORS, INVERSE_NORM, SCALE, UNSCALE, GRAD, DOTS, n, D, width, splits,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
-):  # fmt: skip
-    """Adds the splits and goes back through the normalisation, whose dot products are the scale's gradient."""
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_rows = offs_m < n
-    rows = offs_m.to(tl.int64)[:, None]
-    size = n.to(tl.int64) * width
-    unscale = tl.load(UNSCALE)
-    factor = tl.full([BLOCK_M], 1.0, tl.float32) * tl.load(SCALE).to(tl.float32) * unscale
-    if NORMALIZE:
-        factor *= tl.load(INVERSE_NORM + offs_m, mask=in_rows, other=0.0)
-    dots = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D)
-        inside = in_rows[:, None] & (offs_d < D)[None, :]
-        offsets = rows * width + offs_d[None, :]
-        vector = tl.load(VECTORS + offsets, mask=inside, other=0.0).to(tl.float32)
-        for split in range(splits):
-            dots += tl.sum(tl.load(PARTIAL + split * size + offsets, mask=inside, other=0.0) * vector, 1)
-    tl.store(DOTS + offs_m, dots * unscale, mask=in_rows)
-    for start in range(0, D, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D)
-        inside = in_rows[:, None] & (offs_d < D)[None, :]
-        offsets = rows * width + offs_d[None, :]
-        total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for split in range(splits):
-            total += tl.load(PARTIAL + split * size + offsets, mask=inside, other=0.0)
-        if NORMALIZE:
-            total -= dots[:, None] * tl.load(VECTORS + offsets, mask=inside, other=0.0).to(tl.float32)
-        grad = total * factor[:, None]
-        tl.store(GRAD + rows * D + offs_d[None, :], grad.to(GRAD.dtype.element_ty), mask=inside)
-
-
-def _tile(width: int) -> tuple[int, int]:
-    """BLOCK_M and BLOCK_D of a kernel that reads whole rows in pieces."""
-    BLOCK_D = min(padded_width(width), BLOCK_ELEMENTS)
-    return BLOCK_ELEMENTS // BLOCK_D, BLOCK_D
-
-
-def vectors(x: Tensor, width: int, *, normalize: bool, to_tf32: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Rows [n, width] in the dtype they are multiplied in, and their inverse norms [n] if they are normalised."""
-    n, D = x.shape
-    assert width >= D
-    BLOCK_M, BLOCK_D = _tile(width)
-    rows = torch.empty(n, width, dtype=x.dtype, device=x.device)
-    inverse_norm = torch.empty(n, dtype=torch.float32, device=x.device) if normalize else None
-    _vectors_kernel[(triton.cdiv(n, BLOCK_M),)](
-        X=x,
-        stride_xn=x.stride(0),
-        stride_xd=x.stride(1),
-        VECTORS=rows,
-        INVERSE_NORM=inverse_norm,
-        n=n,
-        D=D,
-        width=width,
-        BLOCK_M=BLOCK_M,
-        BLOCK_D=BLOCK_D,
-        NORMALIZE=normalize,
-        TO_TF32=to_tf32,
-        num_warps=4,
-    )
-    return rows, inverse_norm
 
 
 def statistics(state: Tensor, weight: Tensor | None, count: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -248,7 +161,7 @@ def statistics(state: Tensor, weight: Tensor | None, count: Tensor | None) -> tu
     splits, _, n = state.shape
     loss = torch.empty(n, dtype=torch.float32, device=state.device)
     stats = torch.empty(2, n, dtype=torch.float32, device=state.device)
-    _statistics_kernel[(triton.cdiv(n, BLOCK_ROWS),)](
+    statistics_kernel[(triton.cdiv(n, BLOCK_ROWS),)](
         STATE=state,
         WEIGHT=weight,
         COUNT=count,
@@ -265,12 +178,12 @@ def statistics(state: Tensor, weight: Tensor | None, count: Tensor | None) -> tu
 
 
 def coefficients(stats: Tensor, weight: Tensor | None, grad_loss: Tensor, *, by_label: bool) -> tuple[Tensor, Tensor]:
-    """COEF [2, n] of all queries and UNSCALE [1]; those of a block are a slice of it."""
+    """COEF [2, n] of all queries, and UNSCALE [1]. A slice of COEF serves a block of queries."""
     n = stats.shape[1]
     coef = torch.empty(2, n, dtype=torch.float32, device=stats.device)
     unscale = torch.empty(1, dtype=torch.float32, device=stats.device)
     assert stats.stride(1) == 1
-    _coefficients_kernel[(triton.cdiv(n, BLOCK_ROWS),)](
+    coefficients_kernel[(triton.cdiv(n, BLOCK_ROWS),)](
         STATS=stats,
         stride_sn=stats.stride(0),
         WEIGHT=weight,
@@ -297,26 +210,7 @@ def gradients(
     D: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the raw rows [n, D], and each row's part of the scale's gradient [n]."""
-    splits, n, width = partial.shape
-    BLOCK_M, BLOCK_D = _tile(width)
-    grad = torch.empty(n, D, dtype=dtype, device=rows.device)
-    dots = torch.empty(n, dtype=torch.float32, device=rows.device)
-    _finish_kernel[(triton.cdiv(n, BLOCK_M),)](
-        PARTIAL=partial,
-        VECTORS=rows,
-        INVERSE_NORM=inverse_norm,
-        SCALE=scale,
-        UNSCALE=unscale,
-        GRAD=grad,
-        DOTS=dots,
-        n=n,
-        D=D,
-        width=width,
-        splits=splits,
-        BLOCK_M=BLOCK_M,
-        BLOCK_D=BLOCK_D,
-        NORMALIZE=inverse_norm is not None,
-        num_warps=4,
-    )
-    return grad, dots
+    """The gradient of the input's rows [n, D], and DOTS [n]: each row's part of the scale's gradient."""
+    inverse_norm = None if inverse_norm is None else inverse_norm[None]
+    grads, dots = input_gradients(partial[:, None], rows[None], inverse_norm, scale, unscale, D=D, dtype=dtype)
+    return grads[0], dots[0]

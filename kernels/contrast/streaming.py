@@ -1,38 +1,35 @@
 """``contrast`` on a GPU: one streaming pass forward; backward, the owner of a row-block computes its whole gradient.
 
-Legend. Rows are what a launch owns, columns what they are compared with; either may be queries, keys, or both at once.
-Their vectors [n, BLOCK_D] are in the dtype they are multiplied in, ``x_ij = scale q_i . k_j``. ``first_row`` and
-``first_col`` number them: the key of query i's number is its positive where there is no POSITIVE, and is left out
-under EXCLUDE_SELF. POSITIVE: number of the key that is a query's positive. LABELS: int32, equal where labels are;
-NO_LABEL matches nothing. ``P``, ``D``, BY_LABEL: as :class:`fastkd.backends.masks.Mask` says.
+Legend. Rows are what a launch owns, columns are what they are compared with. Either may be queries, keys, or both at
+once. Their vectors [n, BLOCK_D] are in the dtype they are multiplied in, and ``x_ij = scale q_i . k_j``. ``first_row``
+and ``first_col`` number them. POSITIVE: the number of the key that is a query's positive; without POSITIVE, it is the
+query's own number. EXCLUDE_SELF leaves out the key of the query's own number. LABELS: int32, equal where labels are;
+NO_LABEL matches nothing. ``P``, ``D``, BY_LABEL: see :class:`fastkd.backends.masks.Mask`.
 
-STATE [SPLITS, 3, n]: what a split of the columns has seen so far: maximum, ``sum exp2``, and the positive's logit or,
-BY_LABEL, the sum of theirs; in units of log 2. By index the maximum and the sum are those of the negatives alone, so
-that a loss near 0 keeps its digits. It can be carried from one block of columns to the next.
-COEF [2, n], of queries: ``log2 w_i - lse_i`` and what is special at the positives, see ``_coefficients_kernel``; then
-``G_ij = exp2(x_ij + log2 w_i - lse_i)`` is the gradient of ``x_ij`` away from them, at the cost of one multiply-add
-and one exponential, and no bound on the scale could make it cheaper.
+STATE [SPLITS, 3, n]: three numbers per row, after the columns of a split that were seen so far: maximum, ``sum exp2``,
+and the positive's logit or, BY_LABEL, the sum of the positives' logits; in units of log 2. By index the maximum and the
+sum are taken over the negatives alone, so that a loss near 0 keeps its digits. STATE can be carried from one block of
+columns to the next.
+COEF [2, n], of queries: ``log2 w_i - lse_i``, and what is special at the positives, see ``coefficients_kernel``. Away
+from the positives the gradient of ``x_ij`` is ``G_ij = exp2(x_ij + log2 w_i - lse_i)``: one multiply-add and one
+exponential. A bound on the scale would save neither, so that there is no BOUNDED.
 PARTIAL [SPLITS, n, BLOCK_D]: ``sum_j G_ij k_j`` if rows are queries (BY_ROW), ``sum_j G_ji q_j`` if columns are
-(BY_COLUMN). Queries contrasted with themselves are both: x is symmetric, one product serves ``G_ij + G_ji``.
+(BY_COLUMN). Queries contrasted with themselves are both: x is symmetric, and one product serves ``G_ij + G_ji``.
 
 All sums are taken in a fixed order: there are no atomics. Nothing is read back to the host.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.contrast.per_row import Side
-from fastkd.kernels.contrast.tile import accumulate, gradient, load_side, load_state, store_state
-from fastkd.kernels.dual_softmax.streaming import split_tiles
-from fastkd.kernels.launch import LaunchConfig, column_splits, contrast_config, hardware_of, multiprocessors
+from fastkd.kernels.contrast.per_row import Side, backward_arguments, forward_arguments
+from fastkd.kernels.contrast.tile import accumulate, gradient, load_side, load_state
+from fastkd.kernels.tiles import descriptor, first_column, loop_bounds, split_tiles, store_numbers, tiling
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit(do_not_specialize=["n", "n_cols", "first_row", "first_col", "tiles_per_split"])
-def _forward_kernel(
+def forward_kernel(
     ROWS, COLS, SCALE, POSITIVE, ROW_LABELS, COL_LABELS, STATE, n, n_cols, first_row, first_col, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HAS_LABELS: tl.constexpr,
     BY_LABEL: tl.constexpr, HAS_INDEX: tl.constexpr, EXCLUDE_SELF: tl.constexpr, HAS_CARRY: tl.constexpr,
@@ -50,67 +47,27 @@ def _forward_kernel(
     q = ROWS.load([row, 0])  # [BLOCK_M, BLOCK_D]
     # Where the diagonal means nothing, it lies before the first column.
     HAS_DIAGONAL: tl.constexpr = EXCLUDE_SELF or not (BY_LABEL or HAS_INDEX)
-    first, last, skip, resume, whole, ragged = split_tiles(
-        split, tiles_per_split, n_cols, row + first_row - first_col if HAS_DIAGONAL else -BLOCK_M, BLOCK_M, BLOCK_N
-    )  # fmt: skip
-    for index in range(first, last - ragged - (resume - skip)):
-        start = tl.where(index < skip, index, index + resume - skip) * BLOCK_N
-        state = _forward_tile(
-            q, COLS, scale, state, queries, COL_LABELS, first_col, start, n_cols, BLOCK_N=BLOCK_N,
-            PRECISION=PRECISION, HAS_LABELS=HAS_LABELS, BY_LABEL=BY_LABEL, HAS_INDEX=HAS_INDEX,
-            EXCLUDE_SELF=EXCLUDE_SELF, IS_EDGE=False,
-        )  # fmt: skip
-    for index in range(skip, resume + ragged):
-        start = tl.where(index < resume, index, whole) * BLOCK_N
-        state = _forward_tile(
-            q, COLS, scale, state, queries, COL_LABELS, first_col, start, n_cols, BLOCK_N=BLOCK_N,
-            PRECISION=PRECISION, HAS_LABELS=HAS_LABELS, BY_LABEL=BY_LABEL, HAS_INDEX=HAS_INDEX,
-            EXCLUDE_SELF=EXCLUDE_SELF, IS_EDGE=True,
-        )  # fmt: skip
-    store_state(STATE, n, in_rows, state)
-
-
-@triton.jit
-def _forward_tile(
-    q, COLS, scale, state, queries, COL_LABELS, first_col, start, n_cols,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HAS_LABELS: tl.constexpr, BY_LABEL: tl.constexpr,
-    HAS_INDEX: tl.constexpr, EXCLUDE_SELF: tl.constexpr, IS_EDGE: tl.constexpr,
-):  # fmt: skip
-    X = tl.dot(q, COLS.load([start, 0]).T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    offs_n = start + tl.arange(0, BLOCK_N)
-    keys = load_side(
-        COL_LABELS, None, None, 0, offs_n, first_col, offs_n < n_cols,
-        HAS_LABELS=HAS_LABELS, HAS_INDEX=False, HAS_COEF=False,
-    )  # fmt: skip
-    return accumulate(
-        X, scale, state, queries, keys, offs_n < n_cols, HAS_LABELS=HAS_LABELS, BY_LABEL=BY_LABEL,
-        HAS_INDEX=HAS_INDEX, EXCLUDE_SELF=EXCLUDE_SELF, IS_EDGE=IS_EDGE,
-    )  # fmt: skip
-
-
-@triton.jit
-def _gradient_tile(
-    a, COLS, scale, rows, COL_COEF, stride_cn, COL_POSITIVE, COL_LABELS, first_col, start, n_cols, total,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HAS_LABELS: tl.constexpr, BY_LABEL: tl.constexpr,
-    HAS_INDEX: tl.constexpr, EXCLUDE_SELF: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
-    IS_EDGE: tl.constexpr,
-):  # fmt: skip
-    b = COLS.load([start, 0])  # [BLOCK_N, BLOCK_D]
-    X = tl.dot(a, b.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    offs_n = start + tl.arange(0, BLOCK_N)
-    columns = load_side(
-        COL_LABELS, COL_POSITIVE, COL_COEF, stride_cn, offs_n, first_col, offs_n < n_cols,
-        HAS_LABELS=HAS_LABELS, HAS_INDEX=HAS_INDEX and BY_COLUMN, HAS_COEF=BY_COLUMN,
-    )  # fmt: skip
-    G = gradient(
-        X, scale, rows, columns, offs_n < n_cols, HAS_LABELS=HAS_LABELS, BY_LABEL=BY_LABEL, HAS_INDEX=HAS_INDEX,
-        EXCLUDE_SELF=EXCLUDE_SELF, BY_ROW=BY_ROW, BY_COLUMN=BY_COLUMN, IS_EDGE=IS_EDGE,
-    )  # fmt: skip
-    return tl.dot(G.to(b.dtype), b, total, input_precision=PRECISION)
+    diagonal = row + first_row - first_col if HAS_DIAGONAL else -BLOCK_M
+    tiles = split_tiles(split, tiles_per_split, n_cols, diagonal, BLOCK_M, BLOCK_N)
+    for turn in tl.static_range(2):  # all other tiles, then the edge
+        low, high = loop_bounds(tiles, IS_EDGE=turn == 1)
+        for index in range(low, high):
+            start = first_column(index, tiles, BLOCK_N=BLOCK_N, IS_EDGE=turn == 1)
+            X = tl.dot(q, COLS.load([start, 0]).T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            offs_n = start + tl.arange(0, BLOCK_N)
+            keys = load_side(
+                COL_LABELS, None, None, 0, offs_n, first_col, offs_n < n_cols,
+                HAS_LABELS=HAS_LABELS, HAS_INDEX=False, HAS_COEF=False,
+            )  # fmt: skip
+            state = accumulate(
+                X, scale, state, queries, keys, offs_n < n_cols, HAS_LABELS=HAS_LABELS, BY_LABEL=BY_LABEL,
+                HAS_INDEX=HAS_INDEX, EXCLUDE_SELF=EXCLUDE_SELF, IS_EDGE=turn == 1,
+            )  # fmt: skip
+    store_numbers(STATE, n, in_rows, state)
 
 
 @triton.jit(do_not_specialize=["stride_rn", "stride_cn", "n", "n_cols", "first_row", "first_col", "tiles_per_split"])
-def _backward_kernel(
+def backward_kernel(
     ROWS, COLS, SCALE, ROW_COEF, stride_rn, COL_COEF, stride_cn, ROW_POSITIVE, COL_POSITIVE, ROW_LABELS, COL_LABELS,
     PARTIAL, n, n_cols, first_row, first_col, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -128,55 +85,28 @@ def _backward_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     a = ROWS.load([row, 0])  # [BLOCK_M, BLOCK_D]
     HAS_DIAGONAL: tl.constexpr = EXCLUDE_SELF or not (BY_LABEL or HAS_INDEX)
-    first, last, skip, resume, whole, ragged = split_tiles(
-        split, tiles_per_split, n_cols, row + first_row - first_col if HAS_DIAGONAL else -BLOCK_M, BLOCK_M, BLOCK_N
-    )  # fmt: skip
-    # The edge first: with its bounds alive during the other loop, that one holds more registers.
-    for index in range(skip, resume + ragged):
-        start = tl.where(index < resume, index, whole) * BLOCK_N
-        total = _gradient_tile(
-            a, COLS, scale, rows, COL_COEF, stride_cn, COL_POSITIVE, COL_LABELS, first_col, start, n_cols, total,
-            BLOCK_N=BLOCK_N, PRECISION=PRECISION, HAS_LABELS=HAS_LABELS, BY_LABEL=BY_LABEL, HAS_INDEX=HAS_INDEX,
-            EXCLUDE_SELF=EXCLUDE_SELF, BY_ROW=BY_ROW, BY_COLUMN=BY_COLUMN, IS_EDGE=True,
-        )  # fmt: skip
-    for index in range(first, last - ragged - (resume - skip)):
-        start = tl.where(index < skip, index, index + resume - skip) * BLOCK_N
-        total = _gradient_tile(
-            a, COLS, scale, rows, COL_COEF, stride_cn, COL_POSITIVE, COL_LABELS, first_col, start, n_cols, total,
-            BLOCK_N=BLOCK_N, PRECISION=PRECISION, HAS_LABELS=HAS_LABELS, BY_LABEL=BY_LABEL, HAS_INDEX=HAS_INDEX,
-            EXCLUDE_SELF=EXCLUDE_SELF, BY_ROW=BY_ROW, BY_COLUMN=BY_COLUMN, IS_EDGE=False,
-        )  # fmt: skip
+    diagonal = row + first_row - first_col if HAS_DIAGONAL else -BLOCK_M
+    tiles = split_tiles(split, tiles_per_split, n_cols, diagonal, BLOCK_M, BLOCK_N)
+    # The edge comes first: the other loop needs more registers if the edge's bounds stay alive during it.
+    for turn in tl.static_range(2):
+        low, high = loop_bounds(tiles, IS_EDGE=turn == 0)
+        for index in range(low, high):
+            start = first_column(index, tiles, BLOCK_N=BLOCK_N, IS_EDGE=turn == 0)
+            b = COLS.load([start, 0])  # [BLOCK_N, BLOCK_D]
+            X = tl.dot(a, b.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            offs_n = start + tl.arange(0, BLOCK_N)
+            columns = load_side(
+                COL_LABELS, COL_POSITIVE, COL_COEF, stride_cn, offs_n, first_col, offs_n < n_cols,
+                HAS_LABELS=HAS_LABELS, HAS_INDEX=HAS_INDEX and BY_COLUMN, HAS_COEF=BY_COLUMN,
+            )  # fmt: skip
+            G = gradient(
+                X, scale, rows, columns, offs_n < n_cols, HAS_LABELS=HAS_LABELS, BY_LABEL=BY_LABEL,
+                HAS_INDEX=HAS_INDEX, EXCLUDE_SELF=EXCLUDE_SELF, BY_ROW=BY_ROW, BY_COLUMN=BY_COLUMN,
+                IS_EDGE=turn == 0,
+            )  # fmt: skip
+            total = tl.dot(G.to(b.dtype), b, total, input_precision=PRECISION)
     PARTIAL += (split.to(tl.int64) * n + offs_m)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     tl.store(PARTIAL, total, mask=in_rows[:, None])
-
-
-def _launch(kernel: str, rows: Side, columns: Side, splits: int | None) -> tuple[LaunchConfig, int, dict[str, Any]]:
-    """Configuration, splits of the columns, and what both kernels are passed."""
-    a, b = rows.vectors, columns.vectors
-    assert a.shape[1] == b.shape[1]
-    assert a.dtype == b.dtype
-    config = contrast_config(kernel, dtype=a.dtype, block_d=a.shape[1], hardware=hardware_of(a.device))
-    tiles = triton.cdiv(b.shape[0], config.BLOCK_N)
-    if splits is None:
-        row_blocks = triton.cdiv(a.shape[0], config.BLOCK_M)
-        splits = column_splits(row_blocks, tiles, config.ctas_per_sm * multiprocessors(a.device))
-    arguments = {
-        "ROWS": TensorDescriptor.from_tensor(a, [config.BLOCK_M, a.shape[1]]),
-        "COLS": TensorDescriptor.from_tensor(b, [config.BLOCK_N, b.shape[1]]),
-        "ROW_LABELS": rows.labels,
-        "COL_LABELS": columns.labels,
-        "n": a.shape[0],
-        "n_cols": b.shape[0],
-        "first_row": rows.first,
-        "first_col": columns.first,
-        "tiles_per_split": triton.cdiv(tiles, splits),
-        "BLOCK_M": config.BLOCK_M,
-        "BLOCK_N": config.BLOCK_N,
-        "PRECISION": "tf32",
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-    return config, splits, arguments
 
 
 def running_statistics(
@@ -187,25 +117,29 @@ def running_statistics(
     by_label: bool,
     exclude_self: bool,
     state: Tensor | None = None,
+    all_columns: int | None = None,
 ) -> Tensor:
     """STATE [SPLITS, 3, n] of the queries after these keys.
 
-    ``state``: that of the keys before these; it is updated in place and returned.
+    ``state``: what an earlier call returned for the keys before these; it is updated in place and returned.
+    ``all_columns``: how many keys all calls together will see, where that is more than the first call's; SPLITS is
+    chosen for that number.
     """
-    config, splits, arguments = _launch("contrast_forward", queries, keys, None if state is None else state.shape[0])
+    config, splits, arguments = tiling(
+        "contrast_forward", queries.vectors, keys.vectors, all_columns=all_columns,
+        splits=None if state is None else state.shape[0],
+    )  # fmt: skip
     n = queries.vectors.shape[0]
     has_carry = state is not None
     if state is None:
         state = torch.empty(splits, 3, n, dtype=torch.float32, device=queries.vectors.device)
-    _forward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
+    forward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
         **arguments,
+        **forward_arguments(queries, keys, by_label, exclude_self),
+        ROWS=descriptor(queries.vectors, config.BLOCK_M),
+        COLS=descriptor(keys.vectors, config.BLOCK_N),
         SCALE=scale,
-        POSITIVE=queries.positive,
         STATE=state,
-        HAS_LABELS=queries.labels is not None,
-        BY_LABEL=by_label,
-        HAS_INDEX=queries.positive is not None,
-        EXCLUDE_SELF=exclude_self,
         HAS_CARRY=has_carry,
     )
     return state
@@ -219,31 +153,27 @@ def gradient_sums(
     by_label: bool,
     exclude_self: bool,
     partial: Tensor | None = None,
+    all_columns: int | None = None,
 ) -> Tensor:
-    """PARTIAL [SPLITS, n, BLOCK_D] of the rows after these columns; queries are the sides that have COEF.
+    """PARTIAL [SPLITS, n, BLOCK_D] of the rows after these columns. Queries are the sides that have COEF.
 
-    ``partial``: that of the columns before these; it is updated in place and returned.
+    ``partial``: what an earlier call returned for the columns before these; it is updated in place and returned.
+    ``all_columns``: see :func:`running_statistics`.
     """
     kernel = "contrast_backward" if rows.coef is None or columns.coef is None else "contrast_self"
-    config, splits, arguments = _launch(kernel, rows, columns, None if partial is None else partial.shape[0])
+    config, splits, arguments = tiling(
+        kernel, rows.vectors, columns.vectors, all_columns=all_columns,
+        splits=None if partial is None else partial.shape[0],
+    )  # fmt: skip
     n, BLOCK_D = rows.vectors.shape
     sums = torch.empty(splits, n, BLOCK_D, dtype=torch.float32, device=rows.vectors.device)
-    _backward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
+    backward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
         **arguments,
+        **backward_arguments(rows, columns, by_label, exclude_self),
+        ROWS=descriptor(rows.vectors, config.BLOCK_M),
+        COLS=descriptor(columns.vectors, config.BLOCK_N),
         SCALE=scale,
-        ROW_COEF=rows.coef,
-        stride_rn=0 if rows.coef is None else rows.coef.stride(0),
-        COL_COEF=columns.coef,
-        stride_cn=0 if columns.coef is None else columns.coef.stride(0),
-        ROW_POSITIVE=rows.positive,
-        COL_POSITIVE=columns.positive,
         PARTIAL=sums,
         BLOCK_D=BLOCK_D,
-        HAS_LABELS=rows.labels is not None,
-        BY_LABEL=by_label,
-        HAS_INDEX=rows.positive is not None or columns.positive is not None,
-        EXCLUDE_SELF=exclude_self,
-        BY_ROW=rows.coef is not None,
-        BY_COLUMN=columns.coef is not None,
     )
     return sums if partial is None else partial.add_(sums)

@@ -1,14 +1,14 @@
 """Arithmetic of ``contrast`` on one tile, shared by the streaming kernels and by those on matrix products.
 
-The names are those of the legend in contrast.py. IS_EDGE: the tile may hold columns that do not exist, and the
-diagonal: the pairs of a query and the key of the same number.
+The legend in streaming.py has the names. IS_EDGE: the tile may hold columns that do not exist, and the diagonal: the
+pairs of a query and the key of the same number.
 """
 
 import triton
 import triton.language as tl
-from fastkd.kernels.dual_softmax.tile import LOG2E
+from fastkd.kernels.tiles import LOG2E
 
-# A maximum to start from: finite, so that a row that has seen no key yet stays free of inf - inf.
+# The maximum before any key. It is finite, so that a query that has seen no key yet stays free of inf - inf.
 LOWEST = tl.constexpr(-1e30)
 NO_LABEL = tl.constexpr(-1)  # of queries whose label no key has
 
@@ -28,20 +28,11 @@ def load_state(STATE, n, in_rows, BLOCK_M: tl.constexpr, HAS_CARRY: tl.constexpr
 
 
 @triton.jit
-def store_state(STATE, n, in_rows, state):
-    m, s, xp = state
-    stride_k = n.to(tl.int64)
-    tl.store(STATE, m, mask=in_rows)
-    tl.store(STATE + stride_k, s, mask=in_rows)
-    tl.store(STATE + 2 * stride_k, xp, mask=in_rows)
-
-
-@triton.jit
 def load_side(
     LABELS, POSITIVE, COEF, stride_c, offsets, first, inside,
     HAS_LABELS: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_COEF: tl.constexpr,
 ):  # fmt: skip
-    """Of rows or columns: number, label, positive, and both parts of COEF; the number for what there is not."""
+    """Number, label, positive, and both parts of COEF of rows or columns. What is absent is filled with the number."""
     number = offsets + first
     label, positive, log_weight, at_positive = number, number, number, number
     if HAS_LABELS:
@@ -60,7 +51,7 @@ def accumulate(
     HAS_LABELS: tl.constexpr, BY_LABEL: tl.constexpr, HAS_INDEX: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
     IS_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """The running state of a row-block of queries after one more tile of dot products X [BLOCK_M, BLOCK_N]."""
+    """The state of a row-block of queries after one more tile of dot products X [BLOCK_M, BLOCK_N]."""
     m, s, xp = state
     query, key = queries[0][:, None], keys[0][None, :]
     kept = in_keys[None, :]
@@ -92,7 +83,7 @@ def _side_gradient(
     X, scale, log_weight, at_positive, key, positive, same, kept,
     HAS_LABELS: tl.constexpr, BY_LABEL: tl.constexpr, HAS_INDEX: tl.constexpr, IS_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """``G`` of a tile; what belongs to queries or to keys is broadcast along the other side."""
+    """``G`` of a tile. What belongs to queries or to keys comes broadcast along the other side."""
     G = tl.exp2(X * (scale * LOG2E) + log_weight)
     if BY_LABEL:
         # Before the result is rounded: where p_ij is near 1 / |P_i|, the difference keeps its relative precision.

@@ -1,23 +1,20 @@
-"""``contrast`` for rows too wide for the streaming kernels: blocks of dot products by torch.mm, then one fused kernel.
+"""``contrast`` of rows too wide for the streaming kernels: blocks of dot products by torch.mm, then one fused kernel.
 
-Also used for fp32 where PyTorch's settings do not allow tf32: torch.mm honours them. The names are those of the legend
-in contrast.py; SPLITS is 1. ``X`` holds one block of dot products [m, k], so that memory stays linear in the number of
-rows.
+The legend in streaming.py has the names; SPLITS is 1. ``X`` holds one block of dot products [m, k].
 """
 
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.contrast.per_row import Side
-from fastkd.kernels.contrast.tile import accumulate, gradient, load_side, load_state, store_state
-from fastkd.kernels.dual_softmax.wide import _blocks, _product
+from fastkd.kernels.contrast.per_row import Side, backward_arguments, forward_arguments
+from fastkd.kernels.contrast.tile import accumulate, gradient, load_side, load_state
+from fastkd.kernels.products import blocks, product
+from fastkd.kernels.tiles import store_numbers
 from torch import Tensor
-
-ROWS, COLUMNS = 2048, 4096
 
 
 @triton.jit(do_not_specialize=["n", "m", "k", "first_row", "first_col"])
-def _accumulate_kernel(
+def accumulate_kernel(
     X, SCALE, POSITIVE, ROW_LABELS, COL_LABELS, STATE, n, m, k, first_row, first_col,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LABELS: tl.constexpr, BY_LABEL: tl.constexpr,
     HAS_INDEX: tl.constexpr, EXCLUDE_SELF: tl.constexpr, HAS_CARRY: tl.constexpr,
@@ -43,11 +40,11 @@ def _accumulate_kernel(
             x, scale, state, queries, keys, inside, HAS_LABELS=HAS_LABELS, BY_LABEL=BY_LABEL, HAS_INDEX=HAS_INDEX,
             EXCLUDE_SELF=EXCLUDE_SELF, IS_EDGE=True,
         )  # fmt: skip
-    store_state(STATE + offs_m, n, in_rows, state)
+    store_numbers(STATE + offs_m, n, in_rows, state)
 
 
 @triton.jit(do_not_specialize=["stride_rn", "stride_cn", "m", "k", "first_row", "first_col"])
-def _gradient_kernel(
+def gradient_kernel(
     X, SCALE, ROW_COEF, stride_rn, COL_COEF, stride_cn, ROW_POSITIVE, COL_POSITIVE, ROW_LABELS, COL_LABELS, G, m, k,
     first_row, first_col,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LABELS: tl.constexpr, BY_LABEL: tl.constexpr,
@@ -75,82 +72,69 @@ def _gradient_kernel(
 
 
 def running_statistics(
-    queries: Side, keys: Side, scale: Tensor, *, by_label: bool, exclude_self: bool, state: Tensor | None = None
+    queries: Side,
+    keys: Side,
+    scale: Tensor,
+    *,
+    by_label: bool,
+    exclude_self: bool,
+    state: Tensor | None = None,
+    all_columns: int | None = None,
 ) -> Tensor:
-    """STATE [1, 3, n]; as its namesake in contrast.py."""
+    """STATE [1, 3, n]; as the function of that name in streaming.py. ``all_columns`` changes nothing here."""
     n = queries.vectors.shape[0]
     has_carry = state is not None
     if state is None:
         state = torch.empty(1, 3, n, dtype=torch.float32, device=queries.vectors.device)
-    for cols in _blocks(keys.vectors.shape[0], COLUMNS):
-        b = keys.part(cols)
-        for rows in _blocks(n, ROWS):
-            a = queries.part(rows)
-            X = _product(a.vectors, b.vectors.T)
-            m, k = X.shape
-            _accumulate_kernel[(triton.cdiv(m, 4),)](
-                X=X,
-                SCALE=scale,
-                POSITIVE=a.positive,
-                ROW_LABELS=a.labels,
-                COL_LABELS=b.labels,
-                STATE=state[0, 0, rows],
-                n=n,
-                m=m,
-                k=k,
-                first_row=a.first,
-                first_col=b.first,
-                BLOCK_M=4,
-                BLOCK_N=256,
-                HAS_LABELS=a.labels is not None,
-                BY_LABEL=by_label,
-                HAS_INDEX=a.positive is not None,
-                EXCLUDE_SELF=exclude_self,
-                HAS_CARRY=has_carry or cols.start > 0,
-                num_warps=4,
-            )
+    for part, cols in blocks(n, keys.vectors.shape[0]):
+        a, b = queries.part(part), keys.part(cols)
+        X = product(a.vectors, b.vectors.T)
+        m, k = X.shape
+        accumulate_kernel[(triton.cdiv(m, 4),)](
+            **forward_arguments(a, b, by_label, exclude_self),
+            X=X,
+            SCALE=scale,
+            STATE=state[0, 0, part],
+            n=n,
+            m=m,
+            k=k,
+            BLOCK_M=4,
+            BLOCK_N=256,
+            HAS_CARRY=has_carry or cols.start > 0,
+            num_warps=4,
+        )
     return state
 
 
 def gradient_sums(
-    rows: Side, columns: Side, scale: Tensor, *, by_label: bool, exclude_self: bool, partial: Tensor | None = None
+    rows: Side,
+    columns: Side,
+    scale: Tensor,
+    *,
+    by_label: bool,
+    exclude_self: bool,
+    partial: Tensor | None = None,
+    all_columns: int | None = None,
 ) -> Tensor:
-    """PARTIAL [1, n, width]; as its namesake in contrast.py."""
+    """PARTIAL [1, n, width]; as the function of that name in streaming.py. ``all_columns`` changes nothing here."""
     n = rows.vectors.shape[0]
     if partial is None:
         partial = torch.zeros(1, *rows.vectors.shape, dtype=torch.float32, device=rows.vectors.device)
-    for part in _blocks(n, ROWS):
-        a = rows.part(part)
-        for cols in _blocks(columns.vectors.shape[0], COLUMNS):
-            b = columns.part(cols)
-            X = _product(a.vectors, b.vectors.T)
-            G = torch.empty_like(X, dtype=a.vectors.dtype)
-            m, k = X.shape
-            _gradient_kernel[(triton.cdiv(m, 16), triton.cdiv(k, 128))](
-                X=X,
-                SCALE=scale,
-                ROW_COEF=a.coef,
-                stride_rn=0 if a.coef is None else a.coef.stride(0),
-                COL_COEF=b.coef,
-                stride_cn=0 if b.coef is None else b.coef.stride(0),
-                ROW_POSITIVE=a.positive,
-                COL_POSITIVE=b.positive,
-                ROW_LABELS=a.labels,
-                COL_LABELS=b.labels,
-                G=G,
-                m=m,
-                k=k,
-                first_row=a.first,
-                first_col=b.first,
-                BLOCK_M=16,
-                BLOCK_N=128,
-                HAS_LABELS=a.labels is not None,
-                BY_LABEL=by_label,
-                HAS_INDEX=a.positive is not None or b.positive is not None,
-                EXCLUDE_SELF=exclude_self,
-                BY_ROW=a.coef is not None,
-                BY_COLUMN=b.coef is not None,
-                num_warps=4,
-            )
-            partial[0, part] += _product(G, b.vectors)
+    for part, cols in blocks(n, columns.vectors.shape[0]):
+        a, b = rows.part(part), columns.part(cols)
+        X = product(a.vectors, b.vectors.T)
+        G = torch.empty_like(X, dtype=a.vectors.dtype)
+        m, k = X.shape
+        gradient_kernel[(triton.cdiv(m, 16), triton.cdiv(k, 128))](
+            **backward_arguments(a, b, by_label, exclude_self),
+            X=X,
+            SCALE=scale,
+            G=G,
+            m=m,
+            k=k,
+            BLOCK_M=16,
+            BLOCK_N=128,
+            num_warps=4,
+        )
+        partial[0, part] += product(G, b.vectors)
     return partial

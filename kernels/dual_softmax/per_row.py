@@ -1,21 +1,19 @@
-"""The parts of ``dual_softmax`` that cost one visit a row: statistics and losses, factors of G, end of the gradients.
+"""The parts of ``dual_softmax`` that visit every row once: losses and statistics, factors of G, end of the gradients.
 
-The names are those of the legend in dual_softmax.py.
+The legend in streaming.py has the names. IS_SWAPPED: (A, B) is (teacher, student), so that the contrast reads
+q instead of p.
 """
 
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.dual_softmax.tile import LN2, LOG2E
+from fastkd.kernels.normalize import input_gradients
+from fastkd.kernels.tiles import BLOCK_ROWS, LARGEST_G, LN2, LOG2E, store_numbers
 from torch import Tensor
-
-LARGEST_G = tl.constexpr(16384.0)  # a quarter of the largest fp16
-BLOCK_ROWS = 128
-BLOCK_ELEMENTS = 2048
 
 
 @triton.jit(do_not_specialize=["n", "splits"])
-def _statistics_kernel(
+def statistics_kernel(
     STATE, SCALE, WEIGHT, STATS, LOSS, n, splits,
     BLOCK_M: tl.constexpr, HAS_WEIGHT: tl.constexpr, IS_SWAPPED: tl.constexpr,
 ):  # fmt: skip
@@ -45,9 +43,7 @@ def _statistics_kernel(
     la = (mp + tl.log2(sp)) * LN2
     lc = (mq + tl.log2(sq)) * LN2
     E = scale * se / sp
-    tl.store(STATS + offs_m, la, mask=in_rows)
-    tl.store(STATS + stride_k + offs_m, lc, mask=in_rows)
-    tl.store(STATS + 2 * stride_k + offs_m, E, mask=in_rows)
+    store_numbers(STATS + offs_m, n, in_rows, (la, lc, E))
     # The maximum minus the positive first: where the positive is the maximum, the loss is the small logarithm alone.
     contrast = ((mq - xp) + tl.log2(sq) if IS_SWAPPED else (mp - xp) + tl.log2(sp)) * LN2
     consistency = E - la + lc
@@ -55,19 +51,18 @@ def _statistics_kernel(
         weight = tl.load(WEIGHT + offs_m, mask=in_rows, other=0.0).to(tl.float32)
         contrast *= weight
         consistency *= weight
-    tl.store(LOSS + offs_m, contrast, mask=in_rows)
-    tl.store(LOSS + stride_k + offs_m, consistency, mask=in_rows)
+    store_numbers(LOSS + offs_m, n, in_rows, (contrast, consistency))
 
 
 @triton.jit(do_not_specialize=["n_cols", "stride_sn"])
-def _coefficients_kernel(
+def coefficients_kernel(
     STATS, stride_sn, WEIGHT, LARGEST_WEIGHT, GRAD_CONTRAST, GRAD_CONSISTENCY, SCALE, COEF, UNSCALE, n_cols,
     BLOCK_N: tl.constexpr, HAS_WEIGHT: tl.constexpr, IS_SWAPPED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Factors of G a row: k, r, x (times exp(-la) or exp(-lc) if BOUNDED), w, and la, lc in units of log 2.
+    """The factors of G per row: k, r, x (times exp(-la) or exp(-lc) if BOUNDED), w, and la, lc in units of log 2.
 
     ``G_ij = p_ij (k_i (X_ij - Y_ij) + r_i) + q_ji x_j - p_ji k_j - w_i delta_ij`` with w, k the upstream gradients of
-    contrast and consistency, ``r = w - k E``, ``x = k``; swapped, w moves from r to x. All are multiplied by a number
+    contrast and consistency, ``r = w - k E``, ``x = k``; IS_SWAPPED moves w from r to x. All are multiplied by a number
     that keeps G inside fp16 and far from its underflow; UNSCALE is its inverse.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -95,54 +90,16 @@ def _coefficients_kernel(
         r *= to_p
         k *= to_p
         x *= tl.exp2(-lc)
-    COEF += offs_n
-    stride_cn = n_cols.to(tl.int64)
-    tl.store(COEF, k, mask=inside)
-    tl.store(COEF + stride_cn, r, mask=inside)
-    tl.store(COEF + 2 * stride_cn, x, mask=inside)
-    tl.store(COEF + 3 * stride_cn, w, mask=inside)
-    tl.store(COEF + 4 * stride_cn, la, mask=inside)
-    tl.store(COEF + 5 * stride_cn, lc, mask=inside)
+    store_numbers(COEF + offs_n, n_cols, inside, (k, r, x, w, la, lc))
     tl.store(UNSCALE, bound / LARGEST_G)
 
 
-@triton.jit(do_not_specialize=["n", "D", "width", "splits"])
-def _finish_kernel(
-    PARTIAL, UNITS, INVERSE_NORM, SCALE, UNSCALE, GRAD_A, GRAD_B, DOTS, n, D, width, splits,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, NEED_A: tl.constexpr, NEED_B: tl.constexpr,
-):  # fmt: skip
-    """Adds the splits and goes back through the normalisation, whose dot products are the scale's gradient."""
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    in_rows = offs_m < n
-    rows = offs_m.to(tl.int64)[:, None]
-    half = n.to(tl.int64) * width
-    in_width = in_rows[:, None] & (offs_d < width)[None, :]
-    unscale = tl.load(UNSCALE)
-    factor = tl.load(SCALE).to(tl.float32) * unscale
-    for side in tl.static_range(2):
-        if NEED_A if side == 0 else NEED_B:
-            offsets = side * half + rows * width + offs_d[None, :]
-            total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            for split in range(splits):
-                total += tl.load(PARTIAL + split * 2 * half + offsets, mask=in_width, other=0.0)
-            unit = tl.load(UNITS + offsets, mask=in_width, other=0.0).to(tl.float32)
-            inverse_norm = tl.load(INVERSE_NORM + side * n + offs_m, mask=in_rows, other=0.0)
-            dots = tl.sum(total * unit, 1)
-            grad = (total - dots[:, None] * unit) * (inverse_norm * factor)[:, None]
-            GRAD = GRAD_A if side == 0 else GRAD_B
-            inside = in_rows[:, None] & (offs_d < D)[None, :]
-            tl.store(GRAD + rows * D + offs_d[None, :], grad.to(GRAD.dtype.element_ty), mask=inside)
-            if side == 0 or not NEED_A:
-                tl.store(DOTS + offs_m, dots * unscale, mask=in_rows)
-
-
 def statistics(state: Tensor, scale: Tensor, weight: Tensor | None, *, swapped: bool) -> tuple[Tensor, Tensor]:
-    """LOSS [2, n], weighted contrast and consistency a row, and STATS [3, n]."""
+    """LOSS [2, n], the weighted contrast and consistency per row, and STATS [3, n]."""
     splits, _, n = state.shape
     loss = torch.empty(2, n, dtype=torch.float32, device=state.device)
     stats = torch.empty(3, n, dtype=torch.float32, device=state.device)
-    _statistics_kernel[(triton.cdiv(n, BLOCK_ROWS),)](
+    statistics_kernel[(triton.cdiv(n, BLOCK_ROWS),)](
         STATE=state,
         SCALE=scale,
         WEIGHT=weight,
@@ -168,12 +125,12 @@ def coefficients(
     swapped: bool,
     bounded: bool,
 ) -> tuple[Tensor, Tensor]:
-    """COEF [6, n_cols] and UNSCALE [1] from the statistics and weights of all columns; the rows' are a slice of it."""
+    """COEF [6, n_cols] and UNSCALE [1], from the statistics and weights of all columns. Rows use a slice of COEF."""
     n_cols = stats.shape[1]
     coef = torch.empty(6, n_cols, dtype=torch.float32, device=stats.device)
     unscale = torch.empty(1, dtype=torch.float32, device=stats.device)
     assert stats.stride(1) == 1
-    _coefficients_kernel[(triton.cdiv(n_cols, BLOCK_ROWS),)](
+    coefficients_kernel[(triton.cdiv(n_cols, BLOCK_ROWS),)](
         STATS=stats,
         stride_sn=stats.stride(0),
         WEIGHT=weight,
@@ -205,30 +162,10 @@ def gradients(
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the raw rows [n, D] (empty if not needed) and each row's part of the scale's gradient [n]."""
-    splits, _, n, width = partial.shape
-    BLOCK_D = triton.next_power_of_2(width)
-    BLOCK_M = max(1, BLOCK_ELEMENTS // BLOCK_D)
-    grad_a = rows.new_empty((n, D) if need_a else 0, dtype=dtype)
-    grad_b = rows.new_empty((n, D) if need_b else 0, dtype=dtype)
-    dots = torch.empty(n, dtype=torch.float32, device=rows.device)
-    _finish_kernel[(triton.cdiv(n, BLOCK_M),)](
-        PARTIAL=partial,
-        UNITS=rows,
-        INVERSE_NORM=inverse_norm,
-        SCALE=scale,
-        UNSCALE=unscale,
-        GRAD_A=grad_a,
-        GRAD_B=grad_b,
-        DOTS=dots,
-        n=n,
-        D=D,
-        width=width,
-        splits=splits,
-        BLOCK_M=BLOCK_M,
-        BLOCK_D=BLOCK_D,
-        NEED_A=need_a,
-        NEED_B=need_b,
-        num_warps=4 if BLOCK_D <= 2048 else 16,
-    )
-    return grad_a, grad_b, dots
+    """Gradients of the input's rows [n, D] (empty if not needed), and each row's part of the scale's gradient [n]."""
+    sides = slice(0 if need_a else 1, 2 if need_b else 1)
+    grads, dots = input_gradients(
+        partial[:, sides], rows[sides], inverse_norm[sides], scale, unscale, D=D, dtype=dtype
+    )  # fmt: skip
+    empty = rows.new_empty(0, dtype=dtype)
+    return grads[0] if need_a else empty, grads[-1] if need_b else empty, dots[0]

@@ -1,21 +1,17 @@
 """Arithmetic of ``dual_softmax`` on one tile, shared by the streaming kernels and by those on matrix products.
 
-The names are those of the legend in dual_softmax.py. ``state`` is STATE of a row-block, ``row_factors`` its COEF.
+The legend in streaming.py has the names. ``state`` is STATE of a row-block, ``row_factors`` is its COEF. IS_EDGE: the
+tile may hold columns that do not exist, and positives of these rows.
 """
 
 import triton
 import triton.language as tl
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from fastkd.kernels.tiles import LN2, LOG2E
 
 
 @triton.jit
 def accumulate(X, Y, scale, state, offs_n, n_cols, positive, BOUNDED: tl.constexpr, IS_EDGE: tl.constexpr):
-    """The running state of a row-block after one more tile of cosines X, Y [BLOCK_M, BLOCK_N].
-
-    IS_EDGE: the tile may hold columns that do not exist, and positives of these rows.
-    """
+    """The state of a row-block after one more tile of cosines X, Y [BLOCK_M, BLOCK_N]."""
     mp, sp, mq, sq, se, xp = state
     d = X - Y
     X *= scale * LOG2E
@@ -63,18 +59,6 @@ def load_state(STATE, n, in_rows, BLOCK_M: tl.constexpr, BOUNDED: tl.constexpr, 
 
 
 @triton.jit
-def store_state(STATE, n, in_rows, state):
-    mp, sp, mq, sq, se, xp = state
-    stride_k = n.to(tl.int64)
-    tl.store(STATE, mp, mask=in_rows)
-    tl.store(STATE + stride_k, sp, mask=in_rows)
-    tl.store(STATE + 2 * stride_k, mq, mask=in_rows)
-    tl.store(STATE + 3 * stride_k, sq, mask=in_rows)
-    tl.store(STATE + 4 * stride_k, se, mask=in_rows)
-    tl.store(STATE + 5 * stride_k, xp, mask=in_rows)
-
-
-@triton.jit
 def load_row_factors(COEF, stride_cn, in_rows, BOUNDED: tl.constexpr):
     k = tl.load(COEF, mask=in_rows, other=0.0)[:, None]
     r = tl.load(COEF + stride_cn, mask=in_rows, other=0.0)[:, None]
@@ -92,7 +76,7 @@ def gradient(
     X, Y, COEF, stride_cn, offs_n, n_cols, positive, row_factors, scale,
     BOUNDED: tl.constexpr, IS_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """``G_ij`` and ``H_ij = G_ji`` of a tile of cosines X, Y [BLOCK_M, BLOCK_N]. IS_EDGE: as above."""
+    """``G_ij`` and ``H_ij = G_ji`` of a tile of cosines X, Y [BLOCK_M, BLOCK_N]."""
     ki, ri, xi, wi, lai, lci = row_factors
     X *= scale * LOG2E
     Y *= scale * LOG2E

@@ -1,21 +1,19 @@
-"""``dual_softmax`` for rows too wide for the streaming kernels: blocks of cosines by torch.mm, then one fused kernel.
+"""``dual_softmax`` of rows too wide for the streaming kernels: blocks of cosines by torch.mm, then one fused kernel.
 
-Also used for fp32 where PyTorch's settings do not allow tf32: torch.mm honours them. The names are those of the legend
-in dual_softmax.py; SPLITS is 1. ``X``, ``Y`` hold one block of cosines [m, k], so that memory stays linear in the
-number of rows.
+The legend in streaming.py has the names; SPLITS is 1. ``X``, ``Y`` hold one block of cosines [m, k].
 """
 
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.dual_softmax.tile import accumulate, gradient, load_row_factors, load_state, store_state
+from fastkd.kernels.dual_softmax.tile import accumulate, gradient, load_row_factors, load_state
+from fastkd.kernels.products import blocks, product
+from fastkd.kernels.tiles import store_numbers
 from torch import Tensor
-
-ROWS, COLUMNS = 2048, 4096
 
 
 @triton.jit(do_not_specialize=["n", "m", "k", "offset"])
-def _accumulate_kernel(
+def accumulate_kernel(
     X, Y, SCALE, STATE, n, m, k, offset,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr, HAS_CARRY: tl.constexpr,
 ):  # fmt: skip
@@ -30,11 +28,11 @@ def _accumulate_kernel(
         x = tl.load(X + offsets, mask=mask, other=0.0)
         y = tl.load(Y + offsets, mask=mask, other=0.0)
         state = accumulate(x, y, scale, state, offs_n, k, offs_m + offset, BOUNDED=BOUNDED, IS_EDGE=True)
-    store_state(STATE + offs_m, n, in_rows, state)
+    store_numbers(STATE + offs_m, n, in_rows, state)
 
 
 @triton.jit(do_not_specialize=["stride_rn", "stride_cn", "m", "k", "offset"])
-def _gradient_kernel(
+def gradient_kernel(
     X, Y, ROW_COEF, stride_rn, COL_COEF, stride_cn, SCALE, G, H, m, k, offset,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr, NEED_A: tl.constexpr, NEED_B: tl.constexpr,
 ):  # fmt: skip
@@ -56,47 +54,40 @@ def _gradient_kernel(
         tl.store(H + offsets, h.to(H.dtype.element_ty), mask=mask)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in fp32."""
-    if a.dtype == torch.float32:
-        return torch.mm(a, b)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
-
-
-def _blocks(n: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
-
-
 def running_statistics(
-    rows: Tensor, columns: Tensor, scale: Tensor, *, offset: int, bounded: bool, state: Tensor | None = None
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    *,
+    offset: int,
+    bounded: bool,
+    state: Tensor | None = None,
+    all_columns: int | None = None,
 ) -> Tensor:
-    """STATE [1, 6, n]; as its namesake in dual_softmax.py."""
+    """STATE [1, 6, n]; as the function of that name in streaming.py. ``all_columns`` changes nothing here."""
     n = rows.shape[1]
     has_carry = state is not None
     if state is None:
         state = torch.empty(1, 6, n, dtype=torch.float32, device=rows.device)
-    for cols in _blocks(columns.shape[1], COLUMNS):
-        for part in _blocks(n, ROWS):
-            X = _product(rows[0, part], columns[1, cols].T)
-            Y = _product(rows[1, part], columns[0, cols].T)
-            m, k = X.shape
-            _accumulate_kernel[(triton.cdiv(m, 8),)](
-                X=X,
-                Y=Y,
-                SCALE=scale,
-                STATE=state[0, 0, part],
-                n=n,
-                m=m,
-                k=k,
-                offset=offset + part.start - cols.start,
-                BLOCK_M=8,
-                BLOCK_N=256,
-                BOUNDED=bounded,
-                HAS_CARRY=has_carry or cols.start > 0,
-                num_warps=4,
-            )
+    for part, cols in blocks(n, columns.shape[1]):
+        X = product(rows[0, part], columns[1, cols].T)
+        Y = product(rows[1, part], columns[0, cols].T)
+        m, k = X.shape
+        accumulate_kernel[(triton.cdiv(m, 8),)](
+            X=X,
+            Y=Y,
+            SCALE=scale,
+            STATE=state[0, 0, part],
+            n=n,
+            m=m,
+            k=k,
+            offset=offset + part.start - cols.start,
+            BLOCK_M=8,
+            BLOCK_N=256,
+            BOUNDED=bounded,
+            HAS_CARRY=has_carry or cols.start > 0,
+            num_warps=4,
+        )
     return state
 
 
@@ -112,41 +103,41 @@ def gradient_sums(
     need_a: bool,
     need_b: bool,
     partial: Tensor | None = None,
+    all_columns: int | None = None,
 ) -> Tensor:
-    """PARTIAL [1, 2, n, width]; as its namesake in dual_softmax.py."""
+    """PARTIAL [1, 2, n, width]; as the function of that name in streaming.py. ``all_columns`` changes nothing here."""
     n = rows.shape[1]
     if partial is None:
         partial = torch.zeros(1, *rows.shape, dtype=torch.float32, device=rows.device)
     assert row_coef.stride(1) == column_coef.stride(1) == 1
-    for part in _blocks(n, ROWS):
-        for cols in _blocks(columns.shape[1], COLUMNS):
-            X = _product(rows[0, part], columns[1, cols].T)
-            Y = _product(rows[1, part], columns[0, cols].T)
-            m, k = X.shape
-            G = torch.empty_like(X, dtype=rows.dtype) if need_a else None
-            H = torch.empty_like(Y, dtype=rows.dtype) if need_b else None
-            _gradient_kernel[(triton.cdiv(m, 16), triton.cdiv(k, 128))](
-                X=X,
-                Y=Y,
-                ROW_COEF=row_coef[:, part],
-                stride_rn=row_coef.stride(0),
-                COL_COEF=column_coef[:, cols],
-                stride_cn=column_coef.stride(0),
-                SCALE=scale,
-                G=G,
-                H=H,
-                m=m,
-                k=k,
-                offset=offset + part.start - cols.start,
-                BLOCK_M=16,
-                BLOCK_N=128,
-                BOUNDED=bounded,
-                NEED_A=need_a,
-                NEED_B=need_b,
-                num_warps=4,
-            )
-            if G is not None:
-                partial[0, 0, part] += _product(G, columns[1, cols])
-            if H is not None:
-                partial[0, 1, part] += _product(H, columns[0, cols])
+    for part, cols in blocks(n, columns.shape[1]):
+        X = product(rows[0, part], columns[1, cols].T)
+        Y = product(rows[1, part], columns[0, cols].T)
+        m, k = X.shape
+        G = torch.empty_like(X, dtype=rows.dtype) if need_a else None
+        H = torch.empty_like(Y, dtype=rows.dtype) if need_b else None
+        gradient_kernel[(triton.cdiv(m, 16), triton.cdiv(k, 128))](
+            X=X,
+            Y=Y,
+            ROW_COEF=row_coef[:, part],
+            stride_rn=row_coef.stride(0),
+            COL_COEF=column_coef[:, cols],
+            stride_cn=column_coef.stride(0),
+            SCALE=scale,
+            G=G,
+            H=H,
+            m=m,
+            k=k,
+            offset=offset + part.start - cols.start,
+            BLOCK_M=16,
+            BLOCK_N=128,
+            BOUNDED=bounded,
+            NEED_A=need_a,
+            NEED_B=need_b,
+            num_warps=4,
+        )
+        if G is not None:
+            partial[0, 0, part] += product(G, columns[1, cols])
+        if H is not None:
+            partial[0, 1, part] += product(H, columns[0, cols])
     return partial

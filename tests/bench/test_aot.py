@@ -1,6 +1,9 @@
 """The ahead-of-time gate: every kernel compiles without spilling, and the gate notices when one does not."""
 
 import dataclasses
+import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +34,7 @@ def test_every_entry_of_the_launch_table_passes(capsys: pytest.CaptureFixture[st
     output = capsys.readouterr().out
     assert failures == 0, output
     for hardware in aot.TARGETS:
-        assert len(list(launch.entries(hardware))) <= output.count(f"{hardware:7}")
+        assert len(launch.TABLE[hardware]) <= output.count(f"{hardware:7}")
 
 
 def backward_job(**config: object) -> aot.Job:
@@ -85,14 +88,29 @@ def test_the_main_loop_of_the_backward_is_counted() -> None:
 
 @pytest.mark.parametrize("hardware", aot.TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_widths_that_fit_have_an_entry_for_both_kernels(hardware: str, dtype: torch.dtype) -> None:
-    for block_d in (16, 32, 64, 128, 256):
-        if launch.fits(dtype, block_d, hardware):
-            for kernel in ("dual_softmax_forward", "dual_softmax_backward"):
-                for bounded in (True, False):
-                    launch.launch_config(kernel, dtype=dtype, block_d=block_d, bounded=bounded, hardware=hardware)
+def test_widths_that_fit_have_an_entry_for_every_streaming_kernel(hardware: str, dtype: torch.dtype) -> None:
+    for width in (16, 32, 64, 128, 256):
+        if launch.fits(dtype, width, hardware):
+            for kernel in launch.STREAMING:
+                for bounded in (True, False) if kernel.startswith("dual_softmax") else (None,):
+                    launch.launch_config(kernel, dtype=dtype, width=width, bounded=bounded, hardware=hardware)
     assert launch.fits(dtype, 128, hardware)
     assert not launch.fits(dtype, 512, hardware)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_rows_of_1000_classes_are_read_and_written_16_bytes_at_a_time(direction: str, tmp_path: Path) -> None:
+    """Triton itself knows only of strides divisible by 16; ALIGN has to tell it that 1000 is divisible by 8."""
+    names = {job.name: job for job in jobs("sm_90") if job.constants.get("BLOCK_N") == 1024}
+    job = names[f"soft_target_{direction} bf16"]
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(job.compile().asm["cubin"])
+    code = subprocess.run(
+        [aot.BINARIES / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    per_thread = 1024 // 32 // job.num_warps  # elements, 8 of which make 16 bytes
+    assert len(re.findall(r"LDG\.E\.128", code)) == 2 * per_thread // 8
+    assert len(re.findall(r"STG\.E\.128", code)) == (per_thread // 8 if direction == "backward" else 0)
 
 
 def test_columns_are_split_only_where_rows_do_not_fill_the_chip() -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +27,7 @@ from fastkd.kernels import launch
 from fastkd.kernels.launch import LaunchConfig
 
 from bench import tune
-from bench.aot import dual_softmax as aot
+from bench.aot import compile as aot
 
 
 @pytest.fixture(scope="module")
@@ -276,36 +277,40 @@ def test_medians_are_of_at_least_three_calls() -> None:
 KERNELS = (*tune.DUAL, *tune.SOFT)
 
 
+def entry_of(pattern: str) -> tune.Entry:
+    ((entry, _),) = tune.plan("sm_90", [pattern])
+    return entry
+
+
 def test_the_search_space_starts_with_the_current_entry_and_has_no_repeats() -> None:
     found = dict(tune.entries("sm_90", KERNELS))
-    assert len(found) == 2 * len(launch._SM90) + sum(len(row) for row in launch._SOFT_TARGET.values())
+    assert {entry.key for entry in found} == {key for key in launch.TABLE["sm_90"] if key.kernel in KERNELS}
     for entry, current in found.items():
         space = tune.candidates(entry, current)
         assert space[0] == current
         assert len(space) > 5
         assert len({dataclasses.replace(x, ctas_per_sm=1) for x in space}) == len(space)
-        if entry.kernel == "soft_target_forward" and current.BLOCK_N > 1024 and entry.index < 9:
+        if entry.kernel == "soft_target_forward" and current.BLOCK_N > 1024 and entry.key.width:
             assert {x.BLOCK_N for x in space} == {current.BLOCK_N}
 
 
 def test_exchanging_an_entry_reaches_the_launcher_and_is_undone() -> None:
     config = LaunchConfig(16, 16, 4, 1)
-    dual = tune.Entry("dual_softmax_backward", 2, 128, 1)
-    soft = tune.Entry("soft_target_forward", 2, 1024, 5)
-    options = {"dtype": torch.bfloat16, "block_d": 128, "hardware": "sm_90"}
+    dual, soft = entry_of("dual_softmax_backward:2:128:online"), entry_of("soft_target_forward:2:1024:5")
+    options = {"dtype": torch.bfloat16, "width": 128, "hardware": "sm_90"}
     before = launch.launch_config("dual_softmax_backward", bounded=False, **options)
     with tune.table_with("sm_90", dual, config), tune.table_with("sm_90", soft, LaunchConfig(2, 1024, 4, 1)):
         assert launch.launch_config("dual_softmax_backward", bounded=False, **options) == config
         assert launch.launch_config("dual_softmax_backward", bounded=True, **options) != config
-        assert launch.soft_target_config("soft_target_forward", classes=1000, hardware="sm_90").num_warps == 4
+        assert launch.launch_config("soft_target_forward", width=1000, hardware="sm_90").num_warps == 4
     assert launch.launch_config("dual_softmax_backward", bounded=False, **options) == before
-    assert launch.soft_target_config("soft_target_forward", classes=1000, hardware="sm_90").num_warps == 1
+    assert launch.launch_config("soft_target_forward", width=1000, hardware="sm_90").num_warps == 1
 
 
 def test_printed_entries_are_the_tables_own_source() -> None:
-    names = {"LaunchConfig": LaunchConfig, "_both": launch._both, "_FORWARD": tune.DUAL[0], "_BACKWARD": tune.DUAL[1]}
     text = "{" + "\n".join(tune.lines_of(dict(tune.entries("sm_90", KERNELS)))) + "}"
-    assert eval(text, names) == launch._SM90 | launch._SOFT_TARGET
+    printed = launch.table_of(eval(text, {"LaunchConfig": LaunchConfig}))
+    assert printed == {key: config for key, config in launch.TABLE["sm_90"].items() if key.kernel in KERNELS}
 
 
 def test_only_a_candidate_that_is_two_percent_faster_replaces_the_entry() -> None:
@@ -315,7 +320,7 @@ def test_only_a_candidate_that_is_two_percent_faster_replaces_the_entry() -> Non
 
 
 def test_a_candidate_is_compiled_for_its_registers_and_refused_if_it_spills(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = tune.Entry("soft_target_backward", 2, 1024, 5)
+    entry = entry_of("soft_target_backward:2:1024:5")
     config = tune.compiled("sm_90", entry, LaunchConfig(1, 2048, 4, 1))
     assert config is not None
     assert 4 <= config.ctas_per_sm <= 16
@@ -349,8 +354,7 @@ def search(monkeypatch: pytest.MonkeyPatch) -> Iterator[tune.Search]:
         return float(config.BLOCK_M * config.BLOCK_N)
 
     def current(entry: tune.Entry, *rest: object) -> LaunchConfig:
-        options = {"dtype": entry.dtype, "block_d": entry.block_d, "bounded": entry.index == 0, "hardware": "sm_90"}
-        return launch.launch_config(entry.kernel, **options)
+        return launch.TABLE["sm_90"][entry.key]
 
     monkeypatch.setattr(tune, "prepare", lambda hardware, entry, candidate, rows: candidate)
     monkeypatch.setattr(tune, "step_of", current)
@@ -366,8 +370,9 @@ def test_a_search_prints_the_best_after_each_entry_and_survives_candidates_that_
     text = capsys.readouterr().out
     assert "failed: RuntimeError: out of resources" in text
     assert re.search(r"best of \d+: dual_softmax_backward:2:128:bounded 1024\.0000 ms LaunchConfig\(64, 16,", text)
-    online = tune.line_of(launch._SM90[tune.DUAL[1], 2, 128][1])
-    assert re.search(rf"\(_BACKWARD, 2, 128\): \(LaunchConfig\(64, 16, .*, {re.escape(online)}\),", text)
+    online = tune.line_of(launch.TABLE["sm_90"][entry_of("backward:2:128:online").key])
+    assert re.search(r"\(2, 128, True\): LaunchConfig\(64, 16,", text)
+    assert f"(2, 128, False): {online}," in text
 
 
 def test_a_search_whose_time_is_over_or_that_is_interrupted_prints_what_it_found(
@@ -386,7 +391,7 @@ def test_a_search_whose_time_is_over_or_that_is_interrupted_prints_what_it_found
     monkeypatch.setattr(tune.Search, "best", then_interrupted)
     with pytest.raises(KeyboardInterrupt):
         search.run(work)
-    assert "(_FORWARD, 2, 128): (LaunchConfig(64, 16," in capsys.readouterr().out
+    assert re.search(r'"dual_softmax_forward": {\n    \(2, 128, True\): LaunchConfig\(64, 16,', capsys.readouterr().out)
 
 
 ROOT = Path(__file__).parents[2]
@@ -406,25 +411,29 @@ def test_an_existing_environment_is_used_as_it_is(commands: str) -> None:
     assert "pip install --quiet" not in commands
 
 
-def test_the_sanitizers_cases_exist_for_both_operations(commands: str) -> None:
-    files, cases = re.findall(r'pytest -m gpu --timeout \d+ (.*) -k "(.*)"', commands)[0]
+def test_every_operation_has_cases_for_the_sanitizer(commands: str) -> None:
+    named = re.findall(r"pytest -m sanitizer --timeout \d+ (.*)", commands)[0].split()
     names = ("hypothesis", "timm", "torchvision", "torchdata", "tyro", "rich", "safetensors", "sklearn", "jinja2")
     without = (
         f"import sys; sys.modules.update(dict.fromkeys({names})); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     )
-    arguments = ["-m", "gpu", "-q", "--collect-only", "-p", "no:cacheprovider", "-p", "pytest_timeout"]
+    arguments = ["-m", "sanitizer", "-q", "--collect-only", "-p", "no:cacheprovider", "-p", "pytest_timeout"]
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     collected = subprocess.run(
-        [sys.executable, "-c", without, *arguments, *files.split(), "-k", cases],
+        [sys.executable, "-c", without, *arguments, *named],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert collected.returncode == 0, collected.stdout[-3000:] + collected.stderr[-2000:]
-    for file in files.split():
-        assert 3 <= collected.stdout.count(f"{file}::") <= 40
+    cases = Counter(Path(line.split("::")[0]).stem for line in collected.stdout.splitlines() if "::" in line)
+    operations = ("dual_softmax", "contrast", "soft_target", "multiscale_pool", "pack")
+    assert set(cases) == {f"test_{name}" for name in operations}
+    assert all(3 <= count <= 40 for count in cases.values()), cases
     assert "131072_classes_split" in collected.stdout
 
 
-def test_every_gpu_test_is_in_a_file_that_the_makefile_names(commands: str) -> None:
-    marked = {path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()} - {Path(__file__)}
-    named = {ROOT / name for name in re.findall(r"tests/\w+\.py", commands)}
-    assert named == marked
+def test_every_gpu_test_is_where_the_makefile_looks(commands: str) -> None:
+    tests = {path: path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)}
+    marked = {path for path, text in tests.items() if "mark.gpu" in text or "@gpu" in text}
+    assert len(marked) == 7
+    named = [ROOT / name for name in re.findall(r"pytest -m gpu (.*)", commands)[0].split()]
+    assert all(any(path.is_relative_to(name) for name in named) for path in marked)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastkd import multiscale_pool
+from tests.helpers.checks import assert_close
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
@@ -28,3 +29,21 @@ def rounding_floor(rows: Tensor) -> float:
     Of terms as long as the inverse norms, which cancel.
     """
     return max(1e-5, torch.linalg.vector_norm(rows.double(), dim=2).reciprocal().norm().item())
+
+
+def check_pool(x: Tensor, windows: list, strides: list, **options: object) -> tuple[Tensor, Tensor]:
+    """The kernels' rows and gradient, after both were held against the definition and ``x`` was found unchanged."""
+    before = x.clone()
+    normalize = options.get("normalize", False)
+    exact = out_and_grad(x.double(), windows, strides, normalize=normalize, backend="reference")
+    low = out_and_grad(x, windows, strides, backend="reference", **options)
+    out, grad = out_and_grad(x, windows, strides, backend="triton", **options)
+    floor = 1e-5
+    if normalize and x.shape[1] == 1:
+        floor = rounding_floor(multiscale_pool(x.double(), windows, strides, backend="reference"))
+    coarser = max(out.dtype, x.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    assert_close(out, exact[0], out.dtype, low[0])
+    assert_close(grad, exact[1], coarser, low[1], floor)
+    assert grad.dtype == x.dtype
+    assert torch.equal(x, before)
+    return out, grad

@@ -264,6 +264,7 @@ def test_the_cuda_kernel_compiles_for_sm_90_without_spills_and_loads_16_bytes(tm
 
 
 @pytest.mark.gpu
+@pytest.mark.sanitizer
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("to", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,33 +13,39 @@ from torch import Tensor
 
 from fastkd.backends.inputs import ContrastRows, ContrastUpstream
 from fastkd.kernels.contrast import streaming, wide
-from fastkd.kernels.contrast.per_row import Side, coefficients, gradients, statistics, vectors
-from fastkd.kernels.launch import allows_tf32, contrast_fits, hardware_of
-from fastkd.kernels.normalize import padded_width
+from fastkd.kernels.contrast.per_row import Side, coefficients, gradients, statistics
+from fastkd.kernels.launch import allows_tf32, fits, hardware_of
+from fastkd.kernels.normalize import padded_width, vectors
 
 
 def _is_wide(rows: Tensor) -> bool:
     """Whether dot products come from torch.mm: rows too wide for a tile, or fp32 products that must not be tf32."""
-    if not contrast_fits(rows.dtype, padded_width(rows.shape[1]), hardware_of(rows.device)):
+    if not fits(rows.dtype, padded_width(rows.shape[1]), hardware_of(rows.device)):
         return True
     return rows.is_cuda and rows.dtype == torch.float32 and not allows_tf32()
 
 
-def _ready(rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """Rows padded, rounded to tf32 where products are tf32, normalised if asked; copied only if that changes them."""
-    D, is_wide = rows.shape[1], _is_wide(rows)
-    width = triton.cdiv(D, 8) * 8 if is_wide else padded_width(D)
-    # The streaming kernels' tf32 products would truncate; the interpreter's are exact.
-    to_tf32 = rows.is_cuda and rows.dtype == torch.float32 and not is_wide
-    if not normalize and (not rows.numel() or (width == D and not to_tf32)):
-        return rows.contiguous(), None
-    with torch.cuda.device_of(rows):
-        return vectors(rows, width, normalize=normalize, to_tf32=to_tf32)
+def _rounds_to_tf32(rows: Tensor) -> bool:
+    """Whether rows must be rounded to tf32: the streaming kernels' products would truncate them on a GPU."""
+    return rows.is_cuda and rows.dtype == torch.float32 and not _is_wide(rows)
 
 
 def rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """The rows as the kernels multiply them, [n, width], and their inverse norms [n] if they are normalised."""
-    return _ready(raw_rows, normalize)
+    """Rows as the kernels multiply them, [n, width], and their inverse norms [n] if they are normalised.
+
+    They are padded, and rounded to tf32 where products are tf32. Rows that need none of it are not copied.
+    """
+    if not raw_rows.numel() and not normalize:
+        return raw_rows.contiguous(), None
+    D = raw_rows.shape[1]
+    width = triton.cdiv(D, 8) * 8 if _is_wide(raw_rows) else padded_width(D)
+    with torch.cuda.device_of(raw_rows):
+        return vectors(raw_rows, width, normalize=normalize, to_tf32=_rounds_to_tf32(raw_rows))
+
+
+def _packed(block: Tensor) -> Tensor:
+    """Rows of an exchange as the kernels multiply them."""
+    return rows(block, False)[0]
 
 
 class _Pass:
@@ -52,7 +58,7 @@ class _Pass:
         self._columns = rows.columns
         q, k = rows.queries, rows.queries if rows.keys is None else rows.keys
         if rows.is_packed:
-            q, k = _ready(q, False)[0], _ready(k, False)[0]
+            q, k = _packed(q), _packed(k)
         self._labels = rows.mask.labels or (None, None)
         index = rows.mask.positive_index
         positive = None if index is None else index.contiguous()
@@ -64,7 +70,7 @@ class _Pass:
         return None if labels is None else labels[rows]
 
     def _other_keys(self, block: Tensor, cols: slice) -> Side:
-        return Side(vectors=_ready(block, False)[0], first=cols.start, labels=self._part(1, cols))
+        return Side(vectors=_packed(block), first=cols.start, labels=self._part(1, cols))
 
 
 class Forward(_Pass):
@@ -84,7 +90,7 @@ class Forward(_Pass):
         if len(self._queries.vectors) and len(keys.vectors):
             with torch.cuda.device_of(keys.vectors):
                 self._state = self._kernels.running_statistics(
-                    self._queries, keys, self._scale, state=self._state, **self._options
+                    self._queries, keys, self._scale, state=self._state, all_columns=self._columns, **self._options
                 )
 
     def finish(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -112,19 +118,21 @@ class Backward(_Pass):
                 self._coef, self._unscale = coefficients(stats, weight, grad_loss, by_label=rows.mask.by_label)
             self._queries = dataclasses.replace(self._queries, coef=self._coef[:, : len(rows.queries)])
 
-    def _sums(self, rows: Side, columns: Side, sums: Tensor | None) -> Tensor | None:
+    def _sums(self, rows: Side, columns: Side, sums: Tensor | None, all_columns: int) -> Tensor | None:
         if not (len(rows.vectors) and len(columns.vectors)):
             return sums
         with torch.cuda.device_of(rows.vectors):
-            return self._kernels.gradient_sums(rows, columns, self._scale, partial=sums, **self._options)
+            return self._kernels.gradient_sums(
+                rows, columns, self._scale, partial=sums, all_columns=all_columns, **self._options
+            )
 
     def add_own(self) -> None:
         """Add the products of own queries and own keys, for both gradients."""
         if self._needs[0]:
             keys = self._queries if self._is_self else self._keys
-            self._of_queries = self._sums(self._queries, keys, self._of_queries)
+            self._of_queries = self._sums(self._queries, keys, self._of_queries, self._columns)
         if self._needs[1]:
-            self._of_keys = self._sums(self._keys, self._queries, self._of_keys)
+            self._of_keys = self._sums(self._keys, self._queries, self._of_keys, self._coef.shape[1])
 
     def add(self, block: Tensor, cols: slice) -> None:
         """Add keys [m, D] of other ranks, which are queries too where queries are contrasted with each other."""
@@ -132,19 +140,19 @@ class Backward(_Pass):
             keys = self._other_keys(block, cols)
             if self._is_self:
                 keys = dataclasses.replace(keys, coef=self._coef[:, cols], positive=self._no_positive(len(block)))
-            self._of_queries = self._sums(self._queries, keys, self._of_queries)
+            self._of_queries = self._sums(self._queries, keys, self._of_queries, self._columns)
 
     def add_queries(self, block: Tensor, queries: slice) -> None:
         """Add queries [m, D] of other ranks, for the gradient of this rank's keys."""
         if self._needs[1]:
             columns = Side(
-                vectors=_ready(block, False)[0],
+                vectors=_packed(block),
                 first=queries.start,
                 labels=self._part(0, queries),
                 positive=self._no_positive(len(block)),
                 coef=self._coef[:, queries],
             )
-            self._of_keys = self._sums(self._keys, columns, self._of_keys)
+            self._of_keys = self._sums(self._keys, columns, self._of_keys, self._coef.shape[1])
 
     def _no_positive(self, n: int) -> Tensor | None:
         """Queries of other ranks have no positive by index among this rank's keys."""

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from fastkd.backends.blocked.sums import MAX_SHARED_SCALE
 from fastkd.backends.inputs import DualRows, DualUpstream
-from fastkd.kernels.contrast.per_row import vectors
 from fastkd.kernels.dual_softmax import streaming, wide
 from fastkd.kernels.dual_softmax.per_row import coefficients, gradients, statistics
 from fastkd.kernels.launch import allows_tf32, fits, hardware_of
-from fastkd.kernels.normalize import padded_width, unit_rows
+from fastkd.kernels.normalize import padded_width, unit_rows, vectors
 
 
 def _is_wide(rows: Tensor) -> bool:
@@ -31,7 +30,7 @@ def _width(rows: Tensor) -> int:
     return triton.cdiv(D, 8) * 8 if _is_wide(rows) else padded_width(D)
 
 
-def _to_tf32(rows: Tensor) -> bool:
+def _rounds_to_tf32(rows: Tensor) -> bool:
     """Whether rows must be rounded to tf32: the streaming kernels' products would truncate them on a GPU."""
     return rows.is_cuda and rows.dtype == torch.float32 and not _is_wide(rows)
 
@@ -39,7 +38,7 @@ def _to_tf32(rows: Tensor) -> bool:
 def units(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The unit rows of both sides as the kernels multiply them, [2, n, width], and their inverse norms [2, n]."""
     with torch.cuda.device_of(a):
-        return unit_rows(a, b, width=_width(a), to_tf32=_to_tf32(a))
+        return unit_rows(a, b, width=_width(a), to_tf32=_rounds_to_tf32(a))
 
 
 class _Pass:
@@ -53,13 +52,11 @@ class _Pass:
         self._sums: Tensor | None = None  # what the kernels carry; None until there were columns
 
     def _ready(self, rows: Tensor) -> Tensor:
-        """Rows padded with zeros and, where products are tf32, rounded to it; a copy only where that changes them."""
-        width = _width(rows)
-        if (width == rows.shape[2] and not _to_tf32(rows)) or not rows.numel():
-            return rows.contiguous()
+        """Packed rows padded and, where products are tf32, rounded to it; rows that need neither are not copied."""
+        if not rows.numel():
+            return rows
         with torch.cuda.device_of(rows):
-            ready, _ = vectors(rows.flatten(0, 1), width, normalize=False, to_tf32=_to_tf32(rows))
-        return ready.view(2, -1, width)
+            return vectors(rows, _width(rows), normalize=False, to_tf32=_rounds_to_tf32(rows))[0]
 
     def add_own(self) -> None:
         """Add the rows themselves as columns: row i's positive is column i."""
@@ -81,7 +78,13 @@ class Forward(_Pass):
     def _add(self, columns: Tensor, offset: int, cols: slice) -> None:
         with torch.cuda.device_of(columns):
             self._sums = self._kernels.running_statistics(
-                self._units, columns, self._scale, offset=offset, bounded=self._bounded, state=self._sums
+                self._units,
+                columns,
+                self._scale,
+                offset=offset,
+                bounded=self._bounded,
+                state=self._sums,
+                all_columns=self._columns,
             )
 
     def finish(self, weight: Tensor | None, is_swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,6 +127,7 @@ class Backward(_Pass):
                 offset=offset,
                 bounded=self._bounded,
                 partial=self._sums,
+                all_columns=self._columns,
                 **self._needs,
             )
 

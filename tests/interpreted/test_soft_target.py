@@ -1,8 +1,6 @@
-"""The soft_target kernels in Triton's interpreter, against the float64 definition: every flag, small tiles.
+"""The soft_target kernels: every flag, rows of one tile, of several, and split over programs."""
 
-Run by tests/test_triton_soft_target.py in its own process: TRITON_INTERPRET must be set before Triton is imported.
-"""
-
+import dataclasses
 import itertools
 import math
 
@@ -19,13 +17,6 @@ from tests.helpers.checks import assert_close, logits, terms_and_gradient, value
 
 # Wider than the widest interpreted tile (64), so that rows are streamed; at its edges; one class; not a power of two.
 SHAPES = [(5, 1), (7, 33), (5, 64), (3, 65), (2, 1000)]
-
-
-@pytest.fixture
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elements that nothing writes show as NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(math.nan))
 
 
 @pytest.fixture(params=[False, True], ids=["whole", "split"])
@@ -53,7 +44,7 @@ def check(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("n", "classes"), SHAPES)
-@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.usefixtures("poison")
 def test_equals_the_definition(n: int, classes: int, dtype: torch.dtype, split: bool) -> None:
     check(*logits(n, classes, dtype=dtype), (0.7, -1.3), temperature=4.0, label_smoothing=0.1)
 
@@ -62,7 +53,7 @@ def test_equals_the_definition(n: int, classes: int, dtype: torch.dtype, split: 
     ("temperature", "weighted"), [(1.0, True), (2.0, False), (3.0, True), (4.0, True), (4.0, False), (0.5, False)]
 )
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
-@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.usefixtures("poison")
 def test_every_flag(temperature: float, label_smoothing: float, weighted: bool, split: bool) -> None:
     student, teacher, labels = logits(3, 150, dtype=torch.float32)
     weight = torch.tensor([0.0, 2.5, 1.0]) if weighted else None
@@ -71,7 +62,7 @@ def test_every_flag(temperature: float, label_smoothing: float, weighted: bool, 
 
 
 def test_the_tables_tiles_are_streamed_and_split() -> None:
-    configs = [launch.soft_target_config("soft_target_forward", classes=c, hardware="interpreter") for c in (7, 150)]
+    configs = [launch.launch_config("soft_target_forward", width=c, hardware="interpreter") for c in (7, 150)]
     assert configs[0].BLOCK_N >= 7
     assert configs[1].BLOCK_N < 150
     assert launch.column_splits(2, 3, 16) > 1
@@ -79,7 +70,7 @@ def test_the_tables_tiles_are_streamed_and_split() -> None:
 
 @pytest.mark.parametrize(("with_labels", "with_teacher"), [(True, False), (False, True)])
 @pytest.mark.parametrize("classes", [20, 100])
-@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.usefixtures("poison")
 def test_one_term_alone(with_labels: bool, with_teacher: bool, classes: int, split: bool) -> None:
     student, teacher, labels = logits(4, classes, dtype=torch.float32)
     ce, kd, stats = triton.soft_target_forward(
@@ -197,7 +188,7 @@ def test_alignment_divides_the_classes_and_the_row_strides() -> None:
 
 def test_bfloat16_and_every_tile_of_the_gpu_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel, classes in itertools.product(("forward", "backward"), (9, 60, 300)):
-        config = launch.soft_target_config(f"soft_target_{kernel}", classes=classes, hardware="sm_90")
+        config = launch.launch_config(f"soft_target_{kernel}", width=classes, hardware="sm_90")
         assert classes <= config.BLOCK_N
     monkeypatch.setattr(soft_target, "hardware_of", lambda device: "sm_90")
     for classes in (9, 60, 300):
@@ -213,9 +204,10 @@ def test_bfloat16_and_every_tile_of_the_gpu_tables(monkeypatch: pytest.MonkeyPat
 
 def test_the_tuner_times_the_launchers_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "LOGITS", 64)
-    for entry in (
-        *(tune.Entry(kernel, 4, 16, bounded) for kernel in tune.DUAL for bounded in (0, 1)),
-        *(tune.Entry(kernel, 4, 16, 0) for kernel in tune.SOFT),
-    ):
-        result = tune.step_of(entry, 20, torch.device("cpu"))()
+    monkeypatch.setattr(tune, "WIDEST_CLASSES", 32)
+    work = [entry for entry, _ in tune.entries("interpreter", (*tune.DUAL, *tune.SOFT)) if entry.width < 128]
+    assert {entry.kernel for entry in work} == {*tune.DUAL, *tune.SOFT}
+    for entry in work:
+        single = dataclasses.replace(entry, key=entry.key._replace(itemsize=4))  # the interpreter has no bfloat16
+        result = tune.step_of(single, 20, torch.device("cpu"))()
         assert all(x.isfinite().all() for x in (result if isinstance(result, tuple) else (result,)))

@@ -1,18 +1,14 @@
-"""The multiscale_pool kernels in Triton's interpreter, against the float64 definition: every flag, small tiles.
-
-Run by tests/test_triton_multiscale_pool.py in its own process: TRITON_INTERPRET must be set before Triton is imported.
-"""
+"""The multiscale_pool kernels: every flag, maps of one tile and of several."""
 
 import math
 
 import pytest
 import torch
 from fastkd.kernels import multiscale_pool as kernels
-from torch import Tensor
 
 from fastkd import multiscale_pool
 from tests.helpers.checks import assert_close
-from tests.helpers.pool_cases import FORMATS, feature_map, out_and_grad, rounding_floor
+from tests.helpers.pool_cases import FORMATS, check_pool, feature_map, out_and_grad
 
 # One interpreted tile holds 16 positions, 16 windows and 16 channels.
 CASES = {
@@ -27,29 +23,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elements that nothing writes show as NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(math.nan))
-
-
-def check(x: Tensor, windows: list, strides: list, **options: object) -> Tensor:
-    """The gradient, after rows and gradient were held against the definition, and the inputs' bits."""
-    before = x.clone()
-    normalize = options.get("normalize", False)
-    exact = out_and_grad(x.double(), windows, strides, normalize=normalize, backend="reference")
-    low = out_and_grad(x, windows, strides, backend="reference", **options)
-    out, grad = out_and_grad(x, windows, strides, backend="triton", **options)
-    floor = 1e-5
-    if normalize and x.shape[1] == 1:
-        floor = rounding_floor(multiscale_pool(x.double(), windows, strides, backend="reference"))
-    coarser = max(out.dtype, x.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    assert_close(out, exact[0], out.dtype, low[0])
-    assert_close(grad, exact[1], coarser, low[1], floor)
-    assert grad.dtype == x.dtype
-    assert torch.equal(x, before)
-    return grad
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
@@ -62,7 +36,7 @@ def test_equals_the_definition(
 ) -> None:
     shape, windows, strides = CASES[case]
     x = feature_map(*shape, dtype=dtype).contiguous(memory_format=memory_format)
-    grad = check(x, windows, strides, normalize=normalize)
+    _, grad = check_pool(x, windows, strides, normalize=normalize)
     assert grad.stride() == torch.empty_like(x).stride()
 
 
@@ -71,19 +45,19 @@ def test_equals_the_definition(
 )
 @pytest.mark.parametrize("normalize", [False, True])
 def test_rows_of_another_dtype(out_dtype: torch.dtype, dtype: torch.dtype, normalize: bool) -> None:
-    check(feature_map(1, 18, 4, 4, dtype=dtype), [4, 2], [1, 2], normalize=normalize, dtype=out_dtype)
+    check_pool(feature_map(1, 18, 4, 4, dtype=dtype), [4, 2], [1, 2], normalize=normalize, dtype=out_dtype)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_products_of_fp32_itself_as_on_amd(normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_precision", lambda hardware: "ieee")
-    check(feature_map(1, 18, 4, 4, dtype=torch.float32), [4, 2], [1, 2], normalize=normalize)
+    monkeypatch.setattr(kernels, "precision", lambda hardware: "ieee")
+    check_pool(feature_map(1, 18, 4, 4, dtype=torch.float32), [4, 2], [1, 2], normalize=normalize)
 
 
 def test_channels_over_several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "multiprocessors", lambda device: 4)
-    check(feature_map(1, 70, 4, 4, dtype=torch.float32), [4, 2], [1, 1])
-    check(feature_map(1, 70, 4, 4, dtype=torch.float32), [4, 2], [1, 1], normalize=True)
+    check_pool(feature_map(1, 70, 4, 4, dtype=torch.float32), [4, 2], [1, 1])
+    check_pool(feature_map(1, 70, 4, 4, dtype=torch.float32), [4, 2], [1, 1], normalize=True)
 
 
 def test_both_formats_and_slices_of_rows_or_channels_are_read_without_a_copy() -> None:
@@ -91,9 +65,9 @@ def test_both_formats_and_slices_of_rows_or_channels_are_read_without_a_copy() -
     last = x.contiguous(memory_format=torch.channels_last)
     for view in (x, x[1:3], x[:, 2:7], x[:, :, 1:4], last, last[::2], last[:, 3:5], last[:, :, :3]):
         assert kernels._strides(view)[0] is view
-        check(view, [2], [1])
+        check_pool(view, [2], [1])
     for view in (x[..., 1:4], x[:, ::2, ::2], last[..., 2:], x.transpose(2, 3), x[:1, :1, :1, :1].expand(2, 3, 4, 4)):
-        check(view, [2], [1])
+        check_pool(view, [2], [1])
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
@@ -155,7 +129,7 @@ def test_alignment_of_the_loads(monkeypatch: pytest.MonkeyPatch) -> None:
         def __getitem__(self, grid: tuple[int, ...]) -> object:
             return lambda **options: seen.append(options["ALIGN"])
 
-    monkeypatch.setattr(kernels, "_forward_kernel", Kernel())
+    monkeypatch.setattr(kernels, "forward_kernel", Kernel())
     for shape, memory_format in (((2, 64, 7, 7), 0), ((2, 64, 14, 14), 0), ((2, 64, 7, 7), 1), ((2, 6, 7, 7), 1)):
         x = torch.zeros(shape, dtype=torch.float16).contiguous(memory_format=FORMATS[memory_format])
         kernels.pooled(x, [2, 2], [1, 1], normalize=False, dtype=x.dtype)

@@ -1,0 +1,99 @@
+"""What the streaming kernels of ``dual_softmax`` and ``contrast`` share: how a row-block walks over its columns.
+
+A program owns BLOCK_M rows and one split of the columns. It visits the columns of its split in tiles of BLOCK_N. Few
+tiles need masks: those that may hold positives of the row-block, and a last one that has fewer than BLOCK_N columns.
+They are the edge, and have a loop of their own, so that the loop over all other tiles has no mask.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from fastkd.kernels.launch import LaunchConfig, column_splits, hardware_of, launch_config, multiprocessors
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LARGEST_G = tl.constexpr(16384.0)  # a quarter of the largest fp16: G of both sides of a pair may be added
+BLOCK_ROWS = 128  # rows of a program that reads a few numbers per row
+
+
+@triton.jit
+def store_numbers(NUMBERS, n, in_rows, values):
+    """Writes ``values``, a tuple of numbers per row, to NUMBERS [len(values), n]; NUMBERS points to the rows' first."""
+    for k in tl.static_range(len(values)):
+        tl.store(NUMBERS + k * n.to(tl.int64), values[k], mask=in_rows)
+
+
+@triton.jit
+def split_tiles(split, tiles_per_split, n_cols, first_positive, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A split has tiles ``first ... last - 1``; tiles ``skip ... resume - 1`` may hold positives of the row-block.
+
+    ``ragged`` is 1 if the split has a tile with fewer than BLOCK_N columns that is not among those; that is tile
+    ``whole``. Otherwise ``ragged`` is 0.
+    """
+    first = split * tiles_per_split
+    last = max(min(first + tiles_per_split, tl.cdiv(n_cols, BLOCK_N)), first)
+    skip = min(max(max(first_positive, 0) // BLOCK_N, first), last)
+    resume = min(max(tl.cdiv(max(first_positive + BLOCK_M, 0), BLOCK_N), first), last)
+    whole = min(n_cols // BLOCK_N, last)
+    ragged = tl.where((whole < first) | ((skip <= whole) & (whole < resume)), 0, last - whole)
+    return first, last, skip, resume, whole, ragged
+
+
+@triton.jit
+def loop_bounds(tiles, IS_EDGE: tl.constexpr):
+    """First and last (exclusive) index of the loop over the edge, or of the loop over all other tiles."""
+    first, last, skip, resume, _, ragged = tiles
+    return (skip, resume + ragged) if IS_EDGE else (first, last - ragged - (resume - skip))
+
+
+@triton.jit
+def first_column(index, tiles, BLOCK_N: tl.constexpr, IS_EDGE: tl.constexpr):
+    """The first column of the tile that one of the two loops visits at ``index``."""
+    _, _, skip, resume, whole, _ = tiles
+    tile = tl.where(index < resume, index, whole) if IS_EDGE else tl.where(index < skip, index, index + resume - skip)
+    return tile * BLOCK_N
+
+
+def tiling(
+    kernel: str,
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    splits: int | None,
+    all_columns: int | None,
+    bounded: bool | None = None,
+) -> tuple[LaunchConfig, int, dict[str, Any]]:
+    """The config, the number of column splits, and the arguments that every streaming kernel takes.
+
+    ``splits``: the number that earlier columns were split into, which has to stay the same; None: it is chosen so that
+    the device stays busy with ``all_columns`` columns (default: these columns).
+    """
+    n, width = rows.shape[-2:]
+    n_cols = columns.shape[-2]
+    assert columns.shape[-1] == width
+    assert columns.dtype == rows.dtype
+    config = launch_config(kernel, hardware=hardware_of(rows.device), dtype=rows.dtype, width=width, bounded=bounded)
+    tiles = triton.cdiv(n_cols, config.BLOCK_N)
+    if splits is None:
+        all_tiles = tiles if all_columns is None else triton.cdiv(all_columns, config.BLOCK_N)
+        slots = config.ctas_per_sm * multiprocessors(rows.device)
+        splits = column_splits(triton.cdiv(n, config.BLOCK_M), all_tiles, slots)
+    arguments = {
+        "n": n,
+        "n_cols": n_cols,
+        "tiles_per_split": triton.cdiv(tiles, splits),
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "PRECISION": "tf32",
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return config, splits, arguments
+
+
+def descriptor(rows: Tensor, block: int) -> TensorDescriptor:
+    """What a kernel loads blocks of whole rows [n, width] through."""
+    return TensorDescriptor.from_tensor(rows, [block, rows.shape[1]])
