@@ -15,7 +15,7 @@ from fastkd.trainer.data.loader import EpochSampler, GlobalBatches
 from tests.helpers.checks import relative_error
 from tests.helpers.ranks import Failure, run_ranks, succeeded
 from tests.helpers.trainer_runs import one_thread, write_teacher  # noqa: F401
-from tests.ranks import rank_programs as programs
+from tests.ranks import trainer_programs as programs
 
 
 def run(world_size: int, changes: dict[str, Any], **options: Any) -> list[Any]:
