@@ -1,4 +1,4 @@
-"""Fixtures of several test files; every process of the suite computes with one thread, as there is one for each core."""
+"""Fixtures of several test files. Every process computes with one thread: there are as many of them as cores."""
 
 import os
 import shutil

@@ -87,12 +87,10 @@ def test_impossible_classes_keep_the_cross_entropy_finite(backend: str) -> None:
 
 
 @pytest.mark.parametrize("label", [-100, -1, 5])
-def test_a_label_that_is_none_raises_or_is_nan(label: int) -> None:
+def test_a_label_that_is_none_makes_its_row_nan_where_it_cannot_raise(label: int) -> None:
+    """A device that may not be waited for."""
     student, teacher, labels = logits(4, 5, dtype=torch.float32)
     labels[1] = label
-    with pytest.raises(ValueError, match=rf"labels: got {label}, expected class indices in \[0, 5\)"):
-        ce_kd_terms(student, teacher, labels)
-    # What a device that may not be waited for gets.
     assert reference.cross_entropy(student, labels).isnan().tolist() == [False, True, False, False]
     ce, kd, stats = soft_target(student, teacher, labels, None, 4.0, 0.0, "blocked")
     assert ce.isnan()
