@@ -29,10 +29,12 @@ class Size:
     seed: int = 0
     noise: float = 1.4
     weight: Tensor | None = None
+    device: str = "cpu"
 
     @property
     def logit_scale(self) -> Tensor:
-        return torch.tensor(self.scale, dtype=torch.float64 if self.dtype == torch.float64 else torch.float32)
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return torch.tensor(self.scale, dtype=dtype, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def _pair(loss: Callable[..., Tensor], **options: object) -> Callable[[Size], Ca
         def compute(backend: str, first: Tensor, second: Tensor, scale: Tensor) -> Tensor:
             return loss(first, second, scale, sample_weight=size.weight, backend=backend, **options)
 
-        rows = embeddings(size.n, size.D, size.seed, size.dtype, size.noise)
+        rows = (x.to(size.device) for x in embeddings(size.n, size.D, size.seed, size.dtype, size.noise))
         return Case(compute, (*rows, size.logit_scale), largest=size.scale)
 
     return case
@@ -68,7 +70,7 @@ def _on_logits(loss: Callable[..., Tensor], largest: float) -> Callable[[Size], 
     """``loss`` of student, teacher and labels; no gradient reaches the teacher."""
 
     def case(size: Size) -> Case:
-        student, teacher, labels = logits(size.n, size.D, size.seed, size.dtype)
+        student, teacher, labels = (x.to(size.device) for x in logits(size.n, size.D, size.seed, size.dtype))
 
         def compute(backend: str, student: Tensor, teacher: Tensor) -> Tensor:
             return loss(student, teacher, labels, sample_weight=size.weight, backend=backend)
@@ -90,7 +92,7 @@ def _contrast(mode: str, normalize: bool) -> Callable[[Size], Case]:
         N = size.n if mode in NEEDS_PAIRS or mode.startswith("self") else size.N
         p = problem(
             mode, size.n, N, size.D, size.dtype, scale=size.scale, normalize=normalize, weight=size.weight,
-            noise=size.noise, seed=size.seed, classes=2 if size.n < 10 else 5,
+            noise=size.noise, seed=size.seed, classes=2 if size.n < 10 else 5, device=size.device,
         )  # fmt: skip
         labels, index = (p.query_labels, p.key_labels), p.positive_index
 
@@ -114,14 +116,14 @@ def _contrast(mode: str, normalize: bool) -> Callable[[Size], Case]:
 
 
 def _sup_con_with_self(size: Size) -> Case:
-    labels = torch.arange(size.n) % 3
+    labels = torch.arange(size.n, device=size.device) % 3
 
     def compute(backend: str, features: Tensor, scale: Tensor) -> Tensor:
         options = {"exclude_self": False, "normalize": True, "sample_weight": size.weight}
         return sup_con_loss(features, labels, scale, backend=backend, **options)
 
     features, _ = embeddings(size.n, size.D, size.seed, size.dtype)
-    return Case(compute, (features, size.logit_scale), (labels,), largest=size.scale)
+    return Case(compute, (features.to(size.device), size.logit_scale), (labels,), largest=size.scale)
 
 
 def _pool(normalize: bool) -> Callable[[Size], Case]:
@@ -132,7 +134,7 @@ def _pool(normalize: bool) -> Callable[[Size], Case]:
             return (out * torch.arange(out.numel(), device=out.device).view(out.shape).cos()).sum() / len(features)
 
         features = feature_map(min(size.n, 40), 2 + size.D % 60, 4, 6, dtype=size.dtype, seed=size.seed)
-        return Case(compute, (features,), largest=10.0)
+        return Case(compute, (features.to(size.device),), largest=10.0)
 
     return case
 

@@ -1,6 +1,7 @@
 """What holds of every operation, whichever backend computes it."""
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.checks import assert_close, relative_error, value_and_grads
-from tests.helpers.contract import OPERATION_ALONE, OPERATIONS, Size
+from tests.helpers.contract import OPERATION_ALONE, OPERATIONS, Case, Size
 
 LOW = (torch.float32, torch.float16, torch.bfloat16)
 SCALED = [name for name in OPERATIONS if name not in ("kd", "ce and kd", "ckd", "pool", "pool of unit rows")]
@@ -18,7 +19,22 @@ BY_INDEX = [name for name in UNIT if name.startswith(("dcd", "index", "given", "
 WEIGHTED = [name for name in OPERATIONS if not name.startswith("pool")]
 
 every_operation = pytest.mark.parametrize("name", OPERATIONS)
-every_backend = pytest.mark.parametrize("backend", ["reference", "blocked"])
+# The kernels need a GPU, or float32 and Triton's interpreter.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+has_triton = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not has_triton, reason="needs a CUDA device")]
+STREAMING = ["blocked", pytest.param("triton", marks=needs_gpu)]
+every_streaming_backend = pytest.mark.parametrize("backend", STREAMING)
+every_backend = pytest.mark.parametrize("backend", ["reference", *STREAMING])
+
+
+def case_for(backend: str, name: str, **size: Any) -> Case:
+    """In float64 where the backend computes it, unless ``size`` says otherwise."""
+    if backend == "triton":
+        size = {"dtype": torch.float32, "device": DEVICE, **size}
+        if size["dtype"] == torch.bfloat16 and DEVICE == "cpu":
+            pytest.skip("the interpreter multiplies bfloat16 wrongly")
+    return OPERATIONS[name](Size(**size))
 
 
 @every_operation
@@ -35,12 +51,13 @@ def test_the_definition_passes_gradcheck(name: str) -> None:
     ("n", "N", "D", "scale"), [(2, 3, 1, 3.0), (65, 20, 33, 10.0), (530, 65, 128, 10.0), (100, 600, 300, 100.0)]
 )
 @every_operation
+@every_streaming_backend
 def test_low_precision_is_no_worse_than_torch(
-    name: str, n: int, N: int, D: int, scale: float, dtype: torch.dtype
+    backend: str, name: str, n: int, N: int, D: int, scale: float, dtype: torch.dtype
 ) -> None:
     scale = scale / 10 if name.startswith("raw") else scale
-    case = OPERATIONS[name](Size(n=n, N=N, D=D, scale=scale, dtype=dtype))
-    exact, low, actual = case.exact(), case.results("reference"), case.results("blocked")
+    case = case_for(backend, name, n=n, N=N, D=D, scale=scale, dtype=dtype)
+    exact, low, actual = case.exact(), case.results("reference"), case.results(backend)
     # By label, a loss is a difference: the one that cancels here is zero in exact arithmetic.
     floor = 0.5 if "label" in name and n == 2 else 1e-5
     assert_close(actual[0], exact[0], torch.float32, low[0], floor)
@@ -94,25 +111,26 @@ def test_per_sample_weights_are_the_weighted_gradients_of_single_rows(name: str)
 
 
 @every_operation
-def test_frozen_inputs_get_no_gradient_and_change_nothing(name: str) -> None:
-    case = OPERATIONS[name](Size())
-    full = case.results("blocked")
+@every_streaming_backend
+def test_frozen_inputs_get_no_gradient_and_change_nothing(backend: str, name: str) -> None:
+    case = case_for(backend, name)
+    full = case.results(backend)
     for wanted in range(len(case.inputs)):
         inputs = [x.clone().requires_grad_(index == wanted) for index, x in enumerate(case.inputs)]
-        value = case.compute("blocked", *inputs)
+        value = case.compute(backend, *inputs)
         if wanted in case.frozen:
             assert not value.requires_grad
             continue
         value.backward()
-        assert_close(inputs[wanted].grad, full[1 + wanted], torch.float64)
+        assert_close(inputs[wanted].grad, full[1 + wanted], case.inputs[0].dtype)
         assert all(x.grad is None for index, x in enumerate(inputs) if index != wanted)
 
 
 @every_backend
 @every_operation
 def test_inputs_are_left_bitwise_unchanged(name: str, backend: str) -> None:
-    weight = torch.rand(600)
-    case = OPERATIONS[name](Size(n=600, N=530, D=8, weight=weight, dtype=torch.float32))
+    weight = torch.rand(600, device=DEVICE if backend == "triton" else "cpu")
+    case = case_for(backend, name, n=600, N=530, D=8, weight=weight, dtype=torch.float32)
     given = [*case.inputs, *case.constants, weight]
     before = [x.clone() for x in given]
     leaves = [x.requires_grad_(index not in case.frozen) for index, x in enumerate(case.inputs)]
@@ -140,9 +158,10 @@ def test_every_element_of_an_empty_tensor_is_written(name: str, scale: float, mo
 
 
 @every_operation
-def test_the_same_inputs_give_the_same_bits(name: str) -> None:
-    case = OPERATIONS[name](Size(n=1100, N=600, D=24, dtype=torch.float32))
-    assert all(torch.equal(a, b) for a, b in zip(case.results("blocked"), case.results("blocked"), strict=True))
+@every_streaming_backend
+def test_the_same_inputs_give_the_same_bits(backend: str, name: str) -> None:
+    case = case_for(backend, name, n=1100, N=600, D=24, dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(case.results(backend), case.results(backend), strict=True))
 
 
 def hard_rows(rows: Tensor, other: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -163,7 +182,7 @@ def hard_rows(rows: Tensor, other: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 10.0, 100.0, 3000.0])
 @pytest.mark.parametrize("name", [*UNIT, "ckd"])
 def test_hard_inputs_give_finite_losses_and_gradients(name: str, scale: float, backend: str) -> None:
-    case = OPERATIONS[name](Size(n=9, N=9, scale=scale, dtype=torch.float32))
+    case = case_for(backend, name, n=9, N=9, scale=scale, dtype=torch.float32)
     rows = [x for x in case.inputs if x.ndim]
     for what, hard in hard_rows(rows[0], rows[-1]).items():
         results = case.results(backend, *hard[: len(rows)], *case.inputs[len(rows) :])
@@ -175,7 +194,7 @@ def test_hard_inputs_give_finite_losses_and_gradients(name: str, scale: float, b
 @pytest.mark.parametrize("scale", [5.0, 100.0])
 @every_operation
 def test_non_finite_inputs_give_a_non_finite_loss(name: str, scale: float, bad: float, backend: str) -> None:
-    case = OPERATIONS[name](Size(n=600, N=700, scale=scale, dtype=torch.float32))
+    case = case_for(backend, name, n=600, N=700, scale=scale, dtype=torch.float32)
     for index, x in enumerate(case.inputs):
         if x.ndim == 0 and bad < 0:
             continue
@@ -205,7 +224,7 @@ def test_forward_mode_raises_instead_of_giving_a_zero_tangent(name: str) -> None
     assert derivative.abs() > 0
 
 
-@every_backend
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if not name.startswith("raw")])
 def test_compiles_as_one_graph(name: str, backend: str) -> None:
     torch.compiler.reset()
