@@ -8,8 +8,12 @@ BIN := .venv/bin
 PY := $(BIN)/python
 SETUP := $(if $(filter command,$(origin BIN) $(origin PY)),,setup)
 
+# Tests run side by side, each process on one thread: `make test WORKERS=8` where there are eight cores.
+WORKERS ?= 2
+PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal
+
 KERNEL_TESTS := tests/interpreted tests/ranks/test_pack.py
-GPU_TESTS := $(KERNEL_TESTS) tests/ranks/test_exchange.py
+GPU_TESTS := $(KERNEL_TESTS) tests/ranks/test_exchange.py tests/operations/test_contract.py
 # Small cases of every operation: compute-sanitizer makes a kernel tens of times slower.
 DUAL_CASES := gpu_equals_the_definition and highest and (63-16 or 129-128)
 SOFT_CASES := definition_on_a_gpu and 3.0 and (64-10- or 33-1001)
@@ -18,7 +22,7 @@ POOL_CASES := definition_on_a_gpu and (one-tile or rectangular) and (bfloat16 or
 SANITIZED := ($(DUAL_CASES)) or ($(CONTRAST_CASES)) or ($(SOFT_CASES)) or ($(POOL_CASES)) or 131069-1 or packs_on_a_gpu
 SANITIZER := compute-sanitizer --report-api-errors no --error-exitcode 1
 
-.PHONY: setup ext ext-cuda demo demo-ddp soak test lint format bench bench-scale aot gpu-test gpu-bench gpu-ready clean
+.PHONY: setup ext ext-cuda demo demo-ddp soak test test-fast lint format bench bench-scale aot gpu-test gpu-bench gpu-ready clean
 
 setup: .venv/.installed
 
@@ -49,8 +53,14 @@ demo-ddp: $(SETUP)
 soak: $(SETUP)
 	$(PY) -m tests.helpers.imagenet_like soak --kills 20
 
+# All tests. Those in Triton's interpreter need its variable, and the others must not have it.
 test: $(SETUP)
-	$(PY) -m pytest
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreted
+
+# Less than 90 seconds on two cores: without the tests that take seconds, and without the interpreter's.
+test-fast: $(SETUP)
+	$(PYTEST) -m "not slow"
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -126,6 +126,7 @@ def test_forwards_that_no_backward_follows(path: str | None) -> None:
     programs.compare_rows(results, loss, first)
 
 
+@pytest.mark.slow
 def test_a_torch_without_distributed() -> None:
     """Nothing of torch.distributed but its name and a stub is there then."""
     program = """
