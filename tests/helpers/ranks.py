@@ -29,6 +29,8 @@ from fastkd.distributed.group import configure
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.helpers.ranks", "tests.ranks.rank_programs", "fastkd.functional.across_ranks"])
 
+STARTED_WITHIN = 120  # seconds
+
 # On a rank: what a program replaces through this is put back when the program ends.
 patches = pytest.MonkeyPatch()
 
@@ -55,6 +57,7 @@ def run_ranks(
             ranks.start(world_size)
     results: list[Any] = []
     try:
+        ranks.start(world_size)
         results = ranks.run(world_size, group_timeout, program, arguments, time.monotonic() + timeout)
     finally:
         if environment is not None or not results or not all(map(_ended_well, results)):
@@ -89,13 +92,17 @@ class _Ranks:
         self._processes: list[tuple[Any, Connection]] = []
 
     def start(self, count: int) -> None:
-        """Start processes until there are ``count``."""
+        """Start processes until there are ``count``, and wait for them, which no timeout of a program includes."""
+        started = len(self._processes)
         while len(self._processes) < count:
             own, other = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(other,))
             process.start()
             other.close()
             self._processes.append((process, own))
+        for _, connection in self._processes[started:]:
+            assert connection.poll(STARTED_WITHIN), "a rank did not start"
+            connection.recv_bytes()
 
     def run(
         self,
@@ -105,7 +112,6 @@ class _Ranks:
         arguments: tuple[Any, ...],
         deadline: float,
     ) -> list[Any]:
-        self.start(world_size)
         connections = [connection for _, connection in self._processes[:world_size]]
         with tempfile.TemporaryDirectory() as folder:
             for rank, connection in enumerate(connections):
@@ -144,6 +150,7 @@ def _serve(connection: Connection) -> None:
     """A process of :class:`_Ranks`; it ends when the other side of the connection does, or after an exception."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    connection.send_bytes(b"started")
     failed = False
     while not failed:
         try:

@@ -2,14 +2,13 @@
 
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.checks import assert_close, relative_error, value_and_grads
+from tests.helpers.checks import assert_close, poison_empty_tensors, relative_error, value_and_grads
 from tests.helpers.contract import OPERATION_ALONE, OPERATIONS, Case, Size
 
 LOW = (torch.float32, torch.float16, torch.bfloat16)
@@ -143,16 +142,7 @@ def test_inputs_are_left_bitwise_unchanged(name: str, backend: str) -> None:
 def test_every_element_of_an_empty_tensor_is_written(name: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     case = OPERATIONS[name](Size(n=530, N=600, D=7, scale=scale))
     expected = case.results("blocked")
-
-    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def poisoned(*args: Any, **options: Any) -> Tensor:
-            made = make(*args, **options)
-            return made.fill_(math.nan if made.is_floating_point() else -1)
-
-        return poisoned
-
-    for owner, maker in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        monkeypatch.setattr(owner, maker, poison(getattr(owner, maker)))
+    poison_empty_tensors(monkeypatch)
     actual = case.results("blocked")
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
@@ -222,6 +212,20 @@ def test_forward_mode_raises_instead_of_giving_a_zero_tangent(name: str) -> None
         torch.func.jvp(lambda x: case.compute("blocked", x, *others), (first,), (tangent,))
     _, derivative = torch.func.jvp(lambda x: case.compute("reference", x, *others), (first,), (tangent,))
     assert derivative.abs() > 0
+
+
+@every_operation
+def test_a_second_derivative_is_refused_instead_of_being_zero(name: str) -> None:
+    case = OPERATIONS[name](Size(n=6, N=4))
+    for backend in ("reference", "blocked"):
+        first = case.inputs[0].clone().requires_grad_()
+        value = case.compute(backend, first, *case.inputs[1:])
+        (grad,) = torch.autograd.grad(value.square(), first, create_graph=True)
+        if backend == "reference":
+            assert torch.autograd.grad(grad.square().sum(), first)[0].any()
+        else:
+            with pytest.raises(RuntimeError, match="no autograd formula"):
+                torch.autograd.grad(grad.square().sum(), first)
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
