@@ -12,6 +12,7 @@ import pytest
 from fastkd.demo import digits as demo
 from fastkd.demo.results import display_name
 
+pytestmark = pytest.mark.slow
 METHODS = ("ce", "dcd", "100*ckd", "pckd", "msdcrd+kd")
 
 

@@ -14,6 +14,7 @@ from fastkd.demo import digits as demo
 from fastkd.demo import results as report
 from fastkd.demo.costs import Cost
 
+pytestmark = pytest.mark.slow
 METHODS = ("ce", "kd", "dcd", "dcd+kd", "100*ckd", "msdcrd")
 
 

@@ -72,7 +72,7 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("scale", [5.0, 100.0])
+@pytest.mark.parametrize("scale", [5.0, pytest.param(100.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if not name.startswith("raw")])
 def test_no_tensor_grows_with_the_number_of_pairs(name: str, scale: float) -> None:
     case = OPERATIONS[name](Size(n=4096, N=3000, D=16, scale=scale, dtype=torch.float32))

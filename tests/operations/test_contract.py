@@ -27,6 +27,10 @@ every_streaming_backend = pytest.mark.parametrize("backend", STREAMING)
 every_backend = pytest.mark.parametrize("backend", ["reference", *STREAMING])
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def case_for(backend: str, name: str, **size: Any) -> Case:
     """In float64 where the backend computes it, unless ``size`` says otherwise."""
     if backend == "triton":
@@ -47,7 +51,7 @@ def test_the_definition_passes_gradcheck(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize(
-    ("n", "N", "D", "scale"), [(2, 3, 1, 3.0), (65, 20, 33, 10.0), (530, 65, 128, 10.0), (100, 600, 300, 100.0)]
+    ("n", "N", "D", "scale"), [(2, 3, 1, 3.0), (65, 20, 33, 10.0), slow(530, 65, 128, 10.0), slow(100, 600, 300, 100.0)]
 )
 @every_operation
 @every_streaming_backend
@@ -228,7 +232,7 @@ def test_a_second_derivative_is_refused_instead_of_being_zero(name: str) -> None
                 torch.autograd.grad(grad.square().sum(), first)
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("backend", [slow("reference"), "blocked"])
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if not name.startswith("raw")])
 def test_compiles_as_one_graph(name: str, backend: str) -> None:
     torch.compiler.reset()
