@@ -142,7 +142,6 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
 def test_importing_fastkd_does_not_import_the_trainer():
     code = "import fastkd, sys; print([m for m in ('fastkd.trainer', 'timm', 'torchdata', 'tyro') if m in sys.modules])"
     assert run_python(code).stdout.strip() == "[]"
@@ -162,7 +161,6 @@ def test_every_package_that_the_trainer_imports_is_checked_for():
     assert imported - set(sys.stdlib_module_names) - {"fastkd", "torch"} <= known
 
 
-@pytest.mark.slow
 def test_missing_extras_say_what_to_install():
     code = (
         "import importlib.util as u, sys; find = u.find_spec\n"

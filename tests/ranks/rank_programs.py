@@ -169,8 +169,8 @@ def held_back(rank: int, sizes: tuple[int, ...], collective: int, library: str |
     store, happened = dist.distributed_c10d._get_default_store(), []
     add = blocked.Forward.add
 
-    def computing(self: Any, columns: Tensor) -> None:
-        add(self, columns)
+    def computing(self: Any, *columns: Any) -> None:
+        add(self, *columns)
         if rank == 0 and not happened:
             store.set("computed", "")
             happened.append(True)

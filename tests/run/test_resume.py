@@ -79,7 +79,6 @@ def test_resume_equals_the_uninterrupted_run(reference, tmp_path, monkeypatch, s
     assert_same_run(reference, config)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [8, 20])
 def test_resume_is_exact_with_worker_processes(tmp_path, monkeypatch, step):
     data = DataConfig(name="tests.helpers.trainer_runs:noisy_data", batch_size=4, num_workers=2)
@@ -110,7 +109,6 @@ def test_resume_is_exact_under_autocast_with_adamw(tmp_path, monkeypatch, precis
     assert (state["scaler"]["scale"] > 1) == (precision == "fp16")
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_equals_the_uninterrupted_run(tmp_path):
     """kill -9 of a real process, most of whose time goes into checkpoints and steps."""
     whole = tiny_config(tmp_path, save_every_steps=1, log_every=1, run_dir=str(tmp_path / "whole"), epochs=4)
@@ -146,7 +144,6 @@ def test_killed_at_random_moments_and_resumed_equals_the_uninterrupted_run(tmp_p
     assert not list(folder.glob(".tmp-*"))
 
 
-@pytest.mark.slow
 def test_a_crash_at_every_point_of_a_save_leaves_a_run_that_resumes(tmp_path, monkeypatch):
     """Dies at the k-th fsync, rename or removal of the third save, for every k."""
     whole = tiny_config(tmp_path, save_every_steps=4, keep=1, run_dir=str(tmp_path / "whole"), epochs=1)
@@ -273,7 +270,6 @@ def test_resume_does_not_paper_over_metrics_that_were_lost(tmp_path):
         train(dataclasses.replace(config, resume=True))
 
 
-@pytest.mark.slow
 def test_two_processes_cannot_train_in_one_folder(tmp_path):
     config = tiny_config(tmp_path, save_every_steps=1)
     train(dataclasses.replace(config))
