@@ -227,6 +227,7 @@ def test_zero_features_are_finite() -> None:
 
 def test_preview_weight_of_edges() -> None:
     assert preview_weight(torch.zeros(3), 1.0).tolist() == [1.0, 1.0, 1.0]
+    assert preview_weight(torch.ones(3), 1.0).tolist() == [1.0, 1.0, 1.0]  # all as hard as the threshold
     assert preview_weight(torch.tensor([0.0, 3e38]), 1.0).isfinite().all()
     assert preview_weight(torch.tensor([1.0, float("nan")]), 1.0).isnan().all()
     assert preview_weight(torch.ones(2, dtype=torch.bfloat16), 1.0).dtype == torch.float32
