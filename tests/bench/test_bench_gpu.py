@@ -411,7 +411,6 @@ def test_an_existing_environment_is_used_as_it_is(commands: str) -> None:
     assert "pip install --quiet" not in commands
 
 
-@pytest.mark.slow
 def test_the_sanitizers_cases_exist_for_both_operations(commands: str) -> None:
     files, cases = re.findall(r'pytest -m gpu --timeout \d+ (.*) -k "(.*)"', commands)[0]
     names = ("hypothesis", "timm", "torchvision", "torchdata", "tyro", "rich", "safetensors", "sklearn", "jinja2")
