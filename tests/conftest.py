@@ -1,10 +1,14 @@
-"""Fixtures of several test files."""
+"""Fixtures of several test files. Every process computes with one thread: there are as many of them as cores."""
 
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
+
+import torch
 
 from fastkd.distributed import pack
 from tests.helpers.building import run_setup
@@ -29,3 +33,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run_setup(*arguments, FASTKD_EXTENSION="1", FASTKD_CUDA="0")
     assert result.returncode == 0, result.stderr[-3000:]
     return folder / "lib" / "fastkd" / pack.LIBRARY.name
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)

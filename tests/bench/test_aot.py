@@ -28,6 +28,7 @@ def one_of_each(work: list[aot.Job]) -> list[int]:
     return sorted(index for _, index in chosen.values())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_entry_of_the_launch_table_passes(capsys: pytest.CaptureFixture[str]) -> None:
     failures = command.run(list(aot.TARGETS), workers=2, select=one_of_each)
@@ -43,6 +44,7 @@ def backward_job(**config: object) -> aot.Job:
     return dataclasses.replace(job, **config)
 
 
+@pytest.mark.slow
 def test_a_spill_is_noticed() -> None:
     failures = aot.examine(backward_job(num_stages=3)).failures()
     assert any("spills" in failure for failure in failures), failures

@@ -56,6 +56,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_every_provider_of_every_case_has_a_row_with_numbers_or_a_reason(quick: Path) -> None:
     rows = rows_of(quick)
     seen = {(row["case"], row["provider"]) for row in rows}
@@ -66,6 +67,7 @@ def test_every_provider_of_every_case_has_a_row_with_numbers_or_a_reason(quick: 
         assert bool(row["median_ms"]) == (row["status"] == "ok")
 
 
+@pytest.mark.slow
 def test_every_provider_computes_the_same_loss(quick: Path) -> None:
     measured = [row for row in rows_of(quick) if row["status"] == "ok"]
     assert {row["provider"] for row in measured} >= {"eager fp32", "eager bf16 autocast", "fastkd blocked"}
@@ -76,6 +78,7 @@ def test_every_provider_computes_the_same_loss(quick: Path) -> None:
         assert float(row["grad_error"]) <= tolerance, row
 
 
+@pytest.mark.slow
 def test_the_table_names_hardware_versions_command_ceilings_and_peers(quick: Path) -> None:
     (path,) = quick.glob("gpu-*.md")
     text = path.read_text()
@@ -87,6 +90,7 @@ def test_the_table_names_hardware_versions_command_ceilings_and_peers(quick: Pat
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_what_there_is_no_time_for_is_listed(tmp_path: Path) -> None:
     assert gpu.main(["--device", "cpu", "--quick", "--seconds", "0", "--output", str(tmp_path)]) == 0
     rows = rows_of(tmp_path)
@@ -237,6 +241,7 @@ def test_pooling_reads_maps_in_their_format_and_moves_maps_and_rows(name: str) -
     assert case.bytes_moved() == 2 * 2 * 16 * (2 * 49 + (3 if is_unit else 2) * 53)
 
 
+@pytest.mark.slow
 def test_the_share_of_the_copy_bandwidth_stands_in_the_table(quick: Path) -> None:
     measured = [row for row in rows_of(quick) if row["case"] in providers.MEMORY_BOUND and row["status"] == "ok"]
     assert {row["case"] for row in measured} == providers.MEMORY_BOUND

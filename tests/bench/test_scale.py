@@ -1,19 +1,15 @@
 """The model of bench/scale.py: its bytes are those that are counted, and they keep the promise."""
 
 import pytest
+import torch
 
 from bench import scale
-from tests.helpers.ranks import run_ranks, succeeded
-from tests.ranks import rank_programs as programs
+from tests.ranks.cases import Case, run_cases
 
 
 @pytest.mark.parametrize("ring", [False, True])
 def test_the_modelled_bytes_are_the_counted_ones(ring: bool) -> None:
-    settings = {
-        "case": {"dtype": programs.torch.float32, "d": scale.WIDTH},
-        "configure": {"max_gathered_bytes": 0} if ring else {},
-    }
-    results = succeeded(run_ranks(3, programs.loss_and_gradients, "dcd", (8, 8, 8), {}, settings))
+    (results,) = run_cases([Case("dcd", (8, 8, 8), d=scale.WIDTH, dtype=torch.float32, ring=ring, weighted=False)])
     expected = scale.METHOD_BYTES["fastkd ring" if ring else "fastkd"](3, 8, 4)
     assert {sum(result["bytes"].values()) for result in results} == {expected}
 

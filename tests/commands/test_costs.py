@@ -30,6 +30,7 @@ def test_the_peak_is_what_is_held_at_once() -> None:
     assert costs.peak_bytes(step) == 5 * mib
 
 
+@pytest.mark.slow
 def test_every_method_costs_more_than_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "ROUNDS", 3)
     net = "fastkd.trainer.models.small:SmallConvNet"

@@ -15,6 +15,7 @@ from fastkd.demo.describe import command_line
 from fastkd.demo.results import display_name
 from tests.helpers.pages import read_page
 
+pytestmark = pytest.mark.slow
 METHODS = ("ce", "dcd", "100*ckd", "pckd", "msdcrd+kd")
 
 

@@ -57,6 +57,7 @@ def test_onnx_gives_the_students_logits_for_any_batch(run, tmp_path, capsys):
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_a_wrong_onnx_file_is_found_and_removed(run, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     reopened = reopen(run.path)

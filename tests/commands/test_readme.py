@@ -20,6 +20,7 @@ def code_of(heading: str) -> str:
     return block
 
 
+@pytest.mark.slow
 def test_the_own_method_trains_in_at_most_twenty_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", "digits-teacher", "--epochs", "4", "--device", "cpu", "--quiet"]) == 0

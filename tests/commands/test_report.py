@@ -13,6 +13,7 @@ from fastkd.demo.config import DemoConfig
 from fastkd.demo.costs import Cost
 from tests.helpers.pages import read_page
 
+pytestmark = pytest.mark.slow
 METHODS = ("ce", "kd", "dcd", "dcd+kd", "100*ckd", "msdcrd")
 
 

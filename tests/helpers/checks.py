@@ -1,7 +1,10 @@
 """What the whole suite shares: one comparison, one set of tolerances, inputs and gradients."""
 
+import math
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -41,6 +44,20 @@ def value_and_grads(loss: Callable[..., Tensor], *inputs: Tensor, upstream: floa
     value = loss(*leaves)
     value.backward(value.new_tensor(upstream))
     return value.detach(), *(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves)
+
+
+def poison_empty_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what is allocated without values with NaN, or -1: an element that is never written shows."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poisoned(*args: Any, **options: Any) -> Tensor:
+            made = make(*args, **options)
+            return made.fill_(math.nan if made.is_floating_point() else -1)
+
+        return poisoned
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
 def embeddings(

@@ -96,11 +96,12 @@ def problem(
     device: str = "cpu",
     classes: int = 5,
     noise: float = 1.4,
+    seed: int = 0,
 ) -> Problem:
     """Queries that agree in part with their positives; labels of which some occur once, or on one side only."""
     has_labels, by_label, has_index, is_self = MODES[mode]
     assert not (is_self or mode in NEEDS_PAIRS) or n == N
-    generator = torch.Generator().manual_seed(100 * n + D)
+    generator = torch.Generator().manual_seed(100 * n + D + seed)
     key = torch.randn(N, D, generator=generator, dtype=torch.float64)
     index = torch.randint(N, (n,), generator=generator)
     partner = torch.arange(n) if n == N and not has_index else index

@@ -1,9 +1,15 @@
-"""Runs a function on several gloo ranks, each a process of one thread, under a hard timeout."""
+"""Runs a function on several gloo ranks, each a process of one thread, under a hard timeout.
 
+The processes stay for the whole session, because starting them takes longer than most programs. Every call gets a
+process group of its own. A call that does not end well on all ranks costs the processes, and the next starts new ones.
+"""
+
+import atexit
 import datetime
 import multiprocessing
 import os
 import pickle
+import random
 import tempfile
 import time
 import traceback
@@ -12,12 +18,21 @@ from multiprocessing.connection import Connection
 from typing import Any
 from unittest import mock
 
+import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
-# A server that has imported torch once and forks: a fresh process costs milliseconds.
+from fastkd.distributed.group import configure
+
+# A server that has imported torch once and forks.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.helpers.ranks", "tests.ranks.rank_programs", "fastkd.distributed.reduce"])
+
+STARTED_WITHIN = 120  # seconds
+
+# On a rank: what a program replaces through this is put back when the program ends.
+patches = pytest.MonkeyPatch()
 
 
 def run_ranks(
@@ -31,31 +46,23 @@ def run_ranks(
     """What ``program(rank, *arguments)`` returns on every rank of a default gloo group.
 
     An exception is returned as ``Failure``; a process that ends without an answer gives None. Processes that take
-    longer than ``timeout`` seconds are killed, and TimeoutError is raised. With an ``environment`` the processes start
-    afresh, which takes seconds.
+    longer than ``timeout`` seconds are killed, and TimeoutError is raised. With an ``environment`` the processes are
+    started for this call alone, which takes seconds.
     """
-    context: Any = multiprocessing.get_context("spawn") if environment else _context
-    with tempfile.TemporaryDirectory() as folder:
-        pairs = [context.Pipe(duplex=False) for _ in range(world_size)]
-        processes = [
-            context.Process(
-                target=_run, args=(rank, world_size, f"{folder}/store", group_timeout, pair[1], program, arguments)
-            )
-            for rank, pair in enumerate(pairs)
-        ]
-        with mock.patch.dict(os.environ, environment or {}):
-            for process in processes:
-                process.start()
-        for _, sender in pairs:
-            sender.close()
-        deadline = time.monotonic() + timeout
-        try:
-            return [_receive(receiver, deadline) for receiver, _ in pairs]
-        finally:
-            for process in processes:
-                process.join(max(0.1, min(5, deadline - time.monotonic())))
-                process.kill()
-                process.join()
+    if environment is None:
+        ranks = _kept
+    else:
+        with mock.patch.dict(os.environ, environment):
+            ranks = _Ranks(multiprocessing.get_context("spawn"))
+            ranks.start(world_size)
+    results: list[Any] = []
+    try:
+        ranks.start(world_size)
+        results = ranks.run(world_size, group_timeout, program, arguments, time.monotonic() + timeout)
+    finally:
+        if environment is not None or not results or not all(map(_ended_well, results)):
+            ranks.end()
+    return results
 
 
 class Failure:
@@ -77,13 +84,95 @@ def succeeded(results: list[Any]) -> list[Any]:
     return results
 
 
-def _receive(receiver: Connection, deadline: float) -> Any:
-    if not receiver.poll(max(0.0, deadline - time.monotonic())):
+class _Ranks:
+    """Processes that run one program after another; the first ones of them are the ranks of a call."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self._processes: list[tuple[Any, Connection]] = []
+
+    def start(self, count: int) -> None:
+        """Start processes until there are ``count``, and wait for them, which no timeout of a program includes."""
+        started = len(self._processes)
+        while len(self._processes) < count:
+            own, other = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(other,))
+            process.start()
+            other.close()
+            self._processes.append((process, own))
+        for _, connection in self._processes[started:]:
+            assert connection.poll(STARTED_WITHIN), "a rank did not start"
+            connection.recv_bytes()
+
+    def run(
+        self,
+        world_size: int,
+        group_timeout: float,
+        program: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        deadline: float,
+    ) -> list[Any]:
+        connections = [connection for _, connection in self._processes[:world_size]]
+        with tempfile.TemporaryDirectory() as folder:
+            for rank, connection in enumerate(connections):
+                # Plain pickling: the tensors' bytes go through the pipe, no memory is shared.
+                task = (rank, world_size, f"{folder}/store", group_timeout, program, arguments)
+                connection.send_bytes(pickle.dumps(task))
+            return [_receive(connection, deadline) for connection in connections]
+
+    def end(self) -> None:
+        for process, connection in self._processes:
+            connection.close()
+            process.kill()
+            process.join()
+        self._processes = []
+
+
+_kept = _Ranks(_context)
+# Before multiprocessing's own handler, which would wait for the processes.
+atexit.register(_kept.end)
+
+
+def _ended_well(result: Any) -> bool:
+    return result is not None and not isinstance(result, Failure)
+
+
+def _receive(connection: Connection, deadline: float) -> Any:
+    if not connection.poll(max(0.0, deadline - time.monotonic())):
         raise TimeoutError("a rank did not answer in time")
     try:
-        return pickle.loads(receiver.recv_bytes())
-    except EOFError:
+        return pickle.loads(connection.recv_bytes())
+    except (EOFError, ConnectionResetError):
         return None
+
+
+def _serve(connection: Connection) -> None:
+    """A process of :class:`_Ranks`; it ends when the other side of the connection does, or after an exception."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    connection.send_bytes(b"started")
+    failed = False
+    while not failed:
+        try:
+            task = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        _as_if_just_started()
+        result = _run(*task)
+        failed = isinstance(result, Failure)
+        connection.send_bytes(pickle.dumps(result))
+
+
+def _as_if_just_started() -> None:
+    """Undo what an earlier program may have left behind."""
+    patches.undo()
+    configure()
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.compiler.reset()
 
 
 def _run(
@@ -91,12 +180,9 @@ def _run(
     world_size: int,
     store: str,
     group_timeout: float,
-    sender: Connection,
     program: Callable[..., Any],
     arguments: tuple[Any, ...],
-) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+) -> Any:
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",
@@ -104,13 +190,9 @@ def _run(
         world_size=world_size,
         timeout=datetime.timedelta(seconds=group_timeout),
     )
-    result: Any
     try:
         result = program(rank, *arguments)
     except BaseException as error:
-        result = Failure(error)
-    # Plain pickling: the tensors' bytes go through the pipe, no memory is shared.
-    sender.send_bytes(pickle.dumps(result))
-    sender.close()
-    if not isinstance(result, Failure):
-        dist.destroy_process_group()
+        return Failure(error)
+    dist.destroy_process_group()
+    return result

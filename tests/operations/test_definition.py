@@ -7,42 +7,6 @@ import torch.nn.functional as F
 from fastkd import dcd_loss, numerics
 from fastkd.backends import reference
 from tests.helpers.checks import CONSISTENCIES, embeddings, relative_error
-from tests.operations.test_contrast import MODES, make_rows
-
-
-@pytest.mark.parametrize("consistency", CONSISTENCIES)
-def test_dual_softmax_passes_gradcheck(consistency: str) -> None:
-    student, teacher = (x.requires_grad_() for x in embeddings(5, 3))
-    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda s, t, c: reference.dual_softmax(s, t, c, consistency=consistency), (student, teacher, scale)
-    )
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_contrast_passes_gradcheck(normalize: bool) -> None:
-    query, key = (x.requires_grad_() for x in embeddings(5, 3))
-    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda q, k, c: reference.contrast(q, k, c, normalize)[0], (query, key, scale))
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("mode", MODES)
-def test_contrast_passes_gradcheck_in_every_mode(mode: str, normalize: bool) -> None:
-    query, key, mask = make_rows(mode, 6, 4, 3)
-    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    inputs = (
-        (query.requires_grad_(), scale) if mask.exclude_self else (query.requires_grad_(), key.requires_grad_(), scale)
-    )
-    assert torch.autograd.gradcheck(
-        lambda q, *rest: reference.contrast(q, q if mask.exclude_self else rest[0], rest[-1], normalize, mask)[0],
-        inputs,
-    )
-
-
-def test_soft_target_passes_gradcheck() -> None:
-    student, teacher = embeddings(4, 6)
-    assert torch.autograd.gradcheck(lambda s: reference.soft_target(s, teacher, 3.0), (student.requires_grad_(),))
 
 
 def test_dual_softmax_is_the_papers_formula_row_by_row() -> None:

@@ -1,6 +1,5 @@
 """CKD's module: the functional loss, its options, its errors."""
 
-import pytest
 import torch
 
 from fastkd import CKDLoss, ckd_loss
@@ -21,12 +20,6 @@ def test_module_is_the_functional_loss() -> None:
 def test_backend_and_group_reach_the_function() -> None:
     student, teacher, _ = logits(9, 5)
     assert list(CKDLoss(backend="reference", group="local")(student, teacher)) == ["ckd"]
-    with pytest.raises(ValueError, match="backend: got 'fast'"):
-        CKDLoss(backend="fast")
-    with pytest.raises(ValueError, match="group: got 'global'"):
-        CKDLoss(group="global")
-    with pytest.raises(ValueError, match="temperature: got 0"):
-        CKDLoss(0.0)
 
 
 def test_compiles_without_a_graph_break() -> None:
@@ -39,13 +32,3 @@ def test_compiles_without_a_graph_break() -> None:
         strict=True,
     ):
         assert_close(actual, expected, torch.float32)
-
-
-def test_a_temperature_whose_inverse_overflows_is_named() -> None:
-    x = torch.randn(3, 4)
-    for loss in (lambda: ckd_loss(x, x, 1e-39), lambda: CKDLoss(1e-39)(x, x)):
-        with pytest.raises(ValueError, match=r"temperature: got 1e-39, expected a finite number > 2\.9\d*e-39"):
-            loss()
-    with pytest.raises(ValueError, match="temperature: got 5e-324"):
-        ckd_loss(x.double(), x.double(), 5e-324)
-    assert ckd_loss(x.double(), x.double(), 1e-39).isfinite()

@@ -293,6 +293,7 @@ def test_errors_of_the_classifier_name_it() -> None:
     assert module(s, t, (weight.bfloat16(), None))["feature"] == module(s, t, (weight, None))["feature"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", [(17, 5), (5, 4, 4)], ids=str)
 def test_compiles_without_a_graph_break_for_changing_shapes(student: tuple[int, ...]) -> None:
     torch.compiler.reset()

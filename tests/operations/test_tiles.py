@@ -1,18 +1,23 @@
-"""Tiles in rounds: every tile once, no conflicts inside a round, results that do not depend on the workers."""
+"""The streaming backend's own ways: tiles in rounds, workers, shared exponentials. None of them changes a result."""
 
 import math
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from fastkd import dcd_loss, info_nce_loss
+from fastkd import dcd_loss
 from fastkd.backends.blocked import contrast as blocked_contrast
 from fastkd.backends.blocked import dual_softmax as blocked_dual_softmax
+from fastkd.backends.blocked import sums as blocked_sums
 from fastkd.backends.blocked import tiles
-from tests.helpers.checks import assert_close, embeddings, value_and_grads
+from fastkd.functional.dcd import dcd_terms
+from tests.helpers.checks import CONSISTENCIES, assert_close, embeddings, value_and_grads
+from tests.helpers.contract import OPERATIONS, Size
 
 CPU = torch.device("cpu")
+TILED = ["ckd", *(name for name in OPERATIONS if not name.startswith(("k", "ce", "ckd", "pool")))]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8])
@@ -58,50 +63,74 @@ def test_blocks_cover_all_rows(n: int, threads: int, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("scale", [5.0, 100.0])
-def test_results_are_the_same_bits_for_any_number_of_workers(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    n = 1100
-    student, teacher = embeddings(n, 24, dtype=torch.float32)
-    inputs = student, teacher, torch.tensor(scale)
-    row_blocks = tiles.blocks(n, CPU)
+@pytest.mark.parametrize("name", TILED)
+def test_results_are_the_same_bits_for_any_number_of_workers(
+    name: str, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = scale / 10 if name.startswith("raw") else scale
+    case = OPERATIONS[name](Size(n=1100, N=1500, D=24, scale=scale, dtype=torch.float32))
+    sizes = {n: tiles.blocks(n, CPU) for n in (1100, 1500)}
     for module in (blocked_dual_softmax, blocked_contrast, tiles):
-        monkeypatch.setattr(module, "blocks", lambda *_: row_blocks)
+        monkeypatch.setattr(module, "blocks", lambda n, _: sizes[n])
     results = []
-    for workers in (2, 3, 4):
+    for workers in (1, 2, 3):
         monkeypatch.setattr(tiles, "worker_count", lambda *_, workers=workers: workers)
-        results.append(
-            [
-                *value_and_grads(lambda *x: dcd_loss(*x, backend="blocked"), *inputs),
-                *value_and_grads(lambda *x: info_nce_loss(*x, backend="blocked"), *inputs),
-            ]
-        )
+        results.append(case.results("blocked"))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+    for a, e, low in zip(results[0], case.exact(), case.results("reference"), strict=True):
+        assert_close(a, e, torch.float32, low)
 
 
-def test_many_rows_on_many_workers_equal_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "worker_count", lambda *_: 3)
-    inputs = *embeddings(1500, 20), torch.tensor(4.0, dtype=torch.float64)
-    expected = value_and_grads(lambda *x: dcd_loss(*x, backend="reference"), *inputs)
-    actual = value_and_grads(lambda *x: dcd_loss(*x, backend="blocked"), *inputs)
-    for a, e in zip(actual, expected, strict=True):
+@pytest.mark.parametrize("name", TILED)
+def test_running_maxima_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = OPERATIONS[name](Size(n=600, N=530, D=16, scale=9.0))
+    shared = case.results("blocked")
+    # Exponentials that overflow if no maximum is subtracted.
+    for module in (blocked_sums, blocked_contrast):
+        monkeypatch.setattr(module, "MAX_SHARED_SCALE", 0.0)
+    monkeypatch.setattr(blocked_sums.PlainSums, "add", None)
+    for a, e in zip(case.results("blocked"), shared, strict=True):
         assert_close(a, e, torch.float64)
 
 
-def test_the_callers_threads_and_modes_are_left_alone() -> None:
-    student, teacher = embeddings(2 * tiles.MIN_PARALLEL_ROWS, 8, dtype=torch.float32)
-    threads, alive = torch.get_num_threads(), threading.active_count()
-    expected = dcd_loss(student, teacher, 4.0, backend="reference")
+@pytest.mark.parametrize("consistency", CONSISTENCIES)
+@pytest.mark.parametrize(("scale", "bound"), [(9.0, 10.0), (9.0, math.inf), (41.0, 50.0)])
+def test_a_known_bound_of_the_scale_changes_nothing(scale: float, bound: float, consistency: str) -> None:
+    inputs = *embeddings(700, 16), torch.tensor(scale, dtype=torch.float64)
+    for term in range(2):
+        actual, expected = (
+            value_and_grads(lambda *x: dcd_terms(*x, consistency=consistency, **options)[term], *inputs)  # noqa: B023
+            for options in ({"backend": "blocked", "max_scale": bound}, {"backend": "reference"})
+        )
+        for a, e in zip(actual, expected, strict=True):
+            assert_close(a, e, torch.float64)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """The suite runs on one."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_the_callers_threads_and_modes_are_left_alone(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "MIN_PARALLEL_ROWS", 600)
+    student, teacher = embeddings(1200, 8, dtype=torch.float32)
+    assert tiles.worker_count(1200, CPU) == 2
+    alive, expected = threading.active_count(), dcd_loss(student, teacher, 4.0, backend="reference")
     with torch.inference_mode():
         inside = dcd_loss(student, teacher, 4.0, backend="blocked")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         autocast = dcd_loss(student, teacher, 4.0, backend="blocked")
     for value in (inside, autocast):
         assert_close(value, expected, torch.float32)
-    assert (torch.get_num_threads(), threading.active_count()) == (threads, alive)
+    assert (torch.get_num_threads(), threading.active_count()) == (2, alive)
     seen: list[int] = []
     thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert seen == [threads]
+    assert seen == [2]
 
 
 def test_an_error_in_a_worker_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:

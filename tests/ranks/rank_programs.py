@@ -1,12 +1,9 @@
 """What the multi-process tests run on every rank: importable by name in a fresh process."""
 
-import io
 import itertools
 import os
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,110 +18,59 @@ from fastkd.backends.blocked import dual_softmax as blocked
 from fastkd.distributed import agree as agreement
 from fastkd.distributed import exchange, pack
 from fastkd.distributed import group as fastkd_distributed
-from tests.helpers.checks import embeddings
+from tests.helpers.checks import assert_close, embeddings
+from tests.helpers.ranks import patches
+from tests.ranks.cases import LOSSES, Case, cut_into, use_extension
 
 D = 6
-LOSSES = {"dcd": dcd_loss, "info_nce": info_nce_loss}
+PAIRED = {"dcd": dcd_loss, "info_nce": info_nce_loss}
 
 
-def case(
-    total: int, dtype: torch.dtype = torch.float64, weighted: bool = False, d: int = D, scale: float = 2.5
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def case(total: int, weighted: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The global batch: two sets of rows, the scale, the weights."""
-    first, second = embeddings(total, d, seed=total, dtype=dtype)
+    first, second = embeddings(total, D, seed=total)
     weight = torch.arange(total, dtype=torch.float64) / 3 + 0.5 if weighted else None
-    return first, second, torch.tensor(scale, dtype=torch.float64), weight
+    return first, second, torch.tensor(2.5, dtype=torch.float64), weight
 
 
-def use_extension(library: str | None) -> None:
-    """Load the extension from ``library``; None: leave it out."""
-    pack.LIBRARY = Path(library or "absent")
-    pack.extension_covers.cache_clear()
-    pack._extension_loads.cache_clear()
-    assert pack.extension_covers("cpu") == (library is not None)
+def part(x: Tensor, sizes: tuple[int, ...], rank: int) -> Tensor:
+    return x.split(sizes)[rank].clone()
 
 
-def cut_into(chunks: int) -> None:
-    """Exchange even the smallest rows in this number of chunks, and join no blocks."""
-    exchange.CHUNK_BYTES, exchange.MAX_CHUNKS, exchange.MERGED_COLUMNS = 1, chunks, 1
+def loss_and_gradient(loss: Tensor, rows: Tensor) -> list[Tensor]:
+    return [loss.detach(), torch.autograd.grad(loss, rows)[0]]
+
+
+def compare_rows(results: list[list[Tensor]], loss: Tensor, rows: Tensor) -> None:
+    """Every rank's loss and gradient of its rows against the ``loss`` of all ``rows``, which one process computes."""
+    value, gradient = loss_and_gradient(loss, rows)
+    assert_close(torch.stack([result[0] for result in results]).mean(), value, torch.float64)
+    assert_close(torch.cat([result[1] for result in results]) / len(results), gradient, torch.float64)
 
 
 def weights_on_some_ranks(rank: int, name: str) -> list[Tensor]:
     """Loss and gradient of the first rows when rank 1 of three passes no weights, which counts as ones."""
     first, second, scale, weight = case(7, weighted=True)
     first, second, weight = (part(x, (2, 3, 2), rank) for x in (first, second, weight))
-    assert first is not None
-    loss = LOSSES[name](first.requires_grad_(), second, scale, sample_weight=None if rank == 1 else weight)
-    return [loss.detach(), torch.autograd.grad(loss, first)[0]]
-
-
-def part(x: Tensor | None, sizes: tuple[int, ...], rank: int) -> Tensor | None:
-    return None if x is None else x.split(sizes)[rank].clone()
-
-
-def loss_and_gradients(
-    rank: int, name: str, sizes: tuple[int, ...], options: dict[str, Any], settings: dict[str, Any]
-) -> dict[str, Any] | None:
-    """This rank's loss and gradients, and what it put on the wire; None outside of ``settings["members"]``."""
-    fastkd_distributed.configure(**settings.get("configure", {}))
-    if "extension" in settings:
-        use_extension(settings["extension"])
-    if "chunks" in settings:
-        cut_into(settings["chunks"])
-    if "members" in settings:
-        group = dist.new_group(settings["members"])
-        if rank not in settings["members"]:
-            return None
-        rank, options = settings["members"].index(rank), {**options, "group": group}
-    first, second, scale, weight = case(sum(sizes), **settings.get("case", {}))
-    first, second, weight = (part(x, sizes, rank) for x in (first, second, weight))
-    assert first is not None
-    assert second is not None
-    frozen, on_rank = settings.get("frozen"), settings.get("frozen_on", rank)
-    leaves = [first, second, scale]
-    for key, leaf in zip(("first", "second", "scale"), leaves, strict=True):
-        leaf.requires_grad_(key != frozen or rank != on_rank)
-    copies = [x.detach().clone() for x in leaves]
-    with CountedBytes() as counter:
-        # A number is a known bound of the scale.
-        scale_or_number = scale.item() if settings.get("bounded") else scale
-        loss = LOSSES[name](first, second, scale_or_number, sample_weight=weight, **options)
-        forward_bytes = dict(counter.sent)
-        loss.backward(torch.tensor(settings.get("upstream", 1.0), dtype=loss.dtype))
-    untouched = all(torch.equal(x.detach(), copy) for x, copy in zip(leaves, copies, strict=True))
-    return {
-        "loss": loss.detach(),
-        "first": leaves[0].grad,
-        "second": leaves[1].grad,
-        "scale": scale.grad,
-        "untouched": untouched,
-        "forward_bytes": forward_bytes,
-        "bytes": dict(counter.sent),
-    }
-
-
-def several_cases(rank: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any] | None]:
-    """``loss_and_gradients`` of each case in turn: for processes that start slowly."""
-    return [loss_and_gradients(rank, *arguments) for arguments in cases]
+    loss = PAIRED[name](first.requires_grad_(), second, scale, sample_weight=None if rank == 1 else weight)
+    return loss_and_gradient(loss, first)
 
 
 def sub_groups(rank: int) -> dict[str, Any]:
     """On 4 ranks: loss and gradient within {0, 2} and {1, 3}, and on this rank alone."""
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     first, second, scale, _ = case(8)
-    own = first.split(2)[rank].clone().requires_grad_()
-    other = second.split(2)[rank].clone()
-    loss = dcd_loss(own, other, scale, group=groups[rank % 2])
-    (grad,) = torch.autograd.grad(loss, own)
-    local = dcd_loss(own, other, scale, group="local")
-    (local_grad,) = torch.autograd.grad(local, own)
-    foreign = groups[1 - rank % 2]
+    own, other = first.split(2)[rank].clone().requires_grad_(), second.split(2)[rank].clone()
     message = ""
     try:
-        dcd_loss(own, other, scale, group=foreign)
+        dcd_loss(own, other, scale, group=groups[1 - rank % 2])
     except ValueError as error:
         message = str(error)
-    return {"loss": loss.detach(), "grad": grad, "local": local.detach(), "local_grad": local_grad, "foreign": message}
+    return {
+        "group": loss_and_gradient(dcd_loss(own, other, scale, group=groups[rank % 2]), own),
+        "local": loss_and_gradient(dcd_loss(own, other, scale, group="local"), own),
+        "foreign": message,
+    }
 
 
 class Model(nn.Module):
@@ -170,14 +116,17 @@ def train(model: nn.Module, steps: int, own: Any, total: int) -> dict[str, Any]:
     return {"losses": torch.stack(losses), "gradients": first_gradients, "state": state}
 
 
-def call_with(rank: int, by_rank: dict[int, dict[str, Any]], name: str = "dcd") -> str:
+def call_with(rank: int, name: str, by_rank: dict[int, dict[str, Any]]) -> str:
     """A loss on 3 rows a rank, with this rank's own deviations from the common arguments; ``done`` if it went well."""
     own = by_rank.get(rank, {})
-    first, second = embeddings(own.pop("rows", 3), own.pop("d", D), dtype=own.pop("dtype", torch.float64))
-    first, second = own.pop("student", first), own.pop("teacher", second)
-    if "configure" in own:
-        fastkd_distributed.configure(**own.pop("configure"))
-    LOSSES[own.pop("loss", name)](first, second, own.pop("scale", 2.0), **own)
+    fastkd_distributed.configure(**own.pop("configure", {}))
+    x = Case(name, (own.pop("rows", 3),), d=own.pop("d", D), dtype=own.pop("dtype", torch.float64)).inputs()
+    x.update({key: own.pop(key) for key in list(own) if key in x})
+    try:
+        LOSSES[own.pop("loss", name)](x, own.pop("index", None), own.pop("scale", 2.0), **own)
+    except Exception:
+        dist.barrier()  # the group is as good as before
+        raise
     return "done"
 
 
@@ -220,8 +169,8 @@ def held_back(rank: int, sizes: tuple[int, ...], collective: int, library: str |
     store, happened = dist.distributed_c10d._get_default_store(), []
     add = blocked.Forward.add
 
-    def computing(self: Any, block: Tensor, cols: slice) -> None:
-        add(self, block, cols)
+    def computing(self: Any, *columns: Any) -> None:
+        add(self, *columns)
         if rank == 0 and not happened:
             store.set("computed", "")
             happened.append(True)
@@ -231,7 +180,7 @@ def held_back(rank: int, sizes: tuple[int, ...], collective: int, library: str |
             store.wait(["computed"], timedelta(seconds=8))
             happened.append(True)
 
-    blocked.Forward.add = computing
+    patches.setattr(blocked.Forward, "add", computing)
     first, second, scale, _ = case(sum(sizes))
     with AtCollective(hold):
         dcd_loss(part(first, sizes, rank), part(second, sizes, rank), scale)
@@ -298,15 +247,13 @@ def forwards_alone(rank: int, library: str | None) -> list[Tensor]:
         without.backward()
     else:
         assert not without.requires_grad
-    loss = dcd_loss(first, second, scale)
-    return [without.detach(), loss.detach(), torch.autograd.grad(loss, first)[0]]
+    return [*loss_and_gradient(dcd_loss(first, second, scale), first), without.detach()]
 
 
 def backward_late(rank: int) -> list[Tensor]:
     """Two losses alive at once, then both backwards, and one of them twice."""
     first, second, scale, _ = case(9)
     first, second = (part(x, (4, 2, 3), rank) for x in (first, second))
-    assert first is not None
     first = first.requires_grad_()
     one = dcd_loss(first, second, scale)
     two = info_nce_loss(first, second, scale)
@@ -322,8 +269,7 @@ def compiled(rank: int) -> list[Tensor]:
     def doubled(student: Tensor, teacher: Tensor) -> Tensor:
         return dcd_loss(2 * student, teacher, scale)
 
-    loss = torch.compile(doubled, backend="eager")(first, second)
-    return [loss.detach(), torch.autograd.grad(loss, first)[0]]
+    return loss_and_gradient(torch.compile(doubled, backend="eager")(first, second), first)
 
 
 def evaluated_without_gradient(rank: int) -> dict[str, Any]:
@@ -332,105 +278,3 @@ def evaluated_without_gradient(rank: int) -> dict[str, Any]:
     with CountedBytes() as counter, torch.no_grad():
         loss = dcd_loss(first.split(3)[rank], second.split(3)[rank], scale)
     return {"loss": loss, "bytes": dict(counter.sent)}
-
-
-class StopTraining(Exception):
-    """What interrupts a run in the tests."""
-
-
-class _Convolutions(nn.Module):
-    """A network with a map of 2x2 positions, without batch norm."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, channels, 3, stride=2, padding=1), nn.Tanh())
-        self.fc = nn.Linear(channels, 4)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.body(images).mean((2, 3)))
-
-
-def trained(rank: int, changes: dict[str, Any], stop_at: int | None = None, bad_on: int | None = None) -> Any:
-    """A run of the trainer in float64 on networks without batch norm and dropout: history, weights, what it wrote."""
-    from fastkd.trainer import DataConfig, ObjectiveConfig, OptimConfig, TensorImages, TrainConfig
-    from fastkd.trainer.models.small import MLP
-    from fastkd.trainer.run.loop import train as run
-
-    torch.set_default_dtype(torch.float64)
-    generator = torch.Generator().manual_seed(5)
-    labels = torch.arange(46) % 4
-    images = torch.randn(46, 1, 4, 4, generator=generator) + labels[:, None, None, None]
-    if rank == bad_on:
-        images = images.clone()
-        images[20] = float("nan")
-    torch.manual_seed(1)
-    student: nn.Module
-    teacher: nn.Module
-    terms = changes.pop("terms", None)
-    if terms is None:
-        student, teacher = (MLP(num_classes=4, in_features=16, hidden=(width,)) for width in (8, 12))
-    else:
-        student, teacher = _Convolutions(3), _Convolutions(5)
-    calls = itertools.count(1)
-
-    def stop(*_: Any) -> dict[str, Tensor]:
-        if next(calls) == stop_at:
-            raise StopTraining
-        return {"stop": torch.zeros(())}
-
-    config = TrainConfig(
-        data=DataConfig(batch_size=8, drop_last=changes.pop("drop_last", False)),
-        objective=ObjectiveConfig(terms=f"{terms or 'dcd+kd'}+stop"),
-        optim=OptimConfig(lr=0.05, clip_norm=1.0),
-        **{"epochs": 3, "device": "cpu", "log_every": 1, "tensorboard": False, "progress": False, **changes},
-    )
-    data = TensorImages(images, labels), TensorImages(images[:21], labels[:21])
-    printed = io.StringIO()
-    try:
-        with redirect_stdout(printed):
-            result = run(
-                config, student=student, teacher=teacher, train_data=data[0], eval_data=data[1], terms={"stop": stop}
-            )
-    except StopTraining:
-        return "stopped"
-    parameters = dict(result.distiller.named_parameters())
-    return {
-        "history": result.history,
-        "weights": {name: value.detach() for name, value in parameters.items()},
-        "path": str(result.path),
-        "resumed_from": result.resumed_from,
-        "printed": printed.getvalue(),
-    }
-
-
-def reductions(rank: int, changes: dict[str, Any]) -> tuple[int, list[int], int]:
-    """The number of trained parameters, the sizes of all all-reduces of more than 64 numbers, and the steps."""
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
-    from fastkd.trainer.run.ranks import Ranks
-
-    sizes: list[int] = []
-    all_reduce, wrap = dist.all_reduce, Ranks.wrap
-
-    def recorded(x: Tensor, *arguments: Any, **options: Any) -> Any:
-        sizes.append(x.numel())
-        return all_reduce(x, *arguments, **options)
-
-    def wrap_with_hook(self: Ranks, module: nn.Module) -> nn.Module:
-        wrapped = wrap(self, module)
-        wrapped.register_comm_hook(None, allreduce_hook)  # the gradients then go through dist.all_reduce
-        return wrapped
-
-    dist.all_reduce, Ranks.wrap = recorded, wrap_with_hook
-    result = trained(rank, changes)
-    parameters = sum(x.numel() for name, x in result["weights"].items() if not name.startswith("teacher."))
-    return parameters, [size for size in sizes if size > 64], result["history"][-1]["step"]
-
-
-def trained_with_batch_norm(rank: int, folder: str) -> tuple[dict[str, float], str, Tensor]:
-    """A run with batch norm, dropout and drawn augmentations: last record, checkpoint, a layer's weights."""
-    from fastkd.trainer.run.loop import train as run
-    from tests.helpers.trainer_runs import tiny_config
-
-    result = run(tiny_config(Path(folder), epochs=1, save_every_steps=4))
-    return result.history[-1], str(result.path), result.distiller.student.model.fc.weight.detach()

@@ -183,6 +183,7 @@ def test_an_extension_that_does_not_fit_gives_one_warning_and_the_python_path(
         pack._extension_loads.cache_clear()
 
 
+@pytest.mark.slow
 def test_without_torch_or_compiler_the_installation_goes_on_with_a_notice(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     arguments = ("build_ext", f"--build-lib={tmp_path / 'lib'}", f"--build-temp={tmp_path / 'temp'}")
@@ -198,6 +199,7 @@ def test_without_torch_or_compiler_the_installation_goes_on_with_a_notice(tmp_pa
     assert not (tmp_path / "lib").exists()
 
 
+@pytest.mark.slow
 def test_a_failing_compiler_leaves_the_extension_out(tmp_path: Path) -> None:
     for name in ("c++", "g++", "ninja"):
         (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
@@ -239,6 +241,7 @@ def test_the_toolkit_is_found_behind_a_wrapper(tmp_path: Path, monkeypatch: pyte
     assert setup.find_cuda_home() == str(toolkit)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 def test_the_cuda_kernel_compiles_for_sm_90_without_spills_and_loads_16_bytes(tmp_path: Path) -> None:
     output = tmp_path / "pack_rows.cubin"

@@ -25,6 +25,7 @@ def own_path(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
+@pytest.mark.slow
 def test_the_whole_command_line(images, monkeypatch, capsys):
     monkeypatch.chdir(images)
     assert main(["train", "tests.helpers.imagenet_like:teacher"]) == 0
@@ -68,6 +69,7 @@ def test_images_that_cannot_be_read_are_reported(tmp_path, capsys):
     assert "2 of 120 training images cannot be read; others took their places" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_nothing_that_was_saved_is_lost(tmp_path):
     found = soak(2, 3, tmp_path, workers=1)
     assert found["kills"] == 2

@@ -226,6 +226,7 @@ def test_the_moving_average_copies_integers_and_infinite_buffers():
     torch.testing.assert_close(average.module.weight, torch.full((3,), 1 + 6e-4), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_command_exits_as_a_process_that_the_signal_ended(tmp_path):
     """And --resume-or-start goes on with what it left."""
     code = (
@@ -273,6 +274,7 @@ def test_a_restart_by_torchrun_resumes_by_itself(tmp_path, monkeypatch):
             train(config)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_restarted_by_torchrun_and_the_run_goes_on(tmp_path):
     config = tiny_config(tmp_path, save_every_steps=3)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))

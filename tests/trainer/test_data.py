@@ -142,6 +142,7 @@ def test_a_signal_to_the_whole_process_group_ends_no_worker(kind):
     assert not worker.is_alive()
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_within_an_epoch_does_not_wait_for_its_workers():
     program = (
         "import torch; from fastkd.trainer import *; from fastkd.trainer.data.loader import train_loader\n"
