@@ -1,19 +1,10 @@
-"""The GPU benchmark's whole path on the CPU with tiny sizes, and the tuner's search space and output."""
+"""The GPU benchmark's whole path on the CPU with tiny sizes."""
 
 import csv
-import dataclasses
 import itertools
 import math
 import os
-import re
-import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,11 +14,8 @@ from bench import gpu, gpu_report, measure, providers, report
 from tests.helpers.checks import TOLERANCES
 
 pytest.importorskip("triton")
-from fastkd.kernels import launch
-from fastkd.kernels.launch import LaunchConfig
 
 from bench import tune
-from bench.aot import compile as aot
 
 
 @pytest.fixture(scope="module")
@@ -277,168 +265,3 @@ def test_medians_are_of_at_least_three_calls() -> None:
     calls = []
     assert measure.median_ms(lambda: calls.append(1), torch.device("cpu"), 0.0) >= 0
     assert len(calls) == 4
-
-
-KERNELS = (*tune.DUAL, *tune.SOFT)
-
-
-def entry_of(pattern: str) -> tune.Entry:
-    ((entry, _),) = tune.plan("sm_90", [pattern])
-    return entry
-
-
-def test_the_search_space_starts_with_the_current_entry_and_has_no_repeats() -> None:
-    found = dict(tune.entries("sm_90", KERNELS))
-    assert {entry.key for entry in found} == {key for key in launch.TABLE["sm_90"] if key.kernel in KERNELS}
-    for entry, current in found.items():
-        space = tune.candidates(entry, current)
-        assert space[0] == current
-        assert len(space) > 5
-        assert len({dataclasses.replace(x, ctas_per_sm=1) for x in space}) == len(space)
-        if entry.kernel == "soft_target_forward" and current.BLOCK_N > 1024 and entry.key.width:
-            assert {x.BLOCK_N for x in space} == {current.BLOCK_N}
-
-
-def test_exchanging_an_entry_reaches_the_launcher_and_is_undone() -> None:
-    config = LaunchConfig(16, 16, 4, 1)
-    dual, soft = entry_of("dual_softmax_backward:2:128:online"), entry_of("soft_target_forward:2:1024:5")
-    options = {"dtype": torch.bfloat16, "width": 128, "hardware": "sm_90"}
-    before = launch.launch_config("dual_softmax_backward", bounded=False, **options)
-    with tune.table_with("sm_90", dual, config), tune.table_with("sm_90", soft, LaunchConfig(2, 1024, 4, 1)):
-        assert launch.launch_config("dual_softmax_backward", bounded=False, **options) == config
-        assert launch.launch_config("dual_softmax_backward", bounded=True, **options) != config
-        assert launch.launch_config("soft_target_forward", width=1000, hardware="sm_90").num_warps == 4
-    assert launch.launch_config("dual_softmax_backward", bounded=False, **options) == before
-    assert launch.launch_config("soft_target_forward", width=1000, hardware="sm_90").num_warps == 1
-
-
-def test_printed_entries_are_the_tables_own_source() -> None:
-    text = "{" + "\n".join(tune.lines_of(dict(tune.entries("sm_90", KERNELS)))) + "}"
-    printed = launch.table_of(eval(text, {"LaunchConfig": LaunchConfig}))
-    assert printed == {key: config for key, config in launch.TABLE["sm_90"].items() if key.kernel in KERNELS}
-
-
-def test_only_a_candidate_that_is_two_percent_faster_replaces_the_entry() -> None:
-    first, second = LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 32, 4, 2)
-    assert tune.best_of([(first, 1.0), (second, 0.99)])[0] == first
-    assert tune.best_of([(first, 1.0), (second, 0.97)])[0] == second
-
-
-def test_a_candidate_is_compiled_for_its_registers_and_refused_if_it_spills(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = entry_of("soft_target_backward:2:1024:5")
-    config = tune.compiled("sm_90", entry, LaunchConfig(1, 2048, 4, 1))
-    assert config is not None
-    assert 4 <= config.ctas_per_sm <= 16
-    monkeypatch.setattr(aot, "examine", lambda job: aot.Result(job=job, registers=255, spills=3))
-    assert tune.compiled("sm_90", entry, LaunchConfig(1, 2048, 4, 1)) is None
-
-
-def names_of(patterns: list[str] | None) -> list[str]:
-    return [entry.name for entry, _ in tune.plan("sm_90", patterns)]
-
-
-def test_entries_are_chosen_by_pattern_and_rows_of_128_come_first() -> None:
-    assert names_of(["backward:2:128:bounded"]) == ["dual_softmax_backward:2:128:bounded"]
-    assert names_of(["soft_target_forward:2:1024:5"]) == ["soft_target_forward:2:1024:5"]
-    assert names_of(["dual_softmax::256:online"]) == [f"dual_softmax_{x}:2:256:online" for x in ("forward", "backward")]
-    assert len(names_of(["forward", "backward"])) == len(names_of(None)) == len(dict(tune.entries("sm_90", KERNELS)))
-    first = names_of(None)[:8]
-    assert all(":128:" in name and "dual_softmax" in name for name in first)
-    assert all(":2:" in name for name in first[:4])
-    with pytest.raises(SystemExit):
-        tune.main(["--list", "--entries", "sideways"])
-
-
-@pytest.fixture
-def search(monkeypatch: pytest.MonkeyPatch) -> Iterator[tune.Search]:
-    """Without compilers and without a GPU: smaller tiles are faster, and those of 32 rows fail."""
-
-    def median_ms(config: LaunchConfig, *rest: object) -> float:
-        if config.BLOCK_M == 32:
-            raise RuntimeError("out of resources")
-        return float(config.BLOCK_M * config.BLOCK_N)
-
-    def current(entry: tune.Entry, *rest: object) -> LaunchConfig:
-        return launch.TABLE["sm_90"][entry.key]
-
-    monkeypatch.setattr(tune, "prepare", lambda hardware, entry, candidate, rows: candidate)
-    monkeypatch.setattr(tune, "step_of", current)
-    monkeypatch.setattr(measure, "median_ms", median_ms)
-    with ThreadPoolExecutor(2) as pool:
-        yield tune.Search("sm_90", torch.device("cpu"), pool, time.monotonic() + 1000)
-
-
-def test_a_search_prints_the_best_after_each_entry_and_survives_candidates_that_fail(
-    search: tune.Search, capsys: pytest.CaptureFixture[str]
-) -> None:
-    search.run(tune.plan("sm_90", ["backward:2:128:bounded"]))
-    text = capsys.readouterr().out
-    assert "failed: RuntimeError: out of resources" in text
-    assert re.search(r"best of \d+: dual_softmax_backward:2:128:bounded 1024\.0000 ms LaunchConfig\(64, 16,", text)
-    online = tune.line_of(launch.TABLE["sm_90"][entry_of("backward:2:128:online").key])
-    assert re.search(r"\(2, 128, True\): LaunchConfig\(64, 16,", text)
-    assert f"(2, 128, False): {online}," in text
-
-
-def test_a_search_whose_time_is_over_or_that_is_interrupted_prints_what_it_found(
-    search: tune.Search, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    work = tune.plan("sm_90", ["dual_softmax::128"])[:4]
-    dataclasses.replace(search, deadline=0.0).run(work)
-    assert capsys.readouterr().out.count("not searched: no time left") == len(work) == 4
-    best = tune.Search.best
-
-    def then_interrupted(self: tune.Search, entry: tune.Entry, current: LaunchConfig) -> LaunchConfig | None:
-        if entry is work[1][0]:
-            raise KeyboardInterrupt
-        return best(self, entry, current)
-
-    monkeypatch.setattr(tune.Search, "best", then_interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        search.run(work)
-    assert re.search(r'"dual_softmax_forward": {\n    \(2, 128, True\): LaunchConfig\(64, 16,', capsys.readouterr().out)
-
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def commands() -> str:
-    """What make would run for gpu-test in an environment that is there already."""
-    if shutil.which("make") is None:
-        pytest.skip("needs make")
-    command = ["make", "-n", "gpu-test", f"PY={sys.executable}"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
-
-def test_an_existing_environment_is_used_as_it_is(commands: str) -> None:
-    assert "venv" not in commands.replace(sys.executable, "")
-    assert "pip install --quiet" not in commands
-
-
-def test_every_operation_has_cases_for_the_sanitizer(commands: str) -> None:
-    named = re.findall(r"pytest -m sanitizer --timeout \d+ (.*)", commands)[0].split()
-    names = ("hypothesis", "timm", "torchvision", "torchdata", "tyro", "rich", "safetensors", "sklearn", "jinja2")
-    without = (
-        f"import sys; sys.modules.update(dict.fromkeys({names})); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    )
-    arguments = ["-m", "sanitizer", "-q", "--collect-only", "-p", "no:cacheprovider", "-p", "pytest_timeout"]
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    collected = subprocess.run(
-        [sys.executable, "-c", without, *arguments, *named],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert collected.returncode == 0, collected.stdout[-3000:] + collected.stderr[-2000:]
-    cases = Counter(Path(line.split("::")[0]).stem for line in collected.stdout.splitlines() if "::" in line)
-    operations = ("dual_softmax", "contrast", "soft_target", "multiscale_pool", "pack")
-    assert set(cases) == {f"test_{name}" for name in operations}
-    assert all(3 <= count <= 40 for count in cases.values()), cases
-    assert "131072_classes_split" in collected.stdout
-
-
-def test_every_gpu_test_is_where_the_makefile_looks(commands: str) -> None:
-    tests = {path: path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)}
-    marked = {path for path, text in tests.items() if "mark.gpu" in text or "@gpu" in text}
-    assert len(marked) == 7
-    named = [ROOT / name for name in re.findall(r"pytest -m gpu (.*)", commands)[0].split()]
-    assert all(any(path.is_relative_to(name) for name in named) for path in marked)

@@ -211,7 +211,7 @@ def test_a_loss_that_is_infinite_with_finite_gradients_changes_nothing_either(tm
 
 
 def test_the_moving_average_copies_integers_and_infinite_buffers():
-    from fastkd.trainer.run.ema import MovingAverage
+    from fastkd.trainer.run.step import MovingAverage
 
     model = torch.nn.BatchNorm1d(3)
     model.register_buffer("index", torch.arange(500) * 4801)

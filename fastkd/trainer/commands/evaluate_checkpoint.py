@@ -33,8 +33,8 @@ class EvalResult:
         step, path: of the checkpoint.
 
     Example:
-        >>> result = evaluate_checkpoint("runs/digits")
-        >>> weakest = min(zip(result.per_class(), result.classes))
+        >>> result = evaluate_checkpoint("runs/digits")  # doctest: +SKIP
+        >>> weakest = min(zip(result.per_class(), result.classes))  # doctest: +SKIP
     """
 
     accuracy: float
@@ -80,8 +80,8 @@ def evaluate_checkpoint(
             given to ``train`` as objects, which no config names, and are not given here.
 
     Example:
-        >>> accuracy = evaluate_checkpoint("runs/digits").accuracy
-        >>> best = evaluate_checkpoint("runs/mine", model=MyNet(), eval_data=my_test_set, best=True)
+        >>> accuracy = evaluate_checkpoint("runs/digits").accuracy  # doctest: +SKIP
+        >>> best = evaluate_checkpoint("runs/mine", model=MyNet(), eval_data=my_test_set)  # doctest: +SKIP
     """
     reopened = reopen(path, best=best, model=model, eval_data=eval_data, trust_code=trust_code)
     config, eval_data = reopened.config, reopened.eval_data

@@ -29,6 +29,7 @@ class ModelOutput:
         map_classifier: gives the logits [n, C] of n positions [n, D] of the map. None where the model cannot.
 
     Example:
+        >>> import torchvision
         >>> output = FeatureModel(torchvision.models.resnet18())(torch.randn(2, 3, 64, 64))
         >>> output.logits.shape, output.features.shape
         (torch.Size([2, 1000]), torch.Size([2, 512]))
@@ -65,6 +66,7 @@ def find_classifier(model: nn.Module, name: str | None = None) -> str:
         ValueError: there is no such layer, or more than one (distilled timm models have two heads).
 
     Example:
+        >>> import torchvision
         >>> find_classifier(torchvision.models.vgg11())
         'classifier.6'
     """
@@ -107,6 +109,7 @@ class FeatureModel(nn.Module):
         optional: features are not needed. They are [B, 0] unless one classifier layer is called once.
 
     Example:
+        >>> from torch import nn
         >>> student = FeatureModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), "3")
         >>> student(torch.randn(8, 1, 8, 8)).features.shape
         torch.Size([8, 32])
