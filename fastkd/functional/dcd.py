@@ -55,7 +55,7 @@ def dcd_loss(
     times the sum over its own rows. The average over ranks is then the loss of the global batch. Averaging the
     gradients over ranks, as DistributedDataParallel does, gives its exact gradient. Every rank must call, also with
     n = 0. The gradient that reaches this loss in the backward must be the same on all ranks, as it is when each calls
-    ``backward`` on its loss; rows are weighted by ``sample_weight``. :func:`fastkd.distributed.group.configure` sets
+    ``backward`` on its loss; rows are weighted by ``sample_weight``. :func:`fastkd.distributed.configure` sets
     how rows are exchanged.
 
     Source: arXiv 2407.11802, eq. 2-8. The paper's eq. 6 is ``KL(p || q)``, the default. The authors' public code
