@@ -19,8 +19,8 @@ def weighted_sum(rows: Tensor, weight: Tensor | None) -> Tensor:
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """``x_i / |x_i|`` [n, D] and ``1 / |x_i|`` [n, 1]; rows with ``|x_i| <= NORM_EPS`` give 0 and 0, and no gradient.
 
-    Rows are divided by their largest magnitude before squaring: the square of 1e30 overflows float32, that of 1e-30
-    vanishes. Rows that are not finite give NaN.
+    Rows are divided by their largest magnitude before they are squared. The square of 1e30 would overflow float32, and
+    the square of 1e-30 would vanish. Rows that are not finite give NaN.
     """
     largest = x.detach().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     scaled = x / largest  # its norm is at least 1, but for zero rows

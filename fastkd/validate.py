@@ -171,7 +171,7 @@ def check_weight(sample_weight: Tensor | None, like: Tensor) -> Tensor | None:
     _check_floating("sample_weight", sample_weight)
     n = like.shape[0]
     if sample_weight.shape != (n,):
-        raise ValueError(f"sample_weight: got shape {list(sample_weight.shape)}, expected [{n}], one weight a row")
+        raise ValueError(f"sample_weight: got shape {list(sample_weight.shape)}, expected [{n}], one weight per row")
     if sample_weight.device != like.device:
         raise ValueError(f"sample_weight: got device {sample_weight.device}, expected {like.device}")
     if sample_weight.requires_grad:
@@ -196,7 +196,7 @@ def check_row_labels(name: str, labels: Tensor, rows: Tensor) -> None:
         raise TypeError(f"{name}: got {labels.dtype}, expected int64 class indices")
     n = rows.shape[0]
     if labels.shape != (n,):
-        raise ValueError(f"{name}: got shape {list(labels.shape)}, expected [{n}], one label a row")
+        raise ValueError(f"{name}: got shape {list(labels.shape)}, expected [{n}], one label per row")
     if labels.device != rows.device:
         raise ValueError(f"{name}: got device {labels.device}, expected {rows.device}")
 

@@ -18,7 +18,7 @@ class DualRows(NamedTuple):
 
 
 class DualUpstream(NamedTuple):
-    """What a backward of ``dual_softmax`` starts from. Numbers and weights are those of all ranks, its own first."""
+    """What a backward of ``dual_softmax`` starts from; numbers and weights of all ranks' rows, its own first."""
 
     numbers: Tensor  # [3, N]
     weight: Tensor | None  # [N]
@@ -42,7 +42,7 @@ class ContrastRows(NamedTuple):
 class ContrastUpstream(NamedTuple):
     """What a backward of ``contrast`` starts from.
 
-    Stats and weights are those of the rank's queries, followed by other ranks' where keys need a gradient.
+    Stats and weights cover the rank's own queries. Other ranks' follow where keys need a gradient.
     """
 
     stats: Tensor  # [2, n]

@@ -81,7 +81,8 @@ def multiscale_pool(
 ) -> Tensor:
     """The average of every window of every scale, [B, M, C]: scales in order, a scale's windows row by row.
 
-    ``normalize``: each row of C channels divided by its norm. Rounded to ``dtype`` (None: that of the features) last.
+    ``normalize``: each row of C channels divided by its norm. Rounded to ``dtype`` (None: the dtype of the features)
+    last.
     """
     C = features.shape[1]
     x = features.to(accumulation_dtype(features.dtype))

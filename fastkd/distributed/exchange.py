@@ -1,15 +1,15 @@
-"""The rows of a rank on their way to the others: packed, gathered chunk by chunk, computed with as they arrive.
+"""Sends this rank's rows to all ranks in chunks; a loss starts on each chunk when it arrives.
 
-What travels is a stack [k, n, D] of k row tensors of one shape: student and teacher, or one alone. Ranks may hold
-different numbers n of rows:
+A stack [k, n, D] of k row tensors of one shape travels: student and teacher, or one tensor alone. There are three ways:
 
-- equal numbers: cut into chunks; the asynchronous all-gather of a chunk starts before the next one is packed, and is
-  waited for when its rows are about to be computed with;
-- unequal numbers: every rank broadcasts its rows, and one broadcast is waited for at a time. No padding travels;
-- too many rows to hold at once: they are passed on in a ring.
+- Ranks hold equal numbers of rows. The rows are cut into chunks. The asynchronous all-gather of a chunk starts before
+  the next chunk is packed. It is waited for when its rows are about to be read.
+- Ranks hold unequal numbers of rows. Every rank broadcasts its rows, and one broadcast is waited for at a time. No
+  padding travels.
+- There are too many rows to hold at once. They are passed on in a ring.
 
-The C++ extension packs and starts the collectives; where it is absent, the same is done here on torch.distributed.
-Columns are numbered in the order in which they are computed with: a rank's own rows first.
+The C++ extension packs the rows and starts the collectives. Where it is absent, this module does the same through
+torch.distributed. Columns are numbered in the order in which they are read, and a rank's own rows come first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -142,7 +142,7 @@ class Exchange:
             self.works[index] = None
 
     def in_order(self, x: Tensor) -> Tensor:
-        """Rows [N, ...] of one rank after the other, in the order of the columns."""
+        """Brings rows [N, ...] that lie rank after rank into the order of the columns."""
         rank, world_size = self.peers.rank, self.peers.world_size
         if self.bounds:
             by_rank = x.unflatten(0, (world_size, -1))
@@ -176,9 +176,9 @@ def start(
 
 
 def chunk_bounds(peers: Peers, row_bytes: int) -> list[int]:
-    """The rows 0, ..., n at which those of every rank are cut into chunks; none where ranks hold unequal numbers.
+    """The row numbers 0, ..., n at which every rank cuts its rows into chunks; none where ranks hold unequal numbers.
 
-    A rank receives at least ``CHUNK_BYTES`` a chunk, and at most ``MAX_CHUNKS`` chunks.
+    A rank receives at least ``CHUNK_BYTES`` per chunk, and at most ``MAX_CHUNKS`` chunks.
     """
     n = peers.sizes[peers.rank]
     if set(peers.sizes) != {n}:
@@ -190,10 +190,9 @@ def chunk_bounds(peers: Peers, row_bytes: int) -> list[int]:
 
 @dataclass
 class Numbers:
-    """A few numbers a row on their way to all ranks.
+    """A running gather of a few numbers per row.
 
-    They belong on an autograd context, not among its saved tensors: the version of a tensor that is still being
-    received changes.
+    It belongs on an autograd context, and not among its saved tensors: a tensor that is still being received changes.
     """
 
     gathered: Tensor
@@ -220,8 +219,9 @@ def start_gather(
 ) -> "tuple[Tensor, Tensor, Tensor, list[Work]]":
     """Pack the stack of ``rows`` and start its collectives.
 
-    Returns the packed rows [k, n, D] and inverse norms [k, n, 1] of this rank; the rows of all ranks, flat: chunk after
-    chunk [W, k, m, D], or without ``bounds`` rank after rank [k, n, D]; complete when the works have been waited for.
+    Returns this rank's packed rows [k, n, D] and inverse norms [k, n, 1], the flat memory for the rows of all ranks,
+    and the works. The memory holds chunk after chunk [W, k, m, D], or, without ``bounds``, rank after rank [k, n, D].
+    It is complete when the works have been waited for.
     """
     assert len(rows[0]) == peers.sizes[peers.rank]
     if extension_gathers(rows[0].device.type):

@@ -1,4 +1,4 @@
-"""Rows, a student's and a teacher's, made ready for the exchange: normalised, cast and packed into one buffer.
+"""Makes the rows of student and teacher ready for the exchange: normalised, cast and packed into one buffer.
 
 The C++/CUDA extension of ``csrc/`` does it in one pass; where it is absent, or does not fit the installed torch, plain
 PyTorch does the same. Nothing is ever built here.
@@ -24,7 +24,7 @@ LANES = 16  # partial sums of a row, kLanes in csrc
 def pack_rows(rows: Sequence[Tensor], dtype: torch.dtype, normalize: bool = True) -> tuple[Tensor, Tensor]:
     """The k = 1 or 2 tensors [n, D], L2-normalised if asked, as [k, n, D] in ``dtype``; and [k, n, 1].
 
-    The latter are the inverse norms in the accumulation dtype (ones if not normalised); rows that count as zero give 0.
+    The second result holds the inverse norms in the accumulation dtype, or ones. Rows that count as zero give 0.
     Rows of any dtype may be packed as they are. On a CPU the extension and this give the same bits.
     """
     first = rows[0]

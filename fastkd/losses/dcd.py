@@ -100,7 +100,8 @@ class DCDLoss(nn.Module):
         self.consistency = consistency
         self.max_scale = max_scale if learnable else None
         self.min_scale = min_scale if learnable else None
-        self.fixed_scale = math.inf if learnable else 1 / temperature
+        # What is known of the scale without reading it from its device.
+        self.scale_bound = (math.inf if max_scale is None else max_scale) if learnable else 1 / temperature
         self.group = group
         self.backend = backend
         if learnable:
@@ -148,7 +149,7 @@ class DCDLoss(nn.Module):
             alpha=self.alpha,
             consistency=self.consistency,
             sample_weight=sample_weight,
-            max_scale=self.fixed_scale if self.max_scale is None else self.max_scale,
+            max_scale=self.scale_bound,
             group=self.group,
             backend=self.backend,
         )

@@ -45,7 +45,7 @@ def multiscale_pool_backward(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    """Gradient [B, C, H, W] of the features, in ``dtype`` and their memory format, from that of the rows.
+    """Gradient [B, C, H, W] of the features, in ``dtype`` and their memory format, from the rows' gradient.
 
     unit: the forward's rows if it normalised them. size: height and width of the map.
     """

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkd.backends import implementation
 from fastkd.numerics import accumulation_dtype
 
-# Numbers a row that a backend's forward saves for its backward.
+# Numbers per row that a backend's forward saves for its backward.
 SAVED = {"blocked": 0, "triton": 5}
 
 
@@ -22,7 +22,7 @@ def soft_target(
     label_smoothing: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``sum_i w_i CE_i``, ``sum_i w_i KD_i`` and the numbers a row that the backward needs, [SAVED[backend], B].
+    """``sum_i w_i CE_i``, ``sum_i w_i KD_i`` and the numbers per row that the backward needs, [SAVED[backend], B].
 
     student_logits, teacher_logits: [B, C]. labels: [B], int64; a label outside [0, C) makes its row's loss and gradient
     NaN. weight: [B] or None for ones. Without labels, or without a teacher, that term's sum is zero.

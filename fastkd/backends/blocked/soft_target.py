@@ -1,6 +1,6 @@
-"""``soft_target`` of the blocked backend: rows in blocks that stay in the cache.
+"""``soft_target`` of the blocked backend, in blocks of rows that stay in the cache.
 
-The backward recomputes its softmaxes: on a CPU torch's fused softmax is faster than two passes with saved numbers.
+The backward computes its softmaxes again. On a CPU torch's fused softmax is faster than two passes with saved numbers.
 """
 
 import torch

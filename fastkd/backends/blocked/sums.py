@@ -1,4 +1,4 @@
-"""What the streaming operations share: sums of exponentials, gradients from tiles, the way back to the raw rows."""
+"""What both similarity operations share: sums of exponentials, gradients from tiles, the way back to the raw rows."""
 
 import threading
 from collections.abc import Iterator
@@ -85,7 +85,7 @@ def row_blocks(x: Tensor) -> list[slice]:
 
 
 def to_raw_rows(grad: Tensor, rows: Tensor, inverse_norm: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """From ``grad``, the sums ``sum_j G_ij other_j``, to the gradient of the raw rows and that of the scale.
+    """From ``grad``, the sums ``sum_j G_ij other_j``, to the gradients of the raw rows and of the scale.
 
     ``grad`` is overwritten and returned. Its dot products with the rows, which the normalisation needs, sum to the
     scale's.

@@ -1,9 +1,11 @@
-"""Tiles of an N x N matrix in rounds: within a round no two tiles share a row-block or a column-block.
+"""Visits the tiles of a matrix in rounds; within a round no two tiles share a row-block or a column-block.
 
-Workers can therefore add to per-row results without locks, and every result is summed in the same order every time;
-the blocks, and with them the last bits, depend on the number of workers. On a CPU the threads are shared out to the
-workers. Splitting every small operation over all threads instead is as fast or faster on an idle machine, but waits at
-thousands of barriers: beside busy processes on two cores it was five to ten times slower.
+Workers can therefore add to per-row results without locks, and every result is summed in the same order every time. The
+blocks, and with them the last bits, depend on the number of workers.
+
+On a CPU the threads are shared out to the workers. The other way is to split every small operation over all threads. On
+an idle machine that is as fast or faster. But it waits at thousands of barriers: beside busy processes on two cores it
+was five to ten times slower.
 """
 
 import threading
