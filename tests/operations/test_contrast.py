@@ -76,3 +76,23 @@ def test_huge_raw_rows_are_masked_all_the_same(backend: str) -> None:
     labels = torch.tensor([7]), torch.tensor([7, 7, 8])
     loss = masked_contrast_loss(query, key, 1.0, *labels, torch.tensor([0]), normalize=False, backend=backend)
     assert_close(loss, torch.tensor(1e19, dtype=torch.float64), torch.float32)
+
+
+@pytest.mark.parametrize("loss", ["sup_con", "masked by index", "masked by label"])
+def test_labels_are_sorted_once(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the forward: the backward reads what came of it."""
+    calls, sort = [], torch.Tensor.sort
+
+    def counted(x: torch.Tensor, *arguments: object, **options: object) -> object:
+        calls.append(len(x))
+        return sort(x, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "sort", counted)
+    monkeypatch.setattr(torch, "unique", None)
+    query, key = (x.requires_grad_() for x in embeddings(20, 6))
+    labels = torch.arange(20) % 5
+    if loss == "sup_con":
+        sup_con_loss(query, labels, 3.0, backend="blocked").backward()
+    else:
+        masked_contrast_loss(query, key, 3.0, labels, labels, positives=loss.split()[-1], backend="blocked").backward()
+    assert calls == [40]

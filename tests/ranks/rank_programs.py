@@ -13,11 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.traffic import CountedBytes
-from fastkd import DCDLoss, dcd_loss, info_nce_loss
+from fastkd import DCDLoss, ckd_loss, dcd_loss, info_nce_loss
 from fastkd.backends.blocked import dual_softmax as blocked
 from fastkd.distributed import agree as agreement
 from fastkd.distributed import exchange, pack
 from fastkd.distributed import group as fastkd_distributed
+from fastkd.ops.contrast import GlobalContrast
 from tests.helpers.checks import assert_close, embeddings
 from tests.helpers.ranks import patches
 from tests.ranks.cases import LOSSES, Case, cut_into, use_extension
@@ -278,3 +279,28 @@ def evaluated_without_gradient(rank: int) -> dict[str, Any]:
     with CountedBytes() as counter, torch.no_grad():
         loss = dcd_loss(first.split(3)[rank], second.split(3)[rank], scale)
     return {"loss": loss, "bytes": dict(counter.sent)}
+
+
+def without_host_tensors(rank: int) -> list[str]:
+    """The losses that made a tensor out of a Python number after the ranks had agreed."""
+    found, kept = [], torch.tensor
+
+    def noted(*values: Any, **options: Any) -> Tensor:
+        found.append(name)
+        return kept(*values, **options)
+
+    class Watched:
+        @staticmethod
+        def apply(*inputs: Any) -> Any:
+            torch.tensor = noted
+            try:
+                return GlobalContrast.apply(*inputs)
+            finally:
+                torch.tensor = kept
+
+    patches.setattr("fastkd.functional.contrast.GlobalContrast", Watched)
+    first, second, scale, _ = case(8)
+    for name, loss in (("info_nce", info_nce_loss), ("ckd", ckd_loss)):
+        rows = [part(x, (4, 4), rank).clone().requires_grad_() for x in (first, second)]
+        loss(*rows, scale if name == "info_nce" else 0.7).backward()
+    return found

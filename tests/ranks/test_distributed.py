@@ -219,3 +219,8 @@ def test_two_losses_alive_at_once_and_a_repeated_backward() -> None:
     for index, gradient in enumerate([*expected, expected[0]]):
         actual = torch.cat([result[index] for result in results]) / 3
         assert relative_error(actual, gradient) < 1e-10
+
+
+def test_contrast_by_index_makes_no_tensor_of_a_host_number() -> None:
+    """On a GPU that would wait for the device in every forward."""
+    assert succeeded(run_ranks(2, programs.without_host_tensors)) == [[], []]
