@@ -27,7 +27,7 @@ from fastkd.distributed.group import configure
 
 # A server that has imported torch once and forks.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.helpers.ranks", "tests.ranks.rank_programs", "fastkd.distributed.reduce"])
+_context.set_forkserver_preload(["torch._dynamo", "tests.helpers.ranks", "tests.ranks.rank_programs"])
 
 STARTED_WITHIN = 120  # seconds
 
