@@ -65,9 +65,10 @@ class Mask:
 
 def label_codes(query_labels: Tensor, key_labels: Tensor) -> tuple[Tensor, Tensor]:
     """Labels of queries and keys as int32 numbers 0, 1, ... of the different labels: equal where the labels are."""
-    labels, order = torch.cat([query_labels, key_labels]).sort()
+    is_one = key_labels is query_labels
+    labels, order = (query_labels if is_one else torch.cat([query_labels, key_labels])).sort()
     is_new = torch.ones_like(labels, dtype=torch.int32)
     is_new[1:] = labels[1:] != labels[:-1]
     rank = is_new.cumsum(0, dtype=torch.int32) - 1
     codes = torch.empty_like(rank).scatter_(0, order, rank)
-    return codes[: len(query_labels)], codes[len(query_labels) :]
+    return (codes, codes) if is_one else (codes[: len(query_labels)], codes[len(query_labels) :])

@@ -123,10 +123,8 @@ def dcd_terms(
     """
     process_group = resolve_group(group)
     contrast_mean, consistency_mean = eagerly(process_group, _means)(
-        process_group, student, teacher, logit_scale, alpha, consistency, sample_weight, max_scale, backend
+        process_group, student, teacher, logit_scale, logit_bias, alpha, consistency, sample_weight, max_scale, backend
     )
-    if logit_bias is not None:
-        contrast_mean = contrast_mean + 0.0 * check_bias(logit_bias, student).to(contrast_mean.dtype)
     return contrast_mean, alpha * consistency_mean
 
 
@@ -135,6 +133,7 @@ def _means(
     student: Tensor,
     teacher: Tensor,
     logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
     alpha: float,
     consistency: str,
     sample_weight: Tensor | None,
@@ -148,6 +147,7 @@ def _means(
         check_number("alpha", alpha, minimum=0)
         check_choice("consistency", consistency, CONSISTENCIES)
         weight = check_weight(sample_weight, student)
+        bias = None if logit_bias is None else check_bias(logit_bias, student)
         backend = backends.resolve(backend, "dual_softmax", student)
         options = {**kind_of(student), "alpha": alpha, "consistency": consistency}
         ranks.describe(student, options, other=teacher, scale=scale, weight=weight, backend=backend)
@@ -160,4 +160,7 @@ def _means(
         arguments = student, teacher, scale, weight, consistency, scale_bound(logit_scale, max_scale), backend
         peers = ranks.peers
         sums = dual_softmax(*arguments) if peers is None else GlobalDualSoftmax.apply(*arguments, peers)
-    return ranks.mean(sums[0], len(student)), ranks.mean(sums[1], len(student))
+    contrast_mean, consistency_mean = (ranks.mean(total, len(student)) for total in sums[:2])
+    if bias is not None:
+        contrast_mean = contrast_mean + 0.0 * bias.to(contrast_mean.dtype)
+    return contrast_mean, consistency_mean

@@ -8,8 +8,7 @@ from torch import Tensor
 from fastkd.backends import implementation
 from fastkd.numerics import accumulation_dtype
 
-# Numbers per row that a backend's forward saves for its backward.
-SAVED = {"blocked": 0, "triton": 5}
+STATISTICS = {"blocked": 0, "triton": 5}  # numbers per row that a backend keeps for its backward
 
 
 @torch.library.custom_op("fastkd::soft_target", mutates_args=())
@@ -22,7 +21,7 @@ def soft_target(
     label_smoothing: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``sum_i w_i CE_i``, ``sum_i w_i KD_i`` and the numbers per row that the backward needs, [SAVED[backend], B].
+    """``sum_i w_i CE_i``, ``sum_i w_i KD_i`` and the numbers per row that the backward needs, [STATISTICS[backend], B].
 
     student_logits, teacher_logits: [B, C]. labels: [B], int64; a label outside [0, C) makes its row's loss and gradient
     NaN. weight: [B] or None for ones. Without labels, or without a teacher, that term's sum is zero.
@@ -37,7 +36,7 @@ def soft_target(
 def _(student_logits: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(student_logits.dtype)
     sums = [student_logits.new_empty((), dtype=dtype) for _ in range(2)]
-    return sums[0], sums[1], student_logits.new_empty((SAVED[inputs[-1]], student_logits.shape[0]), dtype=dtype)
+    return sums[0], sums[1], student_logits.new_empty((STATISTICS[inputs[-1]], student_logits.shape[0]), dtype=dtype)
 
 
 @torch.library.custom_op("fastkd::soft_target_backward", mutates_args=())

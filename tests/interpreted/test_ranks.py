@@ -94,7 +94,7 @@ def recorded(module: ModuleType, seen: list[Tensor], monkeypatch: pytest.MonkeyP
 def test_rows_are_rounded_to_tf32_wherever_they_are_multiplied(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block and the own rows: a tf32 product would truncate what is left of the mantissa."""
     seen: list[Tensor] = []
-    monkeypatch.setattr(f"fastkd.backends.triton.{operation}._rounds_to_tf32", lambda rows: True)
+    monkeypatch.setattr("fastkd.backends.triton.rows.rounds_to_tf32", lambda rows: True)
     told = recorded({"dual_softmax": dual_softmax, "contrast": contrast}[operation], seen, monkeypatch)
     if operation == "contrast":
         p, loss = contrast_over_ranks("index", SIZES, SIZES, 16)

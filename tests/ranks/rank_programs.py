@@ -13,13 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.traffic import CountedBytes
-from fastkd import DCDLoss, ckd_loss, dcd_loss, info_nce_loss
+from fastkd import DCDLoss, ckd_loss, dcd_loss, info_nce_loss, sup_con_loss
 from fastkd.backends.blocked import dual_softmax as blocked
 from fastkd.distributed import agree as agreement
 from fastkd.distributed import exchange, pack
 from fastkd.distributed import group as fastkd_distributed
 from fastkd.ops.contrast import GlobalContrast
-from tests.helpers.checks import assert_close, embeddings
+from tests.helpers.checks import assert_close, embeddings, relative_error
 from tests.helpers.ranks import patches
 from tests.ranks.cases import LOSSES, Case, cut_into, use_extension
 
@@ -304,3 +304,15 @@ def without_host_tensors(rank: int) -> list[str]:
         rows = [part(x, (4, 4), rank).clone().requires_grad_() for x in (first, second)]
         loss(*rows, scale if name == "info_nce" else 0.7).backward()
     return found
+
+
+def converged_by_label(rank: int) -> float:
+    """The relative error of a float32 gradient by label where the loss is 1e-9, on this rank's half of the rows."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(64, 128, generator=generator)
+    rows = torch.stack([centres, centres + 0.01 * torch.randn(64, 128, generator=generator)], 1).flatten(0, 1)
+    labels = torch.arange(64).repeat_interleave(2)
+    whole, own = rows.double().requires_grad_(), part(rows, (64, 64), rank).requires_grad_()
+    sup_con_loss(whole, labels, 30.0, normalize=True, backend="reference", group="local").backward()
+    sup_con_loss(own, part(labels, (64, 64), rank), 30.0, normalize=True).backward()
+    return relative_error(own.grad / 2, part(whole.grad, (64, 64), rank), floor=1e-30)

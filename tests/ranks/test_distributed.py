@@ -224,3 +224,7 @@ def test_two_losses_alive_at_once_and_a_repeated_backward() -> None:
 def test_contrast_by_index_makes_no_tensor_of_a_host_number() -> None:
     """On a GPU that would wait for the device in every forward."""
     assert succeeded(run_ranks(2, programs.without_host_tensors)) == [[], []]
+
+
+def test_gradients_by_label_keep_their_digits_where_the_loss_has_almost_vanished() -> None:
+    assert max(succeeded(run_ranks(2, programs.converged_by_label))) < 0.2

@@ -10,10 +10,10 @@ softmax over D_i. ``w_i``: the upstream gradient of query i's loss. ``G_ij``: th
 Positives by index are kept apart from the sums, as in ``dual_softmax``: their logit is taken out of the tile that holds
 it. ``loss_i = log(1 + sum_{j != p} exp(x_ij - x_ip))`` and ``G_ip = w_i expm1(-loss_i)``.
 
-Positives by label never meet the tiles. The mean of their logits is ``scale q_i . mean_{j in P_i} k_j``, and their
-part of the gradients is such a sum by label too, N D operations in all. Queries contrasted with each other have ``x_ij
-= x_ji``: a tile serves its rows and its columns, and ``sum_j (G_ij + G_ji) q_j`` is the whole gradient. That is N^2 D
-operations forward and 3 N^2 D backward, instead of 2 and 6.
+Positives by label are found in the tiles, by comparing labels: there ``p_ij`` and ``1 / |P_i|`` are subtracted while
+both are at hand, which keeps the digits of their difference where a loss has almost converged. Queries contrasted with
+each other have ``x_ij = x_ji``: a tile serves its rows and its columns, and ``sum_j (G_ij + G_ji) q_j`` is the whole
+gradient. That is N^2 D operations forward and 3 N^2 D backward, instead of 2 and 6.
 """
 
 import torch
@@ -22,7 +22,6 @@ from torch import Tensor
 from fastkd.backends.blocked.gemm import product
 from fastkd.backends.blocked.sums import (
     MAX_SHARED_SCALE,
-    LabelSums,
     OnlineSums,
     PlainSums,
     RowGradient,
@@ -51,8 +50,12 @@ def rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def _are_bounded(q: Tensor, k: Tensor, rows: ContrastRows) -> bool:
-    """Whether one plain exponential per logit is safe; looks only where that costs no wait, on a CPU."""
-    if q.device.type != "cpu" or (rows.is_packed and not rows.normalized):  # other ranks' rows may be longer
+    """Whether one plain exponential per logit is safe; looks only where that costs no wait, on a CPU.
+
+    Not for raw rows of several ranks, because other ranks' may be longer. Nor for positives by label over ranks: what a
+    plain exponential rounds away would be all that is left of a gradient near convergence.
+    """
+    if q.device.type != "cpu" or (rows.is_packed and (rows.mask.by_label or not rows.normalized)):
         return False
     bound = abs(rows.scale.item())
     if not rows.normalized:
@@ -75,11 +78,11 @@ class _Pass:
         self._index = self._own if mask.positive_index is None else mask.positive_index
         self._positive = self._q.new_zeros(len(q))  # the positives' logits, by index
         self._codes: tuple[Tensor, Tensor] | None = None
-        if mask.labels is not None and not mask.by_label:
+        if mask.labels is not None:
             # As floating-point numbers they are compared, and turned into a term to subtract, ten times as fast.
             self._codes = mask.labels[0].to(scale.dtype), mask.labels[1].to(scale.dtype)
         self._masked = torch.finfo(scale.dtype).max / 4  # subtracted from a bounded logit: its exponential is 0
-        self._buffers = 1 if self._codes is not None and self._bounded else 0
+        self._buffers = 1 if mask.by_label or (self._codes is not None and self._bounded) else 0
 
     def _for_each(self, rows: Tensor, columns: Tensor, tile: Tile, buffers: int) -> None:
         rounds = rectangle_rounds(blocks(len(rows), rows.device), blocks(len(columns), columns.device))
@@ -96,20 +99,30 @@ class _Pass:
             self._positive[rows] = _take_out(X, self._index[rows], cols.start, self._positive[rows])
         if self._mask.exclude_self and meets_own:
             _take_out(X, self._own[rows], cols.start, self._positive[rows])
-        if self._codes is not None:
-            self._drop_equal(X, self._codes[0][rows, None], self._codes[1][cols], rows, cols, workspace)
-        return X
+        return self._drop_equal(X, rows, cols, workspace)
 
-    def _drop_equal(
-        self, X: Tensor, left: Tensor, right: Tensor, rows: slice, cols: slice, workspace: Workspace
-    ) -> None:
-        """Take the logits of equal labels out of a tile."""
+    def _drop_equal(self, X: Tensor, rows: slice, cols: slice, workspace: Workspace, *, by_key: bool = False) -> Tensor:
+        """A tile without the logits of equal labels, where these are no positives.
+
+        Its rows are queries and its columns keys, or the reverse if ``by_key``.
+        """
+        if self._codes is None or self._mask.by_label:
+            return X
+        left, right = reversed(self._codes) if by_key else self._codes
         if not self._bounded:
-            X.masked_fill_(left == right, -torch.inf)
-            return
-        (same,) = workspace(rows, cols)
-        torch.eq(left, right, out=same)
-        X.sub_(same, alpha=self._masked)
+            return X.masked_fill_(left[rows, None] == right[cols], -torch.inf)
+        same = next(workspace(slice(0, len(X)), slice(0, X.shape[1])))
+        torch.eq(left[rows, None], right[cols], out=same)
+        return X.sub_(same, alpha=self._masked)
+
+    def _positives(self, rows: slice, cols: slice, out: Tensor, *, by_key: bool = False) -> Tensor:
+        """1 where a key is a positive by label of a query, else 0; rows and columns as in :meth:`_drop_equal`."""
+        assert self._codes is not None
+        left, right = reversed(self._codes) if by_key else self._codes
+        torch.eq(left[rows, None], right[cols], out=out)
+        if self._is_self and rows.start == cols.start and cols.start < len(self._q):
+            out.fill_diagonal_(0)  # a query is no positive of its own
+        return out
 
 
 def _take_out(X: Tensor, columns: Tensor, start: int, default: Tensor) -> Tensor:
@@ -132,10 +145,7 @@ class Forward(_Pass):
     def __init__(self, rows: ContrastRows) -> None:
         super().__init__(rows)
         self._sums = (PlainSums if self._bounded else OnlineSums)(self._q)
-        self._positives: LabelSums | None = None
-        if rows.mask.by_label:
-            assert rows.mask.labels is not None
-            self._positives = LabelSums(torch.cat(rows.mask.labels), self._q.shape[1])
+        self._of_positives = torch.zeros_like(self._positive)  # sums of the logits of positives by label
 
     def add_own(self) -> None:
         """Add this rank's own keys."""
@@ -143,32 +153,39 @@ class Forward(_Pass):
             self._for_each_pair(self._pair, self._buffers)
         else:
             self._for_each(self._q, self._k, self._tile, self._buffers)
-        self._add_positives(self._k, slice(0, len(self._k)))
 
     def _pair(self, rows: slice, cols: slice, workspace: Workspace) -> None:
-        self._sums.add_pair(rows, cols, self._own_negatives(rows, cols, workspace))
+        X = self._own_negatives(rows, cols, workspace)
+        of_positives = self._positive_logits(X, rows, cols, workspace)
+        self._of_positives[rows] += of_positives.sum(dim=1)
+        if rows != cols:
+            self._of_positives[cols] += of_positives.sum(dim=0)
+        self._sums.add_pair(rows, cols, X)
 
     def _tile(self, rows: slice, cols: slice, workspace: Workspace) -> None:
-        self._sums.add(rows, self._own_negatives(rows, cols, workspace))
+        X = self._own_negatives(rows, cols, workspace)
+        if self._mask.by_label:
+            self._of_positives[rows] += self._positive_logits(X, rows, cols, workspace).sum(dim=1)
+        self._sums.add(rows, X)
+
+    def _positive_logits(self, X: Tensor, rows: slice, cols: slice, workspace: Workspace) -> Tensor:
+        """The logits of positives by label, else 0; not a product, because an infinite logit times 0 is NaN."""
+        out = next(workspace(slice(0, len(X)), slice(0, X.shape[1])))
+        same = self._positives(rows, cols, out)
+        return torch.where(same > 0, X, 0)
 
     def add(self, block: Tensor, cols: slice) -> None:
         """Add keys [m, D] of other ranks; ``cols``: their places among all keys."""
         k, start = block.to(self._scale.dtype), cols.start
 
         def tile(rows: slice, cols: slice, workspace: Workspace) -> None:
+            others = _shifted(cols, start)
             X = product(self._q[rows], k[cols]).mul_(self._scale)
-            if self._codes is not None:
-                queries, keys = self._codes[0][rows, None], self._codes[1][_shifted(cols, start)]
-                self._drop_equal(X, queries, keys, rows, cols, workspace)
-            self._sums.add(rows, X)
+            if self._mask.by_label:
+                self._of_positives[rows] += self._positive_logits(X, rows, others, workspace).sum(dim=1)
+            self._sums.add(rows, self._drop_equal(X, rows, others, workspace))
 
         self._for_each(self._q, k, tile, self._buffers)
-        self._add_positives(k, cols)
-
-    def _add_positives(self, k: Tensor, cols: slice) -> None:
-        if self._positives is not None:
-            assert self._mask.labels is not None
-            self._positives.add(k, self._mask.labels[1][cols])
 
     def finish(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """The weighted sum of the losses, and two numbers per query, [2, n].
@@ -176,21 +193,13 @@ class Forward(_Pass):
         By index: the query's loss and its positive's logit; by label: its log-sum-exp and its number of positives.
         """
         lse = self._sums.logsumexp()
-        if self._positives is None:
+        if not self._mask.by_label:
             loss = beyond_positive(lse, self._positive)
             # An infinite positive would make the other logits vanish.
             loss = loss.where(self._positive.isfinite(), torch.nan)
             return weighted_sum(loss, weight), torch.stack([loss, self._positive])
-        assert self._mask.labels is not None
         count = self._mask.positive_counts(len(self._q)).to(lse.dtype)
-        mean = lse.new_empty(len(self._q), dtype=torch.float64)  # of the positives' logits
-        for block in row_blocks(self._q):
-            sums = self._positives.of(self._mask.labels[0][block][: len(self._q[block])])
-            if self._is_self:
-                sums -= self._q[block]
-            mean[block] = (sums * self._q[block]).sum(dim=1)
-        mean = mean * self._scale / count.clamp_min(1)
-        loss = (lse - mean).to(lse.dtype).masked_fill(count == 0, 0)
+        loss = (lse - self._of_positives / count.clamp_min(1)).masked_fill(count == 0, 0)
         return weighted_sum(loss, weight), torch.stack([lse, count])
 
 
@@ -202,7 +211,7 @@ class _Probabilities:
         if mask.by_label:
             without = stats[1] == 0
             lse, w = stats[0].masked_fill(without, torch.inf), w.masked_fill(without, 0)
-        self._lse, self._shared = lse, shared
+        self._lse, self._shared, self.weights = lse, shared, w
         self._factor = w * (-lse).exp() if shared else w
 
     def of_rows(self, X: Tensor, queries: slice) -> Tensor:
@@ -236,39 +245,48 @@ class Backward(_Pass):
 
     def __init__(self, rows: ContrastRows, upstream: ContrastUpstream, need_query: bool, need_key: bool) -> None:
         super().__init__(rows)
-        stats, mask, D = upstream.stats, rows.mask, self._q.shape[1]
+        stats, mask = upstream.stats, rows.mask
         self._w, self._stats = row_weights(upstream.weight, upstream.grad_loss, stats[0]), stats
         self._probabilities = _Probabilities(mask, stats, self._w, self._bounded)
         self._is_pair = self._is_self and mask.by_label
         self._of_queries = RowGradient(self._q, self._k) if need_query or self._is_self else None
         self._of_keys = RowGradient(self._k, self._q) if need_key or self._is_self else None
-        self._key_sums: LabelSums | None = None
-        self._query_sums: LabelSums | None = None
-        if mask.by_label:
-            assert mask.labels is not None
-            self._share = (self._w.double() / stats[1]).masked_fill(stats[1] == 0, 0)  # w_i / |P_i|
-            codes = torch.cat(mask.labels)
-            self._key_sums, self._query_sums = (LabelSums(codes, D) for _ in range(2))
+        if mask.by_label:  # w_i / |P_i|
+            self._share = self._probabilities.weights / stats[1].clamp_min(1)
 
     def add_own(self) -> None:
         """Add the products of own queries and own keys, for both gradients."""
         if self._is_pair:
-            self._for_each_pair(self._pair, max(1, self._buffers))
+            self._for_each_pair(self._pair, 2)
         else:
             self._for_each(self._q, self._k, self._tile, self._buffers)
-        self._add_positives(self._k, slice(0, len(self._k)), self._q, slice(0, len(self._q)))
 
     def _pair(self, rows: slice, cols: slice, workspace: Workspace) -> None:
-        X = self._own_negatives(rows, cols, workspace)
-        (scratch,) = workspace(rows, cols)
-        H = self._probabilities.of_pair(X, rows, cols, scratch)
+        H = self._of_pair(self._own_negatives(rows, cols, workspace), rows, cols, workspace)
         assert self._of_queries is not None
         self._of_queries.add_rows(rows, cols, H)
         if rows != cols:
             self._of_queries.add_cols(rows, cols, H)
 
+    def _of_pair(self, X: Tensor, rows: slice, cols: slice, workspace: Workspace) -> Tensor:
+        """``G_ij + G_ji`` of a tile of negatives' logits in which ``x_ij = x_ji``."""
+        scratch, same = workspace(slice(0, len(X)), slice(0, X.shape[1]))
+        H = self._probabilities.of_pair(X, rows, cols, scratch)
+        if self._mask.by_label:
+            torch.add(self._share[rows, None], self._share[cols], out=scratch)
+            H.addcmul_(self._positives(rows, cols, same), scratch, value=-1)
+        return H
+
+    def _of_rows(self, X: Tensor, rows: slice, cols: slice, workspace: Workspace) -> Tensor:
+        """``G_ij`` of a tile of negatives' logits whose rows are queries, and its columns keys."""
+        G = self._probabilities.of_rows(X, rows)
+        if self._mask.by_label:
+            same = next(workspace(slice(0, len(X)), slice(0, X.shape[1])))
+            G.addcmul_(self._positives(rows, cols, same), self._share[rows, None], value=-1)
+        return G
+
     def _tile(self, rows: slice, cols: slice, workspace: Workspace) -> None:
-        G = self._probabilities.of_rows(self._own_negatives(rows, cols, workspace), rows)
+        G = self._of_rows(self._own_negatives(rows, cols, workspace), rows, cols, workspace)
         if self._of_queries is not None:
             self._of_queries.add_rows(rows, cols, G)
         if self._of_keys is not None:
@@ -282,18 +300,11 @@ class Backward(_Pass):
 
         def tile(rows: slice, cols: slice, workspace: Workspace) -> None:
             others = _shifted(cols, start)
-            X = product(self._q[rows], k[cols]).mul_(self._scale)
-            if self._codes is not None:
-                self._drop_equal(X, self._codes[0][rows, None], self._codes[1][others], rows, cols, workspace)
-            if self._is_self:
-                (scratch,) = workspace(rows, cols)
-                G = self._probabilities.of_pair(X, rows, others, scratch)
-            else:
-                G = self._probabilities.of_rows(X, rows)
+            X = self._drop_equal(product(self._q[rows], k[cols]).mul_(self._scale), rows, others, workspace)
+            G = (self._of_pair if self._is_self else self._of_rows)(X, rows, others, workspace)
             gradient.add(rows, G, k[cols])
 
-        self._for_each(self._q, k, tile, max(int(self._is_self), self._buffers))
-        self._add_positives(k, cols, *((k, cols) if self._is_self else (None, cols)))
+        self._for_each(self._q, k, tile, 2 if self._is_self else self._buffers)
 
     def add_queries(self, block: Tensor, queries: slice) -> None:
         """Add queries [m, D] of other ranks, for the gradient of this rank's keys."""
@@ -304,20 +315,13 @@ class Backward(_Pass):
         def tile(rows: slice, cols: slice, workspace: Workspace) -> None:
             others = _shifted(cols, start)
             X = product(self._k[rows], q[cols]).mul_(self._scale)
-            if self._codes is not None:
-                self._drop_equal(X, self._codes[1][rows, None], self._codes[0][others], rows, cols, workspace)
-            gradient.add(rows, self._probabilities.of_columns(X, others), q[cols])
+            G = self._probabilities.of_columns(self._drop_equal(X, rows, others, workspace, by_key=True), others)
+            if self._mask.by_label:
+                same = next(workspace(slice(0, len(X)), slice(0, X.shape[1])))
+                G.addcmul_(self._positives(rows, others, same, by_key=True), self._share[others], value=-1)
+            gradient.add(rows, G, q[cols])
 
         self._for_each(self._k, q, tile, self._buffers)
-        self._add_positives(None, queries, q, queries)
-
-    def _add_positives(self, k: Tensor | None, keys: slice, q: Tensor | None, queries: slice) -> None:
-        if self._key_sums is None or self._query_sums is None or self._mask.labels is None:
-            return
-        if k is not None:
-            self._key_sums.add(k, self._mask.labels[1][keys])
-        if q is not None and self._of_keys is not None:
-            self._query_sums.add(q, self._mask.labels[0][queries], self._share[queries])
 
     def finish(
         self, inverse_q: Tensor | None, inverse_k: Tensor | None, dtype: torch.dtype, D: int
@@ -325,9 +329,7 @@ class Backward(_Pass):
         """Gradients of the raw queries and keys (empty if not needed) and this rank's part of the scale's."""
         grad_q = None if self._of_queries is None else self._of_queries.total()
         grad_k = None if self._of_keys is None or self._is_pair else self._of_keys.total()
-        if self._mask.by_label:
-            self._subtract_labels(grad_q, grad_q if self._is_pair else grad_k)
-        else:
+        if not self._mask.by_label:
             self._add_indexed(grad_q, grad_k)
         empty, grad_scale = self._q.new_empty(0, dtype=dtype), self._scale.new_zeros(())
         if self._is_self:
@@ -341,24 +343,6 @@ class Backward(_Pass):
         if grad_q is not None:
             grad_q, grad_scale = to_raw_rows(grad_q, self._q, inverse_q, self._scale)
         return empty if grad_q is None else grad_q.to(dtype), empty if grad_k is None else grad_k.to(dtype), grad_scale
-
-    def _subtract_labels(self, grad_q: Tensor | None, grad_k: Tensor | None) -> None:
-        """Subtract ``sum_{j in P_i} w_i / |P_i| k_j`` from queries, ``sum_{i: j in P_i} w_i / |P_i| q_i`` from keys."""
-        assert self._mask.labels is not None
-        assert self._key_sums is not None
-        assert self._query_sums is not None
-        n, share = len(self._q), self._share[: len(self._q)]
-        queries, keys = self._mask.labels[0][:n], self._mask.labels[1][: len(self._k)]
-        for block in [] if grad_q is None else row_blocks(grad_q):
-            sums = self._key_sums.of(queries[block])
-            if self._is_self:
-                sums -= self._q[block]
-            grad_q[block] -= sums.mul_(share[block, None])  # type: ignore[index]
-        for block in [] if grad_k is None else row_blocks(grad_k):
-            sums = self._query_sums.of(keys[block])
-            if self._is_self:
-                sums -= self._q[block] * share[block, None]
-            grad_k[block] -= sums  # type: ignore[index]
 
     def _add_indexed(self, grad_q: Tensor | None, grad_k: Tensor | None) -> None:
         """Add ``G_ip = w_i (p_ip - 1)`` times the positive key to queries, times the query to its positive key."""

@@ -162,29 +162,6 @@ class RowGradient:
         return (slice(start, start + MAX_PART) for start in range(0, D, MAX_PART))
 
 
-class LabelSums:
-    """Sums of rows by label, in float64: what the positives by label bring to losses and gradients.
-
-    Own rows are subtracted from their label's sum, which would lose the others' digits in float32 if they are short.
-    """
-
-    def __init__(self, codes: Tensor, width: int) -> None:
-        # The number of labels would have to be waited for on an accelerator.
-        labels = int(codes.max().item()) + 1 if codes.device.type == "cpu" and len(codes) else len(codes)
-        self._codes = codes.long()
-        self._sums = codes.new_zeros(labels, width, dtype=torch.float64)
-
-    def add(self, rows: Tensor, codes: Tensor, factor: Tensor | None = None) -> None:
-        """Add ``factor_i rows_i`` to the sum of each row's label, in an order that is the same every time."""
-        for block in row_blocks(rows):
-            part = rows[block].double() if factor is None else rows[block] * factor[block, None]
-            add_rows(self._sums, codes[block].long(), part)
-
-    def of(self, codes: Tensor) -> Tensor:
-        """The sums of these labels."""
-        return self._sums[codes.long()]
-
-
 def add_rows(sums: Tensor, index: Tensor, rows: Tensor) -> None:
     """``sums[index_i] += rows_i``, in an order that is the same every time."""
     if sums.device.type == "cpu":

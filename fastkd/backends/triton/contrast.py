@@ -8,57 +8,30 @@ difference where a loss has almost converged.
 import dataclasses
 
 import torch
-import triton
 from torch import Tensor
 
 from fastkd.backends.inputs import ContrastRows, ContrastUpstream
+from fastkd.backends.triton.rows import is_wide, ready
 from fastkd.kernels.contrast import streaming, wide
 from fastkd.kernels.contrast.per_row import Side, coefficients, gradients, statistics
-from fastkd.kernels.launch import allows_tf32, fits, hardware_of
-from fastkd.kernels.normalize import padded_width, vectors
-
-
-def _is_wide(rows: Tensor) -> bool:
-    """Whether dot products come from torch.mm: rows too wide for a tile, or fp32 products that must not be tf32."""
-    if not fits(rows.dtype, padded_width(rows.shape[1]), hardware_of(rows.device)):
-        return True
-    return rows.is_cuda and rows.dtype == torch.float32 and not allows_tf32()
-
-
-def _rounds_to_tf32(rows: Tensor) -> bool:
-    """Whether rows must be rounded to tf32: the streaming kernels' products would truncate them on a GPU."""
-    return rows.is_cuda and rows.dtype == torch.float32 and not _is_wide(rows)
 
 
 def rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """Rows as the kernels multiply them, [n, width], and their inverse norms [n] if they are normalised.
-
-    They are padded, and rounded to tf32 where products are tf32. Rows that need none of it are not copied.
-    """
-    if not raw_rows.numel() and not normalize:
-        return raw_rows.contiguous(), None
-    D = raw_rows.shape[1]
-    width = triton.cdiv(D, 8) * 8 if _is_wide(raw_rows) else padded_width(D)
-    with torch.cuda.device_of(raw_rows):
-        return vectors(raw_rows, width, normalize=normalize, to_tf32=_rounds_to_tf32(raw_rows))
-
-
-def _packed(block: Tensor) -> Tensor:
-    """Rows of an exchange as the kernels multiply them."""
-    return rows(block, False)[0]
+    """The rows as the kernels multiply them, [n, width], and their inverse norms [n] if they are normalised."""
+    return ready(raw_rows, normalize)
 
 
 class _Pass:
     """A rank's queries and keys as the kernels take them; without ``k``, queries are contrasted with each other."""
 
     def __init__(self, rows: ContrastRows) -> None:
-        self._kernels = wide if _is_wide(rows.queries) else streaming
+        self._kernels = wide if is_wide(rows.queries) else streaming
         self._scale, self._mask, self._is_self = rows.scale, rows.mask, rows.keys is None
         self._options = {"by_label": rows.mask.by_label, "exclude_self": rows.mask.exclude_self}
         self._columns = rows.columns
         q, k = rows.queries, rows.queries if rows.keys is None else rows.keys
         if rows.is_packed:
-            q, k = _packed(q), _packed(k)
+            q, k = ready(q)[0], ready(k)[0]
         self._labels = rows.mask.labels or (None, None)
         index = rows.mask.positive_index
         positive = None if index is None else index.contiguous()
@@ -70,7 +43,7 @@ class _Pass:
         return None if labels is None else labels[rows]
 
     def _other_keys(self, block: Tensor, cols: slice) -> Side:
-        return Side(vectors=_packed(block), first=cols.start, labels=self._part(1, cols))
+        return Side(vectors=ready(block)[0], first=cols.start, labels=self._part(1, cols))
 
 
 class Forward(_Pass):
@@ -146,7 +119,7 @@ class Backward(_Pass):
         """Add queries [m, D] of other ranks, for the gradient of this rank's keys."""
         if self._needs[1]:
             columns = Side(
-                vectors=_packed(block),
+                vectors=ready(block)[0],
                 first=queries.start,
                 labels=self._part(0, queries),
                 positive=self._no_positive(len(block)),

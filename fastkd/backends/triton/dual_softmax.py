@@ -6,57 +6,31 @@ The kernels carry the statistics of the columns seen so far, and the sums of the
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fastkd.backends.blocked.sums import MAX_SHARED_SCALE
 from fastkd.backends.inputs import DualRows, DualUpstream
+from fastkd.backends.triton.rows import is_wide, ready, rounds_to_tf32, width_of
 from fastkd.kernels.dual_softmax import streaming, wide
 from fastkd.kernels.dual_softmax.per_row import coefficients, gradients, statistics
-from fastkd.kernels.launch import allows_tf32, fits, hardware_of
-from fastkd.kernels.normalize import padded_width, unit_rows, vectors
-
-
-def _is_wide(rows: Tensor) -> bool:
-    """Whether the cosines come from torch.mm: rows too wide for a tile, or fp32 products that must not be tf32."""
-    if not fits(rows.dtype, padded_width(rows.shape[-1]), hardware_of(rows.device)):
-        return True
-    return rows.is_cuda and rows.dtype == torch.float32 and not allows_tf32()
-
-
-def _width(rows: Tensor) -> int:
-    """The width that the kernels want rows padded to."""
-    D = rows.shape[-1]
-    return triton.cdiv(D, 8) * 8 if _is_wide(rows) else padded_width(D)
-
-
-def _rounds_to_tf32(rows: Tensor) -> bool:
-    """Whether rows must be rounded to tf32: the streaming kernels' products would truncate them on a GPU."""
-    return rows.is_cuda and rows.dtype == torch.float32 and not _is_wide(rows)
+from fastkd.kernels.normalize import unit_rows
 
 
 def units(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The unit rows of both sides as the kernels multiply them, [2, n, width], and their inverse norms [2, n]."""
     with torch.cuda.device_of(a):
-        return unit_rows(a, b, width=_width(a), to_tf32=_rounds_to_tf32(a))
+        return unit_rows(a, b, width=width_of(a), to_tf32=rounds_to_tf32(a))
 
 
 class _Pass:
     """A rank's rows as the kernels multiply them, and the kernels that fit them."""
 
     def __init__(self, rows: DualRows) -> None:
-        self._kernels = wide if _is_wide(rows.units) else streaming
-        self._units = self._ready(rows.units) if rows.is_packed else rows.units
+        self._kernels = wide if is_wide(rows.units) else streaming
+        self._units = ready(rows.units)[0] if rows.is_packed else rows.units
         self._scale, self._columns = rows.scale, rows.columns
         self._bounded = rows.scale_bound <= MAX_SHARED_SCALE
         self._sums: Tensor | None = None  # what the kernels carry; None until there were columns
-
-    def _ready(self, rows: Tensor) -> Tensor:
-        """Packed rows padded and, where products are tf32, rounded to it; rows that need neither are not copied."""
-        if not rows.numel():
-            return rows
-        with torch.cuda.device_of(rows):
-            return vectors(rows, _width(rows), normalize=False, to_tf32=_rounds_to_tf32(rows))[0]
 
     def add_own(self) -> None:
         """Add the rows themselves as columns: row i's positive is column i."""
@@ -66,7 +40,7 @@ class _Pass:
     def add(self, block: Tensor, cols: slice) -> None:
         """Add columns [2, m, D] of other ranks. A positive is then ``offset`` columns away, beyond the block."""
         if self._units.numel() and block.numel():
-            self._add(self._ready(block), block.shape[1], cols)
+            self._add(ready(block)[0], block.shape[1], cols)
 
     def _add(self, columns: Tensor, offset: int, cols: slice) -> None:
         raise NotImplementedError

@@ -14,7 +14,7 @@ def soft_target_forward(
     temperature: float,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fastkd.backends.blocked.soft_target_forward`, with the five numbers per row that the backward reads."""
+    """As the blocked backend's, with the five numbers per row that the backward reads."""
     labels = None if labels is None else labels.contiguous()
     weight = None if weight is None else weight.contiguous()
     with torch.cuda.device_of(student_logits):
@@ -37,7 +37,7 @@ def soft_target_backward(
     temperature: float,
     label_smoothing: float,
 ) -> Tensor:
-    """As :func:`fastkd.backends.blocked.soft_target_backward`."""
+    """As :func:`fastkd.backends.blocked.soft_target.soft_target_backward`."""
     with torch.cuda.device_of(student_logits):
         return soft_target_gradient(
             student_logits,
