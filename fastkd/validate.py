@@ -246,7 +246,7 @@ def check_sides(name: str, values: Any) -> list[int]:
     if isinstance(values, Tensor) or type(values).__module__ == "numpy":
         values = values.tolist()
     if not isinstance(values, list | tuple):
-        raise TypeError(f"{name}: got {values!r} of type {type(values).__name__}, expected one int or pair a scale")
+        raise TypeError(f"{name}: got {values!r} of type {type(values).__name__}, expected one int or pair per scale")
     sides: list[int] = []
     for entry in values:
         pair = tuple(entry) if isinstance(entry, list | tuple) else (entry, entry)
@@ -264,9 +264,9 @@ def check_sides(name: str, values: Any) -> list[int]:
 def check_windows(windows: list[int], strides: list[int], features: Tensor) -> None:
     """At least one scale, as many strides as windows, and every window inside the map."""
     if not windows:
-        raise ValueError("windows: got no entry, expected one a scale")
+        raise ValueError("windows: got no entry, expected one per scale")
     if len(strides) != len(windows):
-        raise ValueError(f"strides: got {len(strides) // 2} entries, expected one a window, {len(windows) // 2}")
+        raise ValueError(f"strides: got {len(strides) // 2} entries, expected one per window, {len(windows) // 2}")
     height, width = features.shape[2:]
     for h, w in zip(windows[::2], windows[1::2], strict=True):
         if h > height or w > width:

@@ -45,3 +45,10 @@ def test_an_example_runs(
 def test_every_public_name_has_an_example(module_name: str) -> None:
     names = importlib.import_module(module_name).__all__
     assert {name for name in names if f"{module_name}.{name}" not in EXAMPLES} == set()
+
+
+def test_every_docstring_of_the_trainer_has_an_example() -> None:
+    trainer = importlib.import_module("fastkd.trainer")
+    docs = {name: getattr(trainer, name).__doc__ for name in trainer.__all__ if callable(getattr(trainer, name))}
+    shown = {name for name, text in docs.items() if f"fastkd.trainer.{name}" in EXAMPLES or "::\n" in text}
+    assert docs.keys() - shown == set()

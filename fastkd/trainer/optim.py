@@ -121,9 +121,10 @@ class Schedule:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """All trainable parameters in two groups: those of two or more dimensions with weight decay, the others without.
+    """All trainable parameters in two groups: one with weight decay, one without.
 
-    Biases, norm weights, tau, positional scalars and gains have fewer than two dimensions.
+    A parameter of two or more dimensions is decayed. Biases, norm weights, tau, positional scalars and gains have fewer
+    dimensions and are not.
     """
     decayed: list[tuple[str, nn.Parameter]] = []
     rest: list[tuple[str, nn.Parameter]] = []

@@ -232,7 +232,7 @@ def test_dead_channels_and_zero_maps_are_finite() -> None:
         ({"teacher_prefix_tokens": 2}, (4, 7, 7), (17, 6), "teacher_map: got 17 tokens, .* after 2 prefix"),
         ({"teacher_prefix_tokens": 17}, (4, 7, 7), (17, 6), "teacher_map: got 17 tokens"),
         ({"windows": (None, 9)}, (4, 9, 9), (6, 7, 7), "windows: got 9 x 9, expected at most the map's 7 x 7"),
-        ({"strides": (1, 2)}, (4, 7, 7), (6, 7, 7), "strides: got 2 entries, expected one a window, 3"),
+        ({"strides": (1, 2)}, (4, 7, 7), (6, 7, 7), "strides: got 2 entries, expected one per window, 3"),
         ({}, (4, 0, 7), (6, 7, 7), r"student_map: got shape \[3, 4, 0, 7\]"),
     ],
 )  # fmt: skip

@@ -292,3 +292,14 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
     holder.stdin.close()
     holder.wait(timeout=20)
     train(dataclasses.replace(config, resume=True))
+
+
+def test_a_run_that_cannot_open_its_records_leaves_the_folder_to_other_processes(tmp_path):
+    config = tiny_config(tmp_path, tensorboard=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").touch()
+    with pytest.raises(OSError, match="tensorboard") as caught:
+        train(config)
+    take = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    subprocess.run([sys.executable, "-c", take, str(tmp_path / "run" / "checkpoints" / ".lock")], check=True)
+    del caught  # till here its traceback kept what the run had opened

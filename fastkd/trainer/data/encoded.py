@@ -22,7 +22,15 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 
 
 class BrokenImagesError(RuntimeError):
-    """More images cannot be read than ``data.options.max_broken`` allows."""
+    """More images cannot be read than ``data.options.max_broken`` allows.
+
+    Example::
+
+        try:
+            train(config)
+        except BrokenImagesError as error:
+            print(f"repair the data set, or allow more broken images: {error}")
+    """
 
 
 class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):

@@ -17,7 +17,11 @@ from fastkd.validate import check_number, check_type
 
 @dataclass(kw_only=True, frozen=True)
 class CEConfig:
-    """Cross-entropy with the labels."""
+    """Cross-entropy with the labels.
+
+    Example:
+        >>> config = ObjectiveConfig(terms="ce", ce=CEConfig(label_smoothing=0.1))
+    """
 
     label_smoothing: float = 0.0
 
@@ -27,7 +31,11 @@ class CEConfig:
 
 @dataclass(kw_only=True, frozen=True)
 class KDConfig:
-    """The options of ``fastkd.losses.KDLoss``: Hinton's loss at this temperature."""
+    """The options of ``fastkd.losses.KDLoss``: Hinton's loss at this temperature.
+
+    Example:
+        >>> config = ObjectiveConfig(terms="0.5*kd", kd=KDConfig(temperature=2.0))
+    """
 
     temperature: float = 4.0
 
@@ -37,7 +45,11 @@ class KDConfig:
 
 @dataclass(kw_only=True, frozen=True)
 class DCDConfig:
-    """The options of ``fastkd.losses.DCDLoss``: see there."""
+    """The options of ``fastkd.losses.DCDLoss``: see there.
+
+    Example:
+        >>> config = ObjectiveConfig(terms="dcd", dcd=DCDConfig(embed_dim=64, max_scale=20.0))
+    """
 
     embed_dim: int = 128
     alpha: float = 0.5
@@ -53,7 +65,11 @@ class DCDConfig:
 
 @dataclass(kw_only=True, frozen=True)
 class CKDConfig:
-    """The options of ``fastkd.losses.CKDLoss``: see there."""
+    """The options of ``fastkd.losses.CKDLoss``: see there.
+
+    Example:
+        >>> config = ObjectiveConfig(terms="ckd", ckd=CKDConfig(temperature=0.5))
+    """
 
     temperature: float = 1.0
 
@@ -63,7 +79,11 @@ class CKDConfig:
 
 @dataclass(kw_only=True, frozen=True)
 class PCKDConfig:
-    """The options of ``fastkd.losses.PCKDLoss``: see there. It contains KD; ``kd_weight=0`` leaves KD out."""
+    """The options of ``fastkd.losses.PCKDLoss``: see there. It contains KD; ``kd_weight=0`` leaves KD out.
+
+    Example:
+        >>> config = ObjectiveConfig(terms="pckd", pckd=PCKDConfig(kd_weight=0.0))
+    """
 
     temperature: float = 4.0
     relation_scale: float = 0.25
@@ -83,6 +103,9 @@ class MSDCRDConfig:
     """The options of ``fastkd.losses.MSDCRDLoss``: see there.
 
     ``windows=None`` means three scales of the teacher's map.
+
+    Example:
+        >>> config = ObjectiveConfig(terms="msdcrd", msdcrd=MSDCRDConfig(windows=(1, 2), positives="label"))
     """
 
     windows: tuple[int | None, ...] | None = None

@@ -37,6 +37,12 @@ class Objective(nn.Module):
 
     Raises ValueError for a name that neither ``TERMS`` nor ``terms`` has, or that means something else in a record or
     in ``nn.ModuleDict``.
+
+    Example:
+        >>> shapes = ModelShapes(features=64, classes=10)
+        >>> objective = Objective(ObjectiveConfig(terms="ce"), shapes, shapes)
+        >>> output = ModelOutput(logits=torch.randn(8, 10), features=torch.randn(8, 64))
+        >>> loss, terms = objective(output, None, torch.randint(10, (8,)))
     """
 
     def __init__(

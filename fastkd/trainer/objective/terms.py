@@ -89,7 +89,10 @@ class KDTerm(LossTerm):
     def fused(
         self, ce: CETerm, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """This term's values and those of ``ce``; None where they must be computed one by one, or that is as fast."""
+        """The values of this term and the values of ``ce``, from one read of the logits.
+
+        None where the two must be computed one after the other, or where one read is no faster.
+        """
         if student.logits.device.type not in ONE_READ_DEVICES or labels.ndim != 1:  # class probabilities
             return None
         assert teacher is not None

@@ -69,7 +69,7 @@ class _Snapshot:
 
 
 def join_outputs(outputs: list[ModelOutput]) -> ModelOutput:
-    """The outputs of consecutive chunks as those of one batch; what is no tensor is taken from the first."""
+    """One output for the whole batch: the chunks' tensors joined in order; all other fields are the first chunk's."""
     first = outputs[0]
     joined: dict[str, Any] = {
         field.name: torch.cat([getattr(output, field.name) for output in outputs])

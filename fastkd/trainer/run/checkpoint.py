@@ -30,7 +30,15 @@ _FORMAT = 3
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, truncated, corrupted, or belongs to something else; the message names the file."""
+    """A checkpoint is missing, truncated, corrupted, or belongs to something else; the message names the file.
+
+    Example::
+
+        try:
+            weights = load_weights("runs/digits")
+        except CheckpointError as error:
+            print(error)  # runs/digits: no such weights file, checkpoint or run folder
+    """
 
 
 @dataclass

@@ -132,7 +132,12 @@ class Distiller(nn.Module):
 
 
 def weights_hash(model: nn.Module) -> str:
-    """The sha256 of a model's weights: of name, dtype, shape and bytes of every tensor, in the order of the names."""
+    """The sha256 of a model's weights: of name, dtype, shape and bytes of every tensor, in the order of the names.
+
+    Example:
+        >>> weights_hash(torch.nn.Linear(2, 2)) == weights_hash(torch.nn.Linear(2, 2))  # two random initialisations
+        False
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())

@@ -28,7 +28,7 @@ def evaluate(
 
         evaluate(FeatureModel(module), DataLoader(dataset, 256), torch.device("cpu"))["accuracy"]
 
-    Leaves ``model`` in eval mode. With several ``ranks`` the values are those of the samples of all ranks' loaders.
+    Leaves ``model`` in eval mode. With several ``ranks`` the values cover the samples of all ranks' loaders.
     ``confusion`` [C, C], int64, gets 1 added at (label, prediction) for every sample of this rank's loader. Once
     ``stop`` is requested the remaining batches are left out, and the values mean nothing.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -76,8 +77,8 @@ def _begun_by_this_job(file: Path) -> bool:
 class RunFolder:
     """Writes a run's checkpoints, ``run.json`` and records, and prints its lines.
 
-    All ranks call its methods in the same order, and rank 0 writes. While it is entered, no other process can train in
-    the folder. ``path=None`` writes no file. ``newest`` is the path of the last checkpoint.
+    All ranks call its methods in the same order, and rank 0 writes. From its construction to its exit, no other process
+    can train in the folder. ``path=None`` writes no file. ``newest`` is the path of the last checkpoint.
     """
 
     def __init__(
@@ -95,28 +96,29 @@ class RunFolder:
         self.newest = None if resumed is None else resumed.path
         self._resumed_step = None if resumed is None else state.progress.step
         self._checkpoints: CheckpointFolder | None = None
-        ranks.on_main(self._open)
-        self.log = RunLog(
-            path if ranks.is_main else None,
-            config,
-            size=state.progress.metrics_bytes,
-            step=state.progress.step,
-            steps=info["steps"],
-            quiet=config.quiet or not ranks.is_main,
-        )
+        with ExitStack() as opened:  # gives the lock back if the rest cannot be opened
+            ranks.on_main(lambda: self._open(opened))
+            self.log = RunLog(
+                path if ranks.is_main else None,
+                config,
+                size=state.progress.metrics_bytes,
+                step=state.progress.step,
+                steps=info["steps"],
+                quiet=config.quiet or not ranks.is_main,
+            )
+            opened.callback(self.log.close)
+            self._opened = opened.pop_all()
         self._begun = time.perf_counter() - state.progress.seconds
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.log.close()
-        if self._checkpoints is not None:
-            self._checkpoints.close()
+        self._opened.close()
 
     @property
     def seconds(self) -> float:
-        """The run's wall-clock time so far, with that of the parts before it was resumed."""
+        """How long the run has trained so far, in seconds of wall-clock; the time before a resume counts too."""
         return time.perf_counter() - self._begun
 
     def save(self, accuracy: float | None = None) -> None:
@@ -130,10 +132,11 @@ class RunFolder:
         generators = self.ranks.gather(rng_state(self.state.step.device))
         self.newest = self.ranks.on_main(lambda: self._write(generators, accuracy))
 
-    def _open(self) -> None:
+    def _open(self, opened: ExitStack) -> None:
         if self.path is not None:
             # Locks the folder before anything in it changes.
             self._checkpoints = CheckpointFolder(self.path / "checkpoints", self.keep)
+            opened.callback(self._checkpoints.close)
             temporary = self.path / (RUN + ".tmp")
             temporary.write_text(json.dumps(self.info, indent=1) + "\n")
             os.replace(temporary, self.path / RUN)

@@ -32,7 +32,10 @@ from fastkd.trainer.signals import StopRequest
 
 @dataclass
 class TrainResult:
-    """What ``train`` returns.
+    """What ``train`` returns::
+
+        result = train(RECIPES["digits-teacher"]())
+        print(f"{result.accuracy:.1%} after {result.seconds:.0f} s, saved in {result.path}")
 
     ``accuracy``: top-1 on the evaluation set after the last epoch, in [0, 1]. ``history``: one dict per epoch (epoch,
     step, lr, the epoch's means of loss and terms, ``dcd/tau``, ``dcd/scale``, accuracy, top5, eval_loss). ``seconds``:

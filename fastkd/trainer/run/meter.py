@@ -14,7 +14,15 @@ from fastkd.trainer.run.distiller import Distiller
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and the terms."""
+    """The loss became NaN or infinite; the message names the step and the terms.
+
+    Example::
+
+        try:
+            train(config)
+        except NonFiniteLossError as error:
+            print(f"try a lower learning rate: {error}")
+    """
 
 
 class Meter:

@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run. Every method is called by all ranks, in the same order."""
+    """Which rank this process is, of how many. Every method is called by all ranks, in the same order."""
 
     rank: int = 0
     world_size: int = 1

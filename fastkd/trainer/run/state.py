@@ -57,9 +57,10 @@ class Identity:
 
 @dataclass
 class Progress:
-    """Where a run is: ``step`` optimiser steps done, ``epoch`` the one to go on with, ``history`` a record each.
+    """Where a run is: ``step`` optimiser steps are done, and training goes on with ``epoch``, counted from 0.
 
-    ``metrics_bytes`` is the size of ``metrics.jsonl`` when the checkpoint was written.
+    ``history`` has one record per finished epoch. ``metrics_bytes`` is the size of ``metrics.jsonl`` when the
+    checkpoint was written.
     """
 
     step: int = 0
