@@ -21,7 +21,7 @@ def commands() -> str:
     """What make would run for gpu-test in an environment that is there already."""
     if shutil.which("make") is None:
         pytest.skip("needs make")
-    command = ["make", "-n", "gpu-test", f"PY={sys.executable}"]
+    command = ["make", "--no-print-directory", "-n", "gpu-test", f"PY={sys.executable}"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
@@ -30,6 +30,7 @@ def test_an_existing_environment_is_used_as_it_is(commands: str) -> None:
     assert "pip install --quiet" not in commands
 
 
+@pytest.mark.slow
 def test_every_operation_has_cases_for_the_sanitizer(commands: str) -> None:
     named = re.findall(r"pytest -m sanitizer --timeout \d+ (.*)", commands)[0].split()
     names = ("hypothesis", "timm", "torchvision", "torchdata", "tyro", "rich", "safetensors", "sklearn", "jinja2")

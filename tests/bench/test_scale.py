@@ -7,6 +7,7 @@ from bench import scale
 from tests.ranks.cases import Case, run_cases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ring", [False, True])
 def test_the_modelled_bytes_are_the_counted_ones(ring: bool) -> None:
     (results,) = run_cases([Case("dcd", (8, 8, 8), d=scale.WIDTH, dtype=torch.float32, ring=ring, weighted=False)])

@@ -133,10 +133,12 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_package_runs_as_a_module():
     assert run_python("-m", "fastkd", "recipes").stdout.startswith("digits ")
 
 
+@pytest.mark.slow
 def test_importing_fastkd_does_not_import_the_trainer():
     code = "import fastkd, sys; print([m for m in ('fastkd.trainer', 'timm', 'torchdata', 'tyro') if m in sys.modules])"
     assert run_python("-c", code).stdout.strip() == "[]"
@@ -158,6 +160,7 @@ def test_every_package_that_the_trainer_imports_is_checked_for():
     assert imported - set(sys.stdlib_module_names) - {"fastkd", "torch"} <= known
 
 
+@pytest.mark.slow
 def test_missing_extras_say_what_to_install():
     code = (
         "import importlib.util as u, sys; find = u.find_spec\n"

@@ -44,6 +44,7 @@ def test_safetensors_hold_the_weights_and_where_they_come_from(run, tmp_path, ca
     assert out.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_onnx_gives_the_students_logits_for_any_batch(run, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     out = tmp_path / "student.onnx"

@@ -15,10 +15,11 @@ from fastkd.trainer.commands.memory import LiveBytes, memory_of
 from fastkd.trainer.run.distiller import build_distiller
 from tests.helpers.trainer_runs import one_thread, tiny_config  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 NET = "fastkd.trainer.models.cifar:CifarResNet"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_has_a_plan_within_seconds(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

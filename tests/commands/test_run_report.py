@@ -19,6 +19,8 @@ from fastkd.trainer.report.records import read_run
 from tests.helpers.pages import Page, read_page
 from tests.helpers.trainer_runs import lines, one_thread, tiny_config  # noqa: F401 (one_thread is used by being imported)
 
+pytestmark = pytest.mark.slow
+
 ODD = '<script>alert("x")</script> & $a_b$ \ud800\x00'
 
 

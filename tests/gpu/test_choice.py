@@ -121,6 +121,7 @@ def test_importing_fastkd_neither_imports_triton_nor_looks_for_a_driver() -> Non
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "allowed"),
     [

@@ -18,6 +18,7 @@ WIDTHS = st.one_of(st.integers(1, 40), st.sampled_from([128, 131, 300]))
 SCALES = st.sampled_from([0.05, 2.7, 10.0, 39.0, 41.0, 100.0])
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     name=st.sampled_from(sorted(OPERATIONS)),

@@ -18,6 +18,8 @@ from fastkd import (
 from fastkd.backends.blocked import gemm
 from tests.helpers.checks import assert_close, embeddings, relative_error, value_and_grads
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "blocked"])
 @pytest.mark.parametrize("dynamic", [True, None])
@@ -49,7 +51,6 @@ def test_modules_with_different_settings_compile_in_one_process() -> None:
             assert_close(sum(compiled(*inputs).values()), sum(module(*inputs).values()), torch.float32)
 
 
-@pytest.mark.slow
 def test_module_compiles_with_inductor_and_still_clamps() -> None:
     torch.compiler.reset()
     module = DCDLoss(6, 5, 8)

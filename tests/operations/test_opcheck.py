@@ -12,6 +12,8 @@ from tests.helpers.checks import embeddings
 from tests.helpers.contrast_cases import MODES, problem
 from tests.helpers.pool_cases import FORMATS, feature_map
 
+pytestmark = pytest.mark.slow
+
 
 def samples(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     student, teacher = (x.requires_grad_() for x in embeddings(n, d, dtype=dtype))

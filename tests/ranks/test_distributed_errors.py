@@ -26,6 +26,12 @@ BAD: list[tuple[str, dict[int, dict[str, Any]], str, str]] = [
     ("dcd", {1: {"scale": 3.0}}, "ValueError", "logit_scale: got 2.0 on rank 0, 3.0 on rank 1"),
     ("dcd", {2: {"loss": "info_nce"}}, "ValueError", "operation: got dcd_loss on rank 0"),
     ("dcd", {1: {"configure": {"exchange_dtype": torch.bfloat16}}}, "ValueError", "exchange_dtype=torch.bfloat16"),
+    (
+        "dcd",
+        {1: {"logit_bias": "x"}},
+        "TypeError",
+        "logit_bias: got 'x' of type str, expected a finite number (on rank 1",
+    ),
     ("dcd", {1: {"alpha": -1}}, "ValueError", "alpha: got -1, expected a finite number >= 0 (on rank 1 of 3)"),
     ("dcd", {1: {"key": torch.zeros(2, 2)}}, "ValueError", "teacher: got shape [2, 2]"),
     ("dcd", {2: {"query": "rows"}}, "TypeError", "student: got str, expected a torch.Tensor (on rank 2 of 3)"),

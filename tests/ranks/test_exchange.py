@@ -17,6 +17,8 @@ from tests.helpers.ranks import run_ranks, succeeded
 from tests.ranks import rank_programs as programs
 from tests.ranks.cases import KINDS, Case, check_cases
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=["extension", "python"])
 def path(request: pytest.FixtureRequest) -> str | None:
@@ -126,7 +128,6 @@ def test_forwards_that_no_backward_follows(path: str | None) -> None:
     programs.compare_rows(results, loss, first)
 
 
-@pytest.mark.slow
 def test_a_torch_without_distributed() -> None:
     """Nothing of torch.distributed but its name and a stub is there then."""
     program = """

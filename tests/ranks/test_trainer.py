@@ -17,6 +17,8 @@ from tests.helpers.ranks import Failure, run_ranks, succeeded
 from tests.helpers.trainer_runs import one_thread, write_teacher  # noqa: F401
 from tests.ranks import trainer_programs as programs
 
+pytestmark = pytest.mark.slow
+
 
 def run(world_size: int, changes: dict[str, Any], **options: Any) -> list[Any]:
     return run_ranks(world_size, programs.trained, changes, *options.values(), timeout=60)
@@ -114,7 +116,6 @@ def test_what_cannot_start_is_an_error_on_every_rank(
         assert message in result.message
 
 
-@pytest.mark.slow
 def test_with_batch_norm_what_is_reported_is_the_checkpoints(tmp_path: Path) -> None:
     write_teacher(tmp_path / "teacher.safetensors")
     results = succeeded(run_ranks(2, programs.trained_with_batch_norm, str(tmp_path), timeout=60))
@@ -127,7 +128,6 @@ def test_with_batch_norm_what_is_reported_is_the_checkpoints(tmp_path: Path) -> 
     assert checkpoint.loss == pytest.approx(records[0]["eval_loss"], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_the_demo_under_torchrun_matches_one_process(tmp_path: Path) -> None:
     result = demo_ddp.compare(str(tmp_path))
     assert 0 < result["difference"] <= demo_ddp.TOLERANCE

@@ -13,6 +13,8 @@ from fastkd.trainer import load_weights, train
 from tests.helpers.imagenet_like import CLASSES, soak, student, teacher, write_images
 from tests.helpers.trainer_runs import one_thread  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
@@ -25,7 +27,6 @@ def own_path(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
-@pytest.mark.slow
 def test_the_whole_command_line(images, monkeypatch, capsys):
     monkeypatch.chdir(images)
     assert main(["train", "tests.helpers.imagenet_like:teacher"]) == 0
@@ -69,7 +70,6 @@ def test_images_that_cannot_be_read_are_reported(tmp_path, capsys):
     assert "2 of 120 training images cannot be read; others took their places" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments_nothing_that_was_saved_is_lost(tmp_path):
     found = soak(2, 3, tmp_path, workers=1)
     assert found["kills"] == 2

@@ -31,6 +31,8 @@ from fastkd.trainer.imports import import_object
 from fastkd.trainer.run.checkpoint import LOSS, STUDENT, find_checkpoint, read_checkpoint
 from tests.helpers.trainer_runs import DropoutNet, convolutional, lines, noisy_data, one_thread, same, seal, tiny_config  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 
 class Stop(Exception):
     """Stands for the kill in the tests that need no second process."""

@@ -14,6 +14,8 @@ from fastkd.trainer import CheckpointError, NonFiniteLossError, ObjectiveConfig,
 from fastkd.trainer.run.checkpoint import EMA, LOSS, STUDENT, find_checkpoint, list_checkpoints, read_checkpoint
 from tests.helpers.trainer_runs import lines, one_thread, run_python, same, tiny_config  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 
 class Bursts:
     """A term that is NaN at some steps, in the loss or in its gradient alone; and spoils running statistics."""
@@ -226,7 +228,6 @@ def test_the_moving_average_copies_integers_and_infinite_buffers():
     torch.testing.assert_close(average.module.weight, torch.full((3,), 1 + 6e-4), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_the_command_exits_as_a_process_that_the_signal_ended(tmp_path):
     """And --resume-or-start goes on with what it left."""
     code = (
@@ -274,7 +275,6 @@ def test_a_restart_by_torchrun_resumes_by_itself(tmp_path, monkeypatch):
             train(config)
 
 
-@pytest.mark.slow
 def test_a_rank_that_is_killed_is_restarted_by_torchrun_and_the_run_goes_on(tmp_path):
     config = tiny_config(tmp_path, save_every_steps=3)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))

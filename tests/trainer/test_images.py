@@ -296,6 +296,7 @@ def test_too_many_broken_images_are_one_line_of_the_command(
     assert line.startswith("fastkd train: data: 1 images cannot be read, expected at most 0")
 
 
+@pytest.mark.slow
 def test_bad_image_options_are_named(tmp_path: Path) -> None:
     write_folder(tmp_path)
     for options, message in (

@@ -32,7 +32,7 @@ def form(height: int, width: int, windows: list[int], strides: list[int]) -> str
     one = M * height * width
     if one <= MATRIX_ELEMENTS and one <= ONE_PRODUCT * (N * height * width + M * height):
         return "product"
-    # The sum also bounds the heights' matrices, which are built one a scale.
+    # The sum also bounds the heights' matrices, which are built one per scale.
     largest = max(N * width, sum(rows for rows, _ in counts) * height)
     return "axes" if largest <= MATRIX_ELEMENTS else "windows"
 
