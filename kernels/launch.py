@@ -134,10 +134,7 @@ _SM100: _Lines = {
         (2, 256): LaunchConfig(64, 64, 8, 2),
         (4, 128): LaunchConfig(64, 32, 4, 2),
     },
-    "contrast_self": {
-        (2, 256): LaunchConfig(64, 32, 8, 2),
-        (4, 128): LaunchConfig(64, 32, 4, 2),
-    },
+    "contrast_self": {(2, 256): LaunchConfig(64, 32, 8, 2), (4, 128): LaunchConfig(64, 32, 4, 2)},
     "multiscale_pool": {(0, 0): LaunchConfig(32, 32, 4, 1)},
 }
 _GFX942: _Lines = {

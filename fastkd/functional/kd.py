@@ -7,13 +7,7 @@ from fastkd import backends
 from fastkd.backends import reference
 from fastkd.numerics import weighted_sum
 from fastkd.ops.soft_target import soft_target
-from fastkd.validate import (
-    check_labels,
-    check_no_tangent,
-    check_number,
-    check_pair,
-    check_weight,
-)
+from fastkd.validate import check_labels, check_no_tangent, check_number, check_pair, check_weight
 
 
 def kd_loss(

@@ -24,11 +24,7 @@ def relative_error(actual: Tensor, expected: Tensor, floor: float = 1e-5) -> flo
 
 
 def assert_close(
-    actual: Tensor,
-    expected: Tensor,
-    dtype: torch.dtype,
-    low_precision: Tensor | None = None,
-    floor: float = 1e-5,
+    actual: Tensor, expected: Tensor, dtype: torch.dtype, low_precision: Tensor | None = None, floor: float = 1e-5
 ) -> None:
     """Error against the float64 ``expected`` at most that of ``low_precision`` torch plus the dtype's tolerance."""
     allowed = TOLERANCES[dtype]

@@ -28,9 +28,7 @@ def test_one_launch_a_side_equals_one_for_both(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("kernels", "splits"),
-    [(streaming, 1), (streaming, 3), (wide, 1)],
-    ids=["streaming", "split", "wide"],
+    ("kernels", "splits"), [(streaming, 1), (streaming, 3), (wide, 1)], ids=["streaming", "split", "wide"]
 )
 @pytest.mark.parametrize("bounded", [True, False], ids=["bounded", "online"])
 @pytest.mark.parametrize(

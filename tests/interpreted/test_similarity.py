@@ -1,7 +1,6 @@
 """What holds of ``dual_softmax`` and ``contrast`` alike: every direction, scale and mask, on small tiles."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ from fastkd.kernels.contrast import streaming as contrast
 from fastkd.kernels.dual_softmax import streaming as dual_softmax
 from torch import Tensor
 
-from fastkd.backends.triton import contrast as contrast_backend
 from fastkd.backends.triton import dual_softmax as dual_softmax_backend
+from fastkd.backends.triton import rows as rows_backend
 from tests.helpers.checks import assert_close, value_and_grads
 from tests.helpers.contrast_cases import MODES, NEEDS_PAIRS, check_against_definition
 from tests.helpers.contrast_cases import problem as contrast_problem
@@ -157,13 +156,8 @@ def test_columns_split_over_programs(mode: str, splits: int, monkeypatch: pytest
 def test_gradients_of_rows_rounded_to_tf32(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     p = any_problem(mode, 35, 20)
     exact = value_and_grads(p.kernel, *p.inputs)
-    for module, name in ((dual_softmax_backend, "unit_rows"), (contrast_backend, "vectors")):
-        make = getattr(module, name)
-
-        def rounded(*args: Any, make: Any = make, **options: Any) -> Any:
-            return make(*args, **options | {"to_tf32": True})
-
-        monkeypatch.setattr(module, name, rounded)
+    for module in (dual_softmax_backend, rows_backend):
+        monkeypatch.setattr(module, "rounds_to_tf32", lambda rows: True)
     assert not torch.equal(value_and_grads(p.kernel, *p.inputs)[1], exact[1])
     check_against_definition(p, tolerance=torch.float16)  # the mantissa of fp16
 

@@ -9,12 +9,7 @@ import torch
 import torch._inductor.config
 from torch import Tensor
 
-from fastkd import (
-    DCDLoss,
-    KDLoss,
-    dcd_loss,
-    kd_loss,
-)
+from fastkd import DCDLoss, KDLoss, dcd_loss, kd_loss
 from fastkd.backends.blocked import gemm
 from tests.helpers.checks import assert_close, embeddings, relative_error, value_and_grads
 

@@ -30,13 +30,7 @@ class Case:
         self.labels = torch.arange(B) % 3
 
     def arguments(self) -> tuple[Tensor, ...]:
-        return (
-            self.student_features,
-            self.teacher_features,
-            self.student_logits,
-            self.teacher_logits,
-            self.labels,
-        )
+        return (self.student_features, self.teacher_features, self.student_logits, self.teacher_logits, self.labels)
 
     def terms(self, epoch: float = 20, **changes: Any) -> dict[str, Tensor]:
         names = ("student_features", "teacher_features", "student_logits", "teacher_logits", "labels")

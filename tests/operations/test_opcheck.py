@@ -34,8 +34,7 @@ def test_opcheck(dtype: torch.dtype, weighted: bool) -> None:
     one = torch.ones((), dtype=stats.dtype)
     for need in (True, False):
         torch.library.opcheck(
-            dual_softmax_backward,
-            (a, b, c, w, stats, one, one, "student||teacher", 10.0, need, True, "blocked"),
+            dual_softmax_backward, (a, b, c, w, stats, one, one, "student||teacher", 10.0, need, True, "blocked")
         )
     *_, stats = soft_target(a, b, labels, w, 4.0, 0.1, "blocked")
     torch.library.opcheck(soft_target_backward, (a, b, labels, w, stats, one, one, 4.0, 0.1, "blocked"))

@@ -17,12 +17,7 @@ BAD: list[tuple[str, dict[int, dict[str, Any]], str, str]] = [
     ("dcd", {1: {"d": 4}}, "ValueError", "width of the rows: got 6 on rank 0, 4 on rank 1, 6 on rank 2"),
     ("dcd", {2: {"dtype": torch.float32}}, "ValueError", "dtype: got torch.float64 on rank 0"),
     ("dcd", {0: {"alpha": 0.25}}, "ValueError", "alpha: got 0.25 on rank 0, 0.5 on rank 1"),
-    (
-        "dcd",
-        {1: {"consistency": "teacher||student"}},
-        "ValueError",
-        "consistency: got student||teacher on rank 0, te",
-    ),
+    ("dcd", {1: {"consistency": "teacher||student"}}, "ValueError", "consistency: got student||teacher on rank 0, te"),
     ("dcd", {1: {"scale": 3.0}}, "ValueError", "logit_scale: got 2.0 on rank 0, 3.0 on rank 1"),
     ("dcd", {2: {"loss": "info_nce"}}, "ValueError", "operation: got dcd_loss on rank 0"),
     ("dcd", {1: {"configure": {"exchange_dtype": torch.bfloat16}}}, "ValueError", "exchange_dtype=torch.bfloat16"),

@@ -9,13 +9,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from fastkd.trainer import (
-    DataConfig,
-    TensorImages,
-    labelled_subset,
-    load_digits,
-    train,
-)
+from fastkd.trainer import DataConfig, TensorImages, labelled_subset, load_digits, train
 from fastkd.trainer.data.loader import EpochSampler, SeededFetch, eval_loader, train_loader
 from tests.helpers.trainer_runs import DropoutNet, batch, distiller, lines, noisy_data, one_thread, tiny_config  # noqa: F401
 

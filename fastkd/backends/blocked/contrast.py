@@ -115,14 +115,14 @@ class _Pass:
         torch.eq(left[rows, None], right[cols], out=same)
         return X.sub_(same, alpha=self._masked)
 
-    def _positives(self, rows: slice, cols: slice, out: Tensor, *, by_key: bool = False) -> Tensor:
-        """1 where a key is a positive by label of a query, else 0; rows and columns as in :meth:`_drop_equal`."""
+    def _positives(self, rows: slice, cols: slice, out: Tensor | None = None, *, by_key: bool = False) -> Tensor:
+        """True, or 1 in ``out``, where a key is a positive by label of a query; rows and columns as above."""
         assert self._codes is not None
         left, right = reversed(self._codes) if by_key else self._codes
-        torch.eq(left[rows, None], right[cols], out=out)
+        same = torch.eq(left[rows, None], right[cols], out=out)
         if self._is_self and rows.start == cols.start and cols.start < len(self._q):
-            out.fill_diagonal_(0)  # a query is no positive of its own
-        return out
+            same.fill_diagonal_(0)  # a query is no positive of its own
+        return same
 
 
 def _take_out(X: Tensor, columns: Tensor, start: int, default: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class Forward(_Pass):
 
     def _pair(self, rows: slice, cols: slice, workspace: Workspace) -> None:
         X = self._own_negatives(rows, cols, workspace)
-        of_positives = self._positive_logits(X, rows, cols, workspace)
+        of_positives = self._positive_logits(X, rows, cols)
         self._of_positives[rows] += of_positives.sum(dim=1)
         if rows != cols:
             self._of_positives[cols] += of_positives.sum(dim=0)
@@ -165,14 +165,12 @@ class Forward(_Pass):
     def _tile(self, rows: slice, cols: slice, workspace: Workspace) -> None:
         X = self._own_negatives(rows, cols, workspace)
         if self._mask.by_label:
-            self._of_positives[rows] += self._positive_logits(X, rows, cols, workspace).sum(dim=1)
+            self._of_positives[rows] += self._positive_logits(X, rows, cols).sum(dim=1)
         self._sums.add(rows, X)
 
-    def _positive_logits(self, X: Tensor, rows: slice, cols: slice, workspace: Workspace) -> Tensor:
+    def _positive_logits(self, X: Tensor, rows: slice, cols: slice) -> Tensor:
         """The logits of positives by label, else 0; not a product, because an infinite logit times 0 is NaN."""
-        out = next(workspace(slice(0, len(X)), slice(0, X.shape[1])))
-        same = self._positives(rows, cols, out)
-        return torch.where(same > 0, X, 0)
+        return torch.where(self._positives(rows, cols), X, 0)
 
     def add(self, block: Tensor, cols: slice) -> None:
         """Add keys [m, D] of other ranks; ``cols``: their places among all keys."""
@@ -182,7 +180,7 @@ class Forward(_Pass):
             others = _shifted(cols, start)
             X = product(self._q[rows], k[cols]).mul_(self._scale)
             if self._mask.by_label:
-                self._of_positives[rows] += self._positive_logits(X, rows, others, workspace).sum(dim=1)
+                self._of_positives[rows] += self._positive_logits(X, rows, others).sum(dim=1)
             self._sums.add(rows, self._drop_equal(X, rows, others, workspace))
 
         self._for_each(self._q, k, tile, self._buffers)

@@ -78,13 +78,7 @@ def rectangle_rounds(row_blocks: list[slice], col_blocks: list[slice]) -> Iterat
             yield [(row_blocks[i % len(row_blocks)], col_blocks[j]) for j, i in enumerate(shifted)]
 
 
-def for_each_tile(
-    rounds: Iterator[Round],
-    work: Tile,
-    like: Tensor,
-    buffers: int,
-    columns: int | None = None,
-) -> None:
+def for_each_tile(rounds: Iterator[Round], work: Tile, like: Tensor, buffers: int, columns: int | None = None) -> None:
     """Call ``work(rows, cols, workspace)`` for every tile, round by round, on as many workers as suit ``like``.
 
     The matrix has a row for each of ``like``'s, and as many columns unless ``columns`` says otherwise.

@@ -15,13 +15,7 @@ from fastkd.trainer.models import cifar as cifar_nets
 from fastkd.trainer.models import small as nets
 from fastkd.trainer.models.build import build_model
 from fastkd.trainer.models.features import FeatureModel
-from fastkd.trainer.run.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    find_checkpoint,
-    load_into,
-    read_checkpoint,
-)
+from fastkd.trainer.run.checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_into, read_checkpoint
 
 
 @dataclass

@@ -53,11 +53,7 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
     """
 
     def __init__(
-        self,
-        root: str | Path,
-        transform: Callable[[Any], Tensor],
-        normalization: Normalization,
-        max_broken: int = 100,
+        self, root: str | Path, transform: Callable[[Any], Tensor], normalization: Normalization, max_broken: int = 100
     ) -> None:
         check_int("data.options.max_broken", max_broken, 0)
         self.root = Path(root)

@@ -116,12 +116,7 @@ class FeatureModel(nn.Module):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        classifier: str | None = None,
-        *,
-        feature_map: str | None = None,
-        optional: bool = False,
+        self, model: nn.Module, classifier: str | None = None, *, feature_map: str | None = None, optional: bool = False
     ) -> None:
         super().__init__()
         self.optional = optional
