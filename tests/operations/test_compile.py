@@ -113,4 +113,3 @@ def test_fake_tensors_see_the_custom_op() -> None:
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) for x in embeddings(5, 4)]
         assert dcd_loss(*fake, 3.0).shape == ()
-    assert type(dcd_loss(*fake, 3.0)).__name__ == "FakeTensor"

@@ -228,7 +228,7 @@ def test_a_second_derivative_is_refused_instead_of_being_zero(name: str) -> None
             assert torch.autograd.grad(grad.square().sum(), first)[0].any()
         else:
             for penalised in (grad.square().sum(), grad.square().sum() + value):
-                with pytest.raises(RuntimeError, match="differentiated again|no autograd formula"):
+                with pytest.raises(RuntimeError, match=r"differentiated again|no autograd formula"):
                     torch.autograd.grad(penalised, first, retain_graph=True)
 
 
