@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,9 @@ def extension() -> dict[str, Any]:
         # Set before torch looks for it, because torch guesses wrong where nvcc is a wrapper.
         os.environ["CUDA_HOME"] = home
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+    # torch builds with ninja where it finds it on PATH, and one file after the other where it does not. Python may run
+    # from an environment that was not activated.
+    os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")))
     from torch.utils import cpp_extension
 
     class Build(cpp_extension.BuildExtension):
@@ -110,7 +114,7 @@ def extension() -> dict[str, Any]:
                 without_extension(f"the extension could not be built ({type(error).__name__}: {str(error)[:500]})")
                 self.extensions: list[Any] = []
 
-    sources = ["csrc/pack_rows.cpp"]
+    sources = ["csrc/module.cpp", "csrc/pack_rows.cpp"]
     macros: list[tuple[str, str | None]] = [
         ("FASTKD_TORCH", torch.__version__),
         ("FASTKD_CUDA", torch.version.cuda or "none"),
@@ -118,6 +122,7 @@ def extension() -> dict[str, Any]:
     ]
     if torch.distributed.is_available():
         sources.append("csrc/gather.cpp")
+        macros.append(("FASTKD_WITH_GATHER", None))
     # Without fused multiply-add, so that the extension and the Python path give the same bits.
     flags = {"cxx": ["-O3", "-std=c++17", "-ffp-contract=off"], "nvcc": ["-O3", "-std=c++17"]}
     kind = cpp_extension.CppExtension
@@ -127,9 +132,8 @@ def extension() -> dict[str, Any]:
         macros.append(("FASTKD_WITH_CUDA", None))
     else:
         del flags["nvcc"]
-    built = kind(
-        "fastkd._native", sources, depends=["csrc/pack_rows.h"], define_macros=macros, extra_compile_args=flags
-    )
+    headers = [*map(str, Path("csrc").glob("*.h"))]
+    built = kind("fastkd._native", sources, depends=headers, define_macros=macros, extra_compile_args=flags)
     return {"ext_modules": [built], "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)}}
 
 

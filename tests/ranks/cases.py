@@ -125,7 +125,7 @@ def use_extension(library: str | None) -> None:
     """Load the extension from ``library``; None: leave it out."""
     patches.setattr(pack, "LIBRARY", Path(library or "absent"))
     pack.extension_covers.cache_clear()
-    pack._extension_loads.cache_clear()
+    pack.extension.cache_clear()
     assert pack.extension_covers("cpu") == (library is not None)
 
 

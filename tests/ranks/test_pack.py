@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,11 +39,11 @@ def python_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def with_library(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(pack, "LIBRARY", path)
     pack.extension_covers.cache_clear()
-    pack._extension_loads.cache_clear()
+    pack.extension.cache_clear()
     assert pack.extension_covers("cpu") == path.exists()
     yield
     pack.extension_covers.cache_clear()
-    pack._extension_loads.cache_clear()
+    pack.extension.cache_clear()
 
 
 def check_against_definition(first: Tensor, second: Tensor, dtype: torch.dtype, normalize: bool) -> None:
@@ -141,23 +142,21 @@ def test_a_row_that_is_not_finite_is_not_a_number_and_spoils_no_other(
     assert packed[:, [0, 2]].isfinite().all()
 
 
+def fitting(python: str = f"{sys.version_info.major}.{sys.version_info.minor}", interface: int = pack.INTERFACE) -> str:
+    """What a library that fits says that it was built for."""
+    return f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, Python {python} and interface {interface}"
+
+
 @pytest.mark.parametrize(
     ("content", "stated"),
     [
         (b"\0fastkd_native built for torch 1.0.0 and CUDA 9.2\0", "torch 1.0.0 and CUDA 9.2"),
         (b"no library at all", "an unknown torch"),
-        (
-            f"\0fastkd_native built for torch {torch.__version__}, CUDA {torch.version.cuda or 'none'} "
-            "and interface 1\0".encode(),
-            f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'} and interface 1",
-        ),
-        (
-            f"\0fastkd_native built for torch {torch.__version__}, CUDA {torch.version.cuda or 'none'} "
-            f"and interface {pack.INTERFACE}\0".encode(),
-            f"torch {torch.__version__}",
-        ),
+        (f"\0fastkd_native built for {fitting(python='3.9')}\0".encode(), fitting(python="3.9")),
+        (f"\0fastkd_native built for {fitting(interface=1)}\0".encode(), fitting(interface=1)),
+        (f"\0fastkd_native built for {fitting()}\0".encode(), fitting()),
     ],
-    ids=["another version", "damaged", "another interface", "does not load"],
+    ids=["another version", "damaged", "another Python", "another interface", "does not load"],
 )
 def test_an_extension_that_does_not_fit_gives_one_warning_and_the_python_path(
     content: bytes, stated: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -166,7 +165,7 @@ def test_an_extension_that_does_not_fit_gives_one_warning_and_the_python_path(
     file.write_bytes(content)
     monkeypatch.setattr(pack, "LIBRARY", file)
     pack.extension_covers.cache_clear()
-    pack._extension_loads.cache_clear()
+    pack.extension.cache_clear()
     first, second = embeddings(3, 4)
     try:
         with pytest.warns(RuntimeWarning) as caught:
@@ -180,7 +179,7 @@ def test_an_extension_that_does_not_fit_gives_one_warning_and_the_python_path(
             pack.pack_rows((first, second), torch.float64)
     finally:
         pack.extension_covers.cache_clear()
-        pack._extension_loads.cache_clear()
+        pack.extension.cache_clear()
 
 
 @pytest.mark.slow
