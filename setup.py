@@ -2,7 +2,8 @@
 
 Everything declarative is in pyproject.toml. The C++/CUDA extension is optional. The package is installed without it,
 with a notice, where torch is not installed (an isolated build), where there is no compiler and where compiling fails;
-``fastkd.distributed.pack`` then computes the same in Python. The extension is built here and never at import.
+``fastkd.distributed.pack`` then computes the same in Python. The extension is built here and never at import. It is
+built by ninja where there is one, and by setuptools otherwise.
 
     python setup.py build_ext --inplace      builds fastkd/_native.so in the repository (``make ext``)
 
@@ -99,8 +100,7 @@ def extension() -> dict[str, Any]:
         # Set before torch looks for it, because torch guesses wrong where nvcc is a wrapper.
         os.environ["CUDA_HOME"] = home
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
-    # torch builds with ninja where it finds it on PATH, and one file after the other where it does not. Python may run
-    # from an environment that was not activated.
+    # torch looks for ninja on PATH, which lacks the programs of this Python's environment if it was not activated.
     os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")))
     from torch.utils import cpp_extension
 

@@ -211,6 +211,33 @@ def test_a_failing_compiler_leaves_the_extension_out(tmp_path: Path) -> None:
     assert run_setup(*arguments, FASTKD_EXTENSION="1", **environment).returncode != 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("has_ninja", [True, False])
+def test_the_extension_is_built_with_ninja_and_without(has_ninja: bool, tmp_path: Path) -> None:
+    real = shutil.which("c++")
+    if real is None or (has_ninja and importlib.util.find_spec("ninja") is None and shutil.which("ninja") is None):
+        pytest.skip("there is no C++ compiler, or no ninja")
+    compiler, broken = tmp_path / "c++", tmp_path / "bin" / "ninja"
+    broken.parent.mkdir()
+    # What the compiler should write is left empty: compiling takes a minute, and the fixture `library` does it.
+    compiler.write_text(f"""#!/bin/sh
+case "$*" in *" -o "*) ;; *) exec {real} "$@" ;; esac
+while [ $# -gt 0 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done
+""")
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    for program in (compiler, broken):
+        program.chmod(0o755)
+    path = os.environ["PATH"] if has_ninja else f"{broken.parent}:{os.environ['PATH']}"
+    library, objects = tmp_path / "lib", tmp_path / "temp"
+    result = run_setup(
+        "build_ext", f"--build-lib={library}", f"--build-temp={objects}",
+        PATH=path, CXX=str(compiler), LDSHARED=str(compiler), FASTKD_EXTENSION="1", FASTKD_CUDA="0",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (library / "fastkd" / pack.LIBRARY.name).exists()
+    assert (objects / "build.ninja").exists() == has_ninja
+
+
 def setup_module() -> ModuleType:
     specification = importlib.util.spec_from_file_location("fastkd_setup", ROOT / "setup.py")
     assert specification is not None
