@@ -14,4 +14,5 @@ PYBIND11_MODULE(_native, module) {
 #ifdef FASTKD_WITH_GATHER
   fastkd::define_gather(module);
 #endif
+  fastkd::define_launcher(module);
 }

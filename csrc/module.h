@@ -8,5 +8,6 @@
 namespace fastkd {
 
 void define_gather(pybind11::module_& module);  // where torch has torch.distributed
+void define_launcher(pybind11::module_& module);
 
 }  // namespace fastkd
