@@ -63,8 +63,8 @@ def cuda_version(home: str) -> str | None:
 
 
 def interface() -> str:
-    """The number that fastkd.distributed.pack compares before it loads what is built here."""
-    source = Path(__file__).parent / "fastkd" / "distributed" / "pack.py"
+    """The number that fastkd.native compares before it loads what is built here."""
+    source = Path(__file__).parent / "fastkd" / "native.py"
     found = re.search(r"^INTERFACE = (\d+)", source.read_text(), re.M)
     assert found is not None
     return found.group(1)

@@ -60,7 +60,6 @@ const Functions& functions() {
 }
 
 const Counts& counts() { return counted; }
-bool uses_stubs() { return is_stubbed; }
 
 void use_stubs(bool wanted) {
   is_stubbed = wanted;

@@ -46,7 +46,6 @@ const Counts& counts();
 
 // From now on `functions` gives the stubs, with which nothing runs on a device, or libcuda. The counts start at zero.
 void use_stubs(bool wanted);
-bool uses_stubs();
 
 // Throws std::runtime_error with the driver's text, unless the result is success.
 void check(Result result, const char* what);

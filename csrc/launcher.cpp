@@ -95,10 +95,8 @@ bool append_constant(Key& key, PyObject* value) {
 }
 
 // Appends what the compiled code depends on: at least what Triton compiles for anew. False: Triton has to launch.
-bool append_argument(Key& key, PyObject* value, int device) {
-  const auto is_there = [device](const at::Tensor& x) {
-    return driver::uses_stubs() || (x.is_cuda() && x.get_device() == device);
-  };
+bool append_argument(Key& key, PyObject* value, at::Device device) {
+  const auto is_there = [device](const at::Tensor& x) { return x.device() == device; };
   const auto dtype_of = [](const at::Tensor& x) { return static_cast<uint64_t>(x.scalar_type()); };
   if (const at::Tensor* x = tensor_of(value)) {
     key.append({4, dtype_of(*x), static_cast<uint64_t>(address_of(*x) % 16 == 0)});
@@ -218,8 +216,8 @@ void ensure_context(int device) {
 // The plans of one kernel. All methods need the GIL.
 class Plans {
  public:
-  Plans(const std::vector<std::pair<std::string, bool>>& parameters, py::object device, py::object stream)
-      : device_(std::move(device)), stream_(std::move(stream)) {
+  Plans(const std::vector<std::pair<std::string, bool>>& parameters, py::object device, py::object stream, bool on_gpu)
+      : device_(std::move(device)), stream_(std::move(stream)), on_gpu_(on_gpu) {
     for (const auto& [name, is_constant] : parameters) {
       names_.push_back(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name.c_str())));
       is_constant_.push_back(is_constant);
@@ -286,6 +284,7 @@ class Plans {
  private:
   // The values in the order of the parameters, nullptr where one is not given, and the key of the plan that fits them.
   bool describe(const py::dict& arguments, int device, std::vector<PyObject*>& values, Key& key) const {
+    const at::Device place = on_gpu_ ? at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device)) : at::Device(at::kCPU);
     values.reserve(names_.size());
     key.push_back(device);
     Py_ssize_t given = 0;
@@ -297,7 +296,7 @@ class Plans {
         continue;
       }
       ++given;
-      if (!(is_constant_[i] ? append_constant(key, value) : append_argument(key, value, device))) return false;
+      if (!(is_constant_[i] ? append_constant(key, value) : append_argument(key, value, place))) return false;
     }
     return given == PyDict_GET_SIZE(arguments.ptr());
   }
@@ -325,7 +324,8 @@ class Plans {
 
   std::vector<py::object> names_;
   std::vector<bool> is_constant_;
-  py::object device_, stream_;
+  py::object device_, stream_;  // the current device's index, and the stream of a device, as Triton asks for them
+  bool on_gpu_;                 // false in tests: the tensors are in the host's memory
   ByKey<Plan> plans_;
 };
 
@@ -339,8 +339,8 @@ void define_launcher(py::module_& module) {
       .value("MAP", Kind::kMap)
       .value("BLOCKS", Kind::kBlocks);
   py::class_<Plans>(module, "Plans")
-      .def(py::init<const std::vector<std::pair<std::string, bool>>&, py::object, py::object>(), py::arg("parameters"),
-           py::arg("device"), py::arg("stream"))
+      .def(py::init<const std::vector<std::pair<std::string, bool>>&, py::object, py::object, bool>(),
+           py::arg("parameters"), py::arg("device"), py::arg("stream"), py::arg("on_gpu"))
       .def("launch", &Plans::launch, py::arg("grid"), py::arg("arguments"))
       .def("add", &Plans::add, py::arg("arguments"), py::arg("compiled"), py::arg("function"), py::arg("num_warps"),
            py::arg("shared_bytes"), py::arg("slots"))

@@ -1,4 +1,4 @@
-// The Python module fastkd._native. fastkd/distributed/pack.py loads it after it has compared the versions.
+// The Python module fastkd._native. fastkd/native.py loads it after it has compared the versions.
 #include "module.h"
 
 #define FASTKD_STRING_OF(x) #x

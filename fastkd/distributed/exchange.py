@@ -23,7 +23,8 @@ from torch import Tensor
 
 from fastkd.distributed.agree import Peers
 from fastkd.distributed.group import may_hold
-from fastkd.distributed.pack import extension, extension_gathers, pack_rows
+from fastkd.distributed.pack import extension_gathers, pack_rows
+from fastkd.native import extension
 
 if TYPE_CHECKING:  # a torch without distributed has no Work
     from torch.distributed import Work

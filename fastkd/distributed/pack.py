@@ -5,23 +5,15 @@ PyTorch does the same. Nothing is ever built here.
 """
 
 import functools
-import importlib.util
-import re
-import sys
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.native import extension
 from fastkd.numerics import NORM_EPS, accumulation_dtype, unit_rows
 
-LIBRARY = Path(__file__).parents[1] / "_native.so"
-INTERFACE = 3  # of csrc/: raised with every change of its functions or of what they compute; setup.py builds it in
 LANES = 16  # partial sums of a row, kLanes in csrc
 
 
@@ -73,40 +65,3 @@ def extension_covers(device_type: str) -> bool:
 def extension_gathers(device_type: str) -> bool:
     """Whether the extension also starts the collectives; built for a torch without distributed it does not."""
     return extension_covers(device_type) and hasattr(extension(), "start_gather")
-
-
-@functools.cache
-def extension() -> Any:
-    """The module ``fastkd._native`` of ``csrc/``, loaded on the first call; None where it is not there.
-
-    One warning, which names the versions, says that it does not fit or fails to load.
-    """
-    if not LIBRARY.exists():
-        return None
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    found = f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, Python {python} and interface {INTERFACE}"
-    stated = re.search(rb"fastkd_native built for ([ -~]+)", LIBRARY.read_bytes())
-    built_for = stated.group(1).decode() if stated else "an unknown torch"
-    try:
-        # torch promises no stable C++ interface: another release can crash instead of failing to load.
-        if built_for != found:
-            raise ImportError("rebuild it: make ext")
-        return _loaded(LIBRARY)
-    except ImportError as error:
-        warnings.warn(
-            f"fastkd: {LIBRARY.name} was built for {built_for}, found {found}: it is not used ({error}); "
-            "the Python path computes the same",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-
-
-@functools.cache
-def _loaded(file: Path) -> ModuleType:
-    """The module in ``file``. A library registers its operators with torch when it is loaded, so each is loaded once."""
-    specification = importlib.util.spec_from_file_location("fastkd._native", file)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastkd import native
 from fastkd.distributed import pack
 from fastkd.numerics import unit_rows
 from tests.helpers.building import ROOT, run_setup
@@ -37,13 +38,13 @@ def python_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def with_library(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(pack, "LIBRARY", path)
+    monkeypatch.setattr(native, "LIBRARY", path)
     pack.extension_covers.cache_clear()
-    pack.extension.cache_clear()
+    native.extension.cache_clear()
     assert pack.extension_covers("cpu") == path.exists()
     yield
     pack.extension_covers.cache_clear()
-    pack.extension.cache_clear()
+    native.extension.cache_clear()
 
 
 def check_against_definition(first: Tensor, second: Tensor, dtype: torch.dtype, normalize: bool) -> None:
@@ -142,7 +143,9 @@ def test_a_row_that_is_not_finite_is_not_a_number_and_spoils_no_other(
     assert packed[:, [0, 2]].isfinite().all()
 
 
-def fitting(python: str = f"{sys.version_info.major}.{sys.version_info.minor}", interface: int = pack.INTERFACE) -> str:
+def fitting(
+    python: str = f"{sys.version_info.major}.{sys.version_info.minor}", interface: int = native.INTERFACE
+) -> str:
     """What a library that fits says that it was built for."""
     return f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, Python {python} and interface {interface}"
 
@@ -163,9 +166,9 @@ def test_an_extension_that_does_not_fit_gives_one_warning_and_the_python_path(
 ) -> None:
     file = tmp_path / "_native.so"
     file.write_bytes(content)
-    monkeypatch.setattr(pack, "LIBRARY", file)
+    monkeypatch.setattr(native, "LIBRARY", file)
     pack.extension_covers.cache_clear()
-    pack.extension.cache_clear()
+    native.extension.cache_clear()
     first, second = embeddings(3, 4)
     try:
         with pytest.warns(RuntimeWarning) as caught:
@@ -179,7 +182,7 @@ def test_an_extension_that_does_not_fit_gives_one_warning_and_the_python_path(
             pack.pack_rows((first, second), torch.float64)
     finally:
         pack.extension_covers.cache_clear()
-        pack.extension.cache_clear()
+        native.extension.cache_clear()
 
 
 @pytest.mark.slow
@@ -234,7 +237,7 @@ while [ $# -gt 0 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done
         PATH=path, CXX=str(compiler), LDSHARED=str(compiler), FASTKD_EXTENSION="1", FASTKD_CUDA="0",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert (library / "fastkd" / pack.LIBRARY.name).exists()
+    assert (library / "fastkd" / native.LIBRARY.name).exists()
     assert (objects / "build.ninja").exists() == has_ninja
 
 

@@ -1,0 +1,150 @@
+"""Launches kernels: through Triton, or again through the extension, which costs the host a tenth of Triton's time.
+
+Triton binds the arguments of every launch anew. The extension (``csrc/launcher.cpp``) remembers what Triton compiled
+for arguments of a kind, and the tensor maps of what is read by blocks. It launches with one look-up and one call of the
+driver. Triton compiles and makes the first launch of every kind. It makes every launch that the extension does not
+cover: with a hook of a profiler, with scratch memory, with clusters.
+
+FASTKD_LAUNCHER=native asks for the extension. The default is "triton", because no GPU has confirmed the extension's
+launches yet; tests compare the parameters of both, byte by byte.
+"""
+
+import functools
+import os
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastkd.native import extension
+
+FLOAT, POINTER = "fp32", "*"
+INTEGERS = ("i1", "i8", "i16", "i32", "i64", "u1", "u8", "u16", "u32", "u64")
+OPTIONS = ("num_warps", "num_stages")
+# Triton's metadata of a compiled kernel that the extension launches: what is not listed may be anything.
+COVERED = {
+    "num_ctas": 1,
+    "launch_cooperative_grid": False,
+    "launch_pdl": False,
+    "global_scratch_size": 0,
+    "profile_scratch_size": 0,
+}
+
+
+class Blocks(NamedTuple):
+    """An argument that the kernel reads by blocks of this shape, through a descriptor."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+
+
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Launch ``kernel`` on the current stream. ``grid``: programs in up to three dimensions.
+
+    ``arguments``: all of the kernel's, by name, then ``num_warps`` and ``num_stages`` as Triton takes them. A tensor
+    that the kernel reads through a descriptor is given as :class:`Blocks`.
+    """
+    plans = _plans_of(kernel)
+    if plans is not None and not _is_watched() and plans.launch(grid, arguments):
+        return
+    described = {
+        name: TensorDescriptor.from_tensor(value.tensor, list(value.shape)) if isinstance(value, Blocks) else value
+        for name, value in arguments.items()
+    }
+    compiled = kernel[grid](**described)
+    if plans is not None:
+        _remember(plans, compiled, arguments)
+
+
+@functools.cache
+def _launcher() -> Any:
+    """The extension, if it is asked for; None otherwise, and then Triton launches."""
+    asked = os.environ.get("FASTKD_LAUNCHER", "triton")
+    if asked not in ("triton", "native"):
+        raise ValueError(f"FASTKD_LAUNCHER: got {asked!r}, expected 'triton' or 'native'")
+    return extension() if asked == "native" else None
+
+
+_plans: dict[int, tuple[Any, Any]] = {}  # by the kernel's id, which its presence here keeps
+
+
+def _plans_of(kernel: Any) -> Any:
+    """What the extension remembers of the kernel's launches; None where Triton launches it."""
+    if _launcher() is None:
+        return None
+    known = _plans.get(id(kernel))
+    if known is None:
+        known = _plans[id(kernel)] = kernel, _new_plans(kernel)
+    return known[1]
+
+
+def _new_plans(kernel: Any) -> Any:
+    if not isinstance(kernel, triton.JITFunction) or kernel.pre_run_hooks:
+        return None
+    driver = triton.runtime.driver.active
+    if driver.get_current_target().backend != "cuda":
+        return None
+    return _launcher().Plans(
+        parameters=[(parameter.name, parameter.is_constexpr) for parameter in kernel.params]
+        + [(name, True) for name in OPTIONS],
+        device=driver.get_current_device,
+        stream=driver.get_current_stream,
+        on_gpu=driver.get_active_torch_device().type == "cuda",
+    )
+
+
+def _is_watched() -> bool:
+    """Whether a profiler wants to know of launches."""
+    runtime = triton.knobs.runtime
+    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+
+
+def _remember(plans: Any, compiled: Any, arguments: dict[str, Any]) -> None:
+    """Let the extension launch ``compiled`` where such arguments come again, if it can."""
+    metadata = compiled.metadata
+    slots = _slots(compiled.src.signature, getattr(metadata, "tensordesc_meta", None))
+    if slots is None or any(getattr(metadata, name, wanted) != wanted for name, wanted in COVERED.items()):
+        return
+    plans.add(arguments, compiled, compiled.function, metadata.num_warps, metadata.shared, slots)
+
+
+def _slots(signature: dict[str, Any], maps: list[Any] | None) -> list[tuple[str, Any, tuple[Any, ...]]] | None:
+    """The parameters of a compiled kernel: name, kind, and how a tensor map is encoded. None: they are not covered.
+
+    ``signature``: {name: Triton's type}. ``maps``: Triton's metadata of every tensor that is read by blocks; empty
+    where the hardware has no tensor maps.
+    """
+    kinds, left, slots = _launcher().Kind, list(maps or ()), []
+    for name, of_type in signature.items():
+        kind, encoding = None, (0, 0, 0, [])
+        if of_type == "constexpr":
+            continue
+        if not isinstance(of_type, str):
+            return None
+        if of_type.startswith(POINTER):
+            kind = kinds.POINTER
+        elif of_type in INTEGERS:
+            kind = kinds.INTEGER
+        elif of_type == FLOAT:
+            kind = kinds.FLOAT
+        elif of_type.startswith("tensordesc<"):
+            kind = kinds.MAP if maps else kinds.BLOCKS
+            if maps:
+                described = left.pop(0)
+                if described["fp4_padded"]:
+                    return None
+                encoding = _encoding(described)
+        if kind is None:
+            return None
+        slots.append((name, kind, encoding))
+    return slots
+
+
+def _encoding(described: dict[str, Any]) -> tuple[int, int, int, list[int]]:
+    """The element's type as the driver numbers it and its size, the swizzle, and the box."""
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+
+    element = TMA_DTYPE_DEVICE_TO_HOST[described["elem_type"]]
+    return element, described["elem_size"], described["swizzle"], list(described["block_size"])
