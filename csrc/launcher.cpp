@@ -54,13 +54,25 @@ struct Plan {
   std::vector<py::object> alive;  // the compiled kernel, and the constants that the key knows by their address
 };
 
-const at::Tensor* tensor_of(PyObject* value) { return THPVariable_Check(value) ? &THPVariable_Unpack(value) : nullptr; }
+// The value of an argument, borrowed. tensor: itself, or the tensor that is read by blocks; nullptr otherwise.
+struct Value {
+  PyObject* object = nullptr;
+  const at::Tensor* tensor = nullptr;
+  PyObject* block_shape = nullptr;
+};
 
-// The tensor of a pair (tensor, block shape), as kernels/plans.py gives what is read by blocks.
-const at::Tensor* tensor_in_blocks(PyObject* value) {
-  const bool is_pair = PyTuple_Check(value) && PyTuple_GET_SIZE(value) == 2 && PyTuple_Check(PyTuple_GET_ITEM(value, 1));
-  return is_pair ? tensor_of(PyTuple_GET_ITEM(value, 0)) : nullptr;
+const at::Tensor* tensor_of(PyObject* object) {
+  return THPVariable_Check(object) ? &THPVariable_Unpack(object) : nullptr;
 }
+
+// An attribute that its owner keeps alive.
+PyObject* attribute_of(PyObject* owner, PyObject* name) {
+  const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(owner, name));
+  if (!found) throw py::error_already_set();
+  return found.ptr();
+}
+
+using Values = c10::SmallVector<Value, 32>;
 
 uint64_t address_of(const at::Tensor& x) { return reinterpret_cast<uint64_t>(x.data_ptr()); }
 
@@ -95,38 +107,39 @@ bool append_constant(Key& key, PyObject* value) {
 }
 
 // Appends what the compiled code depends on: at least what Triton compiles for anew. False: Triton has to launch.
-bool append_argument(Key& key, PyObject* value, at::Device device) {
-  const auto is_there = [device](const at::Tensor& x) { return x.device() == device; };
-  const auto dtype_of = [](const at::Tensor& x) { return static_cast<uint64_t>(x.scalar_type()); };
-  if (const at::Tensor* x = tensor_of(value)) {
-    key.append({4, dtype_of(*x), static_cast<uint64_t>(address_of(*x) % 16 == 0)});
-    return is_there(*x);
-  }
-  if (const at::Tensor* x = tensor_in_blocks(value)) {
-    PyObject* block = PyTuple_GET_ITEM(value, 1);
-    key.append({5, dtype_of(*x)});
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(block); ++i) {
-      if (!append_constant(key, PyTuple_GET_ITEM(block, i))) return false;
+bool append_argument(Key& key, const Value& value, at::Device device) {
+  PyObject* object = value.object;
+  if (value.tensor != nullptr) {
+    const at::Tensor& x = *value.tensor;
+    const auto dtype = static_cast<uint64_t>(x.scalar_type());
+    if (value.block_shape == nullptr) {
+      key.append({4, dtype, static_cast<uint64_t>(address_of(x) % 16 == 0)});
+      return x.device() == device;
     }
-    return PyTuple_GET_SIZE(block) == x->dim() && is_there(*x) && fits_tma(*x);
+    key.append({5, dtype});
+    if (!PyList_CheckExact(value.block_shape) || PyList_GET_SIZE(value.block_shape) != x.dim()) return false;
+    for (int64_t i = 0; i < x.dim(); ++i) {
+      if (!append_constant(key, PyList_GET_ITEM(value.block_shape, i))) return false;
+    }
+    return x.device() == device && fits_tma(x);
   }
-  if (PyFloat_Check(value)) {
+  if (PyFloat_Check(object)) {
     key.push_back(6);
     return true;
   }
-  if (PyBool_Check(value)) {
+  if (PyBool_Check(object)) {
     key.push_back(7);
     return true;
   }
-  if (PyLong_CheckExact(value)) {
+  if (PyLong_CheckExact(object)) {
     int overflow = 0;
-    const int64_t number = PyLong_AsLongLongAndOverflow(value, &overflow);
+    const int64_t number = PyLong_AsLongLongAndOverflow(object, &overflow);
     const bool is_short = number == static_cast<int32_t>(number);
     key.push_back(8 | is_short << 8 | (number == 1) << 9 | (number % 16 == 0) << 10);
     return overflow == 0;
   }
   key.push_back(9);
-  return value == Py_None;
+  return object == Py_None;
 }
 
 // The tensor map of a tensor, made once for each address and layout: a map holds numbers and nothing of the memory.
@@ -159,7 +172,7 @@ const driver::TensorMap& tensor_map(const at::Tensor& x, const Slot& slot) {
 // The parameters of one launch, in the order in which the compiled code expects them.
 class Parameters {
  public:
-  Parameters(const Plan& plan, const std::vector<PyObject*>& values) {
+  Parameters(const Plan& plan, const Values& values) {
     for (const Slot& slot : plan.slots) add(slot, values[slot.argument]);
     add(uint64_t(0));  // no scratch memory
     add(uint64_t(0));  // no profiler's scratch memory
@@ -167,16 +180,16 @@ class Parameters {
   void** pointers() { return pointers_.data(); }
 
  private:
-  void add(const Slot& slot, PyObject* value) {
-    if (slot.kind == Kind::kPointer) return add(value == Py_None ? 0 : address_of(*tensor_of(value)));
-    if (slot.kind == Kind::kInteger) return add(static_cast<uint64_t>(PyLong_AsLongLong(value)));
+  void add(const Slot& slot, const Value& value) {
+    if (slot.kind == Kind::kPointer) return add(address_of(*value.tensor));
+    if (slot.kind == Kind::kInteger) return add(static_cast<uint64_t>(PyLong_AsLongLong(value.object)));
     if (slot.kind == Kind::kFloat) {
-      const float number = static_cast<float>(PyFloat_AS_DOUBLE(value));
+      const float number = static_cast<float>(PyFloat_AS_DOUBLE(value.object));
       uint32_t bits;
       std::memcpy(&bits, &number, sizeof bits);
       return add(uint64_t(bits));
     }
-    const at::Tensor& x = *tensor_in_blocks(value);
+    const at::Tensor& x = *value.tensor;
     if (slot.kind == Kind::kMap) {
       pointers_[count_++] = &(maps_[map_count_++] = tensor_map(x, slot));
     } else {
@@ -216,8 +229,9 @@ void ensure_context(int device) {
 // The plans of one kernel. All methods need the GIL.
 class Plans {
  public:
-  Plans(const std::vector<std::pair<std::string, bool>>& parameters, py::object device, py::object stream, bool on_gpu)
-      : device_(std::move(device)), stream_(std::move(stream)), on_gpu_(on_gpu) {
+  Plans(const std::vector<std::pair<std::string, bool>>& parameters, py::object device, py::object stream,
+        py::object blocks, bool on_gpu)
+      : device_(std::move(device)), stream_(std::move(stream)), blocks_(std::move(blocks)), on_gpu_(on_gpu) {
     for (const auto& [name, is_constant] : parameters) {
       names_.push_back(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name.c_str())));
       is_constant_.push_back(is_constant);
@@ -226,7 +240,7 @@ class Plans {
 
   bool launch(const py::tuple& grid, const py::dict& arguments) const {
     const int device = py::cast<int>(device_());
-    std::vector<PyObject*> values;
+    Values values;
     Key key;
     if (!describe(arguments, device, values, key)) return false;
     const auto found = plans_.find(key);
@@ -253,7 +267,7 @@ class Plans {
   using Layout = std::tuple<int, int, int, std::vector<uint32_t>>;
   bool add(const py::dict& arguments, const py::object& compiled, uint64_t function, unsigned num_warps,
            unsigned shared_bytes, const std::vector<std::tuple<std::string, Kind, Layout>>& slots) {
-    std::vector<PyObject*> values;
+    Values values;
     Key key;
     if (!describe(arguments, py::cast<int>(device_()), values, key)) return false;
     Plan plan{reinterpret_cast<void*>(function), 32 * num_warps, shared_bytes, {}, {compiled}};
@@ -263,16 +277,15 @@ class Plans {
       const size_t index = std::find_if(names_.begin(), names_.end(), is_named) - names_.begin();
       if (index == names_.size()) throw py::value_error("the kernel has no argument " + name);
       Slot slot{index, kind, std::get<0>(layout), std::get<1>(layout), std::get<2>(layout), std::get<3>(layout)};
-      check_kind(slot, values[index], name);
+      if (!fits(slot, values[index])) throw py::type_error("the kernel was compiled for another kind of " + name);
       std::reverse(slot.box.begin(), slot.box.end());
-      const bool is_tensor = kind == Kind::kMap || kind == Kind::kBlocks;
-      words += is_tensor ? 2 + 4 * tensor_in_blocks(values[index])->dim() : 1;
+      words += values[index].block_shape == nullptr ? 1 : 2 + 4 * values[index].tensor->dim();
       maps += kind == Kind::kMap;
       plan.slots.push_back(std::move(slot));
     }
     if (words > kMostWords || maps > kMostMaps) return false;
     for (size_t i = 0; i < values.size(); ++i) {
-      if (is_constant_[i] && values[i] != nullptr) plan.alive.push_back(py::reinterpret_borrow<py::object>(values[i]));
+      if (is_constant_[i]) plan.alive.push_back(py::reinterpret_borrow<py::object>(values[i].object));
     }
     if (plans_.size() >= kMostPlans) plans_.clear();
     plans_.insert_or_assign(key, std::move(plan));
@@ -282,49 +295,54 @@ class Plans {
   size_t size() const { return plans_.size(); }
 
  private:
-  // The values in the order of the parameters, nullptr where one is not given, and the key of the plan that fits them.
-  bool describe(const py::dict& arguments, int device, std::vector<PyObject*>& values, Key& key) const {
+  // The values in the order of the parameters, empty where one is not given, and the key of the plan that fits them.
+  bool describe(const py::dict& arguments, int device, Values& values, Key& key) const {
+    static PyObject* const base = PyUnicode_InternFromString("base");
+    static PyObject* const block_shape = PyUnicode_InternFromString("block_shape");
     const at::Device place = on_gpu_ ? at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device)) : at::Device(at::kCPU);
-    values.reserve(names_.size());
     key.push_back(device);
     Py_ssize_t given = 0;
     for (size_t i = 0; i < names_.size(); ++i) {
-      PyObject* value = PyDict_GetItemWithError(arguments.ptr(), names_[i].ptr());
-      values.push_back(value);
-      if (value == nullptr) {
+      Value value{PyDict_GetItemWithError(arguments.ptr(), names_[i].ptr())};
+      if (value.object == nullptr) {
         key.push_back(0);
-        continue;
+      } else {
+        ++given;
+        if (is_constant_[i]) {
+          if (!append_constant(key, value.object)) return false;
+        } else {
+          const bool is_in_blocks = reinterpret_cast<PyObject*>(Py_TYPE(value.object)) == blocks_.ptr();
+          value.tensor = tensor_of(is_in_blocks ? attribute_of(value.object, base) : value.object);
+          if (is_in_blocks) value.block_shape = attribute_of(value.object, block_shape);
+          if (!append_argument(key, value, place)) return false;
+        }
       }
-      ++given;
-      if (!(is_constant_[i] ? append_constant(key, value) : append_argument(key, value, place))) return false;
+      values.push_back(value);
     }
     return given == PyDict_GET_SIZE(arguments.ptr());
   }
 
-  static void check_kind(const Slot& slot, PyObject* value, const std::string& name) {
-    bool fits = value != nullptr;
+  static bool fits(const Slot& slot, const Value& value) {
+    const bool is_tensor = value.tensor != nullptr, is_in_blocks = is_tensor && value.block_shape != nullptr;
     switch (slot.kind) {
       case Kind::kPointer:
-        fits = fits && (value == Py_None || tensor_of(value) != nullptr);
-        break;
+        return is_tensor && !is_in_blocks;
       case Kind::kInteger:
-        fits = fits && PyLong_Check(value);
-        break;
+        return value.object != nullptr && PyLong_Check(value.object);
       case Kind::kFloat:
-        fits = fits && PyFloat_Check(value);
-        break;
+        return value.object != nullptr && PyFloat_Check(value.object);
       case Kind::kMap:
+        return is_in_blocks && static_cast<int64_t>(slot.box.size()) == value.tensor->dim();
       case Kind::kBlocks:
-        fits = fits && tensor_in_blocks(value) != nullptr;
-        fits = fits && (slot.kind == Kind::kBlocks ||
-                        static_cast<int64_t>(slot.box.size()) == tensor_in_blocks(value)->dim());
+        return is_in_blocks;
     }
-    if (!fits) throw py::type_error("the argument " + name + " is not what the compiled kernel expects");
+    return false;
   }
 
   std::vector<py::object> names_;
   std::vector<bool> is_constant_;
   py::object device_, stream_;  // the current device's index, and the stream of a device, as Triton asks for them
+  py::object blocks_;           // the type of what is read by blocks
   bool on_gpu_;                 // false in tests: the tensors are in the host's memory
   ByKey<Plan> plans_;
 };
@@ -339,8 +357,8 @@ void define_launcher(py::module_& module) {
       .value("MAP", Kind::kMap)
       .value("BLOCKS", Kind::kBlocks);
   py::class_<Plans>(module, "Plans")
-      .def(py::init<const std::vector<std::pair<std::string, bool>>&, py::object, py::object, bool>(),
-           py::arg("parameters"), py::arg("device"), py::arg("stream"), py::arg("on_gpu"))
+      .def(py::init<const std::vector<std::pair<std::string, bool>>&, py::object, py::object, py::object, bool>(),
+           py::arg("parameters"), py::arg("device"), py::arg("stream"), py::arg("blocks"), py::arg("on_gpu"))
       .def("launch", &Plans::launch, py::arg("grid"), py::arg("arguments"))
       .def("add", &Plans::add, py::arg("arguments"), py::arg("compiled"), py::arg("function"), py::arg("num_warps"),
            py::arg("shared_bytes"), py::arg("slots"))

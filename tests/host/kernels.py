@@ -26,9 +26,9 @@ def every_kind_kernel(
 def arguments(**changes: Any) -> dict[str, Any]:
     return {
         "OUT": torch.zeros(64),
-        "ROWS": Blocks(torch.zeros(64, 32, dtype=torch.bfloat16), (16, 32)),
+        "ROWS": Blocks(torch.zeros(64, 32, dtype=torch.bfloat16), [16, 32]),
         "WEIGHT": None,
-        "COLS": Blocks(torch.zeros(48, 64, dtype=torch.bfloat16)[:, 32:], (16, 32)),
+        "COLS": Blocks(torch.zeros(48, 64, dtype=torch.bfloat16)[:, 32:], [16, 32]),
         "n": 48,
         "plain": 1,
         "offset": 1 << 40,

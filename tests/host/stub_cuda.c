@@ -9,7 +9,7 @@ static size_t kept_bytes;
 static int encodes, launches, contexts;
 static CUresult answer = CUDA_SUCCESS;
 
-/* How many bytes the parameters of the next launches have. */
+/* How many bytes each parameter of the next launch has. Of later launches no parameters are read. */
 void stub_sizes(const size_t *of_each, size_t how_many) {
   memcpy(sizes, of_each, how_many * sizeof *sizes);
   count = how_many;
@@ -37,6 +37,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   keep(&config->hStream, sizeof config->hStream);
   keep(&function, sizeof function);
   for (size_t i = 0; i < count; ++i) keep(parameters[i], sizes[i]);
+  count = 0;
   return answer;
 }
 

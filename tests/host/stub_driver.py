@@ -63,6 +63,7 @@ class Stub:
         self._library = library
 
     def expect(self, compiled: Any) -> None:
+        """Keep the parameters of the next launch, which is of this kernel."""
         sizes = parameter_bytes(compiled)
         self._library.stub_sizes((ctypes.c_size_t * len(sizes))(*sizes), ctypes.c_size_t(len(sizes)))
 
@@ -78,6 +79,10 @@ class Stub:
     @property
     def encodes(self) -> int:
         return self._library.stub_encodes()
+
+    @property
+    def contexts(self) -> int:
+        return self._library.stub_contexts()
 
     @property
     def launches(self) -> int:
