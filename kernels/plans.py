@@ -20,7 +20,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastkd.native import extension
 
-FLOAT, POINTER = "fp32", "*"
 INTEGERS = ("i1", "i8", "i16", "i32", "i64", "u1", "u8", "u16", "u32", "u64")
 OPTIONS = ("num_warps", "num_stages")
 _runtime = triton.knobs.runtime
@@ -47,11 +46,11 @@ class Blocks(TensorDescriptor):
         self.base, self.block_shape = base, block_shape
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:
         return self.base.shape
 
     @property
-    def strides(self) -> tuple[int, ...]:  # type: ignore[override]
+    def strides(self) -> tuple[int, ...]:
         return self.base.stride()
 
 
@@ -62,9 +61,9 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     that the kernel reads by blocks is given as :class:`Blocks`.
     """
     known = _known.get(id(kernel)) or _first_met(kernel)
-    if known.plans is None:
+    if known.plans is None or _is_watched():
         kernel[grid](**arguments)
-    elif _is_watched() or not known.plans.launch(grid, arguments):
+    elif not known.plans.launch(grid, arguments):
         _remember(known.plans, kernel[grid](**arguments), arguments)
 
 
@@ -115,11 +114,12 @@ def _is_watched() -> bool:
 
 def _remember(plans: Any, compiled: Any, arguments: dict[str, Any]) -> None:
     """Let the extension launch ``compiled`` where such arguments come again, if it can."""
+    if compiled is None:  # a hook has taken the place of Triton's compiler
+        return
     metadata = compiled.metadata
     slots = _slots(compiled.src.signature, getattr(metadata, "tensordesc_meta", None))
-    if slots is None or any(getattr(metadata, name, wanted) != wanted for name, wanted in COVERED.items()):
-        return
-    plans.add(arguments, compiled, compiled.function, metadata.num_warps, metadata.shared, slots)
+    if slots is not None and all(getattr(metadata, name, wanted) == wanted for name, wanted in COVERED.items()):
+        plans.add(arguments, compiled, compiled.function, metadata.num_warps, metadata.shared, slots)
 
 
 def _slots(signature: dict[str, Any], maps: list[Any] | None) -> list[tuple[str, Any, tuple[Any, ...]]] | None:
@@ -128,30 +128,30 @@ def _slots(signature: dict[str, Any], maps: list[Any] | None) -> list[tuple[str,
     ``signature``: {name: Triton's type}. ``maps``: Triton's metadata of every tensor that is read by blocks; empty
     where the hardware has no tensor maps.
     """
-    kinds, left, slots = _launcher().Kind, list(maps or ()), []
-    for name, of_type in signature.items():
-        kind, encoding = None, (0, 0, 0, [])
-        if of_type == "constexpr":
-            continue
-        if not isinstance(of_type, str):
-            return None
-        if of_type.startswith(POINTER):
-            kind = kinds.POINTER
-        elif of_type in INTEGERS:
-            kind = kinds.INTEGER
-        elif of_type == FLOAT:
-            kind = kinds.FLOAT
-        elif of_type.startswith("tensordesc<"):
-            kind = kinds.MAP if maps else kinds.BLOCKS
-            if maps:
-                described = left.pop(0)
-                if described["fp4_padded"]:
-                    return None
-                encoding = _encoding(described)
-        if kind is None:
-            return None
-        slots.append((name, kind, encoding))
+    kinds = {name: _kind(of_type) for name, of_type in signature.items() if of_type != "constexpr"}
+    if None in kinds.values() or any(described["fp4_padded"] for described in maps or ()):
+        return None
+    left = iter(maps or ())
+    slots: list[tuple[str, Any, tuple[Any, ...]]] = []
+    for name, kind in kinds.items():
+        described = next(left, None) if kind == _launcher().Kind.BLOCKS else None
+        if described is None:
+            slots.append((name, kind, (0, 0, 0, [])))
+        else:
+            slots.append((name, _launcher().Kind.MAP, _encoding(described)))
     return slots
+
+
+def _kind(of_type: Any) -> Any:
+    """What the extension calls an argument of Triton's type; None where it has no name for it."""
+    kinds = _launcher().Kind
+    if not isinstance(of_type, str):
+        return None
+    if of_type.startswith("*"):
+        return kinds.POINTER
+    if of_type.startswith("tensordesc<"):
+        return kinds.BLOCKS
+    return kinds.FLOAT if of_type == "fp32" else kinds.INTEGER if of_type in INTEGERS else None
 
 
 def _encoding(described: dict[str, Any]) -> tuple[int, int, int, list[int]]:

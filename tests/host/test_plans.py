@@ -54,8 +54,9 @@ def test_the_driver_receives_what_triton_gives_it(capability: int, library: Path
 rows = torch.zeros(80, 96, dtype=torch.bfloat16)
 changes = [
     {}, {"n": 1}, {"n": 7}, {"n": -16}, {"n": 0}, {"n": 1 << 31}, {"plain": 1 << 40}, {"plain": 16}, {"offset": 3},
-    {"factor": -2.5e-3}, {"is_last": False}, {"OUT": torch.zeros(64, dtype=torch.float64)}, {"OUT": torch.zeros(65)[1:]},
-    {"WEIGHT": torch.ones(64)}, {"WEIGHT": torch.ones(65)[1:]}, {"num_warps": 1}, {"PRECISION": "ieee"},
+    {"factor": -2.5e-3}, {"is_last": False}, {"OUT": torch.zeros(64, dtype=torch.float64)},
+    {"OUT": torch.zeros(65)[1:]}, {"WEIGHT": torch.ones(64)}, {"WEIGHT": torch.ones(65)[1:]}, {"num_warps": 1},
+    {"PRECISION": "ieee"},
     {"ROWS": plans.Blocks(rows[:64, 64:], [16, 32])}, {"ROWS": plans.Blocks(rows[8:, :32], [16, 32])},
     {name: plans.Blocks(torch.zeros(64, 32), [16, 32]) for name in ("ROWS", "COLS")},
     {"BLOCK": 32, **{name: plans.Blocks(rows, [32, 64]) for name in ("ROWS", "COLS")}},
