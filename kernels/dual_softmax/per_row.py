@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from fastkd.kernels.normalize import input_gradients
+from fastkd.kernels.plans import launch
 from fastkd.kernels.tiles import BLOCK_ROWS, LARGEST_G, LN2, LOG2E, store_numbers
 from torch import Tensor
 
@@ -113,7 +114,9 @@ def statistics(state: Tensor, scale: Tensor, weight: Tensor | None, *, swapped: 
     splits, _, n = state.shape
     loss = torch.empty(2, n, dtype=torch.float32, device=state.device)
     stats = torch.empty(3, n, dtype=torch.float32, device=state.device)
-    statistics_kernel[(triton.cdiv(n, BLOCK_ROWS),)](
+    launch(
+        statistics_kernel,
+        (triton.cdiv(n, BLOCK_ROWS),),
         STATE=state,
         SCALE=scale,
         WEIGHT=weight,
