@@ -2,8 +2,11 @@
 
 ``out[b] = P x[b]`` with x[b] [H W, C] and P [M, H W], and its gradient is ``P^T grad[b]``: one read of the map and one
 write of the rows, in either memory format, for all scales at once. Larger maps take the axes one after the other, with
-the stacked ``P_w`` [N, W] of all scales (N columns of windows in all) and then each scale's ``P_h``: N H W + M H
-multiplications a channel instead of M H W.
+the stacked ``P_h`` and then each scale's ``P_w`` if the channels are last, and the other way round if they are not.
+With N rows (columns) of windows in all, that is N H W + M W multiplications per channel instead of M H W.
+
+Where the sides and strides of the windows have a common divisor, all windows are made of the same cells. The map is
+then averaged over the cells, which is one read at the speed of memory, and the cells are pooled like a smaller map.
 
 A product spreads 0 * inf = NaN over all rows of its sample and channel: the first row shows whether that has happened,
 and such samples go through torch's pooling. So do maps whose matrices would be large, and other devices than the CPU,
@@ -20,11 +23,11 @@ from torch import Tensor
 
 from fastkd.numerics import accumulation_dtype, unit_rows, window_counts
 
-BLOCK_ELEMENTS = 1 << 19  # of the map or of the rows, at a time: 2 MiB in float32
+BLOCK_ELEMENTS = 1 << 21  # of the map or of the rows, at a time: 8 MiB in float32
 MATRIX_ELEMENTS = 1 << 20  # a matrix no longer than this may be built
 # How many multiplications in one product take the time of one in two products (one core, 7 x 7 to 56 x 56 maps).
 ONE_PRODUCT = 3.4
-SHORT_ROW = 16
+SHORT_ROW = 16  # positions: torch adds shorter rows slower than a product does
 NORM_RANGE = 1e-12, 1e15  # where float32 squares neither vanish nor overflow
 
 
@@ -130,7 +133,7 @@ def _cell_means(x: Tensor, height: int, width: int, channels_last: bool) -> Tens
 
 def _pool(x: Tensor, windows: list[int], strides: list[int], rows: Tensor) -> None:
     """``rows`` [b, M, C] = the averages of x [b, C, H, W]."""
-    b, C, H, W = x.shape
+    b, _, H, W = x.shape
     channels_last = x.stride(1) < x.stride(3)
     if x.device.type == "cpu" and (cell := cell_of(x.shape, windows, strides, channels_last)) != (1, 1):
         x = _cell_means(x, *cell, channels_last)
@@ -155,9 +158,10 @@ def _pool(x: Tensor, windows: list[int], strides: list[int], rows: Tensor) -> No
 def _spread(rows: Tensor, windows: list[int], strides: list[int], grad: Tensor) -> Tensor:
     """``grad`` [b, C, H, W] = for every position the sum of its windows' ``rows`` [b, M, C], divided by their areas."""
     b, C, H, W = grad.shape
-    if rows.device.type == "cpu" and (cell := cell_of(grad.shape, windows, strides, not grad.is_contiguous())) != (1, 1):
+    channels_last = not grad.is_contiguous()
+    if rows.device.type == "cpu" and (cell := cell_of(grad.shape, windows, strides, channels_last)) != (1, 1):
         h, w = H // cell[0], W // cell[1]
-        memory_format = torch.contiguous_format if grad.is_contiguous() else torch.channels_last
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
         part = torch.empty((b, C, h, w), dtype=rows.dtype, memory_format=memory_format)
         _spread(rows, _on_cells(windows, cell), _on_cells(strides, cell), part).div_(cell[0] * cell[1])
         if (h * cell[0], w * cell[1]) != (H, W):
@@ -170,10 +174,10 @@ def _spread(rows: Tensor, windows: list[int], strides: list[int], grad: Tensor) 
         return _spread_windows(rows, windows, strides, grad)
     if way == "product":
         P = _matrix(H, W, tuple(windows), tuple(strides), rows.dtype)
-        if grad.is_contiguous():
-            torch.bmm(rows.transpose(1, 2), P.expand(b, -1, -1), out=grad.view(b, C, H * W))
-        else:
+        if channels_last:
             torch.bmm(P.T.expand(b, -1, -1), rows, out=grad.permute(0, 2, 3, 1).view(b, H * W, C))
+        else:
+            torch.bmm(rows.transpose(1, 2), P.expand(b, -1, -1), out=grad.view(b, C, H * W))
     else:
         _spread_axes(rows, windows, strides, grad)
     bad = ~grad[:, :, 0, 0].isfinite().all(dim=1)
@@ -200,7 +204,7 @@ def _spread_axes(rows: Tensor, windows: list[int], strides: list[int], grad: Ten
     b, C, H, W = grad.shape
     P_h, P_w = _axes(H, W, tuple(windows), tuple(strides), rows.dtype)
     channels_last = not grad.is_contiguous()
-    outer, inner = (P_h, P_w) if channels_last else (P_w, P_h)
+    outer = P_h if channels_last else P_w
     strips = rows.new_empty(b, sum(map(len, outer)), *((W, C) if channels_last else (C, H)))
     parts = strips.split([len(scale) for scale in outer], dim=1)
     for part, height, width, i in zip(parts, P_h, P_w, _slices(H, W, windows, strides), strict=True):
