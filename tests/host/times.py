@@ -60,14 +60,14 @@ def main() -> None:
         forward = {
             **{name: plans.Blocks(x, [128, 128]) for name, x in zip(("A_rows", "B_rows"), rows, strict=True)},
             **{name: plans.Blocks(x, [64, 128]) for name, x in zip(("A_cols", "B_cols"), rows, strict=True)},
-            **{"SCALE": scale, "STATE": state, "n": 1024, "n_cols": 1024, "offset": 0, "tiles_per_split": 4},
-            **{"BLOCK_M": 128, "BLOCK_N": 64, "PRECISION": "tf32", "BOUNDED": True, "HAS_CARRY": False},
-            **{"num_warps": 8, "num_stages": 2},
-        }
+            "SCALE": scale, "STATE": state, "n": 1024, "n_cols": 1024, "offset": 0, "tiles_per_split": 4,
+            "BLOCK_M": 128, "BLOCK_N": 64, "PRECISION": "tf32", "BOUNDED": True, "HAS_CARRY": False,
+            "num_warps": 8, "num_stages": 2,
+        }  # fmt: skip
         statistics = {
-            **{"STATE": state, "SCALE": scale, "WEIGHT": None, "STATS": numbers[:3], "LOSS": numbers[3:], "n": 1024},
-            **{"splits": 4, "BLOCK_M": 128, "HAS_WEIGHT": False, "IS_SWAPPED": False, "num_warps": 4},
-        }
+            "STATE": state, "SCALE": scale, "WEIGHT": None, "STATS": numbers[:3], "LOSS": numbers[3:], "n": 1024,
+            "splits": 4, "BLOCK_M": 128, "HAS_WEIGHT": False, "IS_SWAPPED": False, "num_warps": 4,
+        }  # fmt: skip
         for title, cases in (
             ("dual_softmax forward", ways(forward_kernel, (8, 4, 1), forward)),
             ("dual_softmax statistics", ways(statistics_kernel, (8, 1, 1), statistics)),
