@@ -122,12 +122,12 @@ def table_with(hardware: str, entry: Entry, config: LaunchConfig) -> Iterator[No
     table = launch.TABLE[hardware]
     before = table[entry.key]
     table[entry.key] = config
-    launch.launch_config.cache_clear()
+    launch.clear_caches()
     try:
         yield
     finally:
         table[entry.key] = before
-        launch.launch_config.cache_clear()
+        launch.clear_caches()
 
 
 def compiled(hardware: str, entry: Entry, config: LaunchConfig) -> LaunchConfig | None:

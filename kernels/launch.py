@@ -9,11 +9,13 @@ too. Cards of compute capability 12.x also use them; there ``dual_softmax`` spil
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 HARDWARE = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 STREAMING = ("dual_softmax_forward", "dual_softmax_backward", "contrast_forward", "contrast_backward", "contrast_self")
 
@@ -166,6 +168,21 @@ _INTERPRETER: _Lines = {
 }
 
 
+_caches: list[Any] = []
+
+
+def cached(function: Function) -> Function:
+    """A cache of what follows from the table; :func:`clear_caches` empties all of them when the table has changed."""
+    cache = functools.lru_cache(maxsize=4096)(function)
+    _caches.append(cache)
+    return cast(Function, cache)
+
+
+def clear_caches() -> None:
+    for cache in _caches:
+        cache.cache_clear()
+
+
 def table_of(*parts: _Lines) -> dict[Entry, LaunchConfig]:
     """The entries of all parts; a later part replaces what an earlier one says."""
     table = {}
@@ -186,7 +203,7 @@ TABLE = {
 }
 
 
-@functools.cache
+@cached
 def launch_config(
     kernel: str, *, hardware: str, dtype: torch.dtype = torch.float32, width: int = 0, bounded: bool | None = None
 ) -> LaunchConfig:
@@ -204,7 +221,7 @@ def launch_config(
     return holds[min(holds)]
 
 
-@functools.cache
+@cached
 def fits(dtype: torch.dtype, width: int, hardware: str) -> bool:
     """Whether rows of this padded width fit the streaming kernels; wider rows go through matrix products."""
     widest = {
@@ -250,7 +267,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-@functools.cache
+@cached
 def column_splits(row_blocks: int, column_tiles: int, slots: int) -> int:
     """The number of programs over which the columns of a row-block are split, so that ``slots`` programs stay busy.
 

@@ -5,13 +5,12 @@ tiles need masks: those that may hold positives of the row-block, and a last one
 They are the edge, and have a loop of their own, so that the loop over all other tiles has no mask.
 """
 
-import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.launch import LaunchConfig, cdiv, column_splits, hardware_of, launch_config, multiprocessors
+from fastkd.kernels.launch import LaunchConfig, cached, cdiv, column_splits, hardware_of, launch_config, multiprocessors
 from fastkd.kernels.plans import Blocks
 from torch import Tensor
 
@@ -100,7 +99,7 @@ def tiling(
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@cached
 def _tiling(
     kernel: str,
     n: int,

@@ -23,9 +23,10 @@ def is_traced(*inputs: Tensor | None) -> bool:
     """Whether something looks at the operation on these inputs, rather than at its result."""
     if torch.compiler.is_compiling():
         return True
-    return any(x is not None and type(x) not in _PLAIN for x in inputs) or any(
-        _get_dispatch_mode(mode) is not None for mode in _TRACERS
-    )
+    for x in inputs:
+        if x is not None and type(x) not in _PLAIN:
+            return True
+    return torch._C._len_torch_dispatch_stack() > 0 and any(_get_dispatch_mode(mode) is not None for mode in _TRACERS)
 
 
 def computing(x: Tensor) -> Any:
