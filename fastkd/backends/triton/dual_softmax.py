@@ -49,6 +49,8 @@ class _Pass:
 class Forward(_Pass):
     """As :class:`fastkd.backends.blocked.dual_softmax.Forward`."""
 
+    kept: tuple[Tensor, ...] = ()
+
     def _add(self, columns: Tensor, offset: int, cols: slice) -> None:
         with torch.cuda.device_of(columns):
             self._sums = self._kernels.running_statistics(
@@ -61,15 +63,17 @@ class Forward(_Pass):
                 all_columns=self._columns,
             )
 
-    def finish(self, weight: Tensor | None, is_swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted sums of contrast and consistency, and [3, n]: both log-sum-exps and E."""
+    def finish(
+        self, weight: Tensor | None, is_swapped: bool, factors: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted sums of contrast and consistency, times the factors, and [3, n]: both log-sum-exps and E."""
         if self._sums is None:
             nothing = self._scale.new_zeros(3, 0)
             return nothing[0].sum(), nothing[1].sum(), nothing
         weight = None if weight is None else weight.contiguous()
         with torch.cuda.device_of(self._sums):
-            loss, stats = statistics(self._sums, self._scale, weight, swapped=is_swapped)
-            return loss[0].sum(), loss[1].sum(), stats
+            loss, stats = statistics(self._sums, self._scale, weight, swapped=is_swapped, factors=factors)
+            return *loss.sum(dim=1).unbind(), stats
 
 
 def numbers(stats: Tensor) -> Tensor:
@@ -80,23 +84,47 @@ def numbers(stats: Tensor) -> Tensor:
 class Backward(_Pass):
     """As :class:`fastkd.backends.blocked.dual_softmax.Backward`."""
 
-    def __init__(self, rows: DualRows, stats: Tensor, upstream: DualUpstream, need_a: bool, need_b: bool) -> None:
+    def __init__(
+        self,
+        rows: DualRows,
+        stats: Tensor,
+        upstream: DualUpstream,
+        need_a: bool,
+        need_b: bool,
+        kept: tuple[Tensor, ...] = (),
+    ) -> None:
         super().__init__(rows)
         self._needs: dict[str, Any] = {"need_a": need_a, "need_b": need_b}
-        everyone, weight, *grads, is_swapped = upstream
-        weight = None if weight is None else weight.contiguous()
-        with torch.cuda.device_of(everyone):
-            self._coef, self._unscale = coefficients(
-                everyone, weight, *grads, self._scale, swapped=is_swapped, bounded=self._bounded
+        self._everyone, weight, *self._grads, self._is_swapped, self._factors = upstream
+        self._weight = None if weight is None else weight.contiguous()
+        self._largest_weight = None if weight is None else weight.amax()
+        self._tile = self._kernels.tile_columns(self._units, bounded=self._bounded)
+        if self._units.numel():
+            self._coef, self._unscale = self._coefficients(slice(0, self._units.shape[1]))
+
+    def _coefficients(self, cols: slice) -> tuple[Tensor, Tensor]:
+        """The factors of G of a block of columns, whose tiles start with the block, and what undoes their scaling."""
+        with torch.cuda.device_of(self._everyone):
+            return coefficients(
+                self._everyone[:, cols],
+                None if self._weight is None else self._weight[cols],
+                self._largest_weight,
+                *self._grads,
+                self._scale,
+                swapped=self._is_swapped,
+                bounded=self._bounded,
+                tile=self._tile,
+                factors=self._factors,
             )
 
     def _add(self, columns: Tensor, offset: int, cols: slice) -> None:
+        column_coef = self._coef if columns is self._units else self._coefficients(cols)[0]
         with torch.cuda.device_of(columns):
             self._sums = self._kernels.gradient_sums(
                 self._units,
                 columns,
-                self._coef[:, : self._units.shape[1]],
-                self._coef[:, cols],
+                self._coef,
+                column_coef,
                 self._scale,
                 offset=offset,
                 bounded=self._bounded,
