@@ -39,7 +39,7 @@ class LaunchConfig:
 class Entry(NamedTuple):
     """What a line of the table is for: a kernel, its dtype's size, the widest row it holds, and BOUNDED.
 
-    ``itemsize`` 0: every dtype. ``width``: padded D, or the number of classes; 0: rows of any width.
+    ``itemsize`` 0: every dtype. ``width``: padded D, or the number of classes or of a map's positions; 0: any.
     ``bounded``: None for kernels that have no BOUNDED.
     """
 
@@ -71,7 +71,7 @@ _SM80: _Lines = {
         **_by_size(LaunchConfig(64, 32, 8, 2), LaunchConfig(32, 32, 8, 2)),
         (2, 128): LaunchConfig(32, 32, 8, 2),
     },
-    "multiscale_pool": {(0, 0): LaunchConfig(32, 64, 8, 1)},
+    "multiscale_pool": {(0, 64): LaunchConfig(32, 32, 4, 3), (0, 0): LaunchConfig(32, 64, 8, 3)},
 }
 _SM90: _Lines = {
     "dual_softmax_forward": {
@@ -110,10 +110,14 @@ _SM90: _Lines = {
         (4, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
         (4, 128): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
     },
-    "multiscale_pool": {(0, 0): LaunchConfig(64, 64, 8, 1)},
+    "multiscale_pool": {
+        (0, 64): LaunchConfig(64, 32, 4, 3),
+        (2, 0): LaunchConfig(64, 64, 8, 3),
+        (4, 0): LaunchConfig(32, 64, 8, 3),
+    },
 }
 # What differs from sm_90. In multiscale_pool 64 rows would go through tensor memory, where Triton 3.6 fails to compile,
-# and 32 x 64 spills with 8 warps.
+# and 32 x 64 with 8 warps and 32 x 32 with 2 or 3 stages spill.
 _SM100: _Lines = {
     "dual_softmax_forward": {
         (2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=3),
@@ -137,7 +141,7 @@ _SM100: _Lines = {
         (4, 128): LaunchConfig(64, 32, 4, 2),
     },
     "contrast_self": {(2, 256): LaunchConfig(64, 32, 8, 2), (4, 128): LaunchConfig(64, 32, 4, 2)},
-    "multiscale_pool": {(0, 0): LaunchConfig(32, 32, 4, 1)},
+    "multiscale_pool": dict.fromkeys(_SM90["multiscale_pool"], LaunchConfig(32, 32, 4, 1)),
 }
 _GFX942: _Lines = {
     **{kernel: _by_size(LaunchConfig(64, 16, 4, 1), LaunchConfig(64, 16, 4, 1)) for kernel in STREAMING},
