@@ -21,12 +21,12 @@ from torch import Tensor
 
 from fastkd.backends.blocked.gemm import product
 from fastkd.backends.blocked.sums import (
+    LOG_2,
     MAX_SHARED_SCALE,
     OnlineSums,
     PlainSums,
     RowGradient,
     add_rows,
-    beyond_positive,
     row_blocks,
     row_weights,
     to_raw_rows,
@@ -69,6 +69,7 @@ class _Pass:
 
     def __init__(self, rows: ContrastRows) -> None:
         self._scale, self._mask = scale, mask = rows.scale, rows.mask
+        self._to_logits = scale / LOG_2
         self._q = rows.queries.to(scale.dtype)
         self._is_self = rows.keys is None
         self._k = self._q if rows.keys is None else rows.keys.to(scale.dtype)
@@ -93,7 +94,7 @@ class _Pass:
 
     def _own_negatives(self, rows: slice, cols: slice, workspace: Workspace) -> Tensor:
         """The logits of own queries and keys that the queries' sums are made of; positives by index are taken out."""
-        X = product(self._q[rows], self._k[cols]).mul_(self._scale)
+        X = product(self._q[rows], self._k[cols]).mul_(self._to_logits)
         meets_own = rows.start < cols.stop and cols.start < rows.stop
         if not self._mask.by_label and (meets_own or self._index is not self._own):
             self._positive[rows] = _take_out(X, self._index[rows], cols.start, self._positive[rows])
@@ -178,7 +179,7 @@ class Forward(_Pass):
 
         def tile(rows: slice, cols: slice, workspace: Workspace) -> None:
             others = _shifted(cols, start)
-            X = product(self._q[rows], k[cols]).mul_(self._scale)
+            X = product(self._q[rows], k[cols]).mul_(self._to_logits)
             if self._mask.by_label:
                 self._of_positives[rows] += self._positive_logits(X, rows, others).sum(dim=1)
             self._sums.add(rows, self._drop_equal(X, rows, others, workspace))
@@ -190,15 +191,14 @@ class Forward(_Pass):
 
         By index: the query's loss and its positive's logit; by label: its log-sum-exp and its number of positives.
         """
-        lse = self._sums.logsumexp()
         if not self._mask.by_label:
-            loss = beyond_positive(lse, self._positive)
+            loss = self._sums.beyond_positive(self._positive)
             # An infinite positive would make the other logits vanish.
             loss = loss.where(self._positive.isfinite(), torch.nan)
-            return weighted_sum(loss, weight), torch.stack([loss, self._positive])
-        count = self._mask.positive_counts(len(self._q)).to(lse.dtype)
-        loss = (lse - self._of_positives / count.clamp_min(1)).masked_fill(count == 0, 0)
-        return weighted_sum(loss, weight), torch.stack([lse, count])
+            return weighted_sum(loss, weight), torch.stack([loss, self._positive * LOG_2])
+        count = self._mask.positive_counts(len(self._q)).to(self._scale.dtype)
+        loss = self._sums.above(self._of_positives / count.clamp_min(1)).masked_fill_(count == 0, 0)
+        return weighted_sum(loss, weight), torch.stack([self._sums.logsumexp(), count])
 
 
 class _Probabilities:
@@ -209,28 +209,28 @@ class _Probabilities:
         if mask.by_label:
             without = stats[1] == 0
             lse, w = stats[0].masked_fill(without, torch.inf), w.masked_fill(without, 0)
-        self._lse, self._shared, self.weights = lse, shared, w
+        self._lse, self._shared, self.weights = lse / LOG_2, shared, w
         self._factor = w * (-lse).exp() if shared else w
 
     def of_rows(self, X: Tensor, queries: slice) -> Tensor:
         """Of a tile whose rows are these queries."""
         if not self._shared:
             X.sub_(self._lse[queries, None])
-        return X.exp_().mul_(self._factor[queries, None])
+        return X.exp2_().mul_(self._factor[queries, None])
 
     def of_columns(self, X: Tensor, queries: slice) -> Tensor:
         """Of a tile whose columns are these queries: ``w_j p_ji``."""
         if not self._shared:
             X.sub_(self._lse[queries])
-        return X.exp_().mul_(self._factor[queries])
+        return X.exp2_().mul_(self._factor[queries])
 
     def of_pair(self, X: Tensor, rows: slice, cols: slice, scratch: Tensor) -> Tensor:
         """``w_i p_ij + w_j p_ji`` of a tile in which ``x_ij = x_ji``."""
         factor, lse = self._factor, self._lse
         if self._shared:
-            return X.exp_().mul_(torch.add(factor[rows, None], factor[cols], out=scratch))
-        torch.sub(X, lse[cols], out=scratch).exp_().mul_(factor[cols])
-        return X.sub_(lse[rows, None]).exp_().mul_(factor[rows, None]).add_(scratch)
+            return X.exp2_().mul_(torch.add(factor[rows, None], factor[cols], out=scratch))
+        torch.sub(X, lse[cols], out=scratch).exp2_().mul_(factor[cols])
+        return X.sub_(lse[rows, None]).exp2_().mul_(factor[rows, None]).add_(scratch)
 
 
 class Backward(_Pass):
@@ -298,7 +298,7 @@ class Backward(_Pass):
 
         def tile(rows: slice, cols: slice, workspace: Workspace) -> None:
             others = _shifted(cols, start)
-            X = self._drop_equal(product(self._q[rows], k[cols]).mul_(self._scale), rows, others, workspace)
+            X = self._drop_equal(product(self._q[rows], k[cols]).mul_(self._to_logits), rows, others, workspace)
             G = (self._of_pair if self._is_self else self._of_rows)(X, rows, others, workspace)
             gradient.add(rows, G, k[cols])
 
@@ -312,7 +312,7 @@ class Backward(_Pass):
 
         def tile(rows: slice, cols: slice, workspace: Workspace) -> None:
             others = _shifted(cols, start)
-            X = product(self._k[rows], q[cols]).mul_(self._scale)
+            X = product(self._k[rows], q[cols]).mul_(self._to_logits)
             G = self._probabilities.of_columns(self._drop_equal(X, rows, others, workspace, by_key=True), others)
             if self._mask.by_label:
                 same = next(workspace(slice(0, len(X)), slice(0, X.shape[1])))
