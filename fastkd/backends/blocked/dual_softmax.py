@@ -127,13 +127,16 @@ class TiledForward(_Pass):
 
         self._for_each(a, tile, 2)
 
-    def finish(self, weight: Tensor | None, is_swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted sums of contrast and consistency, and (la, lc, E, X_ii) [4, n]."""
+    def finish(
+        self, weight: Tensor | None, is_swapped: bool, factors: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted sums of contrast and consistency, each times its factor, and (la, lc, E, X_ii) [4, n]."""
         positive = self._positive
         la, lc = (sums.beyond_positive(positive) for sums in (self._p, self._q))
         E, positive = self._p.mean(positive) * LOG_2, positive * LOG_2
-        contrast = weighted_sum(lc if is_swapped else la, weight)
-        return contrast, weighted_sum(E - la + lc, weight), torch.stack([la, lc, E, positive])
+        sums = (weighted_sum(rows, weight) for rows in (lc if is_swapped else la, E - la + lc))
+        contrast, consistency = (total * factor for total, factor in zip(sums, factors, strict=True))
+        return contrast, consistency, torch.stack([la, lc, E, positive])
 
 
 def numbers(stats: Tensor) -> Tensor:
@@ -187,10 +190,18 @@ class TiledBackward(_Pass):
     ``stats`` [4, n]: what :class:`TiledForward` found.
     """
 
-    def __init__(self, rows: DualRows, stats: Tensor, upstream: DualUpstream, need_a: bool, need_b: bool) -> None:
+    def __init__(
+        self,
+        rows: DualRows,
+        stats: Tensor,
+        upstream: DualUpstream,
+        need_a: bool,
+        need_b: bool,
+        kept: tuple[Tensor, ...] = (),
+    ) -> None:
         super().__init__(rows)
-        everyone, weight, *grads, is_swapped = upstream
-        w, k = (row_weights(weight, grad, everyone[0]) for grad in grads)
+        everyone, weight, *grads, is_swapped, factors = upstream
+        w, k = (row_weights(weight, grad * factor, everyone[0]) for grad, factor in zip(grads, factors, strict=True))
         wp, wq = (torch.zeros_like(w), w) if is_swapped else (w, torch.zeros_like(w))
         n = len(self._a)
         la, lc, E, _ = stats

@@ -59,11 +59,13 @@ class Forward:
         self.kept = exponentials, t, others.mul_(t)
         self._stats = torch.cat([losses.view(-1), E, positive.mul_(LOG_2)]).view(4, -1)
 
-    def finish(self, weight: Tensor | None, is_swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(
+        self, weight: Tensor | None, is_swapped: bool, factors: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As the tiles'."""
         la, lc, E, _ = self._stats
-        consistency = (E - la).add_(lc)
-        return weighted_sum(lc if is_swapped else la, weight), weighted_sum(consistency, weight), self._stats
+        contrast, consistency = lc if is_swapped else la, (E - la).add_(lc)
+        return weighted_sum(contrast, weight) * factors[0], weighted_sum(consistency, weight) * factors[1], self._stats
 
 
 class Backward:
@@ -88,8 +90,10 @@ class Backward:
             forward.add_own()
             self._kept = forward.kept
         (U, V, W), (to_p, to_q), (rest_p, rest_q) = self._kept
-        _, weight, *grads, is_swapped = self._upstream
-        w, k = (grad.to(U.dtype) if weight is None else weight.to(U.dtype) * grad for grad in grads)
+        _, weight, *grads, is_swapped, factors = self._upstream
+        w, k = (grad.to(U.dtype) * factor for grad, factor in zip(grads, factors, strict=True))
+        if weight is not None:
+            w, k = weight.to(U.dtype) * w, weight.to(U.dtype) * k
         kE, x = k * self._stats[2], k + w if is_swapped else k
         r = kE.neg() if is_swapped else w - kE
         # G_ii = -(1 - p_ii) (r_i - k_i) - (1 - q_ii) x_i - k_i E_i
