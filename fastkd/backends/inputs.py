@@ -15,6 +15,7 @@ class DualRows(NamedTuple):
     scale_bound: float  # the scale is at most this; inf if nothing is known
     columns: int  # how many there are on all ranks
     is_packed: bool
+    needs: tuple[bool, bool] | None = None  # whose gradients the forward's ``kept`` will serve; None: nobody's
 
 
 class DualUpstream(NamedTuple):

@@ -51,9 +51,23 @@ class _Options(NamedTuple):
         return implementation("dual_softmax", self.backend)
 
 
-def _rows(exchange: Exchange | Alone, units: Any, logit_scale: Tensor, like: Tensor, options: _Options) -> DualRows:
+def _rows(
+    exchange: Exchange | Alone,
+    units: Any,
+    logit_scale: Tensor,
+    like: Tensor,
+    options: _Options,
+    needs: tuple[bool, bool] | None = None,
+) -> DualRows:
     scale = logit_scale.to(accumulation_dtype(like.dtype))
-    return DualRows(units, scale, options.scale_bound, exchange.total, exchange.is_packed)
+    return DualRows(units, scale, options.scale_bound, exchange.total, exchange.is_packed, needs)
+
+
+def _needed(needs: tuple[bool, bool, bool], options: _Options) -> tuple[bool, bool]:
+    """Whether the gradients of a and b must be computed, for student, teacher and scale that need theirs or not."""
+    need_a, need_b = options.pair(needs[0], needs[1])
+    # The gradient of logit_scale falls out of either side's. On all ranks the same side must yield it.
+    return need_a or needs[2] or not need_b, need_b
 
 
 def forward(
@@ -82,14 +96,11 @@ def backward(
     kept: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of student and teacher (empty where not needed), as wide as ``like`` and in its dtype; of the scale."""
-    need_a, need_b = options.pair(needs[0], needs[1])
-    # The gradient of logit_scale falls out of either side's. On all ranks the same side must yield it.
-    with_a = need_a or needs[2] or not need_b
-    state = options.module.Backward(rows, stats, upstream, with_a, need_b, kept)
+    state = options.module.Backward(rows, stats, upstream, *_needed(needs, options), kept)
     for cols, block in exchange.columns(rows.units, gathered):
         state.add_own() if cols == exchange.own else state.add(block, cols)
     grad_a, grad_b, grad_scale = state.finish(inverse_norm, like.dtype, like.shape[1])
-    if not need_a:
+    if not options.pair(needs[0], needs[1])[0]:
         grad_a = grad_a.new_empty(0)
     return *options.pair(grad_a, grad_b), grad_scale
 
@@ -203,7 +214,8 @@ class DualSoftmax(torch.autograd.Function):
                 if peers.has_weight and weight is None:
                     weight = student.new_ones(len(student))
                 exchange, units, inverse_norm, gathered = start(peers, pair, exchange_dtype(student.dtype))
-            rows = _rows(exchange, units, logit_scale, student, options)
+            needs = _needed(ctx.needs_input_grad[:3], options) if any(ctx.needs_input_grad[:3]) else None
+            rows = _rows(exchange, units, logit_scale, student, options, needs)
             contrast, consistency, stats, kept = forward(exchange, rows, gathered, weight, options)
             if peers is not None and peers.needs_grad:
                 numbers = options.module.numbers(stats)

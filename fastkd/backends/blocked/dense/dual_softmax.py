@@ -1,4 +1,4 @@
-"""``dual_softmax`` of one rank with few rows: whole matrices, whose exponentials the forward keeps for the backward.
+"""``dual_softmax`` of one rank with few rows: whole matrices, and the gradients with the losses.
 
 Legend, beside that of the tiles. ``U_ij = 2^(X_ij - m_i)`` and ``V_ij = 2^(Y_ij - m'_i)``, with X and Y in base 2 and
 zeros in the diagonals. m, m': the row's maxima without its positive, or 0 where the scale is bounded; then V is U
@@ -11,9 +11,9 @@ from torch import Tensor
 from fastkd.backends.blocked.gemm import product, transposed_product
 from fastkd.backends.blocked.sums import LOG_2, MAX_SHARED_SCALE, log_one_plus_power
 from fastkd.backends.inputs import DualRows, DualUpstream
-from fastkd.numerics import weighted_sum
 
-MAX_ROWS = 1024  # of a matrix, three of which then take 12 MiB in float32
+MAX_ROWS = 1024  # of a matrix, five of which then take 20 MiB in float32
+_LOG_2 = torch.tensor(LOG_2, dtype=torch.float64)  # torch multiplies by a tensor in half the time of a Python number
 
 
 def covers(rows: DualRows) -> bool:
@@ -22,23 +22,27 @@ def covers(rows: DualRows) -> bool:
 
 
 class Forward:
-    """As the tiles' ``Forward``. ``kept``: U, V, W [3, n, n]; t of p and of q [2, n]; 1 - p_ii and 1 - q_ii [2, n]."""
+    """As the tiles' ``Forward``.
+
+    ``kept``, if gradients were asked for, is the result of :meth:`gradients` for upstream gradients of 1.
+    """
 
     def __init__(self, rows: DualRows) -> None:
         self._rows = rows
         self.kept: tuple[Tensor, ...] = ()
 
     def add_own(self) -> None:
-        """Compute everything."""
-        a, b = self._rows.units
+        """Compute the exponentials and their sums."""
+        a, b = self._rows.units.unbind()
         scale = self._rows.scale.item()
-        X = product(a * (scale / LOG_2), b)
+        self._is_bounded = abs(scale) <= MAX_SHARED_SCALE
+        X = product(a, b, scale / LOG_2)
         positive = X.diagonal().clone()
         # Finite, so that their difference is 0; and so low that their exponentials are 0.
         Y = X.fill_diagonal_(torch.finfo(X.dtype).min / 4).T.contiguous()
         exponentials = X.new_empty(3, *X.shape)
-        U, V, W = exponentials
-        if abs(scale) <= MAX_SHARED_SCALE:
+        self._matrices = U, V, W = exponentials.unbind()
+        if self._is_bounded:
             torch.exp2(X, out=U)
             torch.exp2(Y, out=V)
             of_positive = positive.exp2()
@@ -50,26 +54,63 @@ class Forward:
         torch.mul(U, X.sub_(Y), out=W)
         sums = exponentials.sum(dim=2)
         others = sums[:2]
-        t = (others + of_positive).reciprocal_()
-        E = (sums[2] * t[0]).mul_(LOG_2)
-        if abs(scale) <= MAX_SHARED_SCALE:
+        if self._is_bounded:
             losses = (others / of_positive).log1p_()
         else:
             losses = log_one_plus_power((maxima - positive).add_(others.log2()))
-        self.kept = exponentials, t, others.mul_(t)
-        self._stats = torch.cat([losses.view(-1), E, positive.mul_(LOG_2)]).view(4, -1)
+        self._t = (others + of_positive).reciprocal_()
+        self._missing = others.mul_(self._t)  # 1 - p_ii and 1 - q_ii
+        self._stats = torch.cat([losses, sums[2:].mul_(self._t[:1]).mul_(_LOG_2), positive.mul_(_LOG_2)[None]])
 
     def finish(
         self, weight: Tensor | None, is_swapped: bool, factors: tuple[float, float]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As the tiles'."""
-        la, lc, E, _ = self._stats
-        contrast, consistency = lc if is_swapped else la, (E - la).add_(lc)
-        return weighted_sum(contrast, weight) * factors[0], weighted_sum(consistency, weight) * factors[1], self._stats
+        la, lc, E, _ = self._stats.unbind()
+        if weight is None:
+            w, k = (la.new_full(la.shape, factor) for factor in factors)
+        else:
+            w, k = (weight.to(la.dtype) * factor for factor in factors)
+        contrast, consistency = w.dot(lc if is_swapped else la), k.dot((E - la).add_(lc))
+        if self._rows.needs is not None:
+            self.kept = self.gradients(w, k, is_swapped, *self._rows.needs)
+        return contrast, consistency, self._stats
+
+    def gradients(self, w: Tensor, k: Tensor, is_swapped: bool, need_a: bool, need_b: bool) -> tuple[Tensor, Tensor]:
+        """Gradients of the needed sides' rows, up to the factor ``scale / norm``, [1 or 2, n, D]; and of the scale.
+
+        w, k: upstream gradients of a row's contrast and of its consistency. The matrices are overwritten.
+        """
+        (U, V, W), (to_p, to_q), (rest_p, rest_q) = self._matrices, self._t.unbind(), self._missing.unbind()
+        kE, x = k * self._stats[2], k + w if is_swapped else k
+        r = kE.neg() if is_swapped else w - kE
+        # G_ii = -(1 - p_ii) (r_i - k_i) - (1 - q_ii) x_i - k_i E_i
+        diagonal = torch.addcmul(kE, rest_q, x).addcmul_(rest_p, r - k).neg_()
+        k, r, x = k * to_p, r.mul_(to_p), x * to_q
+        G = W.mul_((k * _LOG_2)[:, None])
+        if self._is_bounded:
+            G.addcmul_(U, r[:, None] + x).addcmul_(V, k, value=-1)
+        else:
+            G.addcmul_(U, r[:, None]).add_(V.mul_(x[:, None]).addcmul_(U, k[:, None], value=-1).T)
+        G.diagonal().copy_(diagonal)
+        units = self._rows.units
+        a, b = units.unbind()
+        if need_a and need_b:
+            grads = torch.stack([product(G, b.T), transposed_product(G, a)])
+        elif need_a:
+            grads, units = product(G, b.T)[None], units[:1]
+        else:
+            grads, units = transposed_product(G, a)[None], units[1:]
+        dots = torch.linalg.vecdot(grads, units)
+        return grads.addcmul_(units, dots[:, :, None], value=-1), dots[0].sum()
 
 
 class Backward:
-    """As the tiles' ``Backward``. ``kept``: what the forward kept; it is computed again where there is nothing."""
+    """As the tiles' ``Backward``. ``kept``: what the forward kept, if anything.
+
+    It serves if both sums have the same upstream gradient, as when a loss is the sum of both. Else everything is
+    computed again.
+    """
 
     def __init__(
         self,
@@ -80,48 +121,28 @@ class Backward:
         need_b: bool,
         kept: tuple[Tensor, ...] = (),
     ) -> None:
-        self._rows, self._stats, self._upstream, self._kept = rows, stats, upstream, kept
-        self._need_a, self._need_b = need_a, need_b
+        self._rows, self._upstream, self._kept = rows, upstream, kept
+        self._needs = need_a, need_b
 
     def add_own(self) -> None:
-        """Compute the gradient of X, in nats."""
-        if not self._kept:
-            forward = Forward(self._rows)
-            forward.add_own()
-            self._kept = forward.kept
-        (U, V, W), (to_p, to_q), (rest_p, rest_q) = self._kept
+        """Compute the gradients, or take them as they are."""
         _, weight, *grads, is_swapped, factors = self._upstream
-        w, k = (grad.to(U.dtype) * factor for grad, factor in zip(grads, factors, strict=True))
-        if weight is not None:
-            w, k = weight.to(U.dtype) * w, weight.to(U.dtype) * k
-        kE, x = k * self._stats[2], k + w if is_swapped else k
-        r = kE.neg() if is_swapped else w - kE
-        # G_ii = -(1 - p_ii) (r_i - k_i) - (1 - q_ii) x_i - k_i E_i
-        diagonal = torch.addcmul(kE, rest_q, x).addcmul_(rest_p, r - k).neg_()
-        k, r, x = to_p * k, r * to_p, to_q * x
-        G = W * (k * LOG_2)[:, None]
-        if abs(self._rows.scale.item()) <= MAX_SHARED_SCALE:
-            G.addcmul_(U, r[:, None] + x).addcmul_(V, k, value=-1)
-        else:
-            G.addcmul_(U, r[:, None]).add_((V * x[:, None]).addcmul_(U, k[:, None], value=-1).T)
-        G.diagonal().copy_(diagonal)
-        self._G = G
+        if self._kept and grads[0].item() == grads[1].item():
+            self._grads, self._grad_scale = self._kept
+            self._factor = grads[0].to(self._grads.dtype)
+            return
+        forward = Forward(self._rows)
+        forward.add_own()
+        ones = self._rows.scale.new_ones(self._rows.columns) if weight is None else weight.to(self._rows.scale.dtype)
+        w, k = (ones * (grad.to(ones.dtype) * factor) for grad, factor in zip(grads, factors, strict=True))
+        self._grads, self._grad_scale = forward.gradients(w, k, is_swapped, *self._needs)
+        self._factor = ones.new_ones(())
 
     def finish(self, inverse_norm: Tensor, dtype: torch.dtype, D: int) -> tuple[Tensor, Tensor, Tensor]:
         """As the tiles'."""
-        scale, found = self._rows.scale, []
-        a, b = units = self._rows.units
-        if self._need_a:
-            found.append(product(self._G, b.T))
-        if self._need_b:
-            found.append(transposed_product(self._G, a))
-        else:
-            units, inverse_norm = units[:1], inverse_norm[:1]
-        if not self._need_a:
-            units, inverse_norm = units[1:], inverse_norm[1:]
-        grads = torch.stack(found)
-        dots = torch.linalg.vecdot(grads, units)
-        grads.addcmul_(units, dots[:, :, None], value=-1)
-        found = [(grad * factor).to(dtype) for grad, factor in zip(grads, inverse_norm * scale, strict=True)]
-        empty = a.new_empty(0, dtype=dtype)
-        return found[0] if self._need_a else empty, found[-1] if self._need_b else empty, dots[0].sum()
+        need_a, need_b = self._needs
+        sides = slice(0 if need_a else 1, 2 if need_b else 1)
+        factors = inverse_norm[sides] * (self._rows.scale * self._factor)
+        found = [(grad * factor).to(dtype) for grad, factor in zip(self._grads, factors, strict=True)]
+        empty = self._grads.new_empty(0, dtype=dtype)
+        return found[0] if need_a else empty, found[-1] if need_b else empty, self._grad_scale * self._factor
