@@ -23,7 +23,7 @@ from fastkd.distributed.group import exchange_dtype
 from fastkd.numerics import accumulation_dtype
 from fastkd.ops.eager import differentiable_once, is_traced, without_autocast
 
-STATISTICS = {"blocked": 4, "triton": 3}  # numbers per row that a backend keeps for its backward
+STATISTICS = {"blocked": 5, "triton": 3}  # numbers per row that a backend keeps for its backward
 Value = TypeVar("Value")
 
 

@@ -57,7 +57,7 @@ class _Pass:
 
 
 class TiledForward(_Pass):
-    """(la, lc, E, X_ii) of every row, accumulated over the columns."""
+    """Both log-sum-exps, E, la and lc of every row, [5, n], accumulated over the columns."""
 
     kept: tuple[Tensor, ...] = ()
 
@@ -130,19 +130,18 @@ class TiledForward(_Pass):
     def finish(
         self, weight: Tensor | None, is_swapped: bool, factors: tuple[float, float]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted sums of contrast and consistency, each times its factor, and (la, lc, E, X_ii) [4, n]."""
+        """The weighted sums of contrast and consistency, times their factors, and the numbers of every row, [5, n]."""
         positive = self._positive
         la, lc = (sums.beyond_positive(positive) for sums in (self._p, self._q))
         E, positive = self._p.mean(positive) * LOG_2, positive * LOG_2
         sums = (weighted_sum(rows, weight) for rows in (lc if is_swapped else la, E - la + lc))
         contrast, consistency = (total * factor for total, factor in zip(sums, factors, strict=True))
-        return contrast, consistency, torch.stack([la, lc, E, positive])
+        return contrast, consistency, torch.stack([la + positive, lc + positive, E, la, lc])
 
 
 def numbers(stats: Tensor) -> Tensor:
     """What the owner of a column needs of a row, [3, n]: both log-sum-exps and E."""
-    la, lc, E, positive = stats
-    return torch.stack([la + positive, lc + positive, E])
+    return stats[:3]
 
 
 class _Factors:
@@ -187,7 +186,7 @@ class _Factors:
 class TiledBackward(_Pass):
     """``sum_j G_ij b_j`` and ``sum_j G_ji a_j`` of every row, accumulated over the columns.
 
-    ``stats`` [4, n]: what :class:`TiledForward` found.
+    ``stats`` [5, n]: what :class:`TiledForward` found.
     """
 
     def __init__(
@@ -204,7 +203,7 @@ class TiledBackward(_Pass):
         w, k = (row_weights(weight, grad * factor, everyone[0]) for grad, factor in zip(grads, factors, strict=True))
         wp, wq = (torch.zeros_like(w), w) if is_swapped else (w, torch.zeros_like(w))
         n = len(self._a)
-        la, lc, E, _ = stats
+        _, _, E, la, lc = stats
         to_p, to_q = (-la).expm1(), (-lc).expm1()
         self._diagonal = (wp[:n] * to_p + wq[:n] * to_q - k[:n] * E * (-la).exp() + k[:n] * (to_q - to_p))[:, None]
         self._factors = _Factors(everyone, wp, wq, k, self._shared)

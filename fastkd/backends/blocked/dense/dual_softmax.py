@@ -60,13 +60,14 @@ class Forward:
             losses = log_one_plus_power((maxima - positive).add_(others.log2()))
         self._t = (others + of_positive).reciprocal_()
         self._missing = others.mul_(self._t)  # 1 - p_ii and 1 - q_ii
-        self._stats = torch.cat([losses, sums[2:].mul_(self._t[:1]).mul_(_LOG_2), positive.mul_(_LOG_2)[None]])
+        E = sums[2:].mul_(self._t[:1]).mul_(_LOG_2)
+        self._stats = torch.cat([losses + positive.mul_(_LOG_2), E, losses])
 
     def finish(
         self, weight: Tensor | None, is_swapped: bool, factors: tuple[float, float]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As the tiles'."""
-        la, lc, E, _ = self._stats.unbind()
+        _, _, E, la, lc = self._stats.unbind()
         if weight is None:
             w, k = (la.new_full(la.shape, factor) for factor in factors)
         else:
@@ -141,8 +142,9 @@ class Backward:
     def finish(self, inverse_norm: Tensor, dtype: torch.dtype, D: int) -> tuple[Tensor, Tensor, Tensor]:
         """As the tiles'."""
         need_a, need_b = self._needs
-        sides = slice(0 if need_a else 1, 2 if need_b else 1)
-        factors = inverse_norm[sides] * (self._rows.scale * self._factor)
+        if not (need_a and need_b):
+            inverse_norm = inverse_norm[:1] if need_a else inverse_norm[1:]
+        factors = inverse_norm * (self._rows.scale * self._factor)
         found = [(grad * factor).to(dtype) for grad, factor in zip(self._grads, factors, strict=True)]
         empty = self._grads.new_empty(0, dtype=dtype)
         return found[0] if need_a else empty, found[-1] if need_b else empty, self._grad_scale * self._factor
