@@ -39,6 +39,7 @@ class ContrastRows(NamedTuple):
     normalized: bool  # the rows have length 1 or 0
     columns: int  # how many keys there are on all ranks
     is_packed: bool
+    needs: tuple[bool, bool] | None = None  # as in DualRows, of queries and keys
 
 
 class ContrastUpstream(NamedTuple):

@@ -35,9 +35,23 @@ class Side(NamedTuple):
     gathered: Tensor | None = None
 
 
-def _rows(queries: Side, keys: Side, logit_scale: Tensor, mask: Mask, like: Tensor, normalize: bool) -> ContrastRows:
+def _rows(
+    queries: Side,
+    keys: Side,
+    logit_scale: Tensor,
+    mask: Mask,
+    like: Tensor,
+    normalize: bool,
+    needs: tuple[bool, bool] | None = None,
+) -> ContrastRows:
     scale, k = logit_scale.to(accumulation_dtype(like.dtype)), None if mask.exclude_self else keys.rows
-    return ContrastRows(queries.rows, k, scale, mask, normalize, keys.exchange.total, keys.exchange.is_packed)
+    return ContrastRows(queries.rows, k, scale, mask, normalize, keys.exchange.total, keys.exchange.is_packed, needs)
+
+
+def _needed(need_query: bool, need_key: bool, need_scale: bool) -> tuple[bool, bool]:
+    """Whether the gradients of queries and keys must be computed, for inputs that need theirs or not."""
+    # The gradient of logit_scale falls out of either side's. On all ranks the same side must yield it.
+    return need_query or need_scale or not need_key, need_key
 
 
 def forward(
@@ -64,9 +78,7 @@ def backward(
     kept: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries and keys (empty where not needed), as wide as ``like`` and in its dtype; of the scale."""
-    need_query, need_key, need_scale = needs
-    # The gradient of logit_scale falls out of either side's. On all ranks the same side must yield it.
-    with_query = need_query or need_scale or not need_key
+    with_query, need_key = _needed(*needs)
     state = implementation("contrast", backend).Backward(rows, upstream, with_query, need_key, kept)
     # In a ring every rank must take part, whatever it needs itself.
     if with_query or rows.keys is None or keys.exchange.is_ring:
@@ -79,7 +91,7 @@ def backward(
             if cols != queries.exchange.own:
                 state.add_queries(block[0], cols)
     grad_query, grad_key, grad_scale = state.finish(queries.inverse_norm, keys.inverse_norm, like.dtype, like.shape[1])
-    return grad_query if need_query else grad_query.new_empty(0), grad_key, grad_scale
+    return grad_query if needs[0] else grad_query.new_empty(0), grad_key, grad_scale
 
 
 def _alone(query: Tensor, key: Tensor | None, normalize: bool, backend: str) -> tuple[Side, Side]:
@@ -232,7 +244,8 @@ class Contrast(torch.autograd.Function):
                 needs_numbers = peers.needs_grad if key is None else peers.needs_key_grad
                 queries, keys, labels = _exchange_all(peers, query, key, labels, needs_numbers, normalize)
             mask = _mask(key, *labels, positive_index, by_label)
-            rows = _rows(queries, keys, logit_scale, mask, query, normalize)
+            needs = _needed(*ctx.needs_input_grad[:3]) if any(ctx.needs_input_grad[:3]) else None
+            rows = _rows(queries, keys, logit_scale, mask, query, normalize, needs)
             total, stats, kept = forward(rows, keys, weight, backend, factor)
             ctx.numbers = None
             if peers is not None and needs_numbers:

@@ -19,14 +19,15 @@ gradient. That is N^2 D operations forward and 3 N^2 D backward, instead of 2 an
 import torch
 from torch import Tensor
 
+from fastkd.backends.blocked.dense import contrast as dense
 from fastkd.backends.blocked.gemm import product
 from fastkd.backends.blocked.sums import (
     LOG_2,
-    MAX_SHARED_SCALE,
     OnlineSums,
     PlainSums,
     RowGradient,
     add_rows,
+    are_bounded,
     row_blocks,
     row_weights,
     to_raw_rows,
@@ -34,34 +35,21 @@ from fastkd.backends.blocked.sums import (
 from fastkd.backends.blocked.tiles import Tile, Workspace, blocks, for_each_tile, pair_rounds, rectangle_rounds
 from fastkd.backends.inputs import ContrastRows, ContrastUpstream
 from fastkd.backends.masks import Mask
-from fastkd.numerics import accumulation_dtype, unit_rows, weighted_sum
+from fastkd.numerics import accumulation_dtype, unit_rows_quickly, weighted_sum
 
 
 def rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     """Contiguous rows in the accumulation dtype; if asked, as unit rows with their inverse norms [n, 1]."""
-    dtype = accumulation_dtype(raw_rows.dtype)
+    dtype, parts = accumulation_dtype(raw_rows.dtype), row_blocks(raw_rows)
     if not normalize:
         return raw_rows.to(dtype).contiguous(), None
+    if len(parts) == 1:
+        return unit_rows_quickly(raw_rows.to(dtype).contiguous())
     units = raw_rows.new_empty(raw_rows.shape, dtype=dtype)
     inverse_norm = units.new_empty(len(units), 1)
-    for block in row_blocks(units):
-        units[block], inverse_norm[block] = unit_rows(raw_rows[block].to(dtype))
+    for part in parts:
+        units[part], inverse_norm[part] = unit_rows_quickly(raw_rows[part].to(dtype))
     return units, inverse_norm
-
-
-def _are_bounded(q: Tensor, k: Tensor, rows: ContrastRows) -> bool:
-    """Whether one plain exponential per logit is safe; looks only where that costs no wait, on a CPU.
-
-    Not for raw rows of several ranks, because other ranks' may be longer. Nor for positives by label over ranks: what a
-    plain exponential rounds away would be all that is left of a gradient near convergence.
-    """
-    if q.device.type != "cpu" or (rows.is_packed and (rows.mask.by_label or not rows.normalized)):
-        return False
-    bound = abs(rows.scale.item())
-    if not rows.normalized:
-        longest = [torch.linalg.vector_norm(x, dim=1).amax().item() for x in ((q,) if q is k else (q, k))]
-        bound *= longest[0] * longest[-1]
-    return bound <= MAX_SHARED_SCALE
 
 
 class _Pass:
@@ -73,7 +61,7 @@ class _Pass:
         self._q = rows.queries.to(scale.dtype)
         self._is_self = rows.keys is None
         self._k = self._q if rows.keys is None else rows.keys.to(scale.dtype)
-        self._bounded = _are_bounded(self._q, self._k, rows)
+        self._bounded = are_bounded(self._q, self._k, rows)
         q = self._q
         self._own = torch.arange(len(q), device=q.device)
         self._index = self._own if mask.positive_index is None else mask.positive_index
@@ -140,7 +128,7 @@ def _shifted(part: slice, by: int) -> slice:
     return slice(part.start + by, part.stop + by)
 
 
-class Forward(_Pass):
+class TiledForward(_Pass):
     """Losses and numbers of a rank's queries, accumulated over the keys."""
 
     kept: tuple[Tensor, ...] = ()
@@ -235,7 +223,7 @@ class _Probabilities:
         return X.sub_(lse[rows, None]).exp2_().mul_(factor[rows, None]).add_(scratch)
 
 
-class Backward(_Pass):
+class TiledBackward(_Pass):
     """``sum_j G_ij k_j`` of a rank's queries and ``sum_i G_ij q_i`` of its keys.
 
     ``G_ij = w_i (p_ij - [j in P_i] / |P_i|)``. ``stats`` [2, n] and ``weight`` [n] are those of its queries; those of
@@ -363,3 +351,16 @@ class Backward(_Pass):
                 grad_q[block].addcmul_(G[block, None], self._k[index[block]])
             if grad_k is not None:
                 add_rows(grad_k, index[block], self._q[block] * G[block, None])
+
+
+def Forward(rows: ContrastRows) -> TiledForward | dense.Forward:
+    """The forward that suits the size of the matrix. Its ``kept``: what the backward may be given beside the numbers."""
+    return dense.Forward(rows) if dense.covers(rows) else TiledForward(rows)
+
+
+def Backward(
+    rows: ContrastRows, upstream: ContrastUpstream, need_query: bool, need_key: bool, kept: tuple[Tensor, ...] = ()
+) -> TiledBackward | dense.Backward:
+    """The backward of :func:`Forward`, with what that kept or without."""
+    backward = dense.Backward if dense.covers(rows) else TiledBackward
+    return backward(rows, upstream, need_query, need_key, kept)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd.backends.blocked.gemm import product
+from fastkd.backends.inputs import ContrastRows
 
 # exp(+-40) summed over any number of rows stays inside float32, so no maximum has to be subtracted.
 MAX_SHARED_SCALE = 40.0
@@ -194,3 +195,18 @@ def shares_exponentials(a: Tensor, scale: Tensor, scale_bound: float) -> bool:
     if scale_bound <= MAX_SHARED_SCALE:
         return True
     return a.device.type == "cpu" and abs(scale.item()) <= MAX_SHARED_SCALE
+
+
+def are_bounded(q: Tensor, k: Tensor, rows: ContrastRows) -> bool:
+    """Whether one plain exponential per logit is safe; looks only where that costs no wait, on a CPU.
+
+    Not for raw rows of several ranks, because other ranks' may be longer. Nor for positives by label over ranks: what a
+    plain exponential rounds away would be all that is left of a gradient near convergence.
+    """
+    if q.device.type != "cpu" or (rows.is_packed and (rows.mask.by_label or not rows.normalized)):
+        return False
+    bound = abs(rows.scale.item())
+    if not rows.normalized:
+        longest = [torch.linalg.vector_norm(x, dim=1).amax().item() for x in ((q,) if q is k else (q, k))]
+        bound *= longest[0] * longest[-1]
+    return bound <= MAX_SHARED_SCALE
