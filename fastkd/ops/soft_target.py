@@ -1,6 +1,6 @@
 """``soft_target``: cross-entropy and Hinton's KD on the same logits; the teacher's get no gradient.
 
-:func:`sums` runs it as a plain autograd function. Under torch.compile custom ops take its place.
+:func:`weighted_sums` runs it as a plain autograd function. Under torch.compile custom ops take its place.
 """
 
 from typing import Any
@@ -15,7 +15,8 @@ from fastkd.ops.eager import differentiable_once, is_traced, without_autocast
 STATISTICS = {"blocked": 0, "triton": 5}  # numbers per row that a backend keeps for its backward
 
 
-def _forward(
+@torch.library.custom_op("fastkd::soft_target", mutates_args=())
+def soft_target(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor | None,
@@ -35,9 +36,6 @@ def _forward(
         )
 
 
-soft_target = torch.library.custom_op("fastkd::soft_target", _forward, mutates_args=())
-
-
 @soft_target.register_fake
 def _(student_logits: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(student_logits.dtype)
@@ -45,7 +43,8 @@ def _(student_logits: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return sums[0], sums[1], student_logits.new_empty((STATISTICS[inputs[-1]], student_logits.shape[0]), dtype=dtype)
 
 
-def _gradient(
+@torch.library.custom_op("fastkd::soft_target_backward", mutates_args=())
+def soft_target_backward(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor | None,
@@ -64,9 +63,6 @@ def _gradient(
         )
 
 
-soft_target_backward = torch.library.custom_op("fastkd::soft_target_backward", _gradient, mutates_args=())
-
-
 @soft_target_backward.register_fake
 def _(student_logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(student_logits, memory_format=torch.contiguous_format)
@@ -77,33 +73,46 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(student_logits, teacher_logits, labels, weight, output[2])
 
 
-def _arguments(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-    """Of the backward's operation."""
-    return *ctx.saved_tensors, *upstream, ctx.temperature, ctx.label_smoothing, ctx.backend
-
-
 def _op_backward(ctx: Any, grad_ce: Tensor, grad_kd: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return soft_target_backward(*_arguments(ctx, grad_ce, grad_kd)), *[None] * 6
+    options = ctx.temperature, ctx.label_smoothing, ctx.backend
+    return soft_target_backward(*ctx.saved_tensors, grad_ce, grad_kd, *options), *[None] * 6
 
 
 soft_target.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 class SoftTarget(torch.autograd.Function):
-    """The two sums as a plain autograd function, which starts quicker than the custom op."""
+    """The two sums times a factor, as a plain autograd function, which starts quicker than the custom op."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output[:2]
+    def forward(ctx: Any, factor: float, *inputs: Any) -> tuple[Tensor, Tensor]:
+        *tensors, ctx.temperature, ctx.label_smoothing, backend = inputs
+        ctx.module, ctx.factor = implementation("soft_target", backend), factor
+        with without_autocast(tensors[0]):
+            ce, kd, stats = ctx.module.soft_target_forward(*inputs[:-1], factor)
+        ctx.save_for_backward(*tensors, stats)
+        ctx.set_materialize_grads(False)
+        return ce, kd
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_ce: Tensor, grad_kd: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradient(*_arguments(ctx, grad_ce, grad_kd)), *[None] * 6
+    def backward(ctx: Any, grad_ce: Tensor | None, grad_kd: Tensor | None) -> tuple[Tensor | None, ...]:
+        student, teacher, labels, weight, stats = ctx.saved_tensors
+        # A term that nothing was made of needs no gradient.
+        teacher, labels = None if grad_kd is None else teacher, None if grad_ce is None else labels
+        grad = None
+        if teacher is not None or labels is not None:
+            options = ctx.temperature, ctx.label_smoothing, ctx.factor
+            with without_autocast(student):
+                grad = ctx.module.soft_target_backward(
+                    student, teacher, labels, weight, stats, grad_ce, grad_kd, *options
+                )
+        return None, grad, *[None] * 6
 
 
-def sums(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """``sum_i w_i CE_i`` and ``sum_i w_i KD_i`` of the ``inputs`` of ``fastkd::soft_target``."""
-    return soft_target(*inputs)[:2] if is_traced(*inputs[:2]) else SoftTarget.apply(*inputs)
+def weighted_sums(factor: float, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """``sum_i w_i CE_i`` and ``sum_i w_i KD_i`` times ``factor``, of the ``inputs`` of ``fastkd::soft_target``."""
+    if is_traced(*inputs[:2]):
+        ce, kd, _ = soft_target(*inputs)
+        return ce * factor, kd * factor
+    return SoftTarget.apply(factor, *inputs)
