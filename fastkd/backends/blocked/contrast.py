@@ -354,7 +354,7 @@ class TiledBackward(_Pass):
 
 
 def Forward(rows: ContrastRows) -> TiledForward | dense.Forward:
-    """The forward that suits the size of the matrix. Its ``kept``: what the backward may be given beside the numbers."""
+    """The forward that suits the matrix's size. Its ``kept``: what the backward may be given beside the numbers."""
     return dense.Forward(rows) if dense.covers(rows) else TiledForward(rows)
 
 

@@ -18,7 +18,7 @@ _LOG_2 = torch.tensor(LOG_2, dtype=torch.float64)  # torch multiplies by a tenso
 
 def covers(rows: ContrastRows) -> bool:
     """Whether the keys are all there are, the matrix is small, and lies on a CPU."""
-    size = len(rows.queries) * rows.columns
+    size = rows.queries.shape[0] * rows.columns
     return not rows.is_packed and 0 < size <= MAX_ELEMENTS and rows.scale.device.type == "cpu"
 
 
@@ -45,9 +45,8 @@ class Forward:
             self._by_index(X)
 
     def _by_index(self, X: Tensor) -> None:
-        n, N = X.shape
         index = self._mask.positive_index
-        self._index = None if index is None else index.clamp(0, N - 1)[:, None]
+        self._index = None if index is None else index.clamp(0, X.shape[1] - 1)[:, None]
         positive = X.diagonal().clone() if self._index is None else X.gather(1, self._index)[:, 0]
         if self._mask.labels is not None:
             X.masked_fill_(self._mask.labels[0][:, None] == self._mask.labels[1], -torch.inf)
@@ -67,7 +66,7 @@ class Forward:
             self._losses = losses.where(positive.isfinite(), torch.nan)
         self._t = (others + of_positive).reciprocal_()
         self._missing = others.mul_(self._t)
-        self._second = positive.mul_(_LOG_2)
+        self._stats = self._losses, positive.mul_(_LOG_2)
 
     def _exponentials(self, X: Tensor) -> Tensor | None:
         """Makes U of X in place. Returns the rows' maxima, or None where they are not needed."""
@@ -87,11 +86,9 @@ class Forward:
         if self._mask.exclude_self:
             self._same.fill_diagonal_(0)
         self._count = self._same.sum(dim=1)
-        if self._is_bounded:
-            of_positives = torch.linalg.vecdot(X, self._same)
-        else:  # an infinite logit times 0 would be NaN
-            of_positives = X.where(self._same > 0, 0).sum(dim=1)
-        mean = of_positives / self._count.clamp_min(1)
+        # Not their product, unless bounded: an infinite logit times 0 would be NaN.
+        of_positives = X * self._same if self._is_bounded else X.where(self._same > 0, 0)
+        mean = of_positives.sum(dim=1) / self._count.clamp_min(1)
         if self._mask.exclude_self:
             X.fill_diagonal_(-torch.inf)
         maximum = self._exponentials(X)
@@ -106,8 +103,8 @@ class Forward:
             losses = (maximum - mean).add_(total).mul_(_LOG_2)
             lse = maximum.add_(total).mul_(_LOG_2)
         self._without = self._count == 0
-        self._losses, self._second = losses.masked_fill_(self._without, 0), self._count
-        self._lse = lse
+        self._losses = losses.masked_fill_(self._without, 0)
+        self._stats = lse, self._count
 
     def finish(self, weight: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:
         """As the tiles'."""
@@ -116,7 +113,7 @@ class Forward:
         total = w.dot(losses)
         if self._rows.needs is not None:
             self.kept = self.gradients(w, *self._rows.needs)
-        return total, torch.stack([self._lse if self._mask.by_label else losses, self._second])
+        return total, torch.stack(self._stats)
 
     def gradients(self, w: Tensor, need_query: bool, need_key: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of queries and keys (empty if not needed), up to the factor ``scale / norm``; and of the scale.
