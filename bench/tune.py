@@ -187,7 +187,10 @@ def step_of(entry: Entry, rows: int, device: torch.device) -> Callable[[], objec
         return forward
     _, stats = dual_softmax_rows.statistics(forward(), scale, None, swapped=False)
     one = torch.ones((), device=device)
-    coef, _ = dual_softmax_rows.coefficients(stats, None, one, one, scale, swapped=False, bounded=bounded)
+    tile = dual_softmax.tile_columns(units, bounded=bounded)
+    coef, _ = dual_softmax_rows.coefficients(
+        stats, None, None, one, one, scale, swapped=False, bounded=bounded, tile=tile
+    )
     return lambda: dual_softmax.gradient_sums(
         units, units, coef, coef, scale, offset=0, bounded=bounded, need_a=True, need_b=True
     )

@@ -28,33 +28,50 @@ def store_numbers(NUMBERS, n, in_rows, values):
 
 @triton.jit
 def split_tiles(split, tiles_per_split, n_cols, first_positive, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A split has tiles ``first ... last - 1``; tiles ``skip ... resume - 1`` may hold positives of the row-block.
+    """A split has tiles ``first ... last - 1``; tiles ``skip ... resume - 1`` hold the positives of the row-block.
 
+    These are EDGE tiles, or all tiles of the split if it has fewer, or none if the positives lie in other splits.
     ``ragged`` is 1 if the split has a tile with fewer than BLOCK_N columns that is not among those; that is tile
     ``whole``. Otherwise ``ragged`` is 0.
     """
+    EDGE: tl.constexpr = edge_tiles(BLOCK_M, BLOCK_N)
     first = split * tiles_per_split
     last = max(min(first + tiles_per_split, tl.cdiv(n_cols, BLOCK_N)), first)
     skip = min(max(max(first_positive, 0) // BLOCK_N, first), last)
-    resume = min(max(tl.cdiv(max(first_positive + BLOCK_M, 0), BLOCK_N), first), last)
+    end = min(max(tl.cdiv(max(first_positive + BLOCK_M, 0), BLOCK_N), first), last)
+    skip = tl.where(skip < end, max(min(skip, last - EDGE), first), last)
+    resume = min(skip + EDGE, last)
     whole = min(n_cols // BLOCK_N, last)
     ragged = tl.where((whole < first) | ((skip <= whole) & (whole < resume)), 0, last - whole)
     return first, last, skip, resume, whole, ragged
 
 
+@triton.constexpr_function
+def edge_tiles(BLOCK_M, BLOCK_N):
+    """The most tiles that the positives of a row-block, BLOCK_M columns one after the other, can lie in."""
+    return -(-BLOCK_M // BLOCK_N) + 1
+
+
 @triton.jit
-def loop_bounds(tiles, IS_EDGE: tl.constexpr):
-    """First and last (exclusive) index of the loop over the edge, or of the loop over all other tiles."""
+def loop_bounds(tiles, BLOCK_N: tl.constexpr, IS_EDGE: tl.constexpr):
+    """Bounds of the loop over the edge, or of the loop over all other tiles; both count columns."""
     first, last, skip, resume, _, ragged = tiles
-    return (skip, resume + ragged) if IS_EDGE else (first, last - ragged - (resume - skip))
+    low, high = (skip, resume + ragged) if IS_EDGE else (first, last - ragged - (resume - skip))
+    return low * BLOCK_N, high * BLOCK_N
 
 
 @triton.jit
-def first_column(index, tiles, BLOCK_N: tl.constexpr, IS_EDGE: tl.constexpr):
-    """The first column of the tile that one of the two loops visits at ``index``."""
+def first_column(index, tiles, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_EDGE: tl.constexpr):
+    """The first column of the tile that one of the two loops visits at ``index``.
+
+    The loop over all other tiles jumps by a constant, because the backward has not one register to spare in it.
+    """
     _, _, skip, resume, whole, _ = tiles
-    tile = tl.where(index < resume, index, whole) if IS_EDGE else tl.where(index < skip, index, index + resume - skip)
-    return tile * BLOCK_N
+    if IS_EDGE:
+        start = tl.where(index < resume * BLOCK_N, index, whole * BLOCK_N)
+    else:
+        start = tl.where(index < skip * BLOCK_N, index, index + edge_tiles(BLOCK_M, BLOCK_N) * BLOCK_N)
+    return start
 
 
 def tiling(

@@ -50,9 +50,9 @@ def forward_kernel(
     diagonal = row + first_row - first_col if HAS_DIAGONAL else -BLOCK_M
     tiles = split_tiles(split, tiles_per_split, n_cols, diagonal, BLOCK_M, BLOCK_N)
     for turn in tl.static_range(2):  # all other tiles, then the edge
-        low, high = loop_bounds(tiles, IS_EDGE=turn == 1)
-        for index in range(low, high):
-            start = first_column(index, tiles, BLOCK_N=BLOCK_N, IS_EDGE=turn == 1)
+        low, high = loop_bounds(tiles, BLOCK_N=BLOCK_N, IS_EDGE=turn == 1)
+        for index in range(low, high, BLOCK_N):
+            start = first_column(index, tiles, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, IS_EDGE=turn == 1)
             X = tl.dot(q, COLS.load([start, 0]).T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             offs_n = start + tl.arange(0, BLOCK_N)
             keys = load_side(
@@ -89,9 +89,9 @@ def backward_kernel(
     tiles = split_tiles(split, tiles_per_split, n_cols, diagonal, BLOCK_M, BLOCK_N)
     # The edge comes first: the other loop needs more registers if the edge's bounds stay alive during it.
     for turn in tl.static_range(2):
-        low, high = loop_bounds(tiles, IS_EDGE=turn == 0)
-        for index in range(low, high):
-            start = first_column(index, tiles, BLOCK_N=BLOCK_N, IS_EDGE=turn == 0)
+        low, high = loop_bounds(tiles, BLOCK_N=BLOCK_N, IS_EDGE=turn == 0)
+        for index in range(low, high, BLOCK_N):
+            start = first_column(index, tiles, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, IS_EDGE=turn == 0)
             b = COLS.load([start, 0])  # [BLOCK_N, BLOCK_D]
             X = tl.dot(a, b.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             offs_n = start + tl.arange(0, BLOCK_N)

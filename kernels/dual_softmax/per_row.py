@@ -8,8 +8,11 @@ import torch
 import triton
 import triton.language as tl
 from fastkd.kernels.normalize import input_gradients
+from fastkd.kernels.plans import launch
 from fastkd.kernels.tiles import BLOCK_ROWS, LARGEST_G, LN2, LOG2E, store_numbers
 from torch import Tensor
+
+NUMBERS = {True: 4, False: 8}  # of COEF, by BOUNDED
 
 
 @triton.jit(do_not_specialize=["n", "splits"])
@@ -54,12 +57,16 @@ def statistics_kernel(
     store_numbers(LOSS + offs_m, n, in_rows, (contrast, consistency))
 
 
-@triton.jit(do_not_specialize=["n_cols", "stride_sn"])
+@triton.jit(
+    do_not_specialize=["n_cols", "stride_sn", "stride_ct", "stride_ck"],
+    do_not_specialize_on_alignment=["STATS", "WEIGHT"],  # a block of other ranks' columns may start anywhere
+)
 def coefficients_kernel(
-    STATS, stride_sn, WEIGHT, LARGEST_WEIGHT, GRAD_CONTRAST, GRAD_CONSISTENCY, SCALE, COEF, UNSCALE, n_cols,
+    STATS, stride_sn, WEIGHT, LARGEST_WEIGHT, GRAD_CONTRAST, GRAD_CONSISTENCY, SCALE, COEF, stride_ct, stride_ck,
+    UNSCALE, n_cols,
     BLOCK_N: tl.constexpr, HAS_WEIGHT: tl.constexpr, IS_SWAPPED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """The factors of G per row: k, r, x (times exp(-la) or exp(-lc) if BOUNDED), w, and la, lc in units of log 2.
+    """The factors of G per row: k, r, x (times exp(-la) or exp(-lc) if BOUNDED), w; else also la, lc in units of log 2.
 
     ``G_ij = p_ij (k_i (X_ij - Y_ij) + r_i) + q_ji x_j - p_ji k_j - w_i delta_ij`` with w, k the upstream gradients of
     contrast and consistency, ``r = w - k E``, ``x = k``; IS_SWAPPED moves w from r to x. All are multiplied by a number
@@ -90,7 +97,15 @@ def coefficients_kernel(
         r *= to_p
         k *= to_p
         x *= tl.exp2(-lc)
-    store_numbers(COEF + offs_n, n_cols, inside, (k, r, x, w, la, lc))
+    # Without a mask: the last tile is read whole, and what its columns beyond n_cols give is finite.
+    COEF += tl.program_id(0) * stride_ct.to(tl.int64) + tl.arange(0, BLOCK_N)
+    tl.store(COEF, k)
+    tl.store(COEF + stride_ck, r)
+    tl.store(COEF + 2 * stride_ck, x)
+    tl.store(COEF + 3 * stride_ck, w)
+    if not BOUNDED:
+        tl.store(COEF + 4 * stride_ck, la)
+        tl.store(COEF + 5 * stride_ck, lc)
     tl.store(UNSCALE, bound / LARGEST_G)
 
 
@@ -99,7 +114,9 @@ def statistics(state: Tensor, scale: Tensor, weight: Tensor | None, *, swapped: 
     splits, _, n = state.shape
     loss = torch.empty(2, n, dtype=torch.float32, device=state.device)
     stats = torch.empty(3, n, dtype=torch.float32, device=state.device)
-    statistics_kernel[(triton.cdiv(n, BLOCK_ROWS),)](
+    launch(
+        statistics_kernel,
+        (triton.cdiv(n, BLOCK_ROWS),),
         STATE=state,
         SCALE=scale,
         WEIGHT=weight,
@@ -118,34 +135,44 @@ def statistics(state: Tensor, scale: Tensor, weight: Tensor | None, *, swapped: 
 def coefficients(
     stats: Tensor,
     weight: Tensor | None,
+    largest_weight: Tensor | None,
     grad_contrast: Tensor,
     grad_consistency: Tensor,
     scale: Tensor,
     *,
     swapped: bool,
     bounded: bool,
+    tile: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """COEF [6, n_cols] and UNSCALE [1], from the statistics and weights of all columns. Rows use a slice of COEF."""
+    """COEF of a block of columns, in tiles of ``tile`` columns (None: all in one), and UNSCALE [1].
+
+    ``stats`` [3, n_cols] and ``weight`` are those of the block; ``largest_weight`` is that of all columns.
+    """
     n_cols = stats.shape[1]
-    coef = torch.empty(6, n_cols, dtype=torch.float32, device=stats.device)
+    block = tile or BLOCK_ROWS
+    blocks = triton.cdiv(n_cols, block)
+    shape = (blocks, NUMBERS[bounded], block) if tile else (1, NUMBERS[bounded], blocks * block)
+    coef = torch.empty(shape, dtype=torch.float32, device=stats.device)
     unscale = torch.empty(1, dtype=torch.float32, device=stats.device)
     assert stats.stride(1) == 1
-    coefficients_kernel[(triton.cdiv(n_cols, BLOCK_ROWS),)](
+    coefficients_kernel[(blocks,)](
         STATS=stats,
         stride_sn=stats.stride(0),
         WEIGHT=weight,
-        LARGEST_WEIGHT=None if weight is None else weight.amax(),
+        LARGEST_WEIGHT=largest_weight,
         GRAD_CONTRAST=grad_contrast,
         GRAD_CONSISTENCY=grad_consistency,
         SCALE=scale,
         COEF=coef,
+        stride_ct=coef.stride(0) if tile else block,
+        stride_ck=coef.stride(1),
         UNSCALE=unscale,
         n_cols=n_cols,
-        BLOCK_N=BLOCK_ROWS,
+        BLOCK_N=block,
         HAS_WEIGHT=weight is not None,
         IS_SWAPPED=swapped,
         BOUNDED=bounded,
-        num_warps=4,
+        num_warps=1,
     )
     return coef, unscale
 
