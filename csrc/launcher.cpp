@@ -1,5 +1,5 @@
-// Launches compiled Triton kernels again without Triton's binder: one look-up by what the arguments are, tensor maps from
-// a cache, and one call of the driver. kernels/plans.py makes the plans and says when they are used.
+// Launches compiled Triton kernels again without Triton's binder: one look-up by what the arguments are, tensor maps
+// from a cache, and one call of the driver. kernels/plans.py makes the plans and says when they are used.
 #include "driver.h"
 #include "module.h"
 
@@ -101,7 +101,7 @@ bool append_constant(Key& key, PyObject* value) {
     key.append({2, static_cast<uint64_t>(PyLong_AsLongLongAndOverflow(value, &overflow))});
     return overflow == 0;
   } else {
-    key.append({3, reinterpret_cast<uint64_t>(value)});  // True, False, None, a dtype, a string: the plan keeps it alive
+    key.append({3, reinterpret_cast<uint64_t>(value)});  // True, None, a dtype, a string: the plan keeps it alive
   }
   return true;
 }
@@ -247,7 +247,9 @@ class Plans {
     if (found == plans_.end()) return false;
     const Plan& plan = found->second;
     driver::LaunchConfig config{{1, 1, 1}, {plan.threads, 1, 1}, plan.shared_bytes, nullptr, nullptr, 0};
-    for (size_t i = 0; i < grid.size() && i < 3; ++i) config.grid[i] = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(grid.ptr(), i));
+    for (size_t i = 0; i < grid.size() && i < 3; ++i) {
+      config.grid[i] = static_cast<unsigned>(PyLong_AsUnsignedLong(PyTuple_GET_ITEM(grid.ptr(), i)));
+    }
     if (PyErr_Occurred()) throw py::error_already_set();
     if (config.grid[0] == 0 || config.grid[1] == 0 || config.grid[2] == 0) return true;
     config.stream = reinterpret_cast<void*>(py::cast<uint64_t>(stream_(device)));
@@ -299,7 +301,7 @@ class Plans {
   bool describe(const py::dict& arguments, int device, Values& values, Key& key) const {
     static PyObject* const base = PyUnicode_InternFromString("base");
     static PyObject* const block_shape = PyUnicode_InternFromString("block_shape");
-    const at::Device place = on_gpu_ ? at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device)) : at::Device(at::kCPU);
+    const at::Device place(on_gpu_ ? at::kCUDA : at::kCPU, static_cast<c10::DeviceIndex>(on_gpu_ ? device : -1));
     key.push_back(device);
     Py_ssize_t given = 0;
     for (size_t i = 0; i < names_.size(); ++i) {

@@ -46,7 +46,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
                                 const cuuint64_t *extents, const cuuint64_t *strides, const cuuint32_t *box,
                                 const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
-  cuuint64_t words[64] = {(cuuint64_t)address, type, rank, interleave, swizzle, promotion, fill}, hash = 1469598103934665603u;
+  cuuint64_t words[64] = {(cuuint64_t)address, type, rank, interleave, swizzle, promotion, fill};
+  cuuint64_t hash = 1469598103934665603u;
   size_t n = 7;
   for (cuuint32_t i = 0; i < rank; ++i) {
     words[n++] = extents[i];

@@ -70,7 +70,8 @@ class Stub:
     def received(self) -> bytes:
         """Grid, block, shared bytes, attributes, stream, function and all parameters of the last launch."""
         buffer = ctypes.create_string_buffer(8192)
-        return buffer.raw[: self._library.stub_kept(buffer)]
+        count = self._library.stub_kept(buffer)
+        return buffer.raw[:count]
 
     def answer(self, result: int) -> None:
         """Let launches and encodings give this CUresult."""

@@ -74,6 +74,7 @@ for grid, given in cases:  # in turn, so that a plan that fits another case woul
     assert stub.launches == launches + 1
     assert stub.received() == expected, given
     assert len(expected) > 200
+    assert expected[:4] == grid[0].to_bytes(4, "little")
 assert len(kernel.device_caches[0][0]) > 12
 """,
         library,
