@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from fastkd.backends.blocked.gemm import product, transposed_product
-from fastkd.backends.blocked.sums import LOG_2, are_bounded, log_one_plus_power
+from fastkd.backends.blocked.sums import LOG_2, LOG_2_TENSOR, are_bounded, log_one_plus_power
 from fastkd.backends.inputs import ContrastRows, ContrastUpstream
 
 MAX_ELEMENTS = 1 << 20  # of the matrix: 4 MiB in float32
-_LOG_2 = torch.tensor(LOG_2, dtype=torch.float64)  # torch multiplies by a tensor in half the time of a Python number
 
 
 def covers(rows: ContrastRows) -> bool:
@@ -66,7 +65,7 @@ class Forward:
             self._losses = losses.where(positive.isfinite(), torch.nan)
         self._t = (others + of_positive).reciprocal_()
         self._missing = others.mul_(self._t)
-        self._stats = self._losses, positive.mul_(_LOG_2)
+        self._stats = self._losses, positive.mul_(LOG_2_TENSOR)
 
     def _exponentials(self, X: Tensor) -> Tensor | None:
         """Makes U of X in place. Returns the rows' maxima, or None where they are not needed."""
@@ -101,8 +100,8 @@ class Forward:
             lse = total.log_()
         else:
             total.log2_()
-            losses = (maximum - mean).add_(total).mul_(_LOG_2)
-            lse = maximum.add_(total).mul_(_LOG_2)
+            losses = (maximum - mean).add_(total).mul_(LOG_2_TENSOR)
+            lse = maximum.add_(total).mul_(LOG_2_TENSOR)
         self._losses = losses.masked_fill_(without, 0)
         self._stats = lse, self._count
 
