@@ -172,15 +172,11 @@ class _Factors:
         return p, q, p_t, q_t
 
     def gradient(
-        self, p: Tensor, p_t: Tensor, q_t: Tensor, d: Tensor, rows: slice, columns: slice, out: Tensor, scratch: Tensor
+        self, p: Tensor, p_t: Tensor, q_t: Tensor, d: Tensor, rows: slice, columns: slice, out: Tensor
     ) -> Tensor:
         """``G`` of a tile [rows, columns], written to ``out``; every argument may be a transposed view."""
-        torch.mul(d, self._k_of_d[rows, None], out=out).add_(self._r[rows, None])
-        if q_t is p:
-            out.add_(self._x[columns]).mul_(p)
-        else:
-            out.mul_(p).add_(torch.mul(q_t, self._x[columns], out=scratch))
-        return out.sub_(torch.mul(p_t, self._k[columns], out=scratch))
+        torch.addcmul(self._r[rows, None], d, self._k_of_d[rows, None], out=out).mul_(p)
+        return out.addcmul_(q_t, self._x[columns]).addcmul_(p_t, self._k[columns], value=-1)
 
 
 class TiledBackward(_Pass):
@@ -220,7 +216,7 @@ class TiledBackward(_Pass):
         Y = scratch.copy_(X.T) if rows == cols else product(self._scaled_b[rows], self._a[cols])
         p, q, p_t, q_t = self._factors.exponentials(X, Y, rows, cols, U, V)
         d = X.sub_(Y)
-        self._factors.gradient(p, p_t, q_t, d, rows, cols, G, scratch)
+        self._factors.gradient(p, p_t, q_t, d, rows, cols, G)
         if rows == cols:
             G.fill_diagonal_(0)
         if self._grad_a is not None:
@@ -230,7 +226,7 @@ class TiledBackward(_Pass):
         if rows == cols:
             return
         # The mirrored tile: rows and columns, p and its transpose change places.
-        self._factors.gradient(p_t.T, p.T, q.T, d.neg_().T, cols, rows, G.T, scratch.T)
+        self._factors.gradient(p_t.T, p.T, q.T, d.neg_().T, cols, rows, G.T)
         if self._grad_a is not None:
             self._grad_a.add_cols(rows, cols, G)
         if self._grad_b is not None:
@@ -242,19 +238,19 @@ class TiledBackward(_Pass):
         start = cols.start
 
         def tile(rows: slice, cols: slice, workspace: Workspace) -> None:
-            U, V, G, scratch = workspace(rows, cols)
+            U, V, G = workspace(rows, cols)
             others = slice(cols.start + start, cols.stop + start)
             X, Y = product(self._scaled_a[rows], b[cols]), product(self._scaled_b[rows], a[cols])
             p, q, p_t, q_t = self._factors.exponentials(X, Y, rows, others, U, V)
             d = X.sub_(Y)
             if self._grad_a is not None:
-                self._factors.gradient(p, p_t, q_t, d, rows, others, G, scratch)
+                self._factors.gradient(p, p_t, q_t, d, rows, others, G)
                 self._grad_a.add(rows, G, b[cols])
             if self._grad_b is not None:
-                self._factors.gradient(p_t.T, p.T, q.T, d.neg_().T, others, rows, G.T, scratch.T)
+                self._factors.gradient(p_t.T, p.T, q.T, d.neg_().T, others, rows, G.T)
                 self._grad_b.add(rows, G, a[cols])
 
-        self._for_each(a, tile, 4)
+        self._for_each(a, tile, 3)
 
     def finish(self, inverse_norm: Tensor, dtype: torch.dtype, D: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the raw rows in ``dtype`` (empty if not needed), and this rank's part of the scale's."""
