@@ -12,7 +12,7 @@ from fastkd.backends.blocked.gemm import product, transposed_product
 from fastkd.backends.blocked.sums import LOG_2, LOG_2_TENSOR, MAX_SHARED_SCALE, log_one_plus_power
 from fastkd.backends.inputs import DualRows, DualUpstream
 
-MAX_ROWS = 1024  # of a matrix, five of which then take 20 MiB in float32
+MAX_ROWS = 1024  # of a matrix, four of which then take 16 MiB in float32
 
 
 def covers(rows: DualRows) -> bool:
@@ -37,21 +37,22 @@ class Forward:
         self._is_bounded = abs(scale) <= MAX_SHARED_SCALE
         X = product(a, b, scale / LOG_2)
         positive = X.diagonal().clone()
-        # Finite, so that their difference is 0; and so low that their exponentials are 0.
-        Y = X.fill_diagonal_(torch.finfo(X.dtype).min / 4).T.contiguous()
-        exponentials = X.new_empty(3, *X.shape)
-        self._matrices = U, V, W = exponentials.unbind()
+        # Finite, so that its difference to itself is 0; and so low that its exponential is 0.
+        X.fill_diagonal_(torch.finfo(X.dtype).min / 4)
+        matrices = X.new_empty(3, *X.shape)
+        self._matrices = U, V, W = matrices.unbind()
+        torch.sub(X, V.copy_(X.T), out=W)
         if self._is_bounded:
             torch.exp2(X, out=U)
-            torch.exp2(Y, out=V)
+            V.exp2_()
             of_positive = positive.exp2()
         else:
-            maxima = torch.stack([X.amax(dim=1), Y.amax(dim=1)])
+            maxima = torch.stack([X.amax(dim=1), V.amax(dim=1)])
             torch.sub(X, maxima[0, :, None], out=U).exp2_()
-            torch.sub(Y, maxima[1, :, None], out=V).exp2_()
+            V.sub_(maxima[1, :, None]).exp2_()
             of_positive = (positive - maxima).exp2_()
-        torch.mul(U, X.sub_(Y), out=W)
-        sums = exponentials.sum(dim=2)
+        W.mul_(U)
+        sums = matrices.sum(dim=2)
         others = sums[:2]
         if self._is_bounded:
             losses = (others / of_positive).log1p_()
@@ -87,11 +88,11 @@ class Forward:
         # G_ii = -(1 - p_ii) (r_i - k_i) - (1 - q_ii) x_i - k_i E_i
         diagonal = torch.addcmul(kE, rest_q, x).addcmul_(rest_p, r - k).neg_()
         k, r, x = k * to_p, r.mul_(to_p), x * to_q
-        G = W.mul_((k * LOG_2_TENSOR)[:, None])
+        G = W.mul_((k * LOG_2_TENSOR)[:, None]).addcmul_(U, r[:, None])
         if self._is_bounded:
-            G.addcmul_(U, r[:, None] + x).addcmul_(V, k, value=-1)
+            G.addcmul_(U, x).addcmul_(V, k, value=-1)
         else:
-            G.addcmul_(U, r[:, None]).add_(V.mul_(x[:, None]).addcmul_(U, k[:, None], value=-1).T)
+            G.add_(V.mul_(x[:, None]).addcmul_(U, k[:, None], value=-1).T)
         G.diagonal().copy_(diagonal)
         units = self._rows.units
         a, b = units.unbind()
