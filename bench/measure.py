@@ -121,6 +121,11 @@ def peak_resident_mib(step: Callable[[], object]) -> float:
     return (_resident_bytes("VmHWM") - before) / 2**20
 
 
+def rounds_for(rows: int) -> int:
+    """How often a loss of so many rows is timed: hundreds of times where a step takes less than a millisecond."""
+    return max(5, min(300, (1 << 26) // rows**2))
+
+
 def run_case(benchmark: Any, step: Callable[[], object], rounds: int, warmup_rounds: int = 0, **info: Any) -> None:
     """Times ``step`` by pytest-benchmark's fixture, and notes its peak memory, the threads and ``info``."""
     step()  # compiles, and allocates what stays

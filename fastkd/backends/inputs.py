@@ -15,6 +15,7 @@ class DualRows(NamedTuple):
     scale_bound: float  # the scale is at most this; inf if nothing is known
     columns: int  # how many there are on all ranks
     is_packed: bool
+    needs: tuple[bool, bool] | None = None  # whose gradients the forward's ``kept`` will serve; None: nobody's
 
 
 class DualUpstream(NamedTuple):
@@ -38,6 +39,7 @@ class ContrastRows(NamedTuple):
     normalized: bool  # the rows have length 1 or 0
     columns: int  # how many keys there are on all ranks
     is_packed: bool
+    needs: tuple[bool, bool] | None = None  # as in DualRows, of queries and keys
 
 
 class ContrastUpstream(NamedTuple):

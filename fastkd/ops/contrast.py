@@ -35,9 +35,23 @@ class Side(NamedTuple):
     gathered: Tensor | None = None
 
 
-def _rows(queries: Side, keys: Side, logit_scale: Tensor, mask: Mask, like: Tensor, normalize: bool) -> ContrastRows:
+def _rows(
+    queries: Side,
+    keys: Side,
+    logit_scale: Tensor,
+    mask: Mask,
+    like: Tensor,
+    normalize: bool,
+    needs: tuple[bool, bool] | None = None,
+) -> ContrastRows:
     scale, k = logit_scale.to(accumulation_dtype(like.dtype)), None if mask.exclude_self else keys.rows
-    return ContrastRows(queries.rows, k, scale, mask, normalize, keys.exchange.total, keys.exchange.is_packed)
+    return ContrastRows(queries.rows, k, scale, mask, normalize, keys.exchange.total, keys.exchange.is_packed, needs)
+
+
+def _needed(need_query: bool, need_key: bool, need_scale: bool) -> tuple[bool, bool]:
+    """Whether the gradients of queries and keys must be computed, for inputs that need theirs or not."""
+    # The gradient of logit_scale falls out of either side's. On all ranks the same side must yield it.
+    return need_query or need_scale or not need_key, need_key
 
 
 def forward(
@@ -64,9 +78,7 @@ def backward(
     kept: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries and keys (empty where not needed), as wide as ``like`` and in its dtype; of the scale."""
-    need_query, need_key, need_scale = needs
-    # The gradient of logit_scale falls out of either side's. On all ranks the same side must yield it.
-    with_query = need_query or need_scale or not need_key
+    with_query, need_key = _needed(*needs)
     state = implementation("contrast", backend).Backward(rows, upstream, with_query, need_key, kept)
     # In a ring every rank must take part, whatever it needs itself.
     if with_query or rows.keys is None or keys.exchange.is_ring:
@@ -79,7 +91,7 @@ def backward(
             if cols != queries.exchange.own:
                 state.add_queries(block[0], cols)
     grad_query, grad_key, grad_scale = state.finish(queries.inverse_norm, keys.inverse_norm, like.dtype, like.shape[1])
-    return grad_query if need_query else grad_query.new_empty(0), grad_key, grad_scale
+    return grad_query if needs[0] else grad_query.new_empty(0), grad_key, grad_scale
 
 
 def _alone(query: Tensor, key: Tensor | None, normalize: bool, backend: str) -> tuple[Side, Side]:
@@ -202,7 +214,8 @@ class Contrast(torch.autograd.Function):
     """The weighted sum over this rank's queries, times a factor, against the keys of all ``peers``, if there are any.
 
     Unlike the custom op it may take a process group, keep what it likes for its backward, and start quickly. Labels are
-    any int64, and ``positive_index`` counts this rank's keys. Returns what ``fastkd::contrast`` does.
+    any int64, and ``positive_index`` counts this rank's keys. ``keeps``: whether gradients are enabled, so that a
+    backward may come. Returns what ``fastkd::contrast`` does.
     """
 
     @staticmethod
@@ -220,6 +233,7 @@ class Contrast(torch.autograd.Function):
         backend: str,
         factor: float,
         peers: Peers | None,
+        keeps: bool,
     ) -> tuple[Tensor, Tensor]:
         if peers is not None and peers.has_weight and weight is None:
             weight = query.new_ones(len(query))
@@ -232,7 +246,8 @@ class Contrast(torch.autograd.Function):
                 needs_numbers = peers.needs_grad if key is None else peers.needs_key_grad
                 queries, keys, labels = _exchange_all(peers, query, key, labels, needs_numbers, normalize)
             mask = _mask(key, *labels, positive_index, by_label)
-            rows = _rows(queries, keys, logit_scale, mask, query, normalize)
+            needs = _needed(*ctx.needs_input_grad[:3]) if keeps and any(ctx.needs_input_grad[:3]) else None
+            rows = _rows(queries, keys, logit_scale, mask, query, normalize, needs)
             total, stats, kept = forward(rows, keys, weight, backend, factor)
             ctx.numbers = None
             if peers is not None and needs_numbers:
@@ -251,7 +266,7 @@ class Contrast(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 12
+            return (None,) * 13
         query, _, logit_scale, weight, stats, q, inverse_q, k, inverse_k, gathered_keys, *kept = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         with computing(q):
@@ -264,7 +279,7 @@ class Contrast(torch.autograd.Function):
             upstream = ContrastUpstream(stats, weight, grad_loss, ctx.factor)
             found = backward(rows, queries, keys, upstream, needs, query, ctx.backend, tuple(kept))
         grads = (*found[:2], found[2].to(logit_scale.dtype))
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 9
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 10
 
 
 def weighted_sum(
@@ -289,8 +304,9 @@ def weighted_sum(
         total, stats = contrast(query, key, logit_scale, weight, *labels, positive_index, by_label, normalize, backend)
         return total * factor, stats
     return Contrast.apply(
-        query, key, logit_scale, weight, *labels, positive_index, by_label, normalize, backend, factor, peers
-    )
+        query, key, logit_scale, weight, *labels, positive_index, by_label, normalize, backend, factor, peers,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
 
 
 def _exchange_all(

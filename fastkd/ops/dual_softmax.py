@@ -23,7 +23,7 @@ from fastkd.distributed.group import exchange_dtype
 from fastkd.numerics import accumulation_dtype
 from fastkd.ops.eager import computing, differentiable_once, is_traced
 
-STATISTICS = {"blocked": 4, "triton": 3}  # numbers per row that a backend keeps for its backward
+STATISTICS = {"blocked": 5, "triton": 3}  # numbers per row that a backend keeps for its backward
 Value = TypeVar("Value")
 
 
@@ -51,9 +51,23 @@ class _Options(NamedTuple):
         return implementation("dual_softmax", self.backend)
 
 
-def _rows(exchange: Exchange | Alone, units: Any, logit_scale: Tensor, like: Tensor, options: _Options) -> DualRows:
+def _rows(
+    exchange: Exchange | Alone,
+    units: Any,
+    logit_scale: Tensor,
+    like: Tensor,
+    options: _Options,
+    needs: tuple[bool, bool] | None = None,
+) -> DualRows:
     scale = logit_scale.to(accumulation_dtype(like.dtype))
-    return DualRows(units, scale, options.scale_bound, exchange.total, exchange.is_packed)
+    return DualRows(units, scale, options.scale_bound, exchange.total, exchange.is_packed, needs)
+
+
+def _needed(needs: tuple[bool, bool, bool], options: _Options) -> tuple[bool, bool]:
+    """Whether the gradients of a and b must be computed, for student, teacher and scale that need theirs or not."""
+    need_a, need_b = options.pair(needs[0], needs[1])
+    # The gradient of logit_scale falls out of either side's. On all ranks the same side must yield it.
+    return need_a or needs[2] or not need_b, need_b
 
 
 def forward(
@@ -82,14 +96,11 @@ def backward(
     kept: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of student and teacher (empty where not needed), as wide as ``like`` and in its dtype; of the scale."""
-    need_a, need_b = options.pair(needs[0], needs[1])
-    # The gradient of logit_scale falls out of either side's. On all ranks the same side must yield it.
-    with_a = need_a or needs[2] or not need_b
-    state = options.module.Backward(rows, stats, upstream, with_a, need_b, kept)
+    state = options.module.Backward(rows, stats, upstream, *_needed(needs, options), kept)
     for cols, block in exchange.columns(rows.units, gathered):
         state.add_own() if cols == exchange.own else state.add(block, cols)
     grad_a, grad_b, grad_scale = state.finish(inverse_norm, like.dtype, like.shape[1])
-    if not need_a:
+    if not options.pair(needs[0], needs[1])[0]:
         grad_a = grad_a.new_empty(0)
     return *options.pair(grad_a, grad_b), grad_scale
 
@@ -181,6 +192,7 @@ class DualSoftmax(torch.autograd.Function):
     """The weighted sums over this rank's rows, times the factors, against the rows of all ``peers``, if there are any.
 
     Unlike the custom op it may take a process group, keep what it likes for its backward, and start quickly.
+    ``keeps``: whether gradients are enabled, so that a backward may come.
     """
 
     @staticmethod
@@ -192,6 +204,7 @@ class DualSoftmax(torch.autograd.Function):
         weight: Tensor | None,
         options: _Options,
         peers: Peers | None,
+        keeps: bool,
     ) -> tuple[Tensor, Tensor]:
         exchange: Exchange | Alone = Alone(len(student))
         gathered = running = None
@@ -203,7 +216,8 @@ class DualSoftmax(torch.autograd.Function):
                 if peers.has_weight and weight is None:
                     weight = student.new_ones(len(student))
                 exchange, units, inverse_norm, gathered = start(peers, pair, exchange_dtype(student.dtype))
-            rows = _rows(exchange, units, logit_scale, student, options)
+            needs = _needed(ctx.needs_input_grad[:3], options) if keeps and any(ctx.needs_input_grad[:3]) else None
+            rows = _rows(exchange, units, logit_scale, student, options, needs)
             contrast, consistency, stats, kept = forward(exchange, rows, gathered, weight, options)
             if peers is not None and peers.needs_grad:
                 numbers = options.module.numbers(stats)
@@ -237,7 +251,7 @@ class DualSoftmax(torch.autograd.Function):
                 ctx.exchange, rows, gathered, inverse_norm, stats, upstream, needs, student, options, tuple(kept)
             )
         grads.append(grad_scale.to(logit_scale.dtype))
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 3
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 4
 
 
 def means(
@@ -257,4 +271,4 @@ def means(
         sums = dual_softmax(student, teacher, logit_scale, weight, consistency, scale_bound, backend)
         return sums[0] * factors[0], sums[1] * factors[1]
     options = _Options(consistency, scale_bound, backend, factors)
-    return DualSoftmax.apply(student, teacher, logit_scale, weight, options, peers)
+    return DualSoftmax.apply(student, teacher, logit_scale, weight, options, peers, torch.is_grad_enabled())

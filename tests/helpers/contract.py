@@ -3,14 +3,18 @@
 The definition is the call with the backend ``reference``, in float64.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import pytest
 import torch
 from torch import Tensor
 
 from fastkd import ckd_loss, dcd_loss, info_nce_loss, kd_loss, masked_contrast_loss, multiscale_pool, sup_con_loss
+from fastkd.backends.blocked.dense import contrast as dense_contrast
+from fastkd.backends.blocked.dense import dual_softmax as dense_dual_softmax
 from fastkd.functional.kd import ce_kd_terms
 from tests.helpers.checks import embeddings, logits, value_and_grads
 from tests.helpers.contrast_cases import MODES, NEEDS_PAIRS, problem
@@ -53,6 +57,15 @@ class Case:
 
     def exact(self, upstream: float = 1.0) -> tuple[Tensor, ...]:
         return self.results("reference", *(x.double() for x in self.inputs), upstream=upstream)
+
+
+@contextlib.contextmanager
+def always_in_tiles() -> Iterator[None]:
+    """Within it the blocked backend visits tiles, however few the rows are."""
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(dense_dual_softmax, "MAX_ROWS", 0)
+        patches.setattr(dense_contrast, "MAX_ELEMENTS", 0)
+        yield
 
 
 def _pair(loss: Callable[..., Tensor], **options: object) -> Callable[[Size], Case]:

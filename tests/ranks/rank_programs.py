@@ -168,7 +168,7 @@ def held_back(rank: int, sizes: tuple[int, ...], collective: int, library: str |
     use_extension(library)
     cut_into(2)
     store, happened = dist.distributed_c10d._get_default_store(), []
-    add = blocked.Forward.add
+    add = blocked.TiledForward.add
 
     def computing(self: Any, *columns: Any) -> None:
         add(self, *columns)
@@ -181,7 +181,7 @@ def held_back(rank: int, sizes: tuple[int, ...], collective: int, library: str |
             store.wait(["computed"], timedelta(seconds=8))
             happened.append(True)
 
-    patches.setattr(blocked.Forward, "add", computing)
+    patches.setattr(blocked.TiledForward, "add", computing)
     first, second, scale, _ = case(sum(sizes))
     with AtCollective(hold):
         dcd_loss(part(first, sizes, rank), part(second, sizes, rank), scale)
