@@ -24,8 +24,8 @@ STREAMING = ("dual_softmax_forward", "dual_softmax_backward", "contrast_forward"
 class LaunchConfig:
     """How a kernel is launched.
 
-    ``ctas_per_sm``: how many programs of the compiled code a multiprocessor can hold. ``apart``: the gradients of the
-    two sides get a launch each, because one launch for both would spill.
+    ``ctas_per_sm``: how many programs a multiprocessor shall hold. ``apart``: the gradients of the two sides get a
+    launch each, because one launch for both would spill. ``rows_in_registers``: a forward keeps its rows in registers.
     """
 
     BLOCK_M: int
@@ -34,6 +34,13 @@ class LaunchConfig:
     num_stages: int
     ctas_per_sm: int = 1
     apart: bool = False
+    rows_in_registers: bool = False
+
+    @property
+    def maxnreg(self) -> int | None:
+        """The registers a thread may have so that ``ctas_per_sm`` programs fit; None: as many as the compiler likes."""
+        most = 65536 // (32 * self.num_warps * self.ctas_per_sm) // 8 * 8
+        return None if self.ctas_per_sm == 1 else min(255, most)
 
 
 class Entry(NamedTuple):
@@ -75,11 +82,11 @@ _SM80: _Lines = {
 }
 _SM90: _Lines = {
     "dual_softmax_forward": {
-        (2, 64): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
-        (2, 128): LaunchConfig(128, 64, 8, 2),
-        (2, 256): LaunchConfig(128, 32, 8, 2),
-        (4, 64): LaunchConfig(128, 64, 8, 2),
-        (4, 128): LaunchConfig(128, 32, 8, 2),
+        (2, 64): LaunchConfig(128, 64, 8, 4, ctas_per_sm=2),
+        (2, 128): LaunchConfig(128, 64, 8, 4, rows_in_registers=True),
+        (2, 256): LaunchConfig(128, 32, 8, 4, rows_in_registers=True),
+        (4, 64): LaunchConfig(128, 64, 8, 4, rows_in_registers=True),
+        (4, 128): LaunchConfig(128, 32, 8, 4, rows_in_registers=True),
     },
     "dual_softmax_backward": {
         (2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
@@ -90,11 +97,11 @@ _SM90: _Lines = {
         (4, 128): LaunchConfig(128, 32, 8, 2, apart=True),
     },
     "contrast_forward": {
-        (2, 64): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
-        (2, 128): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
-        (2, 256): LaunchConfig(128, 64, 8, 2),
-        (4, 64): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
-        (4, 128): LaunchConfig(128, 64, 8, 2),
+        (2, 64): LaunchConfig(128, 64, 8, 4, ctas_per_sm=2, rows_in_registers=True),
+        (2, 128): LaunchConfig(128, 64, 8, 4, ctas_per_sm=2),
+        (2, 256): LaunchConfig(128, 64, 8, 4, rows_in_registers=True),
+        (4, 64): LaunchConfig(128, 64, 8, 4, ctas_per_sm=2),
+        (4, 128): LaunchConfig(128, 64, 8, 4, rows_in_registers=True),
     },
     "contrast_backward": {
         (2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=3),
@@ -167,7 +174,10 @@ _SOFT_TARGET: _Lines = {
     "soft_target_backward": {**_NARROW, (0, 0): LaunchConfig(1, 1024, 2, 1)},
 }
 _INTERPRETER: _Lines = {
-    **{kernel: dict.fromkeys(lines, LaunchConfig(16, 16, 4, 1)) for kernel, lines in _SM90.items()},
+    **{
+        kernel: dict.fromkeys(lines, LaunchConfig(16, 16, 4, 1, rows_in_registers=True))
+        for kernel, lines in _SM90.items()
+    },
     **{kernel: {(0, 32): LaunchConfig(4, 32, 4, 1), (0, 0): LaunchConfig(2, 64, 4, 1)} for kernel in _SOFT_TARGET},
 }
 

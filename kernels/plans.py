@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastkd.native import extension
 
 INTEGERS = ("i1", "i8", "i16", "i32", "i64", "u1", "u8", "u16", "u32", "u64")
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _runtime = triton.knobs.runtime
 # Triton's metadata of a compiled kernel that the extension launches: what is not listed may be anything.
 COVERED = {
@@ -57,7 +57,7 @@ class Blocks(TensorDescriptor):
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Launch ``kernel`` on the current stream. ``grid``: programs in up to three dimensions.
 
-    ``arguments``: all of the kernel's, by name, then ``num_warps`` and ``num_stages`` as Triton takes them. A tensor
+    ``arguments``: all of the kernel's, by name, then ``num_warps``, ``num_stages`` and ``maxnreg`` as Triton takes them. A tensor
     that the kernel reads by blocks is given as :class:`Blocks`.
     """
     known = _known.get(id(kernel)) or _first_met(kernel)

@@ -21,6 +21,16 @@ BLOCK_ROWS = 128  # rows of a program that reads a few numbers per row
 
 
 @triton.jit
+def load_rows(ROWS, row, IN_REGISTERS: tl.constexpr):
+    """The rows of a program. Without IN_REGISTERS, a product reads them from shared memory again for every tile.
+
+    The compiler keeps in registers what is computed from a load, and adding zero changes no row.
+    """
+    rows = ROWS.load([row, 0])
+    return rows + 0.0 if IN_REGISTERS else rows
+
+
+@triton.jit
 def store_numbers(NUMBERS, n, in_rows, values):
     """Writes ``values``, a tuple of numbers per row, to NUMBERS [len(values), n]; NUMBERS points to the rows' first."""
     for k in tl.static_range(len(values)):
@@ -126,7 +136,7 @@ def _tiling(
         "PRECISION": "tf32",
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-    }
+    } | ({} if config.maxnreg is None else {"maxnreg": config.maxnreg})
     return config, (row_blocks, splits), arguments
 
 
