@@ -10,8 +10,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
+import fastkd
 from bench import report
 from bench.providers import GPU_BASELINE, MEMORY_BOUND, ON_LOGITS, PEERS, POOLS
+from fastkd.distributed import pack
 
 # Columns of a row that are None where it was not measured.
 NUMBERS = ("median_ms", "host_ms", "graph_ms", "peak_extra_mib", "loss_error", "grad_error", "gb_per_s")
@@ -43,6 +45,15 @@ def hardware(device: torch.device) -> str:
         return report.hardware()
     properties = torch.cuda.get_device_properties(device)
     return f"{properties.name}, {properties.multi_processor_count} SM, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def environment(device: torch.device) -> str:
+    """Hardware and versions in one line."""
+    extension = "with" if pack.extension_covers(device.type) else "without"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, triton {version('triton')}"
+    return (
+        f"{hardware(device)}; {versions}, CUDA {torch.version.cuda}, fastkd {fastkd.__version__} {extension} extension"
+    )
 
 
 class Results:
