@@ -1,8 +1,8 @@
 # Every target creates what it needs in .venv and can be run again at any time.
 # An environment that is there already, without a network: make gpu-test BIN=/path/with/python, or PY=python3.
 # Nothing is installed then. For the GPU targets it needs torch, triton, numpy, pytest, pytest-xdist, pytest-timeout,
-# matplotlib, and fastkd itself: $(PY) -m pip install --no-index --no-deps --no-build-isolation --editable . (with setuptools >= 77),
-# or, with nothing to install it with, a link in the checkout: ln -s ../kernels fastkd/kernels
+# matplotlib, and fastkd itself: $(PY) -m pip install --no-index --no-deps --no-build-isolation --editable . (with
+# setuptools >= 77), or, with nothing to install it with, a link in the checkout: ln -s ../kernels fastkd/kernels
 PYTHON ?= python3
 BIN := .venv/bin
 PY := $(BIN)/python

@@ -66,9 +66,13 @@ PARTS = {
 
 
 def command_of(part: Part, results: Path, workers: int) -> list[str]:
-    """No signal reaches Python while a kernel hangs: a thread then ends the process, and xdist starts another."""
+    """No signal reaches Python while a kernel hangs: a thread then ends the process, and xdist starts another.
+
+    With the duration of the call, a test that a stop interrupts is no test among the results.
+    """
     command = [sys.executable, "-m", "pytest", "-m", part.markers, f"--junitxml={results}", "-p", "pytest_timeout"]
-    command += ["-o", "timeout_method=thread", "--timeout", str(part.each), "-p", "no:cacheprovider", "-v", *FILES]
+    command += ["-o", "junit_duration_report=call", "-o", "timeout_method=thread", "--timeout", str(part.each)]
+    command += ["-p", "no:cacheprovider", "-v", *FILES]
     if not part.tool:
         spread = ["-n", str(min(part.workers, workers)), "--dist", "worksteal", "--max-worker-restart", "40"]
         return [*command, "-p", "xdist.plugin", *spread]
@@ -103,18 +107,23 @@ def run(command: list[str], environment: dict[str, str], log: IO[str], seconds: 
 
 
 def read(results: Path) -> tuple[str, list[str]]:
-    """The numbers of a file of results in words; then one line per failure and per number that a test recorded."""
+    """The numbers of a file of results in words; then one line per failure and per number that a test recorded.
+
+    A test that took its worker along is written twice, as the test and as the worker.
+    """
     if not results.exists():
         return "no results, see the log", []
-    lines = []
-    suite = ElementTree.parse(results).getroot()[0]
-    for case in suite.iter("testcase"):
+    tests, failed, skipped, lines = set(), set(), set(), []
+    for case in ElementTree.parse(results).iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
+        tests.add(name)
+        skipped |= {name} if case.find("skipped") is not None else set()
         lines += [f"{name}: {x.get('name')} {x.get('value')}" for x in case.iter("property")]
         for problem in (*case.iter("failure"), *case.iter("error")):
-            lines.append(f"FAILED {name}: {(problem.get('message') or '').strip().splitlines()[:1]}")
-    failed, skipped = (sum(int(suite.get(key, 0)) for key in keys) for keys in (("failures", "errors"), ("skipped",)))
-    return f"{int(suite.get('tests', 0)) - failed - skipped} passed, {failed} failed, {skipped} skipped", lines
+            failed.add(name)
+            lines.append(f"FAILED {name}: {(problem.get('message') or '?').splitlines()[0]}")
+    passed = tests - failed - skipped
+    return f"{len(passed)} passed, {len(failed)} failed, {len(skipped)} skipped", lines
 
 
 def run_part(name: str, output: Path, log: IO[str], workers: int, seconds: float) -> bool:

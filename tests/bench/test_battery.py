@@ -102,26 +102,9 @@ def test_a_machine_without_a_gpu_gets_one_line(capsys: pytest.CaptureFixture[str
     assert re.fullmatch(r"gpu-test: .*torch\.cuda\.is_available\(\) is False here\n", capsys.readouterr().err)
 
 
-# A device that is lost in one test, and to that process alone; a test that hangs; a failure; numbers.
+# A number, a failure, tests that hang.
 TESTS = """
-import time, pytest, torch
-from tests.conftest import pytest_runtest_protocol
-
-def synchronize():
-    raise RuntimeError("an illegal memory access was encountered")
-
-@pytest.mark.lost
-@pytest.mark.parametrize("i", range(6))
-def test_lost(i):
-    if i == 2:
-        torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-@pytest.mark.hung
-@pytest.mark.parametrize("i", range(4))
-def test_hung(i):
-    time.sleep(100 * (i == 1))
+import time, pytest
 
 @pytest.mark.good
 def test_good(record_property):
@@ -131,21 +114,41 @@ def test_good(record_property):
 def test_bad():
     assert 1 == 2
 
+@pytest.mark.hung
 @pytest.mark.endless
-@pytest.mark.parametrize("i", range(2))
-def test_endless(i):
-    time.sleep(100 * i)
+@pytest.mark.parametrize("i", range(3))
+def test_hung(i):
+    time.sleep(100 * (i == 1))
+"""
+# A device that is lost in one test, and to that process alone.
+LOST = """
+import pytest, torch
+
+def synchronize():
+    raise RuntimeError("an illegal memory access was encountered")
+
+@pytest.mark.lost
+@pytest.mark.parametrize("i", range(4))
+def test_lost(i):
+    if i == 1:
+        torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 """
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a battery of the tests above writes."""
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "test_lost.py").write_text(LOST)
+    (tmp_path / "lost" / "conftest.py").write_text("from tests.conftest import pytest_runtest_protocol\n")
     (tmp_path / "test_parts.py").write_text(TESTS)
-    (tmp_path / "conftest.py").write_text("from tests.conftest import pytest_runtest_protocol\n")
-    parts = {name: battery.Part(name, 1, 5) for name in ("lost", "hung", "good", "bad", "endless")}
-    parts["again"] = battery.Part("bad", 1, 5, is_gate=False)
-    parts["tool"] = battery.Part("good", 0, 5, tool="memcheck")
+    parts = {name: battery.Part(name, 0, 60) for name in ("good", "bad")}
+    parts["again"] = battery.Part("bad", 0, 60, is_gate=False)
+    parts["tool"] = battery.Part("good", 0, 60, tool="memcheck")
+    parts |= {"hung": battery.Part("hung", 1, 3), "endless": battery.Part("endless", 1, 60)}
+    parts |= {"lost": battery.Part("lost", 1, 60), "lost alone": battery.Part("lost", 0, 60)}
     monkeypatch.setattr(battery, "PARTS", parts)
     monkeypatch.setattr(battery, "FILES", [str(tmp_path / "test_parts.py")])
     monkeypatch.setattr(battery.measure, "not_ready", lambda: None)
@@ -160,7 +163,7 @@ def test_parts_go_on_after_failures_and_the_status_tells(folder: Path, capsys: p
         ["bad", "0", "passed"], ["good", "1", "passed"], ["again", "0", "passed"],
     ]  # fmt: skip
     assert any("share 0.93" in line for line in lines)
-    assert any("FAILED test_parts::test_bad: ['assert 1 == 2']" in line for line in lines)
+    assert any("FAILED test_parts::test_bad: assert 1 == 2" in line for line in lines)
     assert "FAILED: bad; the log" in lines[-1]
     assert {path.name for path in folder.iterdir()} == {"bad.xml", "good.xml", "again.xml", "gpu-test.log"}
     assert "===== good" in (folder / "gpu-test.log").read_text()
@@ -168,11 +171,21 @@ def test_parts_go_on_after_failures_and_the_status_tells(folder: Path, capsys: p
 
 
 @pytest.mark.slow
-def test_a_lost_device_and_a_hung_test_end_their_worker_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert battery.main(["lost", "hung", "--output", str(folder)]) == 1
+def test_a_hung_test_ends_its_worker_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert battery.main(["hung", "--output", str(folder)]) == 1
+    assert re.search(r"hung +2 passed, 1 failed, 0 skipped, ", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_a_lost_device_ends_its_worker_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(battery, "FILES", [str(folder.parent / "lost")])
+    assert battery.main(["lost", "lost alone", "--output", str(folder)]) == 1
     text = capsys.readouterr().out
-    assert re.search(r"lost +5 passed", text), text
-    assert re.search(r"hung +3 passed", text), text
+    assert re.search(r"lost +3 passed, 1 failed, 0 skipped, ", text), text
+    assert re.search(r"lost alone +1 passed, 1 failed, 0 skipped, ", text), text
+    assert "the CUDA device is lost to this process" in (folder / "gpu-test.log").read_text()
 
 
 @pytest.mark.slow
