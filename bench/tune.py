@@ -311,8 +311,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hardware", choices=launch.HARDWARE[:-1], default="sm_90", help="whose entries --list shows")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + options.seconds
-    if not options.list and not torch.cuda.is_available():
-        print("tune measures on a GPU, and torch.cuda.is_available() is False here; try --list", file=sys.stderr)
+    if not options.list and (reason := measure.not_ready()):
+        print(f"tune: {reason}; --list prints the search space", file=sys.stderr)
         return 2
     device = torch.device("cuda")
     hardware = options.hardware if options.list else launch.hardware_of(device)
