@@ -223,16 +223,26 @@ def allows_tf32() -> bool:
 
 def hardware_of(device: torch.device) -> str:
     """The table's name for a device; the CPU runs kernels in Triton's interpreter."""
-    if device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    return _hardware(device.type, device.index)
 
 
 def multiprocessors(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    return _multiprocessors(device.type, device.index)
+
+
+@functools.cache
+def _hardware(kind: str, index: int | None) -> str:
+    if kind == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(index)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+@functools.cache
+def _multiprocessors(kind: str, index: int | None) -> int:
+    return 1 if kind == "cpu" else torch.cuda.get_device_properties(index).multi_processor_count
 
 
 @functools.cache

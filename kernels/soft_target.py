@@ -15,10 +15,10 @@ Legend. ``X``, ``Y``: logits [n, C] of student and teacher. ``mx``, ``my``: the 
     KD = temperature^2 (e / (sy temperature) + log st - log sy)
 
 Everything is relative to the maxima, so that a common offset of the logits costs no digits. STATE [SPLITS, 7, n]: these
-numbers for one split of the columns. STATS [5, n]: mx, log s1, log st, my, log sy. LOSS [2, n]: weighted CE and KD per
-row. ALIGN divides C and the strides, so that loads are as wide as that allows. POWER: the temperature if it is 1, 2 or
-4, otherwise 0. ``exp(x - mx)`` is then that power of ``exp((x - mx) / temperature)``: one or two multiplications
-instead of an exponential.
+numbers for one split of the columns. STATS [5, n]: mx, log s1, log st, my, log sy. LOSS [2, n]: CE and KD per row,
+times the row's weight and ``factor``. ALIGN divides C and the strides, so that loads are as wide as that allows. POWER:
+the temperature if it is 1, 2 or 4, otherwise 0. ``exp(x - mx)`` is then that power of ``exp((x - mx) / temperature)``:
+one or two multiplications instead of an exponential.
 """
 
 import math
@@ -101,15 +101,15 @@ def _accumulate(
 
 @triton.jit
 def _finish(
-    state, X, LABELS, WEIGHT, LOSS, STATS, rows, in_rows, stride_xn, n, C, temperature, smoothing,
+    state, X, LABELS, WEIGHT, LOSS, STATS, rows, in_rows, stride_xn, n, C, temperature, smoothing, factor,
     HAS_LABELS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
     """LOSS and STATS of rows whose sums over all columns are ``state``."""
     mx, s1, st, my, sy, e, z_sum = state
     stride_k = n.to(tl.int64)
-    weight = tl.full(mx.shape, 1.0, tl.float32)
+    weight = tl.full(mx.shape, 1.0, tl.float32) * factor
     if HAS_WEIGHT:
-        weight = tl.load(WEIGHT + rows, mask=in_rows, other=0.0).to(tl.float32)
+        weight *= tl.load(WEIGHT + rows, mask=in_rows, other=0.0).to(tl.float32)
     none = tl.zeros_like(mx)
     log_s1, log_st, log_sy = none, none, none
     if HAS_LABELS:
@@ -130,7 +130,8 @@ def _finish(
 
 @triton.jit(do_not_specialize=["stride_xn", "stride_yn", "n", "C", "tiles_per_split"])
 def forward_kernel(
-    X, Y, stride_xn, stride_yn, LABELS, WEIGHT, LOSS, STATS, STATE, n, C, temperature, smoothing, tiles_per_split,
+    X, Y, stride_xn, stride_yn, LABELS, WEIGHT, LOSS, STATS, STATE, n, C, temperature, smoothing, factor,
+    tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, POWER: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
     IS_ONE_TILE: tl.constexpr, IS_SPLIT: tl.constexpr,
@@ -176,14 +177,14 @@ def forward_kernel(
         store_numbers(STATE + split.to(tl.int64) * 7 * n + rows, n, in_rows, state)
     else:
         _finish(
-            state, X, LABELS, WEIGHT, LOSS, STATS, rows, in_rows, stride_xn, n, C, temperature, smoothing,
+            state, X, LABELS, WEIGHT, LOSS, STATS, rows, in_rows, stride_xn, n, C, temperature, smoothing, factor,
             HAS_LABELS=HAS_LABELS, HAS_TEACHER=HAS_TEACHER, HAS_WEIGHT=HAS_WEIGHT, HAS_SMOOTHING=HAS_SMOOTHING,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["stride_xn", "n", "C", "columns_per_split", "splits"])
 def merge_kernel(
-    X, stride_xn, LABELS, WEIGHT, LOSS, STATS, STATE, n, C, temperature, smoothing, columns_per_split, splits,
+    X, stride_xn, LABELS, WEIGHT, LOSS, STATS, STATE, n, C, temperature, smoothing, factor, columns_per_split, splits,
     BLOCK_M: tl.constexpr, POWER: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
@@ -220,14 +221,14 @@ def merge_kernel(
             e += (tl.load(part + 5 * stride_k, mask=in_rows, other=0.0) + old_sy * (shift_y - shift_x)) * decay
     _finish(
         (mx, s1, st, my, sy, e, z_sum), X, LABELS, WEIGHT, LOSS, STATS, rows, in_rows, stride_xn.to(tl.int64), n, C,
-        temperature, smoothing,
+        temperature, smoothing, factor,
         HAS_LABELS=HAS_LABELS, HAS_TEACHER=HAS_TEACHER, HAS_WEIGHT=HAS_WEIGHT, HAS_SMOOTHING=HAS_SMOOTHING,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["stride_xn", "stride_yn", "n", "C"])
 def backward_kernel(
-    X, Y, stride_xn, stride_yn, LABELS, WEIGHT, STATS, GRAD_CE, GRAD_KD, GRAD, n, C, temperature, smoothing,
+    X, Y, stride_xn, stride_yn, LABELS, WEIGHT, STATS, GRAD_CE, GRAD_KD, GRAD, n, C, temperature, smoothing, factor,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, POWER: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
@@ -245,9 +246,9 @@ def backward_kernel(
     z = x - tl.load(STATS, mask=in_rows, other=0.0)[:, None]
     log_s1 = tl.load(STATS + stride_k, mask=in_rows, other=0.0)
     c = LOG2E / temperature
-    weight = tl.full([BLOCK_M], 1.0, tl.float32)
+    weight = tl.full([BLOCK_M], 1.0, tl.float32) * factor
     if HAS_WEIGHT:
-        weight = tl.load(WEIGHT + rows, mask=in_rows, other=0.0).to(tl.float32)
+        weight *= tl.load(WEIGHT + rows, mask=in_rows, other=0.0).to(tl.float32)
     grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if HAS_TEACHER:
         y = tl.load(Y + (rows * stride_yn)[:, None] + offs_n[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -304,6 +305,7 @@ def soft_target_losses(
     *,
     temperature: float,
     smoothing: float,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """LOSS [2, n] and STATS [5, n]. The row of LOSS of an absent term is not written. ``weight``: contiguous."""
     X, Y = _unit_columns(student), _unit_columns(teacher)
@@ -321,6 +323,7 @@ def soft_target_losses(
     shared = {
         "X": X, "stride_xn": X.stride(0), "LABELS": labels, "WEIGHT": weight, "LOSS": loss, "STATS": stats,
         "STATE": state, "n": n, "C": C, "temperature": temperature, "smoothing": smoothing,
+        "factor": factor,
         **_flags(Y, labels, weight, temperature, smoothing),
     }  # fmt: skip
     forward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
@@ -354,11 +357,12 @@ def soft_target_gradient(
     labels: Tensor | None,
     weight: Tensor | None,
     stats: Tensor,
-    grad_ce: Tensor,
-    grad_kd: Tensor,
+    grad_ce: Tensor | None,
+    grad_kd: Tensor | None,
     *,
     temperature: float,
     smoothing: float,
+    factor: float = 1.0,
 ) -> Tensor:
     """GRAD [n, C], contiguous, in the student's dtype."""
     X, Y = _unit_columns(student), _unit_columns(teacher)
@@ -382,6 +386,7 @@ def soft_target_gradient(
         C=C,
         temperature=temperature,
         smoothing=smoothing,
+        factor=factor,
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         ALIGN=_alignment(X, Y),

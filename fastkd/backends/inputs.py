@@ -25,6 +25,7 @@ class DualUpstream(NamedTuple):
     grad_contrast: Tensor
     grad_consistency: Tensor
     is_swapped: bool  # the contrast reads q, not p
+    factors: tuple[float, float] = (1.0, 1.0)  # what the two sums were multiplied by
 
 
 class ContrastRows(NamedTuple):
@@ -48,3 +49,4 @@ class ContrastUpstream(NamedTuple):
     stats: Tensor  # [2, n]
     weight: Tensor | None  # [n]
     grad_loss: Tensor
+    factor: float = 1.0  # what the sum was multiplied by

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkd import backends
 from fastkd.backends import reference
-from fastkd.ops.multiscale_pool import multiscale_pool as pool
+from fastkd.ops.multiscale_pool import pooled
 from fastkd.validate import (
     check_bool,
     check_feature_map,
@@ -81,4 +81,4 @@ def multiscale_pool(
         with torch.autocast(features.device.type, enabled=False):
             return reference.multiscale_pool(features, sides, steps, normalize, out_dtype)
     check_no_tangent(features)
-    return pool(features, sides, steps, normalize, out_dtype, backend)[0]
+    return pooled(features, sides, steps, normalize, out_dtype, backend)

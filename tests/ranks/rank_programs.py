@@ -18,7 +18,7 @@ from fastkd.backends.blocked import dual_softmax as blocked
 from fastkd.distributed import agree as agreement
 from fastkd.distributed import exchange, pack
 from fastkd.distributed import group as fastkd_distributed
-from fastkd.ops.contrast import GlobalContrast
+from fastkd.ops.contrast import Contrast
 from tests.helpers.checks import assert_close, embeddings, relative_error
 from tests.helpers.ranks import patches
 from tests.ranks.cases import LOSSES, Case, cut_into, use_extension
@@ -294,11 +294,11 @@ def without_host_tensors(rank: int) -> list[str]:
         def apply(*inputs: Any) -> Any:
             torch.tensor = noted
             try:
-                return GlobalContrast.apply(*inputs)
+                return Contrast.apply(*inputs)
             finally:
                 torch.tensor = kept
 
-    patches.setattr("fastkd.functional.contrast.GlobalContrast", Watched)
+    patches.setattr("fastkd.ops.contrast.Contrast", Watched)
     first, second, scale, _ = case(8)
     for name, loss in (("info_nce", info_nce_loss), ("ckd", ckd_loss)):
         rows = [part(x, (4, 4), rank).clone().requires_grad_() for x in (first, second)]

@@ -142,6 +142,8 @@ def _shifted(part: slice, by: int) -> slice:
 class Forward(_Pass):
     """Losses and numbers of a rank's queries, accumulated over the keys."""
 
+    kept: tuple[Tensor, ...] = ()
+
     def __init__(self, rows: ContrastRows) -> None:
         super().__init__(rows)
         self._sums = (PlainSums if self._bounded else OnlineSums)(self._q)
@@ -185,8 +187,8 @@ class Forward(_Pass):
 
         self._for_each(self._q, k, tile, self._buffers)
 
-    def finish(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the losses, and two numbers per query, [2, n].
+    def finish(self, weight: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the losses times ``factor``, and two numbers per query, [2, n].
 
         By index: the query's loss and its positive's logit; by label: its log-sum-exp and its number of positives.
         """
@@ -195,10 +197,10 @@ class Forward(_Pass):
             loss = beyond_positive(lse, self._positive)
             # An infinite positive would make the other logits vanish.
             loss = loss.where(self._positive.isfinite(), torch.nan)
-            return weighted_sum(loss, weight), torch.stack([loss, self._positive])
+            return weighted_sum(loss, weight) * factor, torch.stack([loss, self._positive])
         count = self._mask.positive_counts(len(self._q)).to(lse.dtype)
         loss = (lse - self._of_positives / count.clamp_min(1)).masked_fill(count == 0, 0)
-        return weighted_sum(loss, weight), torch.stack([lse, count])
+        return weighted_sum(loss, weight) * factor, torch.stack([lse, count])
 
 
 class _Probabilities:
@@ -241,10 +243,17 @@ class Backward(_Pass):
     contrasted with each other.
     """
 
-    def __init__(self, rows: ContrastRows, upstream: ContrastUpstream, need_query: bool, need_key: bool) -> None:
+    def __init__(
+        self,
+        rows: ContrastRows,
+        upstream: ContrastUpstream,
+        need_query: bool,
+        need_key: bool,
+        kept: tuple[Tensor, ...] = (),
+    ) -> None:
         super().__init__(rows)
         stats, mask = upstream.stats, rows.mask
-        self._w, self._stats = row_weights(upstream.weight, upstream.grad_loss, stats[0]), stats
+        self._w, self._stats = row_weights(upstream.weight, upstream.grad_loss * upstream.factor, stats[0]), stats
         self._probabilities = _Probabilities(mask, stats, self._w, self._bounded)
         self._is_pair = self._is_self and mask.by_label
         self._of_queries = RowGradient(self._q, self._k) if need_query or self._is_self else None

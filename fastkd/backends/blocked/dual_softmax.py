@@ -29,11 +29,13 @@ from fastkd.backends.inputs import DualRows, DualUpstream
 from fastkd.numerics import accumulation_dtype, unit_rows, weighted_sum
 
 
-def units(a: Tensor, b: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The unit rows of both sides in the accumulation dtype, and their inverse norms [n, 1]."""
-    dtype = accumulation_dtype(a.dtype)
-    (a, inverse_a), (b, inverse_b) = unit_rows(a.to(dtype)), unit_rows(b.to(dtype))
-    return (a, b), (inverse_a, inverse_b)
+def units(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The unit rows of both sides in the accumulation dtype, [2, n, D], and their inverse norms [2, n, 1]."""
+    rows = a.new_empty((2, *a.shape), dtype=accumulation_dtype(a.dtype))
+    inverse_norm = rows.new_empty(2, len(a), 1)
+    for side, x in enumerate((a, b)):
+        rows[side], inverse_norm[side] = unit_rows(x.to(rows.dtype))
+    return rows, inverse_norm
 
 
 class _Pass:
@@ -56,6 +58,8 @@ class _Pass:
 
 class Forward(_Pass):
     """(la, lc, E, X_ii) of every row, accumulated over the columns."""
+
+    kept: tuple[Tensor, ...] = ()
 
     def __init__(self, rows: DualRows) -> None:
         super().__init__(rows)
@@ -123,13 +127,16 @@ class Forward(_Pass):
 
         self._for_each(a, tile, 2)
 
-    def finish(self, weight: Tensor | None, is_swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted sums of contrast and consistency, and (la, lc, E, X_ii) [4, n]."""
+    def finish(
+        self, weight: Tensor | None, is_swapped: bool, factors: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted sums of contrast and consistency, each times its factor, and (la, lc, E, X_ii) [4, n]."""
         positive = self._positive
         la, lc = (beyond_positive(sums.logsumexp(), positive) for sums in (self._p, self._q))
         E = self._p.mean(positive)
-        contrast = weighted_sum(lc if is_swapped else la, weight)
-        return contrast, weighted_sum(E - la + lc, weight), torch.stack([la, lc, E, positive])
+        sums = (weighted_sum(rows, weight) for rows in (lc if is_swapped else la, E - la + lc))
+        contrast, consistency = (total * factor for total, factor in zip(sums, factors, strict=True))
+        return contrast, consistency, torch.stack([la, lc, E, positive])
 
 
 def numbers(stats: Tensor) -> Tensor:
@@ -181,10 +188,18 @@ class Backward(_Pass):
     ``stats`` [4, n]: what :class:`Forward` found.
     """
 
-    def __init__(self, rows: DualRows, stats: Tensor, upstream: DualUpstream, need_a: bool, need_b: bool) -> None:
+    def __init__(
+        self,
+        rows: DualRows,
+        stats: Tensor,
+        upstream: DualUpstream,
+        need_a: bool,
+        need_b: bool,
+        kept: tuple[Tensor, ...] = (),
+    ) -> None:
         super().__init__(rows)
-        everyone, weight, *grads, is_swapped = upstream
-        w, k = (row_weights(weight, grad, everyone[0]) for grad in grads)
+        everyone, weight, *grads, is_swapped, factors = upstream
+        w, k = (row_weights(weight, grad * factor, everyone[0]) for grad, factor in zip(grads, factors, strict=True))
         wp, wq = (torch.zeros_like(w), w) if is_swapped else (w, torch.zeros_like(w))
         n = len(self._a)
         la, lc, E, _ = stats
@@ -240,9 +255,7 @@ class Backward(_Pass):
 
         self._for_each(a, tile, 4)
 
-    def finish(
-        self, inverse_norm: tuple[Tensor, Tensor] | Tensor, dtype: torch.dtype, D: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, inverse_norm: Tensor, dtype: torch.dtype, D: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the raw rows in ``dtype`` (empty if not needed), and this rank's part of the scale's."""
         found, grad_scale = [], self._scale.new_zeros(())
         sides = ((self._grad_b, self._b, self._a), (self._grad_a, self._a, self._b))

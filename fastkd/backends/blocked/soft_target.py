@@ -19,8 +19,12 @@ def soft_target_forward(
     weight: Tensor | None,
     temperature: float,
     label_smoothing: float,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sums over the rows of cross-entropy and of ``temperature^2 KL(teacher || student)``; nothing saved."""
+    """Weighted sums over the rows of cross-entropy and of ``temperature^2 KL(teacher || student)``, times ``factor``.
+
+    Nothing is saved for the backward.
+    """
     dtype = accumulation_dtype(student_logits.dtype)
     n, classes = student_logits.shape
     ce, kd = student_logits.new_zeros(2, n, dtype=dtype)
@@ -32,7 +36,7 @@ def soft_target_forward(
             ce[rows] = loss.where(label == labels[rows], torch.nan)
         if teacher_logits is not None:
             kd[rows] = soft_target(student_logits[rows], teacher_logits[rows], temperature)
-    w = _weights(weight, ce)
+    w = _weights(weight, ce, factor)
     return ce.dot(w), kd.dot(w), ce.new_empty(0, n)
 
 
@@ -42,10 +46,11 @@ def soft_target_backward(
     labels: Tensor | None,
     weight: Tensor | None,
     stats: Tensor,
-    grad_ce: Tensor,
-    grad_kd: Tensor,
+    grad_ce: Tensor | None,
+    grad_kd: Tensor | None,
     temperature: float,
     label_smoothing: float,
+    factor: float = 1.0,
 ) -> Tensor:
     """Gradient of the student's logits: ``w_i (p_i - target_i) + k_i temperature (p'_i - q'_i)``.
 
@@ -53,15 +58,16 @@ def soft_target_backward(
     """
     dtype, classes = stats.dtype, student_logits.shape[1]
     grad = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
-    weights = _weights(weight, stats)
-    w, k = (weights * grad_ce)[:, None], (weights * (grad_kd * temperature))[:, None]
+    weights = _weights(weight, stats, factor)[:, None]
+    w = None if grad_ce is None else weights * grad_ce
+    k = None if grad_kd is None else weights * (grad_kd * temperature)
     for rows in row_blocks(student_logits):
         x = student_logits[rows].to(dtype)
         total = None
-        if teacher_logits is not None:
+        if teacher_logits is not None and k is not None:
             q = (teacher_logits[rows].to(dtype) / temperature).softmax(dim=1)
             total = (x / temperature).softmax(dim=1).sub_(q).mul_(k[rows])
-        if labels is not None:
+        if labels is not None and w is not None:
             label = labels[rows, None].clamp(0, classes - 1)
             w_rows = w[rows].where(label == labels[rows, None], torch.nan)
             p = x.softmax(dim=1)
@@ -73,5 +79,5 @@ def soft_target_backward(
     return grad
 
 
-def _weights(weight: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_ones(like.shape[-1]) if weight is None else weight.to(like.dtype)
+def _weights(weight: Tensor | None, like: Tensor, factor: float) -> Tensor:
+    return like.new_full(like.shape[-1:], factor) if weight is None else weight.to(like.dtype) * factor

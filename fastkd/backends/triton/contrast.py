@@ -49,6 +49,7 @@ class _Pass:
 class Forward(_Pass):
     """As :class:`fastkd.backends.blocked.contrast.Forward`."""
 
+    kept: tuple[Tensor, ...] = ()
     _state: Tensor | None = None  # what the kernels carry; None until there were keys
 
     def add_own(self) -> None:
@@ -66,25 +67,33 @@ class Forward(_Pass):
                     self._queries, keys, self._scale, state=self._state, all_columns=self._columns, **self._options
                 )
 
-    def finish(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the losses, and two numbers per query, [2, n]."""
+    def finish(self, weight: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the losses times ``factor``, and two numbers per query, [2, n]."""
         if self._state is None:
             return self._scale.new_zeros(()), self._scale.new_zeros(2, 0)
         count = self._mask.positive_counts(len(self._queries.vectors)) if self._mask.by_label else None
         with torch.cuda.device_of(self._state):
             loss, stats = statistics(self._state, None if weight is None else weight.contiguous(), count)
-            return loss.sum(), stats
+            return loss.sum() * factor, stats
 
 
 class Backward(_Pass):
     """As :class:`fastkd.backends.blocked.contrast.Backward`. The tiles hold the positives by index too."""
 
-    def __init__(self, rows: ContrastRows, upstream: ContrastUpstream, need_query: bool, need_key: bool) -> None:
+    def __init__(
+        self,
+        rows: ContrastRows,
+        upstream: ContrastUpstream,
+        need_query: bool,
+        need_key: bool,
+        kept: tuple[Tensor, ...] = (),
+    ) -> None:
         super().__init__(rows)
         self._needs = need_query or self._is_self, need_key and not self._is_self
         self._of_queries: Tensor | None = None  # sums of the gradients; None until there was something to add
         self._of_keys: Tensor | None = None
-        stats, weight, grad_loss = upstream
+        stats, weight, grad_loss, factor = upstream
+        grad_loss = grad_loss * factor
         if stats.shape[1]:
             weight = None if weight is None else weight.contiguous()
             with torch.cuda.device_of(stats):

@@ -49,6 +49,8 @@ class _Pass:
 class Forward(_Pass):
     """As :class:`fastkd.backends.blocked.dual_softmax.Forward`."""
 
+    kept: tuple[Tensor, ...] = ()
+
     def _add(self, columns: Tensor, offset: int, cols: slice) -> None:
         with torch.cuda.device_of(columns):
             self._sums = self._kernels.running_statistics(
@@ -61,15 +63,17 @@ class Forward(_Pass):
                 all_columns=self._columns,
             )
 
-    def finish(self, weight: Tensor | None, is_swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted sums of contrast and consistency, and [3, n]: both log-sum-exps and E."""
+    def finish(
+        self, weight: Tensor | None, is_swapped: bool, factors: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted sums of contrast and consistency, times the factors, and [3, n]: both log-sum-exps and E."""
         if self._sums is None:
             nothing = self._scale.new_zeros(3, 0)
             return nothing[0].sum(), nothing[1].sum(), nothing
         weight = None if weight is None else weight.contiguous()
         with torch.cuda.device_of(self._sums):
             loss, stats = statistics(self._sums, self._scale, weight, swapped=is_swapped)
-            return loss[0].sum(), loss[1].sum(), stats
+            return loss[0].sum() * factors[0], loss[1].sum() * factors[1], stats
 
 
 def numbers(stats: Tensor) -> Tensor:
@@ -80,10 +84,19 @@ def numbers(stats: Tensor) -> Tensor:
 class Backward(_Pass):
     """As :class:`fastkd.backends.blocked.dual_softmax.Backward`."""
 
-    def __init__(self, rows: DualRows, stats: Tensor, upstream: DualUpstream, need_a: bool, need_b: bool) -> None:
+    def __init__(
+        self,
+        rows: DualRows,
+        stats: Tensor,
+        upstream: DualUpstream,
+        need_a: bool,
+        need_b: bool,
+        kept: tuple[Tensor, ...] = (),
+    ) -> None:
         super().__init__(rows)
         self._needs: dict[str, Any] = {"need_a": need_a, "need_b": need_b}
-        everyone, weight, *grads, is_swapped = upstream
+        everyone, weight, *grads, is_swapped, factors = upstream
+        grads = [grad * factor for grad, factor in zip(grads, factors, strict=True)]
         weight = None if weight is None else weight.contiguous()
         with torch.cuda.device_of(everyone):
             self._coef, self._unscale = coefficients(
