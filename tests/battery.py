@@ -27,6 +27,7 @@ from xml.etree import ElementTree
 
 import torch
 
+import bench
 from bench import gpu_report, measure
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +92,7 @@ def environment_of(part: Part) -> dict[str, str]:
 def run(command: list[str], environment: dict[str, str], log: IO[str], seconds: float) -> int | None:
     """The exit status; None where the time was over, and the process was asked to end, and was then ended."""
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, process_group=0
     )
     try:
         return process.wait(seconds)
@@ -159,7 +160,9 @@ def collect() -> int:
     return int(any(statuses))
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, started: float | None = None) -> int:
+    """``started``: when the time began to run, by ``time.monotonic``; None: now."""
+    started = time.monotonic() if started is None else started
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu-test")
@@ -174,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     if reason := measure.not_ready():
         print(f"gpu-test: {reason}", file=sys.stderr)
         return 2
-    deadline = time.monotonic() + options.seconds
+    deadline = started + options.seconds
     options.output.mkdir(parents=True, exist_ok=True)
     print(gpu_report.environment(torch.device("cuda")), flush=True)
     with (options.output / "gpu-test.log").open("w") as log:
@@ -188,4 +191,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(started=bench.STARTED))

@@ -16,6 +16,10 @@ PRECISIONS = [
 ]  # fmt: skip
 LOW_PRECISIONS = [PRECISIONS[0], *PRECISIONS[2:]]
 
+# A test that takes ``device`` runs on gloo ranks, and on NCCL ranks where there are devices for them.
+_SEVERAL = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=_SEVERAL)])
+
 
 def gpu(test: Callable[..., None]) -> Callable[..., None]:
     """Marks a test that needs a CUDA device, and skips it where there is none."""

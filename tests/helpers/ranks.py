@@ -35,9 +35,6 @@ STARTED_WITHIN = 120  # seconds
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 NCCL_SECONDS = 150  # in which communicators are made and kernels are compiled, beside what a program takes
 
-# A test that takes ``device`` runs on gloo ranks, and on NCCL ranks where there are enough devices.
-on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-
 # On a rank: what a program replaces through this is put back when the program ends.
 patches = pytest.MonkeyPatch()
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.helpers.checks import CONSISTENCIES, assert_close, relative_error
-from tests.helpers.ranks import on_every_device, run_ranks, succeeded
+from tests.helpers.gpu import on_every_device
+from tests.helpers.ranks import run_ranks, succeeded
 from tests.ranks import rank_programs as programs
 from tests.ranks.cases import KINDS, LABEL, Case, check_cases, one_process, run_cases
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastkd import preview_weight
 from tests.helpers.checks import assert_close
-from tests.helpers.ranks import Failure, on_every_device, run_ranks, succeeded
+from tests.helpers.gpu import on_every_device
+from tests.helpers.ranks import Failure, run_ranks, succeeded
 from tests.ranks import loss_rank_programs as programs
 
 SIZES = [(3, 3), (4, 1), (0, 3), (2, 1, 3), (3, 0, 1)]
