@@ -107,13 +107,13 @@ def run(command: list[str], environment: dict[str, str], log: IO[str], seconds: 
         process.wait()
 
 
-def read(results: Path) -> tuple[str, list[str]]:
-    """The numbers of a file of results in words; then one line per failure and per number that a test recorded.
+def read(results: Path) -> tuple[int, str, list[str]]:
+    """How many passed; the numbers in words; one line per failure and per number that a test recorded.
 
     A test that took its worker along is written twice, as the test and as the worker.
     """
     if not results.exists():
-        return "no results, see the log", []
+        return 0, "no results, see the log", []
     tests, failed, skipped, lines = set(), set(), set(), []
     for case in ElementTree.parse(results).iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
@@ -123,12 +123,12 @@ def read(results: Path) -> tuple[str, list[str]]:
         for problem in (*case.iter("failure"), *case.iter("error")):
             failed.add(name)
             lines.append(f"FAILED {name}: {(problem.get('message') or '?').splitlines()[0]}")
-    passed = tests - failed - skipped
-    return f"{len(passed)} passed, {len(failed)} failed, {len(skipped)} skipped", lines
+    passed = len(tests - failed - skipped)
+    return passed, f"{passed} passed, {len(failed)} failed, {len(skipped)} skipped", lines
 
 
 def run_part(name: str, output: Path, log: IO[str], workers: int, seconds: float) -> bool:
-    """Runs one part and prints its line; returns whether it passed or is no gate."""
+    """Runs one part and prints its line; returns whether it passed, with a test that was not skipped, or is no gate."""
     part, results = PARTS[name], output.resolve() / f"{name}.xml"
     results.unlink(missing_ok=True)
     command = command_of(part, results, workers)
@@ -141,12 +141,12 @@ def run_part(name: str, output: Path, log: IO[str], workers: int, seconds: float
     print(f"\n===== {name}: {' '.join(command)}", file=log, flush=True)
     start = time.monotonic()
     status = run(command, environment_of(part), log, seconds)
-    numbers, lines = read(results)
+    passed, numbers, lines = read(results)
     how = {0: "", None: f", stopped after {seconds:.0f} s"}.get(status, f", exit status {status}")
     gate = "" if part.is_gate else ", no gate"
     print(f"{name:12} {numbers}, {time.monotonic() - start:.0f} s{how}{gate}: {results}")
     print(*(f"    {line}" for line in lines[:SHOWN]), sep="\n", end="\n" if lines else "", flush=True)
-    return status == 0 or not part.is_gate
+    return (status == 0 and passed > 0) or not part.is_gate
 
 
 def collect() -> int:

@@ -114,6 +114,10 @@ def test_good(record_property):
 def test_bad():
     assert 1 == 2
 
+@pytest.mark.skipped
+def test_skipped():
+    pytest.skip("not here")
+
 @pytest.mark.hung
 @pytest.mark.endless
 @pytest.mark.parametrize("i", range(3))
@@ -144,7 +148,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "lost" / "test_lost.py").write_text(LOST)
     (tmp_path / "lost" / "conftest.py").write_text("from tests.conftest import pytest_runtest_protocol\n")
     (tmp_path / "test_parts.py").write_text(TESTS)
-    parts = {name: battery.Part(name, 0, 60) for name in ("good", "bad")}
+    parts = {name: battery.Part(name, 0, 60) for name in ("good", "bad", "skipped")}
     parts["again"] = battery.Part("bad", 0, 60, is_gate=False)
     parts["tool"] = battery.Part("good", 0, 60, tool="memcheck")
     parts |= {"hung": battery.Part("hung", 1, 3), "endless": battery.Part("endless", 1, 60)}
@@ -168,6 +172,11 @@ def test_parts_go_on_after_failures_and_the_status_tells(folder: Path, capsys: p
     assert {path.name for path in folder.iterdir()} == {"bad.xml", "good.xml", "again.xml", "gpu-test.log"}
     assert "===== good" in (folder / "gpu-test.log").read_text()
     assert battery.main(["good", "again", "--output", str(folder)]) == 0
+
+
+def test_a_part_whose_tests_are_all_skipped_has_not_passed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert battery.main(["skipped", "--output", str(folder)]) == 1
+    assert re.search(r"skipped +0 passed, 0 failed, 1 skipped", capsys.readouterr().out)
 
 
 @pytest.mark.slow
