@@ -62,7 +62,7 @@ sys.exit(pytest.main(sys.argv[1:], plugins=[Collected()]))
 @pytest.mark.slow
 def test_every_gpu_test_is_in_one_part_and_needs_few_packages(bare: dict[str, str]) -> None:
     arguments = ["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout", *battery.FILES]
-    environment = bare | battery.environment_of(battery.PARTS["smoke"])
+    environment = battery.environment_of(battery.PARTS["smoke"]) | bare
     output = run([sys.executable, "-c", COLLECTED, *arguments], environment)
     marks = json.loads(re.findall("^COLLECTED (.*)$", output, re.MULTILINE)[0])
     names = {name for own in marks.values() for name in own} | {"gpu", "large", "bandwidth", "smoke", "racecheck"}
