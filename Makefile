@@ -24,7 +24,7 @@ help:
 ## Creates .venv with everything pinned in constraints.txt, and installs fastkd editable with its extension.
 setup: .venv/.installed
 
-.venv/.installed: pyproject.toml setup.py constraints.txt fastkd/distributed/pack.py $(wildcard csrc/*)
+.venv/.installed: pyproject.toml setup.py constraints.txt fastkd/native.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fastkd needs Python >= 3.11, found $$($(PYTHON) --version 2>&1); run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv

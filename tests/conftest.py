@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and f
 
 import torch
 
-from fastkd.distributed import pack
+from fastkd.native import LIBRARY
 from tests.helpers.building import run_setup
 from tests.helpers.gpu import is_lost
 
@@ -26,15 +26,15 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The extension as installed, or built for CPU where it is not."""
-    if pack.LIBRARY.exists():
-        return pack.LIBRARY
+    if LIBRARY.exists():
+        return LIBRARY
     if shutil.which("c++") is None:
         pytest.skip("there is no C++ compiler")
     folder = tmp_path_factory.mktemp("extension")
     arguments = ("build_ext", f"--build-lib={folder / 'lib'}", f"--build-temp={folder / 'temp'}")
     result = run_setup(*arguments, FASTKD_EXTENSION="1", FASTKD_CUDA="0")
     assert result.returncode == 0, result.stderr[-3000:]
-    return folder / "lib" / "fastkd" / pack.LIBRARY.name
+    return folder / "lib" / "fastkd" / LIBRARY.name
 
 
 def pytest_configure() -> None:

@@ -1,6 +1,6 @@
 """Compiles every kernel at every entry of the launch table, without a GPU, and reads what the compiler made of it.
 
-    python -m bench.aot [--hardware sm_90 ...]
+    python -m bench.aot [--hardware sm_90 ...] [--only 'dual_softmax_backward bf16 D=128']
 
 Fails on a spill, on matrix instructions that ptxas serialises, on more shared memory than the hardware has, on an entry
 whose ``ctas_per_sm`` cannot be resident, and on a 16-bit matrix kernel for sm_90 without warpgroup matrix instructions.

@@ -1,6 +1,8 @@
 """``make aot``: compiles all kernels in parallel and prints a table."""
 
 import argparse
+import functools
+import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -31,10 +33,14 @@ HEADER = (
 )
 
 
-def run(hardware: list[str], workers: int, select: Callable[[list[Job]], list[int]] | None = None) -> int:
-    """Compiles all jobs, or those whose numbers ``select`` returns. Prints the table; returns how many failed."""
+def matching(pattern: str, work: list[Job]) -> list[int]:
+    return [index for index, job in enumerate(work) if re.search(pattern, job.name)]
+
+
+def run(hardware: list[str], workers: int, select: Callable[[list[Job]], list[int]]) -> int:
+    """Compiles the jobs whose numbers ``select`` returns. Prints the table; returns how many failed."""
     everything = [job for name in hardware for job in jobs(name)]
-    chosen = range(len(everything)) if select is None else select(everything)
+    chosen = select(everything)
     work = [everything[index] for index in chosen]
     print(HEADER)
     failed = []
@@ -63,9 +69,12 @@ def main() -> None:
         description=bench.aot.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hardware", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="kernels whose name it matches, as the table has it"
+    )
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    sys.exit(run(options.hardware, options.workers) > 0)
+    sys.exit(run(options.hardware, options.workers, functools.partial(matching, options.only)) > 0)
 
 
 if __name__ == "__main__":

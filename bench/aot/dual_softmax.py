@@ -46,12 +46,12 @@ def jobs(hardware: str) -> Iterator[Job]:
 def _row_jobs(hardware: str) -> Iterator[Job]:
     """The kernels that visit every row once or read cosines from memory; bf16, since fp16 and fp32 need no more."""
 
-    def job(name: str, kernel: Any, types: dict[str, str] | None = None, **constants: Any) -> Job:
-        return Job(name=name, hardware=hardware, kernel=kernel, constants=constants, types=types or {})
+    def job(name: str, kernel: Any, types: dict[str, str] | None = None, warps: int = 4, **constants: Any) -> Job:
+        return Job(name=name, hardware=hardware, kernel=kernel, constants=constants, types=types or {}, num_warps=warps)
 
     weighted: dict[str, Any] = {"HAS_WEIGHT": True, "IS_SWAPPED": True}
     yield job("statistics", per_row.statistics_kernel, BLOCK_M=BLOCK_ROWS, **weighted)
-    yield job("coefficients", per_row.coefficients_kernel, BLOCK_N=BLOCK_ROWS, BOUNDED=True, **weighted)
+    yield job("coefficients", per_row.coefficients_kernel, warps=1, BLOCK_N=BLOCK_ROWS, BOUNDED=True, **weighted)
     types = {"X": "*fp32", "Y": "*fp32", "G": "*bf16", "H": "*bf16"}
     for bounded in (True, False):
         mode = "bounded" if bounded else "online"

@@ -39,8 +39,10 @@ def jobs(hardware: str) -> Iterator[Job]:
             "BLOCK_P": BLOCK_P,
             "IS_SPLIT": dtype == "fp32" and precision == "tf32",
         }
-        # Rows of 7 x 7 positions are not aligned, rows of 14 x 14 to 4 elements, and channels to 16 bytes.
-        forward = shared | {"ALIGN": align if channels_last else 4 if side == 14 else 1}
+        # Rows of 14 x 14 positions are aligned to 4 elements, rows of 7 x 7 not, and channels to 16 bytes.
+        paired = side == 7 and dtype != "fp32" and not channels_last
+        forward = shared | {"ALIGN": align if channels_last else 4 if side == 14 else 1 + paired}
+        forward |= {"ALIGN_C": align, "PAIRED": paired}
         backward = shared | ({} if normalize else {"U": None}) | ({} if has_dots else {"DOTS": None})
         backward |= {"ALIGN": align, "HAS_DOTS": has_dots, "IS_ROUNDED": dtype != "fp32" and precision == "tf32"}
         kernels = ("forward", pool.forward_kernel, forward), ("backward", pool.backward_kernel, backward)

@@ -9,8 +9,9 @@ of Y hold all that both ``G_ij`` and ``G_ji`` need.
 
 STATE [SPLITS, 6, n]: six numbers per row, after the columns of a split that were seen so far: maximum of X,
 ``sum exp``, maximum of Y, ``sum exp``, ``sum exp(X) (a_i . b_j - b_i . a_j)``, positive of X; both in units of log 2.
-STATE can be carried from one chunk of columns to the next. STATS [3, n]: la, lc, E. COEF [6, n]: the factors of G, see
-``coefficients_kernel``. PARTIAL [SPLITS, 2, n, BLOCK_D]: ``sum_j G_ij b_j`` and ``sum_j G_ji a_j``. BOUNDED: the scale
+STATE can be carried from one chunk of columns to the next. STATS [3, n]: la, lc, E. COEF [tiles, 4, BLOCK_N]
+(8 unless BOUNDED, of which 6 are used): the factors of G by tile of columns, see ``coefficients_kernel``; the last tile
+is whole. PARTIAL [SPLITS, 2, n, BLOCK_D]: ``sum_j G_ij b_j`` and ``sum_j G_ji a_j``. BOUNDED: the scale
 is at most 40, so that no maximum is subtracted, and one exponential per similarity serves p and q and their transposes.
 
 All sums are taken in a fixed order: there are no atomics. Nothing is read back to the host.
@@ -19,11 +20,11 @@ All sums are taken in a fixed order: there are no atomics. Nothing is read back 
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.dual_softmax.tile import accumulate, gradient, load_row_factors, load_state
-from fastkd.kernels.launch import LaunchConfig
-from fastkd.kernels.tiles import descriptor, first_column, loop_bounds, split_tiles, store_numbers, tiling
+from fastkd.kernels.dual_softmax.tile import accumulate, gradient, load_factors, load_state, load_tile_factors
+from fastkd.kernels.launch import LaunchConfig, hardware_of, launch_config
+from fastkd.kernels.plans import Blocks, launch
+from fastkd.kernels.tiles import first_column, in_blocks, loop_bounds, split_tiles, store_numbers, tiling
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit(do_not_specialize=["n", "n_cols", "offset", "tiles_per_split"])
@@ -42,9 +43,9 @@ def forward_kernel(
     b = B_rows.load([row, 0])
     tiles = split_tiles(split, tiles_per_split, n_cols, row + offset, BLOCK_M, BLOCK_N)
     for turn in tl.static_range(2):  # all other tiles, then the edge
-        low, high = loop_bounds(tiles, IS_EDGE=turn == 1)
-        for index in range(low, high):
-            start = first_column(index, tiles, BLOCK_N=BLOCK_N, IS_EDGE=turn == 1)
+        low, high = loop_bounds(tiles, BLOCK_N=BLOCK_N, IS_EDGE=turn == 1)
+        for index in range(low, high, BLOCK_N):
+            start = first_column(index, tiles, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, IS_EDGE=turn == 1)
             X = tl.dot(a, B_cols.load([start, 0]).T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             Y = tl.dot(b, A_cols.load([start, 0]).T, input_precision=PRECISION)
             state = accumulate(
@@ -53,9 +54,9 @@ def forward_kernel(
     store_numbers(STATE, n, offs_m < n, state)
 
 
-@triton.jit(do_not_specialize=["stride_rn", "stride_cn", "n", "n_cols", "offset", "tiles_per_split"])
+@triton.jit(do_not_specialize=["n", "n_cols", "offset", "tiles_per_split"])
 def backward_kernel(
-    A_rows, B_rows, A_cols, B_cols, ROW_COEF, stride_rn, COL_COEF, stride_cn, SCALE, PARTIAL, n, n_cols,
+    A_rows, B_rows, A_cols, B_cols, ROW_COEF, COL_COEF, SCALE, PARTIAL, n, n_cols,
     offset, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     BOUNDED: tl.constexpr, NEED_A: tl.constexpr, NEED_B: tl.constexpr,
@@ -64,9 +65,9 @@ def backward_kernel(
     offs_m = row + tl.arange(0, BLOCK_M)
     positive = offs_m + offset
     scale = tl.load(SCALE).to(tl.float32)
-    ROW_COEF += offs_m
     in_rows = offs_m < n
-    row_factors = load_row_factors(ROW_COEF, stride_rn, in_rows, BOUNDED=BOUNDED)
+    ROW_COEF += (offs_m // BLOCK_N).to(tl.int64) * ((4 if BOUNDED else 8) * BLOCK_N) + offs_m % BLOCK_N
+    row_factors = load_factors(ROW_COEF, BLOCK_N, in_rows, BOUNDED=BOUNDED)
     acc_a = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc_b = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     a = A_rows.load([row, 0])  # [BLOCK_M, BLOCK_D]
@@ -74,14 +75,15 @@ def backward_kernel(
     tiles = split_tiles(split, tiles_per_split, n_cols, row + offset, BLOCK_M, BLOCK_N)
     # The edge comes first: the other loop spills if the edge's bounds stay alive during it.
     for turn in tl.static_range(2):
-        low, high = loop_bounds(tiles, IS_EDGE=turn == 0)
-        for index in range(low, high):
-            start = first_column(index, tiles, BLOCK_N=BLOCK_N, IS_EDGE=turn == 0)
+        low, high = loop_bounds(tiles, BLOCK_N=BLOCK_N, IS_EDGE=turn == 0)
+        for index in range(low, high, BLOCK_N):
+            start = first_column(index, tiles, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, IS_EDGE=turn == 0)
             a_cols, b_cols = A_cols.load([start, 0]), B_cols.load([start, 0])  # [BLOCK_N, BLOCK_D]
             X = tl.dot(a, b_cols.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             Y = tl.dot(b, a_cols.T, input_precision=PRECISION)
+            column_factors = load_tile_factors(COL_COEF, start, BLOCK_N=BLOCK_N, BOUNDED=BOUNDED)
             G, H = gradient(
-                X, Y, COL_COEF, stride_cn, start + tl.arange(0, BLOCK_N), n_cols, positive, row_factors, scale,
+                X, Y, row_factors, column_factors, start + tl.arange(0, BLOCK_N), n_cols, positive, scale,
                 BOUNDED=BOUNDED, IS_EDGE=turn == 0,
             )  # fmt: skip
             if NEED_A:
@@ -96,13 +98,20 @@ def backward_kernel(
         tl.store(PARTIAL + n.to(tl.int64) * BLOCK_D, acc_b, mask=in_rows[:, None])
 
 
-def _descriptors(rows: Tensor, columns: Tensor, config: LaunchConfig) -> dict[str, TensorDescriptor]:
+def _blocks(rows: Tensor, columns: Tensor, config: LaunchConfig) -> dict[str, Blocks]:
+    (a, b), (a_cols, b_cols) = rows.unbind(), columns.unbind()
     return {
-        "A_rows": descriptor(rows[0], config.BLOCK_M),
-        "B_rows": descriptor(rows[1], config.BLOCK_M),
-        "A_cols": descriptor(columns[0], config.BLOCK_N),
-        "B_cols": descriptor(columns[1], config.BLOCK_N),
+        "A_rows": in_blocks(a, config.BLOCK_M),
+        "B_rows": in_blocks(b, config.BLOCK_M),
+        "A_cols": in_blocks(a_cols, config.BLOCK_N),
+        "B_cols": in_blocks(b_cols, config.BLOCK_N),
     }
+
+
+def tile_columns(rows: Tensor, *, bounded: bool) -> int | None:
+    """How many columns a tile of COEF has; None: all columns are one tile."""
+    kernel, hardware = "dual_softmax_backward", hardware_of(rows.device)
+    return launch_config(kernel, hardware=hardware, dtype=rows.dtype, width=rows.shape[-1], bounded=bounded).BLOCK_N
 
 
 def running_statistics(
@@ -121,16 +130,18 @@ def running_statistics(
     returned for the columns before these; it is updated in place and returned. ``all_columns``: how many columns all
     calls together will see, where that is more than the first call's; SPLITS is chosen for that number.
     """
-    config, splits, arguments = tiling(
+    config, grid, arguments = tiling(
         "dual_softmax_forward", rows, columns, bounded=bounded, all_columns=all_columns,
         splits=None if state is None else state.shape[0],
     )  # fmt: skip
     n = rows.shape[1]
     has_carry = state is not None
     if state is None:
-        state = torch.empty(splits, 6, n, dtype=torch.float32, device=rows.device)
-    forward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
-        **_descriptors(rows, columns, config),
+        state = torch.empty(grid[1], 6, n, dtype=torch.float32, device=rows.device)
+    launch(
+        forward_kernel,
+        grid,
+        **_blocks(rows, columns, config),
         **arguments,
         SCALE=scale,
         STATE=state,
@@ -160,24 +171,24 @@ def gradient_sums(
     ``partial``: what an earlier call returned for the columns before these; it is updated in place and returned. The
     half of a side that is not needed is never written.
     """
-    config, splits, arguments = tiling(
+    config, grid, arguments = tiling(
         "dual_softmax_backward", rows, columns, bounded=bounded, all_columns=all_columns,
         splits=None if partial is None else partial.shape[0],
     )  # fmt: skip
     _, n, BLOCK_D = rows.shape
-    sums = torch.empty(splits, 2, n, BLOCK_D, dtype=torch.float32, device=rows.device)
-    assert row_coef.stride(1) == column_coef.stride(1) == 1
+    sums = torch.empty(grid[1], 2, n, BLOCK_D, dtype=torch.float32, device=rows.device)
+    assert row_coef.shape[2] == column_coef.shape[2] == config.BLOCK_N
     sides = [(need_a, need_b)]
     if config.apart and need_a and need_b:
         sides = [(True, False), (False, True)]
     for side_a, side_b in sides:
-        backward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
-            **_descriptors(rows, columns, config),
+        launch(
+            backward_kernel,
+            grid,
+            **_blocks(rows, columns, config),
             **arguments,
             ROW_COEF=row_coef,
-            stride_rn=row_coef.stride(0),
             COL_COEF=column_coef,
-            stride_cn=column_coef.stride(0),
             SCALE=scale,
             PARTIAL=sums,
             offset=offset,

@@ -59,44 +59,65 @@ def load_state(STATE, n, in_rows, BLOCK_M: tl.constexpr, BOUNDED: tl.constexpr, 
 
 
 @triton.jit
-def load_row_factors(COEF, stride_cn, in_rows, BOUNDED: tl.constexpr):
-    k = tl.load(COEF, mask=in_rows, other=0.0)[:, None]
-    r = tl.load(COEF + stride_cn, mask=in_rows, other=0.0)[:, None]
-    x = tl.load(COEF + 2 * stride_cn, mask=in_rows, other=0.0)[:, None]
-    w = tl.load(COEF + 3 * stride_cn, mask=in_rows, other=0.0)[:, None]
-    la, lc = k, k
+def load_factors(COEF, stride_k, inside, BOUNDED: tl.constexpr):
+    """k, r, x, w, la, lc of rows or columns, where COEF points to the first number of each."""
+    k = tl.load(COEF, mask=inside, other=0.0)
+    r = tl.load(COEF + stride_k, mask=inside, other=0.0)
+    x = tl.load(COEF + 2 * stride_k, mask=inside, other=0.0)
+    w = tl.load(COEF + 3 * stride_k, mask=inside, other=0.0)
+    la, lc = w, w
     if not BOUNDED:
-        la = tl.load(COEF + 4 * stride_cn, mask=in_rows, other=0.0)[:, None]
-        lc = tl.load(COEF + 5 * stride_cn, mask=in_rows, other=0.0)[:, None]
+        la = tl.load(COEF + 4 * stride_k, mask=inside, other=0.0)
+        lc = tl.load(COEF + 5 * stride_k, mask=inside, other=0.0)
+    return k, r, x, w, la, lc
+
+
+@triton.jit
+def load_tile_factors(COEF, start, BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr):
+    """The same of the columns of one tile, all numbers in one piece.
+
+    A load of each number by itself would be in the layout of the product, in which 32 threads copy every number.
+    """
+    NUMBERS: tl.constexpr = 4 if BOUNDED else 8
+    COEF += start.to(tl.int64) * NUMBERS
+    numbers = tl.load(COEF + tl.arange(0, NUMBERS)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :])
+    even, odd = numbers.T.reshape(BLOCK_N, NUMBERS // 2, 2).split()
+    if BOUNDED:
+        k, x = even.split()
+        r, w = odd.split()
+        la, lc = w, w
+    else:
+        k_la, x_none = even.reshape(BLOCK_N, 2, 2).split()
+        r_lc, w_none = odd.reshape(BLOCK_N, 2, 2).split()
+        k, la = k_la.split()
+        r, lc = r_lc.split()
+        x, _ = x_none.split()
+        w, _ = w_none.split()
     return k, r, x, w, la, lc
 
 
 @triton.jit
 def gradient(
-    X, Y, COEF, stride_cn, offs_n, n_cols, positive, row_factors, scale,
-    BOUNDED: tl.constexpr, IS_EDGE: tl.constexpr,
-):  # fmt: skip
+    X, Y, row_factors, column_factors, offs_n, n_cols, positive, scale, BOUNDED: tl.constexpr, IS_EDGE: tl.constexpr
+):
     """``G_ij`` and ``H_ij = G_ji`` of a tile of cosines X, Y [BLOCK_M, BLOCK_N]."""
     ki, ri, xi, wi, lai, lci = row_factors
+    kj, rj, xj, _, laj, lcj = column_factors
+    ki, ri, xi, wi, lai, lci = ki[:, None], ri[:, None], xi[:, None], wi[:, None], lai[:, None], lci[:, None]
+    kj, rj, xj, laj, lcj = kj[None, :], rj[None, :], xj[None, :], laj[None, :], lcj[None, :]
     X *= scale * LOG2E
     Y *= scale * LOG2E
-    d = (X - Y) * LN2
-    inside = offs_n < n_cols
-    COEF += offs_n
-    kj = tl.load(COEF, mask=inside, other=0.0)[None, :]
-    rj = tl.load(COEF + stride_cn, mask=inside, other=0.0)[None, :]
-    xj = tl.load(COEF + 2 * stride_cn, mask=inside, other=0.0)[None, :]
+    d = X - Y  # in units of log 2: k times LN2 takes an instruction per row and column, d times LN2 one per pair
     if BOUNDED:
         P, Q = tl.exp2(X), tl.exp2(Y)
-        G = P * (ki * d + (ri + xj)) - Q * kj
-        H = Q * ((rj + xi) - kj * d) - P * ki
+        G = P * (ki * LN2 * d + (ri + xj)) - Q * kj
+        H = Q * ((rj + xi) - kj * LN2 * d) - P * ki
     else:
-        laj = tl.load(COEF + 4 * stride_cn, mask=inside, other=0.0)[None, :]
-        lcj = tl.load(COEF + 5 * stride_cn, mask=inside, other=0.0)[None, :]
         P, Q = tl.exp2(X - lai), tl.exp2(Y - laj)  # p_ij, p_ji
-        G = P * (ki * d + ri) - Q * kj + tl.exp2(X - lcj) * xj
-        H = Q * (rj - kj * d) - P * ki + tl.exp2(Y - lci) * xi
+        G = P * (ki * LN2 * d + ri) - Q * kj + tl.exp2(X - lcj) * xj
+        H = Q * (rj - kj * LN2 * d) - P * ki + tl.exp2(Y - lci) * xi
     if IS_EDGE:
+        inside = offs_n < n_cols
         # Before the result is rounded: where p_ii is near 1, p_ii - 1 keeps its relative precision.
         is_positive = offs_n[None, :] == positive[:, None]
         G = tl.where(is_positive, G - wi, G)

@@ -6,7 +6,9 @@ The legend in streaming.py has the names; SPLITS is 1. ``X``, ``Y`` hold one blo
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.dual_softmax.tile import accumulate, gradient, load_row_factors, load_state
+from fastkd.kernels.dual_softmax.tile import accumulate, gradient, load_factors, load_state
+from fastkd.kernels.launch import cdiv
+from fastkd.kernels.plans import launch
 from fastkd.kernels.products import blocks, product
 from fastkd.kernels.tiles import store_numbers
 from torch import Tensor
@@ -43,15 +45,21 @@ def gradient_kernel(
     mask = in_rows[:, None] & (offs_n < k)[None, :]
     x = tl.load(X + offsets, mask=mask, other=0.0)
     y = tl.load(Y + offsets, mask=mask, other=0.0)
+    row_factors = load_factors(ROW_COEF + offs_m, stride_rn, in_rows, BOUNDED=BOUNDED)
+    column_factors = load_factors(COL_COEF + offs_n, stride_cn, offs_n < k, BOUNDED=BOUNDED)
     g, h = gradient(
-        x, y, COL_COEF, stride_cn, offs_n, k, offs_m + offset,
-        load_row_factors(ROW_COEF + offs_m, stride_rn, in_rows, BOUNDED=BOUNDED), tl.load(SCALE).to(tl.float32),
+        x, y, row_factors, column_factors, offs_n, k, offs_m + offset, tl.load(SCALE).to(tl.float32),
         BOUNDED=BOUNDED, IS_EDGE=True,
     )  # fmt: skip
     if NEED_A:
         tl.store(G + offsets, g.to(G.dtype.element_ty), mask=mask)
     if NEED_B:
         tl.store(H + offsets, h.to(H.dtype.element_ty), mask=mask)
+
+
+def tile_columns(rows: Tensor, *, bounded: bool) -> int | None:
+    """As the function of that name in streaming.py."""
+    return None
 
 
 def running_statistics(
@@ -73,7 +81,9 @@ def running_statistics(
         X = product(rows[0, part], columns[1, cols].T)
         Y = product(rows[1, part], columns[0, cols].T)
         m, k = X.shape
-        accumulate_kernel[(triton.cdiv(m, 8),)](
+        launch(
+            accumulate_kernel,
+            (cdiv(m, 8),),
             X=X,
             Y=Y,
             SCALE=scale,
@@ -109,20 +119,21 @@ def gradient_sums(
     n = rows.shape[1]
     if partial is None:
         partial = torch.zeros(1, *rows.shape, dtype=torch.float32, device=rows.device)
-    assert row_coef.stride(1) == column_coef.stride(1) == 1
     for part, cols in blocks(n, columns.shape[1]):
         X = product(rows[0, part], columns[1, cols].T)
         Y = product(rows[1, part], columns[0, cols].T)
         m, k = X.shape
         G = torch.empty_like(X, dtype=rows.dtype) if need_a else None
         H = torch.empty_like(Y, dtype=rows.dtype) if need_b else None
-        gradient_kernel[(triton.cdiv(m, 16), triton.cdiv(k, 128))](
+        launch(
+            gradient_kernel,
+            (cdiv(m, 16), cdiv(k, 128)),
             X=X,
             Y=Y,
-            ROW_COEF=row_coef[:, part],
-            stride_rn=row_coef.stride(0),
-            COL_COEF=column_coef[:, cols],
-            stride_cn=column_coef.stride(0),
+            ROW_COEF=row_coef[0, :, part],
+            stride_rn=row_coef.stride(1),
+            COL_COEF=column_coef[0, :, cols],
+            stride_cn=column_coef.stride(1),
             SCALE=scale,
             G=G,
             H=H,

@@ -73,9 +73,10 @@ def test_gpu_element_offsets_beyond_two_to_the_31() -> None:
         far = 2**30  # no row's positive is among the columns
         state = dual_softmax.running_statistics(units, column_units, scale, offset=far, bounded=True)
         stats = statistics(state, scale, None, swapped=False)[1]
-        coef, unscale = coefficients(stats, None, one, one, scale, swapped=False, bounded=True)
+        tile = dual_softmax.tile_columns(units, bounded=True)
+        coef, unscale = coefficients(stats, None, None, one, one, scale, swapped=False, bounded=True, tile=tile)
         partial = dual_softmax.gradient_sums(
-            units, column_units, coef, coef[:, :columns].contiguous(), scale, offset=far, bounded=True, need_a=True,
+            units, column_units, coef, coef[: -(-columns // tile)], scale, offset=far, bounded=True, need_a=True,
             need_b=False,
         )  # fmt: skip
         return stats, gradients(

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import triton
 from fastkd.kernels import tiles
 from fastkd.kernels.dual_softmax import streaming, wide
 from fastkd.kernels.dual_softmax.per_row import coefficients, gradients, statistics
@@ -67,12 +68,19 @@ def test_own_rows_against_columns_that_arrive_in_chunks(
     whole_state = kernels.running_statistics(units, units, scale, offset=0, **options)
     _, stats = statistics(whole_state, scale, None, swapped=False)
     assert_close(own_stats, stats[:, own].double(), torch.float32)
-    coef, unscale = coefficients(stats, weight, w, k, scale, swapped=False, bounded=bounded)
+
+    def coef_of(cols: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return coefficients(
+            stats[:, cols], weight[cols], weight.amax(), w, k, scale, swapped=False,
+            tile=kernels.tile_columns(rows, **options), **options,
+        )  # fmt: skip
+
+    row_coef, unscale = coef_of(own)
     partial = None
     for chunk in chunks:
         columns = units[:, chunk].contiguous()
         partial = kernels.gradient_sums(
-            rows, columns, coef[:, own], coef[:, chunk], scale, offset=start - chunk.start, need_a=True, need_b=True,
+            rows, columns, row_coef, coef_of(chunk)[0], scale, offset=start - chunk.start, need_a=True, need_b=True,
             partial=partial, **options,
         )  # fmt: skip
     grads = gradients(
@@ -117,3 +125,51 @@ def test_what_the_interpreter_cannot_compute_raises() -> None:
     student, teacher = embeddings(4, 4, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="bfloat16"):
         dcd_loss(student, teacher, 3.0, backend="triton")
+
+
+@pytest.mark.parametrize("bounded", [True, False], ids=["bounded", "online"])
+@pytest.mark.parametrize("n", [1, 16, 37])
+def test_factors_by_tile_are_those_of_one_tile_and_finite_beyond_the_last_column(n: int, bounded: bool) -> None:
+    stats, weight = torch.rand(3, 50)[:, 50 - n :] + 3, torch.rand(50)[50 - n :]
+    arguments = stats, weight, weight.amax(), torch.tensor(0.3), torch.tensor(0.7), torch.tensor(6.0)
+    options = {"swapped": False, "bounded": bounded}
+    tiles_of_16, unscale = coefficients(*arguments, tile=16, **options)
+    plain, same = coefficients(*arguments, tile=None, **options)
+    numbers = 4 if bounded else 6
+    assert tiles_of_16.shape == (-(-n // 16), 4 if bounded else 8, 16)
+    assert torch.equal(tiles_of_16[:, :numbers].transpose(0, 1).flatten(1)[:, :n], plain[0, :numbers, :n])
+    assert tiles_of_16[:, :numbers].isfinite().all()
+    assert torch.equal(unscale, same)
+
+
+@triton.jit(do_not_specialize=["n_cols", "first_positive", "tiles_per_split"])
+def visits_kernel(
+    VISITS, n_cols, first_positive, tiles_per_split, BLOCK_M: triton.language.constexpr,
+    BLOCK_N: triton.language.constexpr,
+):  # fmt: skip
+    """VISITS [2, tiles]: how often the programs visit each tile, in the loop over the edge and in the other loop."""
+    split, count = triton.language.program_id(0), triton.language.cdiv(n_cols, BLOCK_N)
+    bounds = tiles.split_tiles(split, tiles_per_split, n_cols, first_positive, BLOCK_M, BLOCK_N)
+    for turn in triton.language.static_range(2):
+        low, high = tiles.loop_bounds(bounds, BLOCK_N=BLOCK_N, IS_EDGE=turn == 0)
+        for index in range(low, high, BLOCK_N):
+            start = tiles.first_column(index, bounds, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, IS_EDGE=turn == 0)
+            place = VISITS + turn * count + start // BLOCK_N
+            triton.language.store(place, triton.language.load(place) + 1)
+
+
+@pytest.mark.parametrize("n_cols", [1, 16, 50, 112])
+@pytest.mark.parametrize(("splits", "BLOCK_M"), [(1, 16), (1, 32), (3, 16), (7, 32)])
+def test_every_tile_is_visited_once_and_those_with_positives_or_masks_on_the_edge(
+    splits: int, BLOCK_M: int, n_cols: int
+) -> None:
+    count = -(-n_cols // 16)
+    for first_positive in (-BLOCK_M, 1 - BLOCK_M, -5, 0, 7, 16, 40, n_cols - 1, n_cols, 10**6):
+        visits = torch.zeros(2, count, dtype=torch.int32)
+        visits_kernel[(splits,)](visits, n_cols, first_positive, -(-count // splits), BLOCK_M=BLOCK_M, BLOCK_N=16)
+        assert visits.sum(0).eq(1).all(), (first_positive, visits)
+        first, last = torch.arange(count) * 16, torch.arange(count) * 16 + 15
+        needs_mask = (first <= first_positive + BLOCK_M - 1) & (last >= first_positive) | (last >= n_cols)
+        assert visits[0][needs_mask].eq(1).all(), (first_positive, visits)
+        # No more than the positives can take, and the last one: the other loop is the fast one.
+        assert visits[0].sum() <= splits * tiles.edge_tiles(BLOCK_M, 16) + 1

@@ -127,10 +127,10 @@ def test_alignment_of_the_loads(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Kernel:
         def __getitem__(self, grid: tuple[int, ...]) -> object:
-            return lambda **options: seen.append(options["ALIGN"])
+            return lambda **options: seen.append((options["ALIGN"], options["ALIGN_C"], options["PAIRED"]))
 
     monkeypatch.setattr(kernels, "forward_kernel", Kernel())
     for shape, memory_format in (((2, 64, 7, 7), 0), ((2, 64, 14, 14), 0), ((2, 64, 7, 7), 1), ((2, 6, 7, 7), 1)):
         x = torch.zeros(shape, dtype=torch.float16).contiguous(memory_format=FORMATS[memory_format])
         kernels.pooled(x, [2, 2], [1, 1], normalize=False, dtype=x.dtype)
-    assert seen == [1, 4, 8, 2]
+    assert seen == [(2, 8, True), (4, 8, False), (8, 8, False), (2, 2, False)]

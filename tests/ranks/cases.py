@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bench.traffic import CountedBytes
-from fastkd import ckd_loss, dcd_loss, info_nce_loss, masked_contrast_loss, sup_con_loss
+from fastkd import ckd_loss, dcd_loss, info_nce_loss, masked_contrast_loss, native, sup_con_loss
 from fastkd.distributed import exchange, pack
 from fastkd.distributed import group as fastkd_distributed
 from tests.helpers.checks import assert_close
@@ -125,9 +125,9 @@ class Case:
 
 def use_extension(library: str | None) -> None:
     """Load the extension from ``library``; None: leave it out."""
-    patches.setattr(pack, "LIBRARY", Path(library or "absent"))
+    patches.setattr(native, "LIBRARY", Path(library or "absent"))
     pack.extension_covers.cache_clear()
-    pack._extension_loads.cache_clear()
+    native.extension.cache_clear()
     assert pack.extension_covers("cpu") == (library is not None)
 
 

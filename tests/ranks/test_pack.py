@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bench import measure
+from fastkd import native
 from fastkd.distributed import pack
 from fastkd.numerics import unit_rows
 from tests.helpers.building import ROOT, run_setup
@@ -38,13 +40,13 @@ def python_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def with_library(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(pack, "LIBRARY", path)
+    monkeypatch.setattr(native, "LIBRARY", path)
     pack.extension_covers.cache_clear()
-    pack._extension_loads.cache_clear()
+    native.extension.cache_clear()
     assert pack.extension_covers("cpu") == path.exists()
     yield
     pack.extension_covers.cache_clear()
-    pack._extension_loads.cache_clear()
+    native.extension.cache_clear()
 
 
 def check_against_definition(first: Tensor, second: Tensor, dtype: torch.dtype, normalize: bool) -> None:
@@ -143,32 +145,32 @@ def test_a_row_that_is_not_finite_is_not_a_number_and_spoils_no_other(
     assert packed[:, [0, 2]].isfinite().all()
 
 
+def fitting(
+    python: str = f"{sys.version_info.major}.{sys.version_info.minor}", interface: int = native.INTERFACE
+) -> str:
+    """What a library that fits says that it was built for."""
+    return f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, Python {python} and interface {interface}"
+
+
 @pytest.mark.parametrize(
     ("content", "stated"),
     [
         (b"\0fastkd_native built for torch 1.0.0 and CUDA 9.2\0", "torch 1.0.0 and CUDA 9.2"),
         (b"no library at all", "an unknown torch"),
-        (
-            f"\0fastkd_native built for torch {torch.__version__}, CUDA {torch.version.cuda or 'none'} "
-            "and interface 1\0".encode(),
-            f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'} and interface 1",
-        ),
-        (
-            f"\0fastkd_native built for torch {torch.__version__}, CUDA {torch.version.cuda or 'none'} "
-            f"and interface {pack.INTERFACE}\0".encode(),
-            f"torch {torch.__version__}",
-        ),
+        (f"\0fastkd_native built for {fitting(python='3.9')}\0".encode(), fitting(python="3.9")),
+        (f"\0fastkd_native built for {fitting(interface=1)}\0".encode(), fitting(interface=1)),
+        (f"\0fastkd_native built for {fitting()}\0".encode(), fitting()),
     ],
-    ids=["another version", "damaged", "another interface", "does not load"],
+    ids=["another version", "damaged", "another Python", "another interface", "does not load"],
 )
 def test_an_extension_that_does_not_fit_gives_one_warning_and_the_python_path(
     content: bytes, stated: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "_native.so"
     file.write_bytes(content)
-    monkeypatch.setattr(pack, "LIBRARY", file)
+    monkeypatch.setattr(native, "LIBRARY", file)
     pack.extension_covers.cache_clear()
-    pack._extension_loads.cache_clear()
+    native.extension.cache_clear()
     first, second = embeddings(3, 4)
     try:
         with pytest.warns(RuntimeWarning) as caught:
@@ -182,7 +184,7 @@ def test_an_extension_that_does_not_fit_gives_one_warning_and_the_python_path(
             pack.pack_rows((first, second), torch.float64)
     finally:
         pack.extension_covers.cache_clear()
-        pack._extension_loads.cache_clear()
+        native.extension.cache_clear()
 
 
 @pytest.mark.slow
@@ -212,6 +214,33 @@ def test_a_failing_compiler_leaves_the_extension_out(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "the extension could not be built" in result.stderr
     assert run_setup(*arguments, FASTKD_EXTENSION="1", **environment).returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_ninja", [True, False])
+def test_the_extension_is_built_with_ninja_and_without(has_ninja: bool, tmp_path: Path) -> None:
+    real = shutil.which("c++")
+    if real is None or (has_ninja and importlib.util.find_spec("ninja") is None and shutil.which("ninja") is None):
+        pytest.skip("there is no C++ compiler, or no ninja")
+    compiler, broken = tmp_path / "c++", tmp_path / "bin" / "ninja"
+    broken.parent.mkdir()
+    # What the compiler should write is left empty: compiling takes a minute, and the fixture `library` does it.
+    compiler.write_text(f"""#!/bin/sh
+case "$*" in *" -o "*) ;; *) exec {real} "$@" ;; esac
+while [ $# -gt 0 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done
+""")
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    for program in (compiler, broken):
+        program.chmod(0o755)
+    path = os.environ["PATH"] if has_ninja else f"{broken.parent}:{os.environ['PATH']}"
+    library, objects = tmp_path / "lib", tmp_path / "temp"
+    result = run_setup(
+        "build_ext", f"--build-lib={library}", f"--build-temp={objects}",
+        PATH=path, CXX=str(compiler), LDSHARED=str(compiler), FASTKD_EXTENSION="1", FASTKD_CUDA="0",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (library / "fastkd" / native.LIBRARY.name).exists()
+    assert (objects / "build.ninja").exists() == has_ninja
 
 
 def setup_module() -> ModuleType:

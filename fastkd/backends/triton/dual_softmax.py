@@ -72,8 +72,8 @@ class Forward(_Pass):
             return nothing[0].sum(), nothing[1].sum(), nothing
         weight = None if weight is None else weight.contiguous()
         with torch.cuda.device_of(self._sums):
-            loss, stats = statistics(self._sums, self._scale, weight, swapped=is_swapped)
-            return loss[0].sum() * factors[0], loss[1].sum() * factors[1], stats
+            loss, stats = statistics(self._sums, self._scale, weight, swapped=is_swapped, factors=factors)
+            return *loss.sum(dim=1).unbind(), stats
 
 
 def numbers(stats: Tensor) -> Tensor:
@@ -95,21 +95,36 @@ class Backward(_Pass):
     ) -> None:
         super().__init__(rows)
         self._needs: dict[str, Any] = {"need_a": need_a, "need_b": need_b}
-        everyone, weight, *grads, is_swapped, factors = upstream
-        grads = [grad * factor for grad, factor in zip(grads, factors, strict=True)]
-        weight = None if weight is None else weight.contiguous()
-        with torch.cuda.device_of(everyone):
-            self._coef, self._unscale = coefficients(
-                everyone, weight, *grads, self._scale, swapped=is_swapped, bounded=self._bounded
+        self._everyone, weight, *self._grads, self._is_swapped, self._factors = upstream
+        self._weight = None if weight is None else weight.contiguous()
+        self._largest_weight = None if weight is None else weight.amax()
+        self._tile = self._kernels.tile_columns(self._units, bounded=self._bounded)
+        if self._units.numel():
+            self._coef, self._unscale = self._coefficients(slice(0, self._units.shape[1]))
+
+    def _coefficients(self, cols: slice) -> tuple[Tensor, Tensor]:
+        """The factors of G of a block of columns, whose tiles start with the block, and what undoes their scaling."""
+        with torch.cuda.device_of(self._everyone):
+            return coefficients(
+                self._everyone[:, cols],
+                None if self._weight is None else self._weight[cols],
+                self._largest_weight,
+                *self._grads,
+                self._scale,
+                swapped=self._is_swapped,
+                bounded=self._bounded,
+                tile=self._tile,
+                factors=self._factors,
             )
 
     def _add(self, columns: Tensor, offset: int, cols: slice) -> None:
+        column_coef = self._coef if columns is self._units else self._coefficients(cols)[0]
         with torch.cuda.device_of(columns):
             self._sums = self._kernels.gradient_sums(
                 self._units,
                 columns,
-                self._coef[:, : self._units.shape[1]],
-                self._coef[:, cols],
+                self._coef,
+                column_coef,
                 self._scale,
                 offset=offset,
                 bounded=self._bounded,
