@@ -32,7 +32,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from fastkd.kernels import launch
+from fastkd.kernels import launch, tiles
 from fastkd.kernels.launch import LaunchConfig
 
 import bench
@@ -157,13 +157,18 @@ def table_with(hardware: str, entry: Entry, config: LaunchConfig) -> Iterator[No
     """The launch table with one entry exchanged."""
     table = launch.TABLE[hardware]
     before = table[entry.key]
-    table[entry.key] = config
-    launch.launch_config.cache_clear()
     try:
+        table[entry.key] = config
+        _forget_configs()
         yield
     finally:
         table[entry.key] = before
-        launch.launch_config.cache_clear()
+        _forget_configs()
+
+
+def _forget_configs() -> None:
+    launch.launch_config.cache_clear()
+    tiles._tiling.cache_clear()
 
 
 def compiled(hardware: str, entry: Entry, config: LaunchConfig) -> tuple[LaunchConfig, int] | None:

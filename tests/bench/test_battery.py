@@ -78,8 +78,8 @@ def test_every_gpu_test_is_in_one_part_and_needs_few_packages(bare: dict[str, st
     assert parts["sanitizer"] | parts["racecheck"] <= set.union(*apart)
     cases = Counter(Path(test.split("::")[0]).stem for test in parts["sanitizer"])
     operations = ("dual_softmax", "contrast", "soft_target", "multiscale_pool", "pack")
-    assert set(cases) == {f"test_{name}" for name in operations}
-    assert all(3 <= count <= 40 for count in cases.values()), cases
+    assert all(cases[f"test_{name}"] >= 3 for name in operations)
+    assert all(count <= 40 for count in cases.values()), cases
     assert any("131072_classes_split" in test for test in parts["sanitizer"])
     assert len(parts["smoke"]) >= 4
     files = {

@@ -71,7 +71,7 @@ def test_only_a_candidate_that_is_two_percent_faster_replaces_the_entry() -> Non
     [
         ("soft_target_backward:2:1024:5", LaunchConfig(1, 2048, 4, 1)),
         ("contrast_self:2:64", LaunchConfig(64, 32, 4, 2)),
-        ("multiscale_pool", LaunchConfig(32, 32, 4, 1)),
+        ("multiscale_pool", LaunchConfig(64, 64, 8, 2)),
         ("dual_softmax_forward:2:64:online", LaunchConfig(64, 32, 4, 3)),
     ],
 )
