@@ -15,6 +15,7 @@ from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 
 _TRACERS = (_TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FUNCTIONAL)
 _PLAIN = (Tensor, torch.nn.Parameter)
+_nothing = contextlib.nullcontext()
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
@@ -27,10 +28,16 @@ def is_traced(*inputs: Tensor | None) -> bool:
     )
 
 
-def without_autocast(x: Tensor) -> Any:
-    """A context in which operations on the device of ``x`` keep their dtypes."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+def computing(x: Tensor) -> Any:
+    """A context in which operations on ``x`` keep their dtypes, and kernels run on its device."""
+    device = x.device
+    is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
+    if is_current and not torch.is_autocast_enabled(device.type):
+        return _nothing
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.autocast(device.type, enabled=False))
+    stack.enter_context(torch.cuda.device_of(x))
+    return stack
 
 
 def differentiable_once(backward: Backward) -> Backward:
