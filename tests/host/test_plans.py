@@ -225,6 +225,18 @@ assert "fastkd._native" not in sys.modules
     )
 
 
-def test_without_the_extension_triton_launches(tmp_path: Path) -> None:
-    run("plans.launch(kernel, (1,), **arguments())\nassert stub.launches == 1\nassert remembered() is None",
-        native.LIBRARY.with_name("absent"), tmp_path)  # fmt: skip
+def test_without_the_extension_triton_launches_after_a_warning(tmp_path: Path) -> None:
+    run(
+        """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    plans.launch(kernel, (1,), **arguments())
+    plans.launch(kernel, (1,), **arguments())
+assert ["make ext" in str(warning.message) for warning in caught] == [True]
+assert stub.launches == 2
+assert remembered() is None
+""",
+        native.LIBRARY.with_name("absent"),
+        tmp_path,
+    )
