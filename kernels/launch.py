@@ -245,6 +245,11 @@ def _multiprocessors(kind: str, index: int | None) -> int:
     return 1 if kind == "cpu" else torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def cdiv(a: int, b: int) -> int:
+    """``ceil(a / b)``; Triton's, which kernels can call too, takes a microsecond."""
+    return -(-a // b)
+
+
 @functools.cache
 def column_splits(row_blocks: int, column_tiles: int, slots: int) -> int:
     """The number of programs over which the columns of a row-block are split, so that ``slots`` programs stay busy.

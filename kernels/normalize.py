@@ -13,11 +13,14 @@ DOTS [SIDES, n]: their dot products with VECTORS, which add up to the gradient o
 Rows are read in pieces of BLOCK_D elements. The first piece stays in registers, and narrow rows have no other.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+from fastkd.kernels.launch import cdiv
+from fastkd.kernels.plans import launch
 from torch import Tensor
 
 from fastkd.numerics import NORM_EPS
@@ -145,11 +148,13 @@ def finish_kernel(
         _store(OUT, piece * factor[:, None], start, in_rows, D, BLOCK_D=BLOCK_D)
 
 
+@functools.cache
 def padded_width(D: int) -> int:
     """The width of a streaming kernel's tile that holds rows of D."""
-    return max(16, triton.next_power_of_2(D))
+    return max(16, 1 << (D - 1).bit_length())
 
 
+@functools.cache
 def tile(width: int) -> dict[str, int]:
     """The constants of a kernel that reads rows in pieces."""
     BLOCK_D = min(padded_width(width), BLOCK_ELEMENTS)
@@ -166,7 +171,9 @@ def _vectors(sides: Sequence[Tensor], width: int, *, normalize: bool, to_tf32: b
     constants = tile(width)
     vectors = torch.empty(len(sides), n, width, dtype=first.dtype, device=first.device)
     inverse_norm = torch.empty(len(sides), n, dtype=torch.float32, device=first.device) if normalize else None
-    vectors_kernel[(triton.cdiv(n, constants["BLOCK_M"]), len(sides))](
+    launch(
+        vectors_kernel,
+        (cdiv(n, constants["BLOCK_M"]), len(sides)),
         X0=first,
         X1=last,
         stride_0n=first.stride(0),
@@ -220,7 +227,9 @@ def input_gradients(
     constants = tile(width)
     grads = [torch.empty(n, D, dtype=dtype, device=rows.device) for _ in range(sides)]
     dots = torch.empty(sides, n, dtype=torch.float32, device=rows.device)
-    finish_kernel[(triton.cdiv(n, constants["BLOCK_M"]), sides)](
+    launch(
+        finish_kernel,
+        (cdiv(n, constants["BLOCK_M"]), sides),
         PARTIAL=partial,
         stride_ps=partial.stride(0),
         VECTORS=rows,

@@ -26,7 +26,8 @@ import math
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.launch import column_splits, hardware_of, launch_config, multiprocessors
+from fastkd.kernels.launch import cdiv, column_splits, hardware_of, launch_config, multiprocessors
+from fastkd.kernels.plans import launch
 from fastkd.kernels.tiles import LOG2E, store_numbers
 from torch import Tensor
 
@@ -314,9 +315,9 @@ def soft_target_losses(
     # Without a teacher there is one softmax only, for the labels.
     temperature = 1.0 if Y is None else temperature
     config = launch_config("soft_target_forward", width=C, hardware=hardware_of(X.device))
-    tiles = triton.cdiv(C, config.BLOCK_N)
-    splits = column_splits(triton.cdiv(n, config.BLOCK_M), tiles, config.ctas_per_sm * multiprocessors(X.device))
-    tiles_per_split = triton.cdiv(tiles, splits)
+    tiles = cdiv(C, config.BLOCK_N)
+    splits = column_splits(cdiv(n, config.BLOCK_M), tiles, config.ctas_per_sm * multiprocessors(X.device))
+    tiles_per_split = cdiv(tiles, splits)
     loss = torch.empty(2, n, dtype=torch.float32, device=X.device)
     stats = torch.empty(5, n, dtype=torch.float32, device=X.device)
     state = torch.empty(splits, 7, n, dtype=torch.float32, device=X.device) if splits > 1 else None
@@ -326,7 +327,9 @@ def soft_target_losses(
         "factor": factor,
         **_flags(Y, labels, weight, temperature, smoothing),
     }  # fmt: skip
-    forward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
+    launch(
+        forward_kernel,
+        (cdiv(n, config.BLOCK_M), splits),
         **shared,
         Y=Y,
         stride_yn=0 if Y is None else Y.stride(0),
@@ -340,7 +343,9 @@ def soft_target_losses(
         num_stages=config.num_stages,
     )
     if splits > 1:
-        merge_kernel[(triton.cdiv(n, ROWS),)](
+        launch(
+            merge_kernel,
+            (cdiv(n, ROWS),),
             **shared,
             columns_per_split=tiles_per_split * config.BLOCK_N,
             splits=splits,
@@ -371,7 +376,9 @@ def soft_target_gradient(
     n, C = X.shape
     config = launch_config("soft_target_backward", width=C, hardware=hardware_of(X.device))
     grad = torch.empty(n, C, dtype=X.dtype, device=X.device)
-    backward_kernel[(triton.cdiv(n, config.BLOCK_M), triton.cdiv(C, config.BLOCK_N))](
+    launch(
+        backward_kernel,
+        (cdiv(n, config.BLOCK_M), cdiv(C, config.BLOCK_N)),
         X=X,
         Y=Y,
         stride_xn=X.stride(0),

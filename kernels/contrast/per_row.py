@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from fastkd.kernels.launch import cdiv
 from fastkd.kernels.normalize import input_gradients
+from fastkd.kernels.plans import launch
 from fastkd.kernels.tiles import BLOCK_ROWS, LARGEST_G, LN2, LOG2E, store_numbers
 from torch import Tensor
 
@@ -90,10 +92,10 @@ def _expm1(x):
 
 @triton.jit(do_not_specialize=["n", "splits"])
 def statistics_kernel(
-    STATE, WEIGHT, COUNT, STATS, LOSS, n, splits,
+    STATE, WEIGHT, COUNT, STATS, LOSS, n, splits, factor,
     BLOCK_M: tl.constexpr, HAS_WEIGHT: tl.constexpr, BY_LABEL: tl.constexpr,
 ):  # fmt: skip
-    """Merges the splits into STATS; LOSS [n], weighted."""
+    """Merges the splits into STATS; LOSS [n], weighted, times ``factor``."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = offs_m < n
     stride_k = n.to(tl.int64)
@@ -119,6 +121,7 @@ def statistics_kernel(
         loss = tl.maximum(others, 0.0) * LN2 + _log1p(tl.exp2(-tl.abs(others)))
         first, second = loss, xp * LN2
     store_numbers(STATS + offs_m, n, in_rows, (first, second))
+    loss *= factor
     if HAS_WEIGHT:
         loss *= tl.load(WEIGHT + offs_m, mask=in_rows, other=0.0).to(tl.float32)
     tl.store(LOSS + offs_m, loss, mask=in_rows)
@@ -126,14 +129,14 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=["n", "stride_sn"])
 def coefficients_kernel(
-    STATS, stride_sn, WEIGHT, LARGEST_WEIGHT, GRAD, COEF, UNSCALE, n,
+    STATS, stride_sn, WEIGHT, LARGEST_WEIGHT, GRAD, COEF, UNSCALE, n, factor,
     BLOCK_M: tl.constexpr, HAS_WEIGHT: tl.constexpr, BY_LABEL: tl.constexpr,
 ):  # fmt: skip
     """``log2 w_i - lse_i`` in units of log 2, and what is special at the positives.
 
     By index that is ``w_i (p_ip - 1) = w_i expm1(-loss_i)`` in place of ``w_i p_ip``, by label ``w_i / |P_i|`` to
     subtract. The weights are brought to a largest one that keeps G inside fp16 and far from its underflow; UNSCALE is
-    what undoes it, and holds the upstream gradient.
+    what undoes it, and holds the upstream gradient times ``factor``.
     """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = offs_m < n
@@ -153,15 +156,17 @@ def coefficients_kernel(
         at_positive = w * _expm1(-first)
         lse = first + second
     store_numbers(COEF + offs_m, n, in_rows, (tl.log2(w) - lse * LOG2E, at_positive))
-    tl.store(UNSCALE, tl.load(GRAD).to(tl.float32) * (largest / LARGEST_G))
+    tl.store(UNSCALE, tl.load(GRAD).to(tl.float32) * (factor * largest / LARGEST_G))
 
 
-def statistics(state: Tensor, weight: Tensor | None, count: Tensor | None) -> tuple[Tensor, Tensor]:
-    """LOSS [n], weighted, and STATS [2, n]; ``count``: the numbers of positives, by label."""
+def statistics(state: Tensor, weight: Tensor | None, count: Tensor | None, *, factor: float) -> tuple[Tensor, Tensor]:
+    """LOSS [n], weighted, times ``factor``, and STATS [2, n]; ``count``: the numbers of positives, by label."""
     splits, _, n = state.shape
     loss = torch.empty(n, dtype=torch.float32, device=state.device)
     stats = torch.empty(2, n, dtype=torch.float32, device=state.device)
-    statistics_kernel[(triton.cdiv(n, BLOCK_ROWS),)](
+    launch(
+        statistics_kernel,
+        (cdiv(n, BLOCK_ROWS),),
         STATE=state,
         WEIGHT=weight,
         COUNT=count,
@@ -169,6 +174,7 @@ def statistics(state: Tensor, weight: Tensor | None, count: Tensor | None) -> tu
         LOSS=loss,
         n=n,
         splits=splits,
+        factor=factor,
         BLOCK_M=BLOCK_ROWS,
         HAS_WEIGHT=weight is not None,
         BY_LABEL=count is not None,
@@ -177,13 +183,17 @@ def statistics(state: Tensor, weight: Tensor | None, count: Tensor | None) -> tu
     return loss, stats
 
 
-def coefficients(stats: Tensor, weight: Tensor | None, grad_loss: Tensor, *, by_label: bool) -> tuple[Tensor, Tensor]:
+def coefficients(
+    stats: Tensor, weight: Tensor | None, grad_loss: Tensor, *, by_label: bool, factor: float
+) -> tuple[Tensor, Tensor]:
     """COEF [2, n] of all queries, and UNSCALE [1]. A slice of COEF serves a block of queries."""
     n = stats.shape[1]
     coef = torch.empty(2, n, dtype=torch.float32, device=stats.device)
     unscale = torch.empty(1, dtype=torch.float32, device=stats.device)
     assert stats.stride(1) == 1
-    coefficients_kernel[(triton.cdiv(n, BLOCK_ROWS),)](
+    launch(
+        coefficients_kernel,
+        (cdiv(n, BLOCK_ROWS),),
         STATS=stats,
         stride_sn=stats.stride(0),
         WEIGHT=weight,
@@ -192,6 +202,7 @@ def coefficients(stats: Tensor, weight: Tensor | None, grad_loss: Tensor, *, by_
         COEF=coef,
         UNSCALE=unscale,
         n=n,
+        factor=factor,
         BLOCK_M=BLOCK_ROWS,
         HAS_WEIGHT=weight is not None,
         BY_LABEL=by_label,

@@ -14,13 +14,14 @@ windows per row and per column, and height, width, vertical and horizontal strid
 that loads are as wide as that allows.
 """
 
+import functools
 import math
 
 import torch
-import triton
-from fastkd.kernels.launch import hardware_of, launch_config, multiprocessors
+from fastkd.kernels.launch import cdiv, hardware_of, launch_config, multiprocessors
 from fastkd.kernels.multiscale_pool.backward import backward_kernel, dots_kernel
 from fastkd.kernels.multiscale_pool.forward import forward_kernel
+from fastkd.kernels.plans import launch
 from torch import Tensor
 
 from fastkd.numerics import window_counts
@@ -41,15 +42,23 @@ def _strides(features: Tensor) -> tuple[Tensor, int, int]:
 
 
 def scales_of(height: int, width: int, windows: list[int], strides: list[int]) -> tuple[tuple[int, ...], ...]:
+    return _scales_of(height, width, tuple(windows), tuple(strides))
+
+
+@functools.lru_cache(maxsize=256)
+def _scales_of(
+    height: int, width: int, windows: tuple[int, ...], strides: tuple[int, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """One and the same object for the same maps, by which a launch is found again."""
     found, first = [], 0
-    for k, (rows, columns) in enumerate(window_counts(height, width, windows, strides)):
+    for k, (rows, columns) in enumerate(window_counts(height, width, list(windows), list(strides))):
         found.append((first, columns, rows, *windows[2 * k : 2 * k + 2], *strides[2 * k : 2 * k + 2]))
         first += rows * columns
     return tuple(found)
 
 
 def block(count: int, largest: int) -> int:
-    return min(largest, max(16, triton.next_power_of_2(count)))
+    return min(largest, max(16, 1 << (count - 1).bit_length()))
 
 
 def precision(hardware: str) -> str:
@@ -59,7 +68,7 @@ def precision(hardware: str) -> str:
 
 def _splits(programs: int, channels: int, BLOCK_N: int, device: torch.device) -> int:
     """Over how many programs the channels are spread so that all multiprocessors stay busy."""
-    return min(triton.cdiv(channels, BLOCK_N), triton.cdiv(PROGRAMS * multiprocessors(device), max(1, programs)))
+    return min(cdiv(channels, BLOCK_N), cdiv(PROGRAMS * multiprocessors(device), max(1, programs)))
 
 
 def pooled(
@@ -77,11 +86,13 @@ def pooled(
     hardware = hardware_of(X.device)
     config = launch_config("multiscale_pool", hardware=hardware)
     BLOCK_M = block(M, config.BLOCK_M)
-    programs = B * triton.cdiv(M, BLOCK_M)
+    programs = B * cdiv(M, BLOCK_M)
     splits = 1 if normalize else _splits(programs, C, config.BLOCK_N, X.device)
     Y = torch.empty(B, M, C, dtype=dtype, device=X.device)
     inverse_norm = torch.empty(B, M if normalize else 0, dtype=torch.float32, device=X.device)
-    forward_kernel[(programs * splits,)](
+    launch(
+        forward_kernel,
+        (programs * splits,),
         X=X,
         stride_xb=X.stride(0),
         stride_xc=stride_xc,
@@ -122,17 +133,29 @@ def spread_gradients(
     config = launch_config("multiscale_pool", hardware=hardware)
     BLOCK_M, BLOCK_P = block(M, config.BLOCK_M), block(H * W, config.BLOCK_M)
     ALIGN = math.gcd(16 // grad.element_size(), C)
-    programs = B * triton.cdiv(H * W, BLOCK_P)
+    programs = B * cdiv(H * W, BLOCK_P)
     dots = None
     if unit is not None and (M > BLOCK_M or H * W > BLOCK_P):
         dots = torch.empty(B, M, dtype=torch.float32, device=grad.device)
-        dots_kernel[(triton.cdiv(B * M, ROWS),)](
-            G=grad, U=unit, DOTS=dots, n=B * M, C=C, BLOCK_M=ROWS, BLOCK_N=128, ALIGN=ALIGN, num_warps=4
+        launch(
+            dots_kernel,
+            (cdiv(B * M, ROWS),),
+            G=grad,
+            U=unit,
+            DOTS=dots,
+            n=B * M,
+            C=C,
+            BLOCK_M=ROWS,
+            BLOCK_N=128,
+            ALIGN=ALIGN,
+            num_warps=4,
         )
     # Without dots, each program takes the dot products of all windows, which splits would repeat.
     splits = 1 if unit is not None and dots is None else _splits(programs, C, config.BLOCK_N, grad.device)
     is_tf32 = precision(hardware) == "tf32"
-    backward_kernel[(programs * splits,)](
+    launch(
+        backward_kernel,
+        (programs * splits,),
         G=grad,
         U=unit,
         INVERSE_NORM=inverse_norm,

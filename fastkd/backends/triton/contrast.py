@@ -73,8 +73,9 @@ class Forward(_Pass):
             return self._scale.new_zeros(()), self._scale.new_zeros(2, 0)
         count = self._mask.positive_counts(len(self._queries.vectors)) if self._mask.by_label else None
         with torch.cuda.device_of(self._state):
-            loss, stats = statistics(self._state, None if weight is None else weight.contiguous(), count)
-            return loss.sum() * factor, stats
+            weight = None if weight is None else weight.contiguous()
+            loss, stats = statistics(self._state, weight, count, factor=factor)
+            return loss.sum(), stats
 
 
 class Backward(_Pass):
@@ -93,11 +94,12 @@ class Backward(_Pass):
         self._of_queries: Tensor | None = None  # sums of the gradients; None until there was something to add
         self._of_keys: Tensor | None = None
         stats, weight, grad_loss, factor = upstream
-        grad_loss = grad_loss * factor
         if stats.shape[1]:
             weight = None if weight is None else weight.contiguous()
             with torch.cuda.device_of(stats):
-                self._coef, self._unscale = coefficients(stats, weight, grad_loss, by_label=rows.mask.by_label)
+                self._coef, self._unscale = coefficients(
+                    stats, weight, grad_loss, by_label=rows.mask.by_label, factor=factor
+                )
             self._queries = dataclasses.replace(self._queries, coef=self._coef[:, : len(rows.queries)])
 
     def _sums(self, rows: Side, columns: Side, sums: Tensor | None, all_columns: int) -> Tensor | None:

@@ -72,8 +72,8 @@ class Forward(_Pass):
             return nothing[0].sum(), nothing[1].sum(), nothing
         weight = None if weight is None else weight.contiguous()
         with torch.cuda.device_of(self._sums):
-            loss, stats = statistics(self._sums, self._scale, weight, swapped=is_swapped)
-            return loss[0].sum() * factors[0], loss[1].sum() * factors[1], stats
+            loss, stats = statistics(self._sums, self._scale, weight, swapped=is_swapped, factors=factors)
+            return *loss.sum(dim=1).unbind(), stats
 
 
 def numbers(stats: Tensor) -> Tensor:
@@ -95,8 +95,7 @@ class Backward(_Pass):
     ) -> None:
         super().__init__(rows)
         self._needs: dict[str, Any] = {"need_a": need_a, "need_b": need_b}
-        self._everyone, weight, *grads, self._is_swapped, factors = upstream
-        self._grads = [grad * factor for grad, factor in zip(grads, factors, strict=True)]
+        self._everyone, weight, *self._grads, self._is_swapped, self._factors = upstream
         self._weight = None if weight is None else weight.contiguous()
         self._largest_weight = None if weight is None else weight.amax()
         self._tile = self._kernels.tile_columns(self._units, bounded=self._bounded)
@@ -115,6 +114,7 @@ class Backward(_Pass):
                 swapped=self._is_swapped,
                 bounded=self._bounded,
                 tile=self._tile,
+                factors=self._factors,
             )
 
     def _add(self, columns: Tensor, offset: int, cols: slice) -> None:
