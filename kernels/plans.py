@@ -11,6 +11,7 @@ tests compare the parameters of both, byte by byte.
 
 import functools
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +83,9 @@ def is_native() -> bool:
     asked = os.environ.get("FASTKD_LAUNCHER", "triton")
     if asked not in ("triton", "native"):
         raise ValueError(f"FASTKD_LAUNCHER: got {asked!r}, expected 'triton' or 'native'")
-    return asked == "native"
+    if asked == "native" and extension() is None:
+        warnings.warn("fastkd: FASTKD_LAUNCHER=native needs the extension (make ext): Triton launches", stacklevel=2)
+    return asked == "native" and extension() is not None
 
 
 class _Known(NamedTuple):
@@ -103,6 +106,7 @@ def _first_met(kernel: Any) -> _Known:
 
 
 def _new(kernel: Any) -> _Known:
+    is_native()  # says what is wrong with FASTKD_LAUNCHER, if anything is
     if extension() is None or not isinstance(kernel, triton.JITFunction) or kernel.pre_run_hooks:
         return _Known(kernel)
     driver = triton.runtime.driver.active
