@@ -11,14 +11,19 @@ import torch
 from torch import Tensor
 
 from fastkd.backends.inputs import ContrastRows, ContrastUpstream
-from fastkd.backends.triton.rows import is_wide, ready
+from fastkd.backends.triton.rows import is_wide, ready, rounds_to_tf32, width_of
 from fastkd.kernels.contrast import streaming, wide
 from fastkd.kernels.contrast.per_row import Side, coefficients, gradients, statistics
+from fastkd.kernels.normalize import unit_rows
 
 
-def rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """The rows as the kernels multiply them, [n, width], and their inverse norms [n] if they are normalised."""
-    return ready(raw_rows, normalize)
+def rows(raw_rows: tuple[Tensor, ...], normalize: bool) -> list[tuple[Tensor, Tensor | None]]:
+    """Rows of each side as the kernels multiply them, [n, width], and inverse norms [n] if they are normalised."""
+    first, last = raw_rows[0], raw_rows[-1]
+    if normalize and len(raw_rows) == 2 and first.shape == last.shape:
+        units, inverse_norm = unit_rows(first, last, width=width_of(first), to_tf32=rounds_to_tf32(first))
+        return list(zip(units.unbind(), inverse_norm.unbind(), strict=True))
+    return [ready(x, normalize) for x in raw_rows]
 
 
 class _Pass:
@@ -28,7 +33,7 @@ class _Pass:
         self._kernels = wide if is_wide(rows.queries) else streaming
         self._scale, self._mask, self._is_self = rows.scale, rows.mask, rows.keys is None
         self._options = {"by_label": rows.mask.by_label, "exclude_self": rows.mask.exclude_self}
-        self._columns = rows.columns
+        self._columns, self._has_gradient = rows.columns, rows.needs is not None
         q, k = rows.queries, rows.queries if rows.keys is None else rows.keys
         if rows.is_packed:
             q, k = ready(q)[0], ready(k)[0]
@@ -49,7 +54,7 @@ class _Pass:
 class Forward(_Pass):
     """As :class:`fastkd.backends.blocked.contrast.Forward`."""
 
-    kept: tuple[Tensor, ...] = ()
+    kept: tuple[Tensor, ...] = ()  # the factors of the backward, on one rank
     _state: Tensor | None = None  # what the kernels carry; None until there were keys
 
     def add_own(self) -> None:
@@ -72,7 +77,7 @@ class Forward(_Pass):
             return self._scale.new_zeros(()), self._scale.new_zeros(2, 0)
         count = self._mask.positive_counts(len(self._queries.vectors)) if self._mask.by_label else None
         weight = None if weight is None else weight.contiguous()
-        loss, stats = statistics(self._state, weight, count, factor=factor)
+        loss, stats, self.kept = statistics(self._state, weight, count, factor=factor, needs_coef=self._has_gradient)
         return loss.sum(), stats
 
 
@@ -91,12 +96,12 @@ class Backward(_Pass):
         self._needs = need_query or self._is_self, need_key and not self._is_self
         self._of_queries: Tensor | None = None  # sums of the gradients; None until there was something to add
         self._of_keys: Tensor | None = None
-        stats, weight, grad_loss, factor = upstream
+        stats, weight, self._grad_loss, factor = upstream
         if stats.shape[1]:
-            weight = None if weight is None else weight.contiguous()
-            self._coef, self._unscale = coefficients(
-                stats, weight, grad_loss, by_label=rows.mask.by_label, factor=factor
-            )
+            if not kept:
+                weight = None if weight is None else weight.contiguous()
+                kept = coefficients(stats, weight, by_label=rows.mask.by_label, factor=factor)
+            self._coef, self._unscale = kept
             self._queries = dataclasses.replace(self._queries, coef=self._coef[:, : len(rows.queries)])
 
     def _sums(self, rows: Side, columns: Side, sums: Tensor | None, all_columns: int) -> Tensor | None:
@@ -143,9 +148,7 @@ class Backward(_Pass):
         self, inverse_q: Tensor | None, inverse_k: Tensor | None, dtype: torch.dtype, D: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the raw queries and keys (empty if not needed) and this rank's part of the scale's."""
-        empty = self._scale.new_zeros(0, dtype=dtype)
-        grad_query = grad_key = empty
-        grad_scale = self._scale.new_zeros(())
+        grad_query = grad_key = self._queries.vectors.new_empty(0, dtype=dtype)
         if self._needs[1]:
             grad_key, grad_scale = self._raw(self._of_keys, self._keys, inverse_k, dtype, D)
         if self._needs[0]:  # on all ranks the same side must yield the gradient of the scale, also where it is zero
@@ -159,5 +162,7 @@ class Backward(_Pass):
         if sums is None:
             return side.vectors.new_zeros(len(side.vectors), D, dtype=dtype), self._scale.new_zeros(())
         inverse_norm = None if inverse_norm is None else inverse_norm.reshape(-1)
-        grad, dots = gradients(sums, side.vectors, inverse_norm, self._scale, self._unscale, D=D, dtype=dtype)
+        grad, dots = gradients(
+            sums, side.vectors, inverse_norm, self._scale, self._unscale, self._grad_loss, D=D, dtype=dtype
+        )
         return grad, dots.sum()
