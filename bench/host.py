@@ -13,7 +13,7 @@ exits with 1 where a loss costs more host time than eager code.
 import argparse
 import contextlib
 import re
-import statistics
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -67,12 +67,19 @@ _launched: list[str] = []  # one for all, because Triton keeps what it compiled
 
 
 class _Compiled:
-    """Stands for a compiled kernel: a launch only counts."""
+    """Stands for a compiled kernel: a launch by Triton only counts."""
 
     function, packed_metadata = 0, ()
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, signature: dict[str, Any], num_warps: int) -> None:
         self._name = name
+        self.src = SimpleNamespace(signature=signature)
+        blocks = [re.findall(r"\d+", kind)[1:] for kind in signature.values() if str(kind).startswith("tensordesc")]
+        maps = [
+            {"elem_type": 6, "elem_size": 2, "swizzle": 3, "block_size": [*map(int, block)], "fp4_padded": False}
+            for block in blocks
+        ]
+        self.metadata = SimpleNamespace(num_warps=num_warps, shared=0, tensordesc_meta=maps)
 
     def launch_metadata(self, *_: Any) -> None:
         return None
@@ -87,26 +94,37 @@ def _always(value: Any) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def stubbed() -> Iterator[list[str]]:
-    """CPU tensors take the way of CUDA tensors on ``TARGET``; gives the names of the kernels that were launched."""
+def stubbed(launcher: str = "triton") -> Iterator[Callable[[], int]]:
+    """CPU tensors take the way of CUDA tensors on ``TARGET``. Gives how many kernels were launched so far.
+
+    ``launcher``: "triton", or "native" for the extension's, whose calls of the driver are stubbed as well.
+    """
     import triton
-    from fastkd.kernels import launch
+    from fastkd.kernels import launch, plans
     from triton.backends.compiler import GPUTarget
     from triton.runtime import jit
 
     from fastkd import backends, validate
+    from fastkd.native import extension
 
-    def compiled(self: Any, key: str, signature: Any, device: int, *_: Any, **__: Any) -> _Compiled:
-        kernel = self.device_caches[device][0][key] = _Compiled(self.fn.__name__)
+    def compiled(self: Any, key: str, signature: Any, device: int, constants: Any, options: Any, *_: Any) -> _Compiled:
+        kernel = self.device_caches[device][0][key] = _Compiled(self.fn.__name__, signature, options.num_warps)
         return kernel
 
+    is_native = launcher == "native"
     driver = SimpleNamespace(
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=_always(0),
+        get_current_stream=_always(0),
+        get_current_target=_always(GPUTarget("cuda", 90, 32)),
+        get_active_torch_device=_always(torch.device("cpu")),
     )
-    active = triton.runtime.driver._active
+    active, before = triton.runtime.driver._active, 0
     triton.runtime.driver.set_active(driver)
+    if is_native:
+        extension().use_stubs(True)
+        before = extension().counts()[0]
+    plans._known.clear()
+    _launched.clear()
     try:
         with (
             mock.patch.object(jit.JITFunction, "_do_compile", compiled),
@@ -114,10 +132,14 @@ def stubbed() -> Iterator[list[str]]:
             mock.patch.object(launch, "_multiprocessors", _always(MULTIPROCESSORS)),
             mock.patch.object(backends, "_why_not_triton_on", _always(None)),
             mock.patch.object(validate, "_may_read", _always(False)),
+            mock.patch.object(plans, "is_native", _always(is_native)),
         ):
-            yield _launched
+            yield lambda: len(_launched) + (extension().counts()[0] - before if is_native else 0)
     finally:
         triton.runtime.driver._active = active
+        plans._known.clear()
+        if is_native:
+            extension().use_stubs(False)
 
 
 def cases() -> Iterator[Case]:
@@ -127,56 +149,67 @@ def cases() -> Iterator[Case]:
         yield Case(name, torch.float16, ROWS, WIDTH, side=side)
 
 
-def steps(case: Case) -> dict[str, Callable[[], Tensor]]:
+def steps(case: Case) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """Forward + backward of eager code, in the inputs' own dtype, and of fastkd's CUDA path."""
     inputs = case.inputs(torch.device("cpu"))
     ours = providers.GPU_PROVIDERS[case.name]["fastkd triton"]()
     eager = providers.EAGER[case.name]
-    return {"eager": step_of(eager, inputs), "fastkd": step_of(ours, inputs)}
+    return step_of(eager, inputs), step_of(ours, inputs)
 
 
-def counted(step: Callable[[], Tensor], launched: list[str]) -> Counts:
+def counted(step: Callable[[], Tensor], launches: Callable[[], int]) -> Counts:
     step()  # what is made once
-    launched.clear()
+    before = launches()
     with _Operations() as operations:
         step()
-    return Counts(len(launched), len(operations.names))
+    return Counts(launches() - before, len(operations.names))
 
 
 def microseconds(step: Callable[[], Tensor], repeats: int = 20) -> float:
-    start = time.perf_counter()
+    """The processor time of this thread for one step; waiting for a busy machine does not count."""
+    start = time.thread_time()
     for _ in range(repeats):
         step()
-    return 1e6 * (time.perf_counter() - start) / repeats
+    return 1e6 * (time.thread_time() - start) / repeats
 
 
-def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """Counts and the median host time of both, over rounds in which they take turns."""
-    with stubbed() as launched:
-        both = steps(case)
-        counts = {name: counted(step, launched) for name, step in both.items()}
-        times: dict[str, list[float]] = {name: [] for name in both}
-        for _ in range(rounds):
-            for name, step in both.items():
-                times[name].append(microseconds(step))
-                launched.clear()
-    return {"counts": counts, "us": {name: statistics.median(found) for name, found in times.items()}}
+class Result(NamedTuple):
+    """Counts and least host time of eager code, and of fastkd with either launcher."""
+
+    counts: dict[str, Counts]
+    us: dict[str, float]
 
 
-def markdown(found: dict[str, dict[str, Any]], rounds: int) -> str:
+def measure(case: Case, rounds: int, launchers: tuple[str, ...]) -> Result:
+    """Over rounds in which eager code and fastkd take turns; eager code's time is from the first launcher's rounds."""
+    counts: dict[str, Counts] = {}
+    us: dict[str, float] = {}
+    for launcher in launchers:
+        with stubbed(launcher) as launches:
+            eager, ours = steps(case)
+            both = {"eager": eager, launcher: ours}
+            counts |= {name: counted(step, launches) for name, step in both.items()}
+            times: dict[str, list[float]] = {name: [] for name in both}
+            for _ in range(rounds):
+                for name, step in both.items():
+                    times[name].append(microseconds(step))
+            us |= {name: min(found) for name, found in times.items() if name not in us}
+    return Result(counts, us)
+
+
+def markdown(found: dict[str, Result], rounds: int, command: str) -> str:
+    launchers = [name for name in next(iter(found.values())).us if name != "eager"]
     rows = []
-    for name, result in found.items():
-        us, counts = result["us"], result["counts"]
-        ours = counts["fastkd"]
-        rows.append(
-            [name, f"{us['eager']:.0f}", f"{counts['eager'].operations}", f"{us['fastkd']:.0f}", f"{ours.launches}",
-             f"{ours.operations}", f"{us['fastkd'] / us['eager']:.2f}"]
-        )  # fmt: skip
-    head = ("loss", "eager us", "operations", "fastkd us", "launches", "other operations", "fastkd / eager")
+    for name, (counts, us) in found.items():
+        ours = counts[launchers[0]]
+        row = [name, f"{us['eager']:.0f}", f"{counts['eager'].operations}", f"{ours.launches}", f"{ours.operations}"]
+        rows.append([*row, *(f"{us[x]:.0f} ({us[x] / us['eager']:.2f})" for x in launchers)])
+    head = ("loss", "eager us", "operations", "launches", "other operations", *(f"{x} us" for x in launchers))
     lines = [
         "# Host time of forward + backward on the CUDA path",
         "",
-        f"`python -m bench.host` on {hardware()}, one thread, launches stubbed, {rounds} rounds, medians.",
+        f"`{command}` on {hardware()}; launches stubbed, fastest of {rounds} rounds. By launcher: fastkd's time, and",
+        "its ratio to eager code's in brackets. Launches and other operations are fastkd's.",
         "",
         *table(head, rows),
     ]
@@ -184,23 +217,26 @@ def markdown(found: dict[str, dict[str, Any]], rounds: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    from fastkd.native import extension
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--losses", nargs="+", choices=providers.GPU_PROVIDERS)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--output", type=Path, help="a folder that host.md is written to")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    launchers = ("triton", "native") if extension() is not None else ("triton",)
     found = {
-        case.name: measure(case, options.rounds)
+        case.name: measure(case, options.rounds, launchers)
         for case in cases()
         if not options.losses or case.name in options.losses
     }
-    text = markdown(found, options.rounds)
+    text = markdown(found, options.rounds, shlex.join(["python", "-m", "bench.host", *(arguments or sys.argv[1:])]))
     print(text)
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "host.md").write_text(text)
-    slower = [name for name, result in found.items() if result["us"]["fastkd"] > result["us"]["eager"]]
+    slower = [name for name, result in found.items() if result.us[launchers[0]] > result.us["eager"]]
     if slower:
         print(f"costs more host time than eager code: {', '.join(slower)}", file=sys.stderr)
     return int(bool(slower))

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +13,15 @@ import torch
 
 _RESET_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 FLUSHED_BYTES = 1 << 28  # larger than any L2 cache
+
+
+def not_ready() -> str | None:
+    """Why nothing of ours runs on a GPU here; None where it does."""
+    if not torch.cuda.is_available():
+        return "this needs a CUDA device, and torch.cuda.is_available() is False here"
+    if importlib.util.find_spec("fastkd.kernels") is None:
+        return "there is no fastkd.kernels; the Makefile's first lines say how to install it, also without a network"
+    return None
 
 
 def synchronize(device: torch.device) -> None:

@@ -229,13 +229,31 @@ void ensure_context(int device) {
 // The plans of one kernel. All methods need the GIL.
 class Plans {
  public:
-  Plans(const std::vector<std::pair<std::string, bool>>& parameters, py::object device, py::object stream,
-        py::object blocks, bool on_gpu)
-      : device_(std::move(device)), stream_(std::move(stream)), blocks_(std::move(blocks)), on_gpu_(on_gpu) {
-    for (const auto& [name, is_constant] : parameters) {
-      names_.push_back(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name.c_str())));
-      is_constant_.push_back(is_constant);
+  Plans(const std::vector<std::pair<std::string, bool>>& parameters, const std::vector<std::string>& options,
+        py::object device, py::object stream, py::object blocks, bool on_gpu)
+      : parameters_(parameters.size()),
+        device_(std::move(device)),
+        stream_(std::move(stream)),
+        blocks_(std::move(blocks)),
+        on_gpu_(on_gpu) {
+    for (const auto& [name, is_constant] : parameters) add_name(name, is_constant);
+    for (const std::string& name : options) add_name(name, true);
+  }
+
+  // The compiled kernel that fits the arguments, and these in the order in which Triton's launcher takes them; None
+  // where none is known.
+  py::object find(const py::dict& arguments) const {
+    Values values;
+    Key key;
+    if (!describe(arguments, py::cast<int>(device_()), values, key)) return py::none();
+    const auto found = plans_.find(key);
+    if (found == plans_.end()) return py::none();
+    py::tuple ordered(parameters_);
+    for (size_t i = 0; i < parameters_; ++i) {
+      if (values[i].object == nullptr) return py::none();
+      ordered[i] = py::reinterpret_borrow<py::object>(values[i].object);
     }
+    return py::make_tuple(found->second.alive.front(), std::move(ordered));
   }
 
   bool launch(const py::tuple& grid, const py::dict& arguments) const {
@@ -341,6 +359,12 @@ class Plans {
     return false;
   }
 
+  void add_name(const std::string& name, bool is_constant) {
+    names_.push_back(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name.c_str())));
+    is_constant_.push_back(is_constant);
+  }
+
+  size_t parameters_;  // of the kernel; the options of the launch follow among the names
   std::vector<py::object> names_;
   std::vector<bool> is_constant_;
   py::object device_, stream_;  // the current device's index, and the stream of a device, as Triton asks for them
@@ -359,8 +383,11 @@ void define_launcher(py::module_& module) {
       .value("MAP", Kind::kMap)
       .value("BLOCKS", Kind::kBlocks);
   py::class_<Plans>(module, "Plans")
-      .def(py::init<const std::vector<std::pair<std::string, bool>>&, py::object, py::object, py::object, bool>(),
-           py::arg("parameters"), py::arg("device"), py::arg("stream"), py::arg("blocks"), py::arg("on_gpu"))
+      .def(py::init<const std::vector<std::pair<std::string, bool>>&, const std::vector<std::string>&, py::object,
+                    py::object, py::object, bool>(),
+           py::arg("parameters"), py::arg("options"), py::arg("device"), py::arg("stream"), py::arg("blocks"),
+           py::arg("on_gpu"))
+      .def("find", &Plans::find, py::arg("arguments"))
       .def("launch", &Plans::launch, py::arg("grid"), py::arg("arguments"))
       .def("add", &Plans::add, py::arg("arguments"), py::arg("compiled"), py::arg("function"), py::arg("num_warps"),
            py::arg("shared_bytes"), py::arg("slots"))

@@ -9,11 +9,13 @@ too. Cards of compute capability 12.x also use them; there ``dual_softmax`` spil
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 HARDWARE = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 STREAMING = ("dual_softmax_forward", "dual_softmax_backward", "contrast_forward", "contrast_backward", "contrast_self")
 
@@ -22,8 +24,8 @@ STREAMING = ("dual_softmax_forward", "dual_softmax_backward", "contrast_forward"
 class LaunchConfig:
     """How a kernel is launched.
 
-    ``ctas_per_sm``: how many programs of the compiled code a multiprocessor can hold. ``apart``: the gradients of the
-    two sides get a launch each, because one launch for both would spill.
+    ``ctas_per_sm``: how many programs a multiprocessor shall hold. ``apart``: the gradients of the two sides get a
+    launch each, because one launch for both would spill. ``rows_in_registers``: a forward keeps its rows in registers.
     """
 
     BLOCK_M: int
@@ -32,12 +34,19 @@ class LaunchConfig:
     num_stages: int
     ctas_per_sm: int = 1
     apart: bool = False
+    rows_in_registers: bool = False
+
+    @property
+    def maxnreg(self) -> int | None:
+        """The registers a thread may have so that ``ctas_per_sm`` programs fit; None: as many as the compiler likes."""
+        most = 65536 // (32 * self.num_warps * self.ctas_per_sm) // 8 * 8
+        return None if self.ctas_per_sm == 1 else min(255, most)
 
 
 class Entry(NamedTuple):
     """What a line of the table is for: a kernel, its dtype's size, the widest row it holds, and BOUNDED.
 
-    ``itemsize`` 0: every dtype. ``width``: padded D, or the number of classes; 0: rows of any width.
+    ``itemsize`` 0: every dtype. ``width``: padded D, or the number of classes or of a map's positions; 0: any.
     ``bounded``: None for kernels that have no BOUNDED.
     """
 
@@ -69,15 +78,15 @@ _SM80: _Lines = {
         **_by_size(LaunchConfig(64, 32, 8, 2), LaunchConfig(32, 32, 8, 2)),
         (2, 128): LaunchConfig(32, 32, 8, 2),
     },
-    "multiscale_pool": {(0, 0): LaunchConfig(32, 64, 8, 1)},
+    "multiscale_pool": {(0, 64): LaunchConfig(32, 32, 4, 3), (0, 0): LaunchConfig(32, 64, 8, 3)},
 }
 _SM90: _Lines = {
     "dual_softmax_forward": {
-        (2, 64): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
-        (2, 128): LaunchConfig(128, 64, 8, 2),
-        (2, 256): LaunchConfig(128, 32, 8, 2),
-        (4, 64): LaunchConfig(128, 64, 8, 2),
-        (4, 128): LaunchConfig(128, 32, 8, 2),
+        (2, 64): LaunchConfig(128, 64, 8, 4, ctas_per_sm=2),
+        (2, 128): LaunchConfig(128, 64, 8, 4, rows_in_registers=True),
+        (2, 256): LaunchConfig(128, 32, 8, 4, rows_in_registers=True),
+        (4, 64): LaunchConfig(128, 64, 8, 4, rows_in_registers=True),
+        (4, 128): LaunchConfig(128, 32, 8, 4, rows_in_registers=True),
     },
     "dual_softmax_backward": {
         (2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
@@ -88,11 +97,11 @@ _SM90: _Lines = {
         (4, 128): LaunchConfig(128, 32, 8, 2, apart=True),
     },
     "contrast_forward": {
-        (2, 64): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
-        (2, 128): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
-        (2, 256): LaunchConfig(128, 64, 8, 2),
-        (4, 64): LaunchConfig(128, 64, 8, 2, ctas_per_sm=2),
-        (4, 128): LaunchConfig(128, 64, 8, 2),
+        (2, 64): LaunchConfig(128, 64, 8, 4, ctas_per_sm=2, rows_in_registers=True),
+        (2, 128): LaunchConfig(128, 64, 8, 4, ctas_per_sm=2),
+        (2, 256): LaunchConfig(128, 64, 8, 4, rows_in_registers=True),
+        (4, 64): LaunchConfig(128, 64, 8, 4, ctas_per_sm=2),
+        (4, 128): LaunchConfig(128, 64, 8, 4, rows_in_registers=True),
     },
     "contrast_backward": {
         (2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=3),
@@ -108,10 +117,14 @@ _SM90: _Lines = {
         (4, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
         (4, 128): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
     },
-    "multiscale_pool": {(0, 0): LaunchConfig(64, 64, 8, 1)},
+    "multiscale_pool": {
+        (0, 64): LaunchConfig(64, 32, 4, 3),
+        (2, 0): LaunchConfig(64, 64, 8, 3),
+        (4, 0): LaunchConfig(32, 64, 8, 3),
+    },
 }
 # What differs from sm_90. In multiscale_pool 64 rows would go through tensor memory, where Triton 3.6 fails to compile,
-# and 32 x 64 spills with 8 warps.
+# and 32 x 64 with 8 warps and 32 x 32 with 2 or 3 stages spill.
 _SM100: _Lines = {
     "dual_softmax_forward": {
         (2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=3),
@@ -135,7 +148,7 @@ _SM100: _Lines = {
         (4, 128): LaunchConfig(64, 32, 4, 2),
     },
     "contrast_self": {(2, 256): LaunchConfig(64, 32, 8, 2), (4, 128): LaunchConfig(64, 32, 4, 2)},
-    "multiscale_pool": {(0, 0): LaunchConfig(32, 32, 4, 1)},
+    "multiscale_pool": dict.fromkeys(_SM90["multiscale_pool"], LaunchConfig(32, 32, 4, 1)),
 }
 _GFX942: _Lines = {
     **{kernel: _by_size(LaunchConfig(64, 16, 4, 1), LaunchConfig(64, 16, 4, 1)) for kernel in STREAMING},
@@ -161,9 +174,27 @@ _SOFT_TARGET: _Lines = {
     "soft_target_backward": {**_NARROW, (0, 0): LaunchConfig(1, 1024, 2, 1)},
 }
 _INTERPRETER: _Lines = {
-    **{kernel: dict.fromkeys(lines, LaunchConfig(16, 16, 4, 1)) for kernel, lines in _SM90.items()},
+    **{
+        kernel: dict.fromkeys(lines, LaunchConfig(16, 16, 4, 1, rows_in_registers=True))
+        for kernel, lines in _SM90.items()
+    },
     **{kernel: {(0, 32): LaunchConfig(4, 32, 4, 1), (0, 0): LaunchConfig(2, 64, 4, 1)} for kernel in _SOFT_TARGET},
 }
+
+
+_caches: list[Any] = []
+
+
+def cached(function: Function) -> Function:
+    """A cache of what follows from the table; :func:`clear_caches` empties all of them when the table has changed."""
+    cache = functools.lru_cache(maxsize=4096)(function)
+    _caches.append(cache)
+    return cast(Function, cache)
+
+
+def clear_caches() -> None:
+    for cache in _caches:
+        cache.cache_clear()
 
 
 def table_of(*parts: _Lines) -> dict[Entry, LaunchConfig]:
@@ -186,7 +217,7 @@ TABLE = {
 }
 
 
-@functools.cache
+@cached
 def launch_config(
     kernel: str, *, hardware: str, dtype: torch.dtype = torch.float32, width: int = 0, bounded: bool | None = None
 ) -> LaunchConfig:
@@ -204,7 +235,7 @@ def launch_config(
     return holds[min(holds)]
 
 
-@functools.cache
+@cached
 def fits(dtype: torch.dtype, width: int, hardware: str) -> bool:
     """Whether rows of this padded width fit the streaming kernels; wider rows go through matrix products."""
     widest = {
@@ -250,7 +281,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-@functools.cache
+@cached
 def column_splits(row_blocks: int, column_tiles: int, slots: int) -> int:
     """The number of programs over which the columns of a row-block are split, so that ``slots`` programs stay busy.
 

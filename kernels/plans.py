@@ -1,16 +1,17 @@
-"""Launches kernels: through Triton, or again through the extension, which costs the host a tenth of Triton's time.
+"""Launches kernels, without the search for what Triton has compiled that makes up most of the time of its launches.
 
-Triton binds the arguments of every launch anew. The extension (``csrc/launcher.cpp``) remembers what Triton compiled
-for arguments of a kind, and the tensor maps of what is read by blocks. It launches with one look-up and one call of the
-driver. Triton compiles and makes the first launch of every kind. It makes every launch that the extension does not
-cover: with a hook of a profiler, with scratch memory, with clusters.
+Triton compiles, and makes the first launch of every kind of arguments. The extension (``csrc/launcher.cpp``) remembers
+what was compiled for them. From then on Triton's launcher is called with it directly. Without the extension, with a
+hook of a profiler, with scratch memory or with clusters, every launch takes Triton's whole way.
 
-FASTKD_LAUNCHER=native asks for the extension. The default is "triton", because no GPU has confirmed the extension's
-launches yet; tests compare the parameters of both, byte by byte.
+FASTKD_LAUNCHER=native lets the extension call the driver, too. It keeps the tensor maps of what is read by blocks, and
+takes a tenth of Triton's time. The default is "triton", because no GPU has confirmed the extension's launches yet;
+tests compare the parameters of both, byte by byte.
 """
 
 import functools
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastkd.native import extension
 
 INTEGERS = ("i1", "i8", "i16", "i32", "i64", "u1", "u8", "u16", "u32", "u64")
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _runtime = triton.knobs.runtime
 # Triton's metadata of a compiled kernel that the extension launches: what is not listed may be anything.
 COVERED = {
@@ -57,54 +58,70 @@ class Blocks(TensorDescriptor):
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Launch ``kernel`` on the current stream. ``grid``: programs in up to three dimensions.
 
-    ``arguments``: all of the kernel's, by name, then ``num_warps`` and ``num_stages`` as Triton takes them. A tensor
+    ``arguments``: all of the kernel's, by name, then ``num_warps``, ``num_stages`` and ``maxnreg`` as Triton takes them. A tensor
     that the kernel reads by blocks is given as :class:`Blocks`.
     """
     known = _known.get(id(kernel)) or _first_met(kernel)
     if known.plans is None or _is_watched():
         kernel[grid](**arguments)
-    elif not known.plans.launch(grid, arguments):
-        _remember(known.plans, kernel[grid](**arguments), arguments)
+        return
+    if is_native():
+        if known.plans.launch(grid, arguments):
+            return
+    elif (found := known.plans.find(arguments)) is not None:
+        compiled, ordered = found
+        stream = known.stream(known.device())
+        x, y, z = (*grid, 1, 1)[:3]
+        compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *ordered)
+        return
+    _remember(known.plans, kernel[grid](**arguments), arguments)
 
 
 @functools.cache
-def _launcher() -> Any:
-    """The extension, if it is asked for; None otherwise, and then Triton launches."""
+def is_native() -> bool:
+    """Whether the extension calls the driver."""
     asked = os.environ.get("FASTKD_LAUNCHER", "triton")
     if asked not in ("triton", "native"):
         raise ValueError(f"FASTKD_LAUNCHER: got {asked!r}, expected 'triton' or 'native'")
-    return extension() if asked == "native" else None
+    if asked == "native" and extension() is None:
+        warnings.warn("fastkd: FASTKD_LAUNCHER=native needs the extension (make ext): Triton launches", stacklevel=2)
+    return asked == "native" and extension() is not None
 
 
 class _Known(NamedTuple):
-    """A kernel, and what the extension remembers of its launches; None where Triton makes all of them."""
+    """A kernel, what the extension remembers of its launches (None: nothing), and who knows the stream to launch on."""
 
     kernel: Any
-    plans: Any
+    plans: Any = None
+    device: Any = None
+    stream: Any = None
 
 
 _known: dict[int, _Known] = {}  # by id, because a kernel's own hash takes longer than a launch
 
 
 def _first_met(kernel: Any) -> _Known:
-    known = _known[id(kernel)] = _Known(kernel, _new_plans(kernel))
+    known = _known[id(kernel)] = _new(kernel)
     return known
 
 
-def _new_plans(kernel: Any) -> Any:
-    if _launcher() is None or not isinstance(kernel, triton.JITFunction) or kernel.pre_run_hooks:
-        return None
+def _new(kernel: Any) -> _Known:
+    is_native()  # says what is wrong with FASTKD_LAUNCHER, if anything is
+    if extension() is None or not isinstance(kernel, triton.JITFunction) or kernel.pre_run_hooks:
+        return _Known(kernel)
     driver = triton.runtime.driver.active
     if driver.get_current_target().backend != "cuda":
-        return None
-    return _launcher().Plans(
-        parameters=[(parameter.name, parameter.is_constexpr) for parameter in kernel.params]
-        + [(name, True) for name in OPTIONS],
-        device=driver.get_current_device,
-        stream=driver.get_current_stream,
+        return _Known(kernel)
+    device, stream = driver.get_current_device, driver.get_current_stream
+    plans = extension().Plans(
+        parameters=[(parameter.name, parameter.is_constexpr) for parameter in kernel.params],
+        options=list(OPTIONS),
+        device=device,
+        stream=stream,
         blocks=Blocks,
         on_gpu=driver.get_active_torch_device().type == "cuda",
     )
+    return _Known(kernel, plans, device, stream)
 
 
 def _is_watched() -> bool:
@@ -134,17 +151,17 @@ def _slots(signature: dict[str, Any], maps: list[Any] | None) -> list[tuple[str,
     left = iter(maps or ())
     slots: list[tuple[str, Any, tuple[Any, ...]]] = []
     for name, kind in kinds.items():
-        described = next(left, None) if kind == _launcher().Kind.BLOCKS else None
+        described = next(left, None) if kind == extension().Kind.BLOCKS else None
         if described is None:
             slots.append((name, kind, (0, 0, 0, [])))
         else:
-            slots.append((name, _launcher().Kind.MAP, _encoding(described)))
+            slots.append((name, extension().Kind.MAP, _encoding(described)))
     return slots
 
 
 def _kind(of_type: Any) -> Any:
     """What the extension calls an argument of Triton's type; None where it has no name for it."""
-    kinds = _launcher().Kind
+    kinds = extension().Kind
     if not isinstance(of_type, str):
         return None
     if of_type.startswith("*"):

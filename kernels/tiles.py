@@ -5,13 +5,12 @@ tiles need masks: those that may hold positives of the row-block, and a last one
 They are the edge, and have a loop of their own, so that the loop over all other tiles has no mask.
 """
 
-import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.launch import LaunchConfig, cdiv, column_splits, hardware_of, launch_config, multiprocessors
+from fastkd.kernels.launch import LaunchConfig, cached, cdiv, column_splits, hardware_of, launch_config, multiprocessors
 from fastkd.kernels.plans import Blocks
 from torch import Tensor
 
@@ -19,6 +18,16 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LARGEST_G = tl.constexpr(16384.0)  # a quarter of the largest fp16: G of both sides of a pair may be added
 BLOCK_ROWS = 128  # rows of a program that reads a few numbers per row
+
+
+@triton.jit
+def load_rows(ROWS, row, IN_REGISTERS: tl.constexpr):
+    """The rows of a program. Without IN_REGISTERS, a product reads them from shared memory again for every tile.
+
+    The compiler keeps in registers what is computed from a load, and adding zero changes no row.
+    """
+    rows = ROWS.load([row, 0])
+    return rows + 0.0 if IN_REGISTERS else rows
 
 
 @triton.jit
@@ -100,7 +109,7 @@ def tiling(
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@cached
 def _tiling(
     kernel: str,
     n: int,
@@ -127,7 +136,7 @@ def _tiling(
         "PRECISION": "tf32",
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-    }
+    } | ({} if config.maxnreg is None else {"maxnreg": config.maxnreg})
     return config, (row_blocks, splits), arguments
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from fastkd.native import LIBRARY
 from tests.helpers.building import run_setup
+from tests.helpers.gpu import is_lost
 
 
 def pytest_report_header() -> str:
@@ -37,3 +39,19 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """After an illegal access, say, every CUDA call of the process fails: the tests that follow get another process.
+
+    A worker of pytest-xdist ends here, and counts as crashed in the test that lost the device; a new one takes its
+    place. Without workers the session ends.
+    """
+    before = item.session.testsfailed
+    result = yield
+    if item.session.testsfailed > before and is_lost():
+        if hasattr(item.config, "workerinput"):
+            os._exit(1)
+        item.session.shouldstop = "the CUDA device is lost to this process"
+    return result

@@ -42,6 +42,7 @@ class Job:
     types: dict[str, str]
     num_warps: int = 4
     num_stages: int = 3  # Triton's own default, for launches that do not say
+    maxnreg: int | None = None
     ctas_per_sm: int = 1
     matrix_dtype: str = ""  # of the kernels that multiply
 
@@ -53,6 +54,7 @@ class Job:
         constants = {(names.index(name),): value for name, value in self.constants.items()}
         source = ASTSource(self.kernel, signature, constants, aligned)
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options |= {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
         return triton.compile(source, target=TARGETS[self.hardware], options=options)
 
     def compile_with_log(self) -> tuple[Any, str]:
@@ -80,6 +82,11 @@ def _type(name: str) -> str:
 def launched(config: LaunchConfig) -> dict[str, Any]:
     """An entry's config as the fields of a Job."""
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "ctas_per_sm": config.ctas_per_sm}
+
+
+def streamed(config: LaunchConfig) -> dict[str, Any]:
+    """The same for the streaming kernels, whose registers the launch limits."""
+    return launched(config) | {"maxnreg": config.maxnreg}
 
 
 def dtypes_and_widths(hardware: str, entry: Entry) -> Iterator[tuple[str, int, bool]]:

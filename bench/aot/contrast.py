@@ -7,7 +7,7 @@ from fastkd.kernels import launch
 from fastkd.kernels.contrast import per_row, streaming, wide
 from fastkd.kernels.tiles import BLOCK_ROWS
 
-from bench.aot.compile import Job, dtypes_and_widths, launched
+from bench.aot.compile import Job, dtypes_and_widths, streamed
 
 _INDEX = {"HAS_LABELS": False, "BY_LABEL": False, "HAS_INDEX": False, "EXCLUDE_SELF": False}
 MASKS: dict[str, dict[str, bool]] = {
@@ -35,7 +35,7 @@ def jobs(hardware: str) -> Iterator[Job]:
                 "COLS": f"tensordesc<{dtype}[{config.BLOCK_N}, {width}]>",
             }
             constants = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "PRECISION": "tf32"}
-            constants |= {} if is_forward else {"BLOCK_D": width}
+            constants |= {"IN_REGISTERS": config.rows_in_registers} if is_forward else {"BLOCK_D": width}
             for mask, flags in masks.items():
                 for role, sides in _roles(kernel, flags).items():
                     yield Job(
@@ -45,7 +45,7 @@ def jobs(hardware: str) -> Iterator[Job]:
                         constants=constants | flags | sides | _absent(kernel, flags, sides),
                         types=types,
                         matrix_dtype=dtype,
-                        **launched(config),
+                        **streamed(config),
                     )
     yield from _row_jobs(hardware)
 

@@ -7,13 +7,14 @@ from fastkd.kernels import launch
 from fastkd.kernels.dual_softmax import per_row, streaming, wide
 from fastkd.kernels.tiles import BLOCK_ROWS
 
-from bench.aot.compile import Job, dtypes_and_widths, launched
+from bench.aot.compile import Job, dtypes_and_widths, streamed
 
 
 def _variants(kernel: str, config: launch.LaunchConfig, *, is_rare: bool) -> dict[str, dict[str, bool]]:
     """The flags a launcher may pass: columns that continue an earlier chunk; gradients of one side or of both."""
     if kernel == "dual_softmax_forward":
-        return {"": {"HAS_CARRY": False}} | ({} if is_rare else {" carry": {"HAS_CARRY": True}})
+        common = {"IN_REGISTERS": config.rows_in_registers}
+        return {"": common | {"HAS_CARRY": False}} | ({} if is_rare else {" carry": common | {"HAS_CARRY": True}})
     found = {} if config.apart else {"": {"NEED_A": True, "NEED_B": True}}
     if config.apart or not is_rare:
         found |= {" a": {"NEED_A": True, "NEED_B": False}, " b": {"NEED_A": False, "NEED_B": True}}
@@ -38,7 +39,7 @@ def jobs(hardware: str) -> Iterator[Job]:
                     constants=constants | flags,
                     types=types,
                     matrix_dtype=dtype,
-                    **launched(config),
+                    **streamed(config),
                 )
     yield from _row_jobs(hardware)
 

@@ -23,7 +23,7 @@ from fastkd.distributed.exchange import Alone, Exchange, start, start_numbers
 from fastkd.distributed.group import exchange_dtype
 from fastkd.distributed.pack import pack_rows
 from fastkd.numerics import accumulation_dtype
-from fastkd.ops.eager import differentiable_once, is_traced, without_autocast
+from fastkd.ops.eager import computing, differentiable_once, is_traced
 
 
 class Side(NamedTuple):
@@ -128,7 +128,7 @@ def contrast(
     positives.
     """
     mask = _mask(key, query_labels, key_labels, positive_index, by_label)
-    with without_autocast(query):
+    with computing(query):
         queries, keys = _alone(query, key, normalize, backend)
         return forward(_rows(queries, keys, logit_scale, mask, query, normalize), keys, weight, backend)[:2]
 
@@ -158,7 +158,7 @@ def contrast_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query and key (empty where not needed, or absent) and of logit_scale, in their inputs' dtypes."""
     mask, needs = _mask(key, query_labels, key_labels, positive_index, by_label), (need_query, need_key, False)
-    with without_autocast(query):
+    with computing(query):
         queries, keys = _alone(query, key, normalize, backend)
         rows = _rows(queries, keys, logit_scale, mask, query, normalize)
         upstream = ContrastUpstream(stats, weight, grad_loss)
@@ -238,7 +238,7 @@ class Contrast(torch.autograd.Function):
         if peers is not None and peers.has_weight and weight is None:
             weight = query.new_ones(len(query))
         labels = query_labels, key_labels
-        with without_autocast(query):
+        with computing(query):
             if peers is None:
                 needs_numbers, (queries, keys) = False, _alone(query, key, normalize, backend)
             else:
@@ -269,7 +269,7 @@ class Contrast(torch.autograd.Function):
             return (None,) * 13
         query, _, logit_scale, weight, stats, q, inverse_q, k, inverse_k, gathered_keys, *kept = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        with without_autocast(q):
+        with computing(q):
             queries = Side(ctx.exchanges[0], q, inverse_q, ctx.gathered_queries)
             keys = Side(ctx.exchanges[1], k, inverse_k, gathered_keys)
             if ctx.numbers is not None:

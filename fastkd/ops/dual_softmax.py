@@ -21,7 +21,7 @@ from fastkd.distributed.agree import Peers
 from fastkd.distributed.exchange import Alone, Exchange, start, start_numbers
 from fastkd.distributed.group import exchange_dtype
 from fastkd.numerics import accumulation_dtype
-from fastkd.ops.eager import differentiable_once, is_traced, without_autocast
+from fastkd.ops.eager import computing, differentiable_once, is_traced
 
 STATISTICS = {"blocked": 5, "triton": 3}  # numbers per row that a backend keeps for its backward
 Value = TypeVar("Value")
@@ -120,7 +120,7 @@ def dual_softmax(
     student, teacher: [n, D]. logit_scale: 0-dim, at most ``scale_bound`` (inf: unknown). weight: [n] or None for ones.
     """
     options = _Options(consistency, scale_bound, backend)
-    with without_autocast(student):
+    with computing(student):
         units, _ = options.module.units(*options.pair(student, teacher))
         alone = Alone(len(student))
         return forward(alone, _rows(alone, units, logit_scale, student, options), None, weight, options)[:3]
@@ -150,7 +150,7 @@ def dual_softmax_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of student and teacher (empty where not needed) and of logit_scale, in their inputs' dtypes."""
     options, needs = _Options(consistency, scale_bound, backend), (need_student, need_teacher, False)
-    with without_autocast(student):
+    with computing(student):
         units, inverse_norm = options.module.units(*options.pair(student, teacher))
         upstream = DualUpstream(
             options.module.numbers(stats), weight, grad_contrast, grad_consistency, options.is_swapped, options.factors
@@ -208,7 +208,7 @@ class DualSoftmax(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         exchange: Exchange | Alone = Alone(len(student))
         gathered = running = None
-        with without_autocast(student):
+        with computing(student):
             pair = options.pair(student, teacher)
             if peers is None:
                 units, inverse_norm = options.module.units(*pair)
@@ -236,7 +236,7 @@ class DualSoftmax(torch.autograd.Function):
     def backward(ctx: Any, grad_contrast: Tensor, grad_consistency: Tensor) -> tuple[Tensor | None, ...]:
         student, _, logit_scale, weight, units, inverse_norm, gathered, stats, *kept = ctx.saved_tensors
         options, needs = ctx.options, ctx.needs_input_grad[:3]
-        with without_autocast(units):
+        with computing(units):
             if ctx.numbers is None:
                 numbers = options.module.numbers(stats)
             else:

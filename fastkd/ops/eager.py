@@ -15,6 +15,7 @@ from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 
 _TRACERS = (_TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FUNCTIONAL)
 _PLAIN = (Tensor, torch.nn.Parameter)
+_nothing = contextlib.nullcontext()
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
@@ -22,15 +23,22 @@ def is_traced(*inputs: Tensor | None) -> bool:
     """Whether something looks at the operation on these inputs, rather than at its result."""
     if torch.compiler.is_compiling():
         return True
-    return any(x is not None and type(x) not in _PLAIN for x in inputs) or any(
-        _get_dispatch_mode(mode) is not None for mode in _TRACERS
-    )
+    for x in inputs:
+        if x is not None and type(x) not in _PLAIN:
+            return True
+    return torch._C._len_torch_dispatch_stack() > 0 and any(_get_dispatch_mode(mode) is not None for mode in _TRACERS)
 
 
-def without_autocast(x: Tensor) -> Any:
-    """A context in which operations on the device of ``x`` keep their dtypes."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+def computing(x: Tensor) -> Any:
+    """A context in which operations on ``x`` keep their dtypes, and kernels run on its device."""
+    device = x.device
+    is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
+    if is_current and not torch.is_autocast_enabled(device.type):
+        return _nothing
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.autocast(device.type, enabled=False))
+    stack.enter_context(torch.cuda.device_of(x))
+    return stack
 
 
 def differentiable_once(backward: Backward) -> Backward:

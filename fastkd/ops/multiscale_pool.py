@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkd.backends import implementation
 from fastkd.numerics import accumulation_dtype, window_counts
-from fastkd.ops.eager import differentiable_once, is_traced, without_autocast
+from fastkd.ops.eager import computing, differentiable_once, is_traced
 
 
 def _forward(
@@ -20,7 +20,7 @@ def _forward(
 
     features: [B, C, H, W]. windows, strides: height and width of every scale in turn.
     """
-    with without_autocast(features):
+    with computing(features):
         return implementation("multiscale_pool", backend).multiscale_pool_forward(
             features, windows, strides, normalize, dtype
         )
@@ -54,7 +54,7 @@ def _gradient(
 
     unit: the forward's rows if it normalised them. size: height and width of the map.
     """
-    with without_autocast(grad):
+    with computing(grad):
         grad_features = _empty_gradient(grad, size, channels_last, dtype)
         implementation("multiscale_pool", backend).multiscale_pool_backward(
             grad, unit, inverse_norm, windows, strides, grad_features

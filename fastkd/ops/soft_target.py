@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkd.backends import implementation
 from fastkd.numerics import accumulation_dtype
-from fastkd.ops.eager import differentiable_once, is_traced, without_autocast
+from fastkd.ops.eager import computing, differentiable_once, is_traced
 
 STATISTICS = {"blocked": 5, "triton": 5}  # numbers per row that a backend keeps for its backward
 
@@ -30,7 +30,7 @@ def soft_target(
     student_logits, teacher_logits: [B, C]. labels: [B], int64; a label outside [0, C) makes its row's loss and gradient
     NaN. weight: [B] or None for ones. Without labels, or without a teacher, that term's sum is zero.
     """
-    with without_autocast(student_logits):
+    with computing(student_logits):
         return implementation("soft_target", backend).soft_target_forward(
             student_logits, teacher_logits, labels, weight, temperature, label_smoothing
         )
@@ -57,7 +57,7 @@ def soft_target_backward(
     backend: str,
 ) -> Tensor:
     """Gradient of the student's logits, in their dtype, from the upstream gradients of the two sums."""
-    with without_autocast(student_logits):
+    with computing(student_logits):
         return implementation("soft_target", backend).soft_target_backward(
             student_logits, teacher_logits, labels, weight, stats, grad_ce, grad_kd, temperature, label_smoothing
         )
@@ -88,7 +88,7 @@ class SoftTarget(torch.autograd.Function):
     def forward(ctx: Any, factor: float, *inputs: Any) -> tuple[Tensor, Tensor]:
         *tensors, ctx.temperature, ctx.label_smoothing, backend = inputs
         ctx.module, ctx.factor = implementation("soft_target", backend), factor
-        with without_autocast(tensors[0]):
+        with computing(tensors[0]):
             ce, kd, stats = ctx.module.soft_target_forward(*inputs[:-1], factor)
         ctx.save_for_backward(*tensors, stats)
         ctx.set_materialize_grads(False)
@@ -103,7 +103,7 @@ class SoftTarget(torch.autograd.Function):
         grad = None
         if teacher is not None or labels is not None:
             options = ctx.temperature, ctx.label_smoothing, ctx.factor
-            with without_autocast(student):
+            with computing(student):
                 grad = ctx.module.soft_target_backward(
                     student, teacher, labels, weight, stats, grad_ce, grad_kd, *options
                 )

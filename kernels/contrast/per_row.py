@@ -184,7 +184,7 @@ def statistics(state: Tensor, weight: Tensor | None, count: Tensor | None, *, fa
 
 
 def coefficients(
-    stats: Tensor, weight: Tensor | None, grad_loss: Tensor, *, by_label: bool, factor: float
+    stats: Tensor, weight: Tensor | None, grad_loss: Tensor, *, by_label: bool, factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """COEF [2, n] of all queries, and UNSCALE [1]. A slice of COEF serves a block of queries."""
     n = stats.shape[1]

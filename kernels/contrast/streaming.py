@@ -25,7 +25,7 @@ import triton.language as tl
 from fastkd.kernels.contrast.per_row import Side, backward_arguments, forward_arguments
 from fastkd.kernels.contrast.tile import accumulate, gradient, load_side, load_state
 from fastkd.kernels.plans import launch
-from fastkd.kernels.tiles import first_column, in_blocks, loop_bounds, split_tiles, store_numbers, tiling
+from fastkd.kernels.tiles import first_column, in_blocks, load_rows, loop_bounds, split_tiles, store_numbers, tiling
 from torch import Tensor
 
 
@@ -34,6 +34,7 @@ def forward_kernel(
     ROWS, COLS, SCALE, POSITIVE, ROW_LABELS, COL_LABELS, STATE, n, n_cols, first_row, first_col, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HAS_LABELS: tl.constexpr,
     BY_LABEL: tl.constexpr, HAS_INDEX: tl.constexpr, EXCLUDE_SELF: tl.constexpr, HAS_CARRY: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     offs_m = row + tl.arange(0, BLOCK_M)
@@ -45,7 +46,7 @@ def forward_kernel(
         ROW_LABELS, POSITIVE, None, 0, offs_m, first_row, in_rows,
         HAS_LABELS=HAS_LABELS, HAS_INDEX=HAS_INDEX, HAS_COEF=False,
     )  # fmt: skip
-    q = ROWS.load([row, 0])  # [BLOCK_M, BLOCK_D]
+    q = load_rows(ROWS, row, IN_REGISTERS=IN_REGISTERS)  # [BLOCK_M, BLOCK_D]
     # Where the diagonal means nothing, it lies before the first column.
     HAS_DIAGONAL: tl.constexpr = EXCLUDE_SELF or not (BY_LABEL or HAS_INDEX)
     diagonal = row + first_row - first_col if HAS_DIAGONAL else -BLOCK_M
@@ -144,6 +145,7 @@ def running_statistics(
         SCALE=scale,
         STATE=state,
         HAS_CARRY=has_carry,
+        IN_REGISTERS=config.rows_in_registers,
     )
     return state
 

@@ -112,7 +112,7 @@ def coefficients_kernel(
 
 
 def statistics(
-    state: Tensor, scale: Tensor, weight: Tensor | None, *, swapped: bool, factors: tuple[float, float]
+    state: Tensor, scale: Tensor, weight: Tensor | None, *, swapped: bool, factors: tuple[float, float] = (1.0, 1.0)
 ) -> tuple[Tensor, Tensor]:
     """LOSS [2, n], the weighted contrast and consistency per row times ``factors``, and STATS [3, n]."""
     splits, _, n = state.shape
@@ -149,7 +149,7 @@ def coefficients(
     swapped: bool,
     bounded: bool,
     tile: int | None,
-    factors: tuple[float, float],
+    factors: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
     """COEF of a block of columns, in tiles of ``tile`` columns (None: all in one), and UNSCALE [1].
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from fastkd.kernels.dual_softmax.tile import accumulate, gradient, load_factors, load_state, load_tile_factors
 from fastkd.kernels.launch import LaunchConfig, hardware_of, launch_config
 from fastkd.kernels.plans import Blocks, launch
-from fastkd.kernels.tiles import first_column, in_blocks, loop_bounds, split_tiles, store_numbers, tiling
+from fastkd.kernels.tiles import first_column, in_blocks, load_rows, loop_bounds, split_tiles, store_numbers, tiling
 from torch import Tensor
 
 
@@ -31,7 +31,7 @@ from torch import Tensor
 def forward_kernel(
     A_rows, B_rows, A_cols, B_cols, SCALE, STATE, n, n_cols, offset, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, BOUNDED: tl.constexpr,
-    HAS_CARRY: tl.constexpr,
+    HAS_CARRY: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     offs_m = row + tl.arange(0, BLOCK_M)
@@ -39,8 +39,8 @@ def forward_kernel(
     positive, offs_n = offs_m + offset, tl.arange(0, BLOCK_N)
     scale = tl.load(SCALE).to(tl.float32)
     state = load_state(STATE, n, offs_m < n, BLOCK_M=BLOCK_M, BOUNDED=BOUNDED, HAS_CARRY=HAS_CARRY)
-    a = A_rows.load([row, 0])  # [BLOCK_M, BLOCK_D]
-    b = B_rows.load([row, 0])
+    a = load_rows(A_rows, row, IN_REGISTERS=IN_REGISTERS)  # [BLOCK_M, BLOCK_D]
+    b = load_rows(B_rows, row, IN_REGISTERS=IN_REGISTERS)
     tiles = split_tiles(split, tiles_per_split, n_cols, row + offset, BLOCK_M, BLOCK_N)
     for turn in tl.static_range(2):  # all other tiles, then the edge
         low, high = loop_bounds(tiles, BLOCK_N=BLOCK_N, IS_EDGE=turn == 1)
@@ -148,6 +148,7 @@ def running_statistics(
         offset=offset,
         BOUNDED=bounded,
         HAS_CARRY=has_carry,
+        IN_REGISTERS=config.rows_in_registers,
     )
     return state
 

@@ -8,10 +8,20 @@ H W e. None of this has been measured on a GPU yet.
 Legend. ``X`` [B, C, H, W]: the map, and ``GRAD_X`` its gradient. ``Y`` [B, M, C]: the averages or unit rows, and ``G``
 their gradient. ``P`` [m, p]: whether window m contains position p, made from indices. The sums ``P X`` and ``P^T G``
 are fp32. Zeros and ones are exact in every dtype, and so are products with fp16 and bf16. fp32 operands are the sum of
-two numbers that tf32 holds (IS_SPLIT): all but the last bit or two survive. Because 0 * inf is NaN, a tile whose sums
-are not all finite is summed again, one position or window at a time. SCALES: for every scale its first window, its
-windows per row and per column, and height, width, vertical and horizontal stride. ALIGN divides the map's strides, so
-that loads are as wide as that allows.
+two numbers that tf32 holds (IS_SPLIT): all but the last bit or two survive. SCALES: for every scale its first window,
+its windows per row and per column, and height, width, vertical and horizontal stride.
+
+Because 0 * inf is NaN, one value that is not finite spoils its whole tile. A program therefore adds up 0 * sum of all
+its tiles (``poison``). If the result is not 0, it does all its work again, one position or window at a time (EXACT).
+
+The loops over tiles are pipelined: tiles are copied to shared memory (``LDGSTS``) while earlier ones are multiplied.
+Such a copy needs 4 aligned bytes. ALIGN divides the map's strides, and ALIGN_C the number of channels, so that loads
+and stores are as wide as they allow. A 16-bit NCHW map of 7 x 7 allows 2 bytes, because every other channel starts at
+an odd element. There the even channels and the odd ones are two tiles (PAIRED). The tile of the odd ones starts one
+element early, and its ``P`` is shifted by one position (SHIFT). Both may load one element too many (SLACK), which
+belongs to the other channel of the pair and to no window.
+
+H, W and the scales are constants of the compiled code, so every new size of map compiles once, for some seconds.
 """
 
 import functools
@@ -84,7 +94,7 @@ def pooled(
     # Two channels together are aligned where one is not.
     paired = X.element_size() == 2 and not channels_last and stride_xc % 2 == 1 and C % 2 == 0 and X.stride(0) % 2 == 0
     hardware = hardware_of(X.device)
-    config = launch_config("multiscale_pool", hardware=hardware)
+    config = launch_config("multiscale_pool", hardware=hardware, dtype=X.dtype, width=H * W)
     BLOCK_M = block(M, config.BLOCK_M)
     programs = B * cdiv(M, BLOCK_M)
     splits = 1 if normalize else _splits(programs, C, config.BLOCK_N, X.device)
@@ -130,7 +140,7 @@ def spread_gradients(
     B, C, H, W = grad_features.shape
     M = grad.shape[1]
     hardware = hardware_of(grad.device)
-    config = launch_config("multiscale_pool", hardware=hardware)
+    config = launch_config("multiscale_pool", hardware=hardware, dtype=grad_features.dtype, width=H * W)
     BLOCK_M, BLOCK_P = block(M, config.BLOCK_M), block(H * W, config.BLOCK_M)
     ALIGN = math.gcd(16 // grad.element_size(), C)
     programs = B * cdiv(H * W, BLOCK_P)

@@ -21,7 +21,7 @@ def through(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         pytest.skip("there is no extension")
 
     def choose(name: str) -> None:
-        monkeypatch.setattr(plans, "_launcher", lambda: native.extension() if name == "native" else None)
+        monkeypatch.setattr(plans, "is_native", lambda: name == "native")
         monkeypatch.setattr(plans, "_known", {})
 
     return choose

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 PREAMBLE = """
 import sys
 from pathlib import Path
+from unittest import mock
 import torch
 from fastkd import native
 native.LIBRARY = Path(sys.argv[1])
@@ -68,13 +69,16 @@ for grid, given in cases:  # in turn, so that a plan that fits another case woul
     compiled = kernel[grid](**given)
     stub.expect(compiled)
     kernel[grid](**given)
-    expected, launches = stub.received(), stub.launches
-    stub.expect(compiled)
-    assert remembered().launch(grid, given)
-    assert stub.launches == launches + 1
-    assert stub.received() == expected, given
+    expected = stub.received()
     assert len(expected) > 200
     assert expected[:4] == grid[0].to_bytes(4, "little")
+    for is_native in (True, False):
+        launches = stub.launches
+        stub.expect(compiled)
+        with mock.patch.object(plans, "is_native", lambda: is_native), mock.patch.object(kernel, "run", None):
+            plans.launch(kernel, grid, **given)
+        assert stub.launches == launches + 1
+        assert stub.received() == expected, (is_native, given)
 assert len(kernel.device_caches[0][0]) > 12
 """,
         library,
@@ -192,39 +196,49 @@ def test_statistics_are_launched_by_the_extension_the_second_time(library: Path,
         """
 from fastkd.kernels.dual_softmax import per_row
 state, scale = torch.zeros(2, 6, 5), torch.tensor(1.0)
-plans._launcher().use_stubs(True)
+native.extension().use_stubs(True)
 for weight in (None, torch.ones(5)):
-    assert [x.shape for x in per_row.statistics(state, scale, weight, swapped=False)] == [(2, 5), (3, 5)]
-assert plans._launcher().counts() == (0, 0)
+    per_row.statistics(state, scale, weight, swapped=False, factors=(1.0, 0.5))
+assert native.extension().counts() == (0, 0)
 for weight in (None, torch.ones(5)):
-    per_row.statistics(state, scale, weight, swapped=False)
-assert plans._launcher().counts() == (2, 0)
+    per_row.statistics(state, scale, weight, swapped=False, factors=(0.25, 2.0))
+assert native.extension().counts() == (2, 0)
 """,
         library,
         tmp_path,
     )
 
 
-@pytest.mark.parametrize("launcher", ["triton", ""])
-def test_triton_launches_unless_the_extension_is_asked_for(launcher: str, library: Path, tmp_path: Path) -> None:
+def test_triton_launches_unless_the_extension_is_asked_for(library: Path, tmp_path: Path) -> None:
     run(
         """
 import os
-if not os.environ["FASTKD_LAUNCHER"]:
-    assert "got ''" in raised(ValueError, lambda: plans.launch(kernel, (1,), **arguments()))
-    del os.environ["FASTKD_LAUNCHER"]
+assert "got 'fast'" in raised(ValueError, lambda: plans.launch(kernel, (1,), **arguments()))
+del os.environ["FASTKD_LAUNCHER"]
+native.extension().use_stubs(True)
 for _ in range(2):
     plans.launch(kernel, (1,), **arguments())
+assert native.extension().counts() == (0, 0)
 assert stub.launches == 2
-assert remembered() is None
-assert "fastkd._native" not in sys.modules
 """,
         library,
         tmp_path,
-        launcher=launcher,
+        launcher="fast",
     )
 
 
-def test_without_the_extension_triton_launches(tmp_path: Path) -> None:
-    run("plans.launch(kernel, (1,), **arguments())\nassert stub.launches == 1\nassert remembered() is None",
-        native.LIBRARY.with_name("absent"), tmp_path)  # fmt: skip
+def test_without_the_extension_triton_launches_after_a_warning(tmp_path: Path) -> None:
+    run(
+        """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    plans.launch(kernel, (1,), **arguments())
+    plans.launch(kernel, (1,), **arguments())
+assert ["make ext" in str(warning.message) for warning in caught] == [True]
+assert stub.launches == 2
+assert remembered() is None
+""",
+        native.LIBRARY.with_name("absent"),
+        tmp_path,
+    )

@@ -1,4 +1,4 @@
-"""Measures what one launch costs the host, through Triton and through the extension, on a stub of the driver.
+"""Measures what one launch costs the host, by every way, on a stub of the driver.
 
     python -m tests.host.times
 
@@ -6,14 +6,11 @@ The extension has to be there (``make ext``). The kernel is the forward of ``dua
 blocks, compiled for sm_90. The ways take turns; the table has the tenth percentile.
 """
 
-import os
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-os.environ["FASTKD_LAUNCHER"] = "native"
 
 import torch
 from fastkd.kernels import plans
@@ -34,6 +31,13 @@ def ways(kernel: Any, grid: tuple[int, int, int], given: dict[str, Any]) -> dict
     def described(make: Callable[..., Any]) -> dict[str, Any]:
         return {name: make(value.base, value.block_shape) for name, value in read_by_blocks.items()}
 
+    def through(is_native: bool) -> Callable[[], object]:
+        def launch() -> None:
+            plans.is_native = lambda: is_native
+            plans.launch(kernel, grid, **described(plans.Blocks), **others)
+
+        return launch
+
     compiled = kernel[grid](**given)
     ready = {**others, **described(TensorDescriptor.from_tensor)}
     bound = [ready[name] for name in kernel.arg_names]
@@ -45,7 +49,8 @@ def ways(kernel: Any, grid: tuple[int, int, int], given: dict[str, Any]) -> dict
         "Triton's compiled kernel, arguments bound": lambda: compiled.run(
             *grid, 0, compiled.function, compiled.packed_metadata, None, None, None, *bound
         ),
-        "plans.launch": lambda: plans.launch(kernel, grid, **described(plans.Blocks), **others),
+        "plans.launch, FASTKD_LAUNCHER=triton": through(False),
+        "plans.launch, FASTKD_LAUNCHER=native": through(True),
         "the extension alone": lambda: remembered.launch(grid, given),
     }
 
@@ -66,7 +71,8 @@ def main() -> None:
         }  # fmt: skip
         statistics = {
             "STATE": state, "SCALE": scale, "WEIGHT": None, "STATS": numbers[:3], "LOSS": numbers[3:], "n": 1024,
-            "splits": 4, "BLOCK_M": 128, "HAS_WEIGHT": False, "IS_SWAPPED": False, "num_warps": 4,
+            "splits": 4, "contrast_factor": 0.5, "consistency_factor": 0.5,
+            "BLOCK_M": 128, "HAS_WEIGHT": False, "IS_SWAPPED": False, "num_warps": 4,
         }  # fmt: skip
         for title, cases in (
             ("dual_softmax forward", ways(forward_kernel, (8, 4, 1), forward)),

@@ -206,6 +206,12 @@ def test_a_value_that_is_not_finite_stays_in_the_windows_of_its_cell(memory_form
     assert_close(grad, expected[1], torch.float64)
 
 
+def test_a_single_window_stays_single_in_cells() -> None:
+    x = feature_map(1, 3, 6, 6).contiguous(memory_format=FORMATS[1])
+    for a, e in zip(*(out_and_grad(x, [3, 6], [4, 1], backend=backend) for backend in BACKENDS), strict=True):
+        assert_close(e, a, torch.float64)
+
+
 def test_cells_are_as_large_as_windows_and_strides_allow() -> None:
     def cell_of(height: int, width: int, sides: list[int], steps: list[int], channels_last: bool) -> tuple[int, int]:
         both = [[x for side in values for x in (side, side)] for values in (sides, steps)]

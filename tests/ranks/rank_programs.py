@@ -188,18 +188,18 @@ def held_back(rank: int, sizes: tuple[int, ...], collective: int, library: str |
     return bool(happened)
 
 
-def exchanged(rank: int, library: str | None, chunks: int, ring: bool) -> dict[str, list[Tensor]]:
+def exchanged(rank: int, library: str | None, chunks: int, ring: bool, device: str) -> dict[str, list[Tensor]]:
     """Stacks of one and two tensors, with more keys than queries, and labels: the columns of each, twice."""
     use_extension(library)
     cut_into(chunks)
     fastkd_distributed.configure(max_gathered_bytes=0 if ring else 1 << 30)
     result = {}
     for name, queries, keys in (("equal", (3, 3, 3), (5, 5, 5)), ("unequal", (2, 0, 3), (0, 4, 1))):
-        call = agreement.Call(queries[rank], keys[rank], {"device": "cpu"})
+        call = agreement.Call(queries[rank], keys[rank], {"device": device})
         peers = agreement.agree(dist.group.WORLD, name, call)
         for kind, of, sizes in (("queries", peers, queries), ("keys", peers.keys, keys)):
-            first, second = embeddings(sum(sizes), D)
-            labels = torch.arange(sum(sizes)) + (1 << 60)
+            first, second = (x.to(device) for x in embeddings(sum(sizes), D))
+            labels = torch.arange(sum(sizes), device=device) + (1 << 60)
             own = [part(x, sizes, rank) for x in (first, second)]
             for rows in (own[:1], own):
                 started, units, _, gathered = exchange.start(of, rows, torch.float64, normalize=False)
@@ -210,8 +210,8 @@ def exchanged(rank: int, library: str | None, chunks: int, ring: bool) -> dict[s
                 for x in own:
                     x.neg_()
                 result[f"{name} {kind} {len(rows)}"] = [
-                    numbers.wait(started)[:, 0],
-                    *(torch.cat([block for _, block in blocks], dim=1) for blocks in columns),
+                    numbers.wait(started)[:, 0].cpu(),
+                    *(torch.cat([block for _, block in blocks], dim=1).cpu() for blocks in columns),
                     torch.tensor([cols.stop for blocks in columns for cols, _ in blocks]),
                 ]
     return result

@@ -116,8 +116,8 @@ def cell_of(size: torch.Size, windows: list[int], strides: list[int], channels_l
 
 
 def _on_cells(sides: list[int], cell: tuple[int, int]) -> list[int]:
-    """Windows or strides in cells. The stride of a single window may be no multiple, and means nothing."""
-    return [max(1, side // cell[k % 2]) for k, side in enumerate(sides)]
+    """Windows or strides in cells. The stride of a single window may be no multiple; rounded up, it stays single."""
+    return [-(-side // cell[k % 2]) for k, side in enumerate(sides)]
 
 
 def _cell_means(x: Tensor, height: int, width: int, channels_last: bool) -> Tensor:

@@ -62,20 +62,18 @@ class Forward(_Pass):
 
     def _add(self, keys: Side) -> None:
         if len(self._queries.vectors) and len(keys.vectors):
-            with torch.cuda.device_of(keys.vectors):
-                self._state = self._kernels.running_statistics(
-                    self._queries, keys, self._scale, state=self._state, all_columns=self._columns, **self._options
-                )
+            self._state = self._kernels.running_statistics(
+                self._queries, keys, self._scale, state=self._state, all_columns=self._columns, **self._options
+            )
 
     def finish(self, weight: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:
         """The weighted sum of the losses times ``factor``, and two numbers per query, [2, n]."""
         if self._state is None:
             return self._scale.new_zeros(()), self._scale.new_zeros(2, 0)
         count = self._mask.positive_counts(len(self._queries.vectors)) if self._mask.by_label else None
-        with torch.cuda.device_of(self._state):
-            weight = None if weight is None else weight.contiguous()
-            loss, stats = statistics(self._state, weight, count, factor=factor)
-            return loss.sum(), stats
+        weight = None if weight is None else weight.contiguous()
+        loss, stats = statistics(self._state, weight, count, factor=factor)
+        return loss.sum(), stats
 
 
 class Backward(_Pass):
@@ -96,19 +94,17 @@ class Backward(_Pass):
         stats, weight, grad_loss, factor = upstream
         if stats.shape[1]:
             weight = None if weight is None else weight.contiguous()
-            with torch.cuda.device_of(stats):
-                self._coef, self._unscale = coefficients(
-                    stats, weight, grad_loss, by_label=rows.mask.by_label, factor=factor
-                )
+            self._coef, self._unscale = coefficients(
+                stats, weight, grad_loss, by_label=rows.mask.by_label, factor=factor
+            )
             self._queries = dataclasses.replace(self._queries, coef=self._coef[:, : len(rows.queries)])
 
     def _sums(self, rows: Side, columns: Side, sums: Tensor | None, all_columns: int) -> Tensor | None:
         if not (len(rows.vectors) and len(columns.vectors)):
             return sums
-        with torch.cuda.device_of(rows.vectors):
-            return self._kernels.gradient_sums(
-                rows, columns, self._scale, partial=sums, all_columns=all_columns, **self._options
-            )
+        return self._kernels.gradient_sums(
+            rows, columns, self._scale, partial=sums, all_columns=all_columns, **self._options
+        )
 
     def add_own(self) -> None:
         """Add the products of own queries and own keys, for both gradients."""
@@ -163,6 +159,5 @@ class Backward(_Pass):
         if sums is None:
             return side.vectors.new_zeros(len(side.vectors), D, dtype=dtype), self._scale.new_zeros(())
         inverse_norm = None if inverse_norm is None else inverse_norm.reshape(-1)
-        with torch.cuda.device_of(sums):
-            grad, dots = gradients(sums, side.vectors, inverse_norm, self._scale, self._unscale, D=D, dtype=dtype)
+        grad, dots = gradients(sums, side.vectors, inverse_norm, self._scale, self._unscale, D=D, dtype=dtype)
         return grad, dots.sum()

@@ -32,5 +32,4 @@ def ready(rows: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor | None]
     """
     if not rows.numel() and not normalize:
         return rows.contiguous(), None
-    with torch.cuda.device_of(rows):
-        return vectors(rows, width_of(rows), normalize=normalize, to_tf32=rounds_to_tf32(rows))
+    return vectors(rows, width_of(rows), normalize=normalize, to_tf32=rounds_to_tf32(rows))

@@ -1,6 +1,5 @@
 """``soft_target`` through the Triton kernels."""
 
-import torch
 from torch import Tensor
 
 from fastkd.kernels.soft_target import soft_target_gradient, soft_target_losses
@@ -18,20 +17,19 @@ def soft_target_forward(
     """As the blocked backend's, with the five numbers per row that the backward reads."""
     labels = None if labels is None else labels.contiguous()
     weight = None if weight is None else weight.contiguous()
-    with torch.cuda.device_of(student_logits):
-        loss, stats = soft_target_losses(
-            student_logits,
-            teacher_logits,
-            labels,
-            weight,
-            temperature=temperature,
-            smoothing=label_smoothing,
-            factor=factor,
-        )
-        if labels is not None and teacher_logits is not None:
-            return *loss.sum(dim=1).unbind(), stats
-        nothing = loss.new_zeros(())
-        return (nothing, loss[1].sum(), stats) if labels is None else (loss[0].sum(), nothing, stats)
+    loss, stats = soft_target_losses(
+        student_logits,
+        teacher_logits,
+        labels,
+        weight,
+        temperature=temperature,
+        smoothing=label_smoothing,
+        factor=factor,
+    )
+    if labels is not None and teacher_logits is not None:
+        return *loss.sum(dim=1).unbind(), stats
+    nothing = loss.new_zeros(())
+    return (nothing, loss[1].sum(), stats) if labels is None else (loss[0].sum(), nothing, stats)
 
 
 def soft_target_backward(
@@ -47,16 +45,15 @@ def soft_target_backward(
     factor: float = 1.0,
 ) -> Tensor:
     """As :func:`fastkd.backends.blocked.soft_target.soft_target_backward`."""
-    with torch.cuda.device_of(student_logits):
-        return soft_target_gradient(
-            student_logits,
-            teacher_logits,
-            None if labels is None else labels.contiguous(),
-            None if weight is None else weight.contiguous(),
-            stats,
-            grad_ce,
-            grad_kd,
-            temperature=temperature,
-            smoothing=label_smoothing,
-            factor=factor,
-        )
+    return soft_target_gradient(
+        student_logits,
+        teacher_logits,
+        None if labels is None else labels.contiguous(),
+        None if weight is None else weight.contiguous(),
+        stats,
+        grad_ce,
+        grad_kd,
+        temperature=temperature,
+        smoothing=label_smoothing,
+        factor=factor,
+    )
