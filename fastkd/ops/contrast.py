@@ -236,7 +236,7 @@ class Contrast(torch.autograd.Function):
         keeps: bool,
     ) -> tuple[Tensor, Tensor]:
         if peers is not None and peers.has_weight and weight is None:
-            weight = query.new_ones(len(query))
+            weight = query.new_ones(query.shape[0])
         labels = query_labels, key_labels
         with computing(query):
             if peers is None:

@@ -40,8 +40,8 @@ class _Pass:
         self._labels = rows.mask.labels or (None, None)
         index = rows.mask.positive_index
         positive = None if index is None else index.contiguous()
-        self._queries = Side(vectors=q, labels=self._part(0, slice(0, len(q))), positive=positive)
-        self._keys = Side(vectors=k, labels=self._part(1, slice(0, len(k))))
+        self._queries = Side(vectors=q, labels=self._part(0, slice(0, q.shape[0])), positive=positive)
+        self._keys = Side(vectors=k, labels=self._part(1, slice(0, k.shape[0])))
 
     def _part(self, side: int, rows: slice) -> Tensor | None:
         labels = self._labels[side]
@@ -66,7 +66,7 @@ class Forward(_Pass):
         self._add(self._other_keys(block, cols))
 
     def _add(self, keys: Side) -> None:
-        if len(self._queries.vectors) and len(keys.vectors):
+        if self._queries.vectors.shape[0] and keys.vectors.shape[0]:
             self._state = self._kernels.running_statistics(
                 self._queries, keys, self._scale, state=self._state, all_columns=self._columns, **self._options
             )
@@ -75,7 +75,7 @@ class Forward(_Pass):
         """The weighted sum of the losses times ``factor``, and two numbers per query, [2, n]."""
         if self._state is None:
             return self._scale.new_zeros(()), self._scale.new_zeros(2, 0)
-        count = self._mask.positive_counts(len(self._queries.vectors)) if self._mask.by_label else None
+        count = self._mask.positive_counts(self._queries.vectors.shape[0]) if self._mask.by_label else None
         weight = None if weight is None else weight.contiguous()
         loss, stats, self.kept = statistics(self._state, weight, count, factor=factor, needs_coef=self._has_gradient)
         return loss.sum(), stats
@@ -102,10 +102,10 @@ class Backward(_Pass):
                 weight = None if weight is None else weight.contiguous()
                 kept = coefficients(stats, weight, by_label=rows.mask.by_label, factor=factor)
             self._coef, self._unscale = kept
-            self._queries = dataclasses.replace(self._queries, coef=self._coef[:, : len(rows.queries)])
+            self._queries = dataclasses.replace(self._queries, coef=self._coef[:, : rows.queries.shape[0]])
 
     def _sums(self, rows: Side, columns: Side, sums: Tensor | None, all_columns: int) -> Tensor | None:
-        if not (len(rows.vectors) and len(columns.vectors)):
+        if not (rows.vectors.shape[0] and columns.vectors.shape[0]):
             return sums
         return self._kernels.gradient_sums(
             rows, columns, self._scale, partial=sums, all_columns=all_columns, **self._options
@@ -160,7 +160,7 @@ class Backward(_Pass):
     ) -> tuple[Tensor, Tensor]:
         """The gradient of a side's raw rows, and its part of the scale's."""
         if sums is None:
-            return side.vectors.new_zeros(len(side.vectors), D, dtype=dtype), self._scale.new_zeros(())
+            return side.vectors.new_zeros(side.vectors.shape[0], D, dtype=dtype), self._scale.new_zeros(())
         inverse_norm = None if inverse_norm is None else inverse_norm.reshape(-1)
         grad, dots = gradients(
             sums, side.vectors, inverse_norm, self._scale, self._unscale, self._grad_loss, D=D, dtype=dtype
