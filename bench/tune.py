@@ -45,7 +45,7 @@ POOL = "multiscale_pool"
 KERNELS = (*DUAL, *CONTRAST, POOL, *SOFT)
 LOGITS = 1 << 27
 WIDEST_CLASSES = 1 << 17  # what the last entry of soft_target is measured at
-MAPS, CHANNELS, SIDE = 2048, 512, 7  # of pooling, in both memory formats, with and without normalisation
+MAPS, CHANNELS = {7: 2048, 56: 64}, 512  # of pooling, by side; in both memory formats, with and without normalisation
 # Local loads and stores in the code of a thread. Outside of the loop a few of them cost next to nothing, which only a
 # measurement tells.
 MOST_SPILLS = 64
@@ -54,7 +54,9 @@ COLUMNS = ("entry", "config", "spills", "ms", "note")
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of the table. ``width``: of the rows it is measured with. ``mode``: bounded or online, or the place."""
+    """One entry of the table. ``width``: of the rows it is measured with. ``mode``: bounded or online, the map's side,
+    or the place.
+    """
 
     key: launch.Entry
     width: int
@@ -81,7 +83,8 @@ class Entry:
         """What it is measured by: cases of bench.gpu, each with the name of the provider."""
         ours = "fastkd triton"
         if self.kernel == POOL:
-            return [(gpu.Case(name, self.dtype, MAPS, CHANNELS, side=SIDE), ours) for name in providers.POOLS]
+            side = int(self.mode)
+            return [(gpu.Case(name, self.dtype, MAPS[side], CHANNELS, side=side), ours) for name in providers.POOLS]
         if self.kernel in SOFT:
             classes = self.key.width or WIDEST_CLASSES
             return [(gpu.Case("ce_kd_terms", self.dtype, max(1, LOGITS // classes), classes), ours)]
@@ -101,7 +104,7 @@ def entries(hardware: str) -> Iterator[tuple[Entry, LaunchConfig]]:
         elif key.kernel in CONTRAST:
             yield Entry(key, key.width), config
         elif key.kernel == POOL:
-            yield Entry(key, CHANNELS), config
+            yield Entry(key, CHANNELS, "7" if key.width else "56"), config
         elif key.kernel in SOFT:
             yield Entry(key, config.BLOCK_N, str(places[key.kernel])), config
             places[key.kernel] += 1
@@ -189,7 +192,8 @@ def _compiles(job: object, entry: Entry, config: LaunchConfig) -> bool:
     name, constants = str(job.name), job.constants  # type: ignore[attr-defined]
     dtype = "fp32" if entry.dtype == torch.float32 else "bf16"
     if entry.kernel == POOL:
-        return name.startswith("pool_") and f" {dtype} {SIDE}x{SIDE}" in name
+        side = 7 if entry.key.width else 14
+        return name.startswith("pool_") and f" {dtype} {side}x{side}" in name
     if not name.startswith(f"{entry.kernel} {dtype}"):
         return False
     if entry.kernel in (*DUAL, *CONTRAST):
@@ -224,7 +228,7 @@ def best_of(times: list[tuple[LaunchConfig, float]]) -> tuple[LaunchConfig, floa
 def line_of(config: LaunchConfig) -> str:
     """As kernels/launch.py writes it."""
     options = [f"ctas_per_sm={config.ctas_per_sm}"] if config.ctas_per_sm != 1 else []
-    options += ["apart=True"] if config.apart else []
+    options += [f"{name}=True" for name in ("apart", "rows_in_registers") if getattr(config, name)]
     numbers = (str(x) for x in (config.BLOCK_M, config.BLOCK_N, config.num_warps, config.num_stages))
     return f"LaunchConfig({', '.join([*numbers, *options])})"
 
