@@ -85,7 +85,7 @@ class TiledForward(_Pass):
         p.total[rows].addmv_(U, ones_cols)
         q.total[cols].addmv_(U.T, ones_rows)
         if rows == cols:
-            p.weighted[rows].addmv_(U.mul_(torch.sub(X, X.T, out=V)), ones_cols)
+            p.weighted[rows].addmv_(U.mul_(torch.sub(X, V.copy_(X.T), out=V)), ones_cols)
             return
         Y = product(self._scaled_b[rows], self._a[cols])
         torch.exp2(Y, out=V)
@@ -98,11 +98,12 @@ class TiledForward(_Pass):
     def _online_pair(self, rows: slice, cols: slice, workspace: Workspace) -> None:
         d, _ = workspace(rows, cols)
         X = product(self._scaled_a[rows], self._b[cols])
-        Y = X.T if rows == cols else product(self._scaled_b[rows], self._a[cols])
+        Y = X.T.contiguous() if rows == cols else product(self._scaled_b[rows], self._a[cols])
         torch.sub(X, Y, out=d)
         if rows == cols:
             self._positive[rows] = X.diagonal()
-            X.fill_diagonal_(-torch.inf)  # and Y's, which is a view of X here
+            X.fill_diagonal_(-torch.inf)
+            Y.fill_diagonal_(-torch.inf)
         self._p.add(rows, X, d)
         self._q.add(rows, Y)
         if rows != cols:

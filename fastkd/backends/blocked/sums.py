@@ -177,7 +177,7 @@ class RowGradient:
         """The sum of everything that was added."""
         if self._by_rows is None:
             return torch.zeros_like(self._like) if self._by_cols is None else self._by_cols.T.contiguous()
-        return self._by_rows if self._by_cols is None else self._by_rows.add_(self._by_cols.T)
+        return self._by_rows if self._by_cols is None else self._by_rows.add_(self._by_cols.T.contiguous())
 
     def _parts(self) -> Iterator[slice]:
         D = self._other.shape[1]

@@ -2,4 +2,5 @@
 
 Below about a thousand rows the calls of torch cost as much as the arithmetic. So the forward computes the gradients
 too, as long as it has the exponentials, for an upstream gradient of one. The backward multiplies them by the real one.
+What is left is some seventy calls of about a microsecond and three products. That is the floor below 200 rows.
 """
