@@ -7,7 +7,8 @@ for those rows, so that their gradient is zero too. TO_TF32: elements are rounde
 product reads. The product itself would drop the other bits, which shrinks every element. Everything downstream, forward
 and backward, multiplies these same rounded rows.
 
-PARTIAL [SPLITS, SIDES, n, width]: sums of a gradient over a split of the columns, times a number that UNSCALE undoes.
+PARTIAL [SPLITS, SIDES, n, width]: sums of a gradient over a split of the columns, times a number that UNSCALE undoes;
+UPSTREAM, if there is one, multiplies the result.
 DOTS [SIDES, n]: their dot products with VECTORS, which add up to the gradient of the scale.
 
 Rows are read in pieces of BLOCK_D elements. The first piece stays in registers, and narrow rows have no other.
@@ -115,8 +116,9 @@ def _sum(PARTIAL, stride_ps, splits, start, in_rows, D, BLOCK_M: tl.constexpr, B
 
 @triton.jit(do_not_specialize=["stride_ps", "n", "D", "width", "splits"])
 def finish_kernel(
-    PARTIAL, stride_ps, VECTORS, INVERSE_NORM, SCALE, UNSCALE, GRAD0, GRAD1, DOTS, n, D, width, splits,
+    PARTIAL, stride_ps, VECTORS, INVERSE_NORM, SCALE, UNSCALE, UPSTREAM, GRAD0, GRAD1, DOTS, n, D, width, splits,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, IS_ONE_PIECE: tl.constexpr, NORMALIZE: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr,
 ):  # fmt: skip
     """Adds the splits, and goes back through the normalisation: ``(g - (g . u) u) / |x|``."""
     side = tl.program_id(1)
@@ -128,6 +130,8 @@ def finish_kernel(
     P, V, OUT = PARTIAL + rows[:, None] * width, VECTORS + rows[:, None] * width, GRAD + offs_m[:, None] * D
     end = BLOCK_D if IS_ONE_PIECE else D
     unscale = tl.load(UNSCALE)
+    if HAS_UPSTREAM:
+        unscale *= tl.load(UPSTREAM).to(tl.float32)
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * tl.load(SCALE).to(tl.float32) * unscale
     if NORMALIZE:
         factor *= tl.load(INVERSE_NORM + rows, mask=in_rows, other=0.0)
@@ -216,8 +220,8 @@ def vectors(x: Tensor, width: int, *, normalize: bool, to_tf32: bool = False) ->
 
 
 def input_gradients(
-    partial: Tensor, rows: Tensor, inverse_norm: Tensor | None, scale: Tensor, unscale: Tensor, *, D: int,
-    dtype: torch.dtype,
+    partial: Tensor, rows: Tensor, inverse_norm: Tensor | None, scale: Tensor, unscale: Tensor,
+    upstream: Tensor | None = None, *, D: int, dtype: torch.dtype,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """Gradients of the input's rows [n, D] per side, and DOTS, from the sums of the gradients of VECTORS ``rows``."""
     splits, sides, n, width = partial.shape
@@ -236,6 +240,7 @@ def input_gradients(
         INVERSE_NORM=inverse_norm,
         SCALE=scale,
         UNSCALE=unscale,
+        UPSTREAM=upstream,
         GRAD0=grads[0],
         GRAD1=grads[-1],
         DOTS=dots,
@@ -245,6 +250,7 @@ def input_gradients(
         splits=splits,
         **constants,
         NORMALIZE=inverse_norm is not None,
+        HAS_UPSTREAM=upstream is not None,
         num_warps=4,
     )
     return grads, dots

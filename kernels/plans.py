@@ -58,8 +58,8 @@ class Blocks(TensorDescriptor):
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Launch ``kernel`` on the current stream. ``grid``: programs in up to three dimensions.
 
-    ``arguments``: all of the kernel's, by name, then ``num_warps``, ``num_stages`` and ``maxnreg``, as for Triton. A
-    tensor that the kernel reads by blocks is given as :class:`Blocks`.
+    ``arguments``: all of the kernel's, by name, then ``num_warps``, ``num_stages`` and ``maxnreg``, as for Triton.
+    A tensor that the kernel reads by blocks is given as :class:`Blocks`.
     """
     known = _known.get(id(kernel)) or _first_met(kernel)
     if known.plans is None or _is_watched():

@@ -312,13 +312,13 @@ def _mean(
     if backend == "reference":
         total, positives = _reference(x, key)
         if not x.by_label:
-            total = total / len(x.query)
+            total = total / x.query.shape[0]
     else:
         check_no_tangent(x.query, key, x.scale)
         total, stats = weighted_sum(
             x.query, x.key, x.scale, x.weight, (x.query_labels, x.key_labels), x.positive_index,
             by_label=x.by_label, normalize=x.normalize, backend=backend,
-            factor=1.0 if x.by_label else ranks.part_per_row(len(x.query)), peers=ranks.peers,
+            factor=1.0 if x.by_label else ranks.part_per_row(x.query.shape[0]), peers=ranks.peers,
         )  # fmt: skip
         positives = stats[1]
     return ranks.mean_over(total, (positives > 0).sum()) if x.by_label else total

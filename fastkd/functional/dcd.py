@@ -153,11 +153,11 @@ def _terms(
     if backend == "reference":
         with torch.autocast(student.device.type, enabled=False):
             rows = reference.dual_softmax(student, teacher, scale, consistency=consistency)
-            contrast, divergence = (weighted_sum(row, weight) / len(student) for row in rows)
+            contrast, divergence = (weighted_sum(row, weight) / student.shape[0] for row in rows)
             divergence = alpha * divergence
     else:
         check_no_tangent(student, teacher, scale)
-        part = ranks.part_per_row(len(student))
+        part = ranks.part_per_row(student.shape[0])
         contrast, divergence = means(
             student, teacher, scale, weight, consistency=consistency, scale_bound=scale_bound(logit_scale, max_scale),
             backend=backend, factors=(part, alpha * part), peers=ranks.peers,

@@ -96,10 +96,10 @@ def backward(
 
 def _alone(query: Tensor, key: Tensor | None, normalize: bool, backend: str) -> tuple[Side, Side]:
     """Queries and keys of one rank, as the backend computes with them."""
-    make = implementation("contrast", backend).rows
-    exchange = Alone(len(query if key is None else key))
-    queries = Side(exchange, *make(query, normalize))
-    return queries, queries if key is None else Side(exchange, *make(key, normalize))
+    sides = (query,) if key is None else (query, key)
+    found = implementation("contrast", backend).rows(sides, normalize)
+    exchange = Alone(sides[-1].shape[0])
+    return Side(exchange, *found[0]), Side(exchange, *found[-1])
 
 
 @torch.library.custom_op("fastkd::contrast", mutates_args=())
@@ -236,7 +236,7 @@ class Contrast(torch.autograd.Function):
         keeps: bool,
     ) -> tuple[Tensor, Tensor]:
         if peers is not None and peers.has_weight and weight is None:
-            weight = query.new_ones(len(query))
+            weight = query.new_ones(query.shape[0])
         labels = query_labels, key_labels
         with computing(query):
             if peers is None:

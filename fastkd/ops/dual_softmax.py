@@ -122,7 +122,7 @@ def dual_softmax(
     options = _Options(consistency, scale_bound, backend)
     with computing(student):
         units, _ = options.module.units(*options.pair(student, teacher))
-        alone = Alone(len(student))
+        alone = Alone(student.shape[0])
         return forward(alone, _rows(alone, units, logit_scale, student, options), None, weight, options)[:3]
 
 
@@ -155,7 +155,7 @@ def dual_softmax_backward(
         upstream = DualUpstream(
             options.module.numbers(stats), weight, grad_contrast, grad_consistency, options.is_swapped, options.factors
         )
-        alone = Alone(len(student))
+        alone = Alone(student.shape[0])
         rows = _rows(alone, units, logit_scale, student, options)
         *grads, grad_scale = backward(alone, rows, None, inverse_norm, stats, upstream, needs, student, options)
     return grads[0], grads[1], grad_scale.to(logit_scale.dtype)
@@ -206,7 +206,7 @@ class DualSoftmax(torch.autograd.Function):
         peers: Peers | None,
         keeps: bool,
     ) -> tuple[Tensor, Tensor]:
-        exchange: Exchange | Alone = Alone(len(student))
+        exchange: Exchange | Alone = Alone(student.shape[0])
         gathered = running = None
         with computing(student):
             pair = options.pair(student, teacher)
@@ -214,7 +214,7 @@ class DualSoftmax(torch.autograd.Function):
                 units, inverse_norm = options.module.units(*pair)
             else:
                 if peers.has_weight and weight is None:
-                    weight = student.new_ones(len(student))
+                    weight = student.new_ones(student.shape[0])
                 exchange, units, inverse_norm, gathered = start(peers, pair, exchange_dtype(student.dtype))
             needs = _needed(ctx.needs_input_grad[:3], options) if keeps and any(ctx.needs_input_grad[:3]) else None
             rows = _rows(exchange, units, logit_scale, student, options, needs)

@@ -103,12 +103,13 @@ def test_running_maxima_change_nothing(name: str, tiled: bool, monkeypatch: pyte
 @pytest.mark.parametrize("name", TILED)
 def test_few_rows_give_the_same_in_tiles(name: str, n: int, N: int, scale: float) -> None:
     scale = scale / 10 if name.startswith("raw") else scale
-    case = OPERATIONS[name](Size(n=n, N=N, scale=scale, weight=torch.rand(n, dtype=torch.float64)))
+    case = OPERATIONS[name](Size(n=n, N=N, scale=scale, weight=torch.arange(n, dtype=torch.float64) + 1))
+    floor = 1e-5 * n * case.largest  # A loss is a difference of logits: where it cancels, their rounding is left.
     with always_in_tiles():
         tiled = case.results("blocked", upstream=3.0)
     for a, b, e in zip(case.results("blocked", upstream=3.0), tiled, case.exact(3.0), strict=True):
-        assert_close(a, e, torch.float64)
-        assert_close(b, e, torch.float64)
+        assert_close(a, e, torch.float64, floor=floor)
+        assert_close(b, e, torch.float64, floor=floor)
 
 
 @pytest.mark.parametrize("scale", [5.0, 100.0])

@@ -38,7 +38,12 @@ from fastkd.backends.masks import Mask
 from fastkd.numerics import accumulation_dtype, unit_rows_quickly, weighted_sum
 
 
-def rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+def rows(raw_rows: tuple[Tensor, ...], normalize: bool) -> list[tuple[Tensor, Tensor | None]]:
+    """Of each side, contiguous rows in the accumulation dtype; if asked, unit rows with their inverse norms [n, 1]."""
+    return [_rows(x, normalize) for x in raw_rows]
+
+
+def _rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     """Contiguous rows in the accumulation dtype; if asked, as unit rows with their inverse norms [n, 1]."""
     dtype, parts = accumulation_dtype(raw_rows.dtype), row_blocks(raw_rows)
     if not normalize:
