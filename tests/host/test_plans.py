@@ -242,3 +242,12 @@ assert remembered() is None
         native.LIBRARY.with_name("absent"),
         tmp_path,
     )
+
+
+def test_the_ways_to_launch_can_be_measured() -> None:
+    if shutil.which("cc") is None or native.extension() is None:
+        pytest.skip("there is no C compiler, or no extension")
+    command = [sys.executable, "-m", "tests.host.times", "1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count(" us") == 12
