@@ -138,7 +138,7 @@ def test_entries_are_chosen_by_pattern_and_rows_of_128_come_first() -> None:
     assert names_of(["backward:2:128:bounded"]) == ["dual_softmax_backward:2:128:bounded"]
     assert names_of(["soft_target_forward:2:1024:5"]) == ["soft_target_forward:2:1024:5"]
     assert names_of(["dual_softmax::256:online"]) == [f"dual_softmax_{x}:2:256:online" for x in ("forward", "backward")]
-    assert names_of(["self:2:128", "pool"]) == [
+    assert names_of(["self:2:128", "pool:2"]) == ["contrast_self:2:128", *(f"multiscale_pool:2:512:{x}" for x in (7, 56))]
         "contrast_self:2:128",
         *(f"multiscale_pool:2:512:{side}" for side in (7, 56)),
     ]
