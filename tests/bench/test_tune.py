@@ -85,7 +85,7 @@ def test_a_candidate_of_every_operation_is_compiled_for_its_registers(pattern: s
 
 
 def test_the_number_of_programs_that_an_entry_asks_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aot, "examine", lambda job: aot.Result(job=job, registers=64))
+    monkeypatch.setattr(aot, "examine", lambda job: aot.Result(job=job, registers=64, has_hgmma=True))
     entry = entry_of("contrast_self:2:64")
     asked, unasked = (tune.compiled("sm_90", entry, LaunchConfig(64, 32, 4, 2, ctas_per_sm=n)) for n in (2, 1))
     assert asked == (LaunchConfig(64, 32, 4, 2, ctas_per_sm=2), 0)
