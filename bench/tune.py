@@ -45,7 +45,9 @@ POOL = "multiscale_pool"
 KERNELS = (*DUAL, *CONTRAST, POOL, *SOFT)
 LOGITS = 1 << 27
 WIDEST_CLASSES = 1 << 17  # what the last entry of soft_target is measured at
-MAPS, CHANNELS = {7: 2048, 56: 64}, 512  # of pooling, by side; in both memory formats, with and without normalisation
+# Maps, channels and side of what pooling is measured by, in both memory formats, with and without normalisation. The
+# compilations that are looked at are those of 7 x 7 and of 14 x 14.
+SMALL_MAPS, LARGE_MAPS = (2048, 512, 7), (64, 256, 56)
 # Local loads and stores in the code of a thread. Outside of the loop a few of them cost next to nothing, which only a
 # measurement tells.
 MOST_SPILLS = 64
@@ -54,9 +56,7 @@ COLUMNS = ("entry", "config", "spills", "ms", "note")
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of the table. ``width``: of the rows it is measured with. ``mode``: bounded or online, the map's side,
-    or the place.
-    """
+    """One entry of the table. ``width``: of the rows it is measured with. ``mode``: bounded or online, or the place."""
 
     key: launch.Entry
     width: int
@@ -83,8 +83,8 @@ class Entry:
         """What it is measured by: cases of bench.gpu, each with the name of the provider."""
         ours = "fastkd triton"
         if self.kernel == POOL:
-            side = int(self.mode)
-            return [(gpu.Case(name, self.dtype, MAPS[side], CHANNELS, side=side), ours) for name in providers.POOLS]
+            maps, channels, side = SMALL_MAPS if self.key.width else LARGE_MAPS
+            return [(gpu.Case(name, self.dtype, maps, channels, side=side), ours) for name in providers.POOLS]
         if self.kernel in SOFT:
             classes = self.key.width or WIDEST_CLASSES
             return [(gpu.Case("ce_kd_terms", self.dtype, max(1, LOGITS // classes), classes), ours)]
@@ -104,7 +104,7 @@ def entries(hardware: str) -> Iterator[tuple[Entry, LaunchConfig]]:
         elif key.kernel in CONTRAST:
             yield Entry(key, key.width), config
         elif key.kernel == POOL:
-            yield Entry(key, CHANNELS, "7" if key.width else "56"), config
+            yield Entry(key, (SMALL_MAPS if key.width else LARGE_MAPS)[2] ** 2), config
         elif key.kernel in SOFT:
             yield Entry(key, config.BLOCK_N, str(places[key.kernel])), config
             places[key.kernel] += 1
@@ -141,11 +141,12 @@ def candidates(entry: Entry, current: LaunchConfig) -> list[LaunchConfig]:
             if 128 * warps <= m * n <= 2048 * warps  # 4 to 64 elements per thread
         ]
     else:
-        aparts = (False, True) if entry.kernel == DUAL[1] else (False,)
+        is_forward, aparts = entry.kernel.endswith("_forward"), (False, True) if entry.kernel == DUAL[1] else (False,)
         space = [
-            LaunchConfig(m, n, warps, stages, apart=apart)
+            LaunchConfig(m, n, warps, stages, apart=apart, rows_in_registers=in_registers)
             for m, n in itertools.product((32, 64, 128), (16, 32, 64, 128))
             for warps, stages, apart in itertools.product((4, 8), (2, 3, 4), aparts)
+            for in_registers in ((False, True) if is_forward else (False,))
             if m >= n
         ]
     return [current, *(config for config in space if _shape(config) != _shape(current))]
@@ -170,11 +171,14 @@ def table_with(hardware: str, entry: Entry, config: LaunchConfig) -> Iterator[No
 
 
 def compiled(hardware: str, entry: Entry, config: LaunchConfig) -> tuple[LaunchConfig, int] | None:
-    """The candidate with its ``ctas_per_sm``, and how much it spills; None where it spills much or does not fit."""
+    """The candidate with its ``ctas_per_sm``, and how much it spills; None where it spills much or does not fit.
+
+    The number that the table asks for stays. Of others it is what the code allows that the compiler makes unbidden.
+    """
     from bench.aot import compile as aot
     from bench.aot.jobs import jobs
 
-    with table_with(hardware, entry, dataclasses.replace(config, ctas_per_sm=1)):
+    with table_with(hardware, entry, config):
         results = [aot.examine(job) for job in jobs(hardware) if _compiles(job, entry, config)]
     assert results, entry
     spills = max(result.spills for result in results)
@@ -183,8 +187,8 @@ def compiled(hardware: str, entry: Entry, config: LaunchConfig) -> tuple[LaunchC
     registers = max(-(-result.registers // 8) * 8 * 32 * config.num_warps for result in results)
     shared = max(result.shared for result in results) + aot.SHARED_RESERVED
     resident = min(aot.REGISTERS // registers, aot.SHARED_TOTAL[hardware] // shared, 64 // config.num_warps)
-    # Pooling launches no number of programs that depends on it.
-    return dataclasses.replace(config, ctas_per_sm=1 if entry.kernel == POOL else max(1, resident)), spills
+    is_given = config.ctas_per_sm > 1 or entry.kernel == POOL  # pooling launches no number that depends on it
+    return config if is_given else dataclasses.replace(config, ctas_per_sm=max(1, resident)), spills
 
 
 def _compiles(job: object, entry: Entry, config: LaunchConfig) -> bool:
@@ -192,8 +196,7 @@ def _compiles(job: object, entry: Entry, config: LaunchConfig) -> bool:
     name, constants = str(job.name), job.constants  # type: ignore[attr-defined]
     dtype = "fp32" if entry.dtype == torch.float32 else "bf16"
     if entry.kernel == POOL:
-        side = 7 if entry.key.width else 14
-        return name.startswith("pool_") and f" {dtype} {side}x{side}" in name
+        return name.startswith("pool_") and f" {dtype} {'7x7' if entry.key.width else '14x14'}" in name
     if not name.startswith(f"{entry.kernel} {dtype}"):
         return False
     if entry.kernel in (*DUAL, *CONTRAST):

@@ -71,7 +71,7 @@ def test_only_a_candidate_that_is_two_percent_faster_replaces_the_entry() -> Non
     [
         ("soft_target_backward:2:1024:5", LaunchConfig(1, 2048, 4, 1)),
         ("contrast_self:2:64", LaunchConfig(64, 32, 4, 2)),
-        ("multiscale_pool:2:512:7", LaunchConfig(64, 64, 8, 2)),
+        ("multiscale_pool:2:49", LaunchConfig(64, 32, 4, 2)),
         ("dual_softmax_forward:2:64:online", LaunchConfig(64, 32, 4, 3)),
     ],
 )
@@ -79,8 +79,17 @@ def test_a_candidate_of_every_operation_is_compiled_for_its_registers(pattern: s
     found = tune.compiled("sm_90", entry_of(pattern), config)
     assert found is not None
     assert dataclasses.replace(found[0], ctas_per_sm=1) == config
-    assert (found[0].ctas_per_sm == 1) == pattern.startswith("multiscale_pool")
+    if pattern.startswith("multiscale_pool"):
+        assert found[0].ctas_per_sm == 1
     assert found[1] == 0
+
+
+def test_the_number_of_programs_that_an_entry_asks_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot, "examine", lambda job: aot.Result(job=job, registers=64, has_hgmma=True))
+    entry = entry_of("contrast_self:2:64")
+    asked, unasked = (tune.compiled("sm_90", entry, LaunchConfig(64, 32, 4, 2, ctas_per_sm=n)) for n in (2, 1))
+    assert asked == (LaunchConfig(64, 32, 4, 2, ctas_per_sm=2), 0)
+    assert unasked == (LaunchConfig(64, 32, 4, 2, ctas_per_sm=8), 0)
 
 
 @pytest.mark.parametrize(
@@ -138,10 +147,7 @@ def test_entries_are_chosen_by_pattern_and_rows_of_128_come_first() -> None:
     assert names_of(["backward:2:128:bounded"]) == ["dual_softmax_backward:2:128:bounded"]
     assert names_of(["soft_target_forward:2:1024:5"]) == ["soft_target_forward:2:1024:5"]
     assert names_of(["dual_softmax::256:online"]) == [f"dual_softmax_{x}:2:256:online" for x in ("forward", "backward")]
-    assert names_of(["self:2:128", "pool:2"]) == ["contrast_self:2:128", *(f"multiscale_pool:2:512:{x}" for x in (7, 56))]
-        "contrast_self:2:128",
-        *(f"multiscale_pool:2:512:{side}" for side in (7, 56)),
-    ]
+    assert names_of(["self:2:128", "pool:2:49"]) == ["contrast_self:2:128", "multiscale_pool:2:49"]
     names = names_of(None)
     assert len(names) == len(dict(tune.entries("sm_90")))
     assert all(":128:" in name and "dual_softmax" in name for name in names[:8])

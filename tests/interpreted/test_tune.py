@@ -10,13 +10,18 @@ from bench import tune
 NAMES = [
     *(f"dual_softmax_{name}:4:64:{mode}" for name in ("forward", "backward") for mode in ("bounded", "online")),
     *(f"contrast_{name}:4:64" for name in ("forward", "backward", "self")),
-    *("multiscale_pool:4:8:7", "soft_target_forward:4:64:1", "soft_target_backward:4:64:1"),
+    *("multiscale_pool:4:49", "soft_target_forward:4:64:1", "soft_target_backward:4:64:1"),
 ]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_runs_the_kernel_of_its_entry(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for size, value in {"LOGITS": 256, "WIDEST_CLASSES": 128, "MAPS": {7: 1}, "CHANNELS": 8}.items():
+    for size, value in {
+        "LOGITS": 256,
+        "WIDEST_CLASSES": 128,
+        "SMALL_MAPS": (1, 8, 7),
+        "LARGE_MAPS": (1, 8, 56),
+    }.items():
         monkeypatch.setattr(tune, size, value)
     monkeypatch.setattr(tune.Entry, "dtype", torch.float32)  # the interpreter multiplies bfloat16 wrongly
     found = {entry.name: (entry, config) for entry, config in tune.entries("interpreter")}
