@@ -11,8 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from fastkd.kernels.normalize import input_gradients
-from fastkd.kernels.tiles import BLOCK_ROWS, LARGEST_G, LN2, LOG2E, store_numbers
+from fastkd.kernels.tiles import ANYWHERE, BLOCK_ROWS, LARGEST_G, LN2, LOG2E, store_numbers
 from torch import Tensor
+
+ROWS_ANYWHERE = ["ROW_LABELS", "ROW_POSITIVE", "POSITIVE", "ROW_COEF"]  # slices too, and read only once per program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ def _expm1(x):
     return tl.where(x > -0.5, series, tl.exp2(x * LOG2E) - 1)
 
 
-@triton.jit(do_not_specialize=["n", "splits"])
+@triton.jit(do_not_specialize=["n", "splits"], do_not_specialize_on_alignment=ANYWHERE)
 def statistics_kernel(
     STATE, WEIGHT, COUNT, STATS, LOSS, n, splits,
     BLOCK_M: tl.constexpr, HAS_WEIGHT: tl.constexpr, BY_LABEL: tl.constexpr,
@@ -124,7 +126,7 @@ def statistics_kernel(
     tl.store(LOSS + offs_m, loss, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["n", "stride_sn"])
+@triton.jit(do_not_specialize=["n", "stride_sn"], do_not_specialize_on_alignment=ANYWHERE)
 def coefficients_kernel(
     STATS, stride_sn, WEIGHT, LARGEST_WEIGHT, GRAD, COEF, UNSCALE, n,
     BLOCK_M: tl.constexpr, HAS_WEIGHT: tl.constexpr, BY_LABEL: tl.constexpr,
