@@ -1,8 +1,8 @@
 # Every target creates what it needs in .venv and can be run again at any time.
 # An environment that is there already, without a network: make gpu-test BIN=/path/with/python, or PY=python3.
-# Nothing is installed then. For the GPU targets it needs torch, triton, numpy, pytest, pytest-timeout, matplotlib, and
-# fastkd itself: $(PY) -m pip install --no-index --no-deps --no-build-isolation --editable . (with setuptools >= 77),
-# or, with nothing to install it with, a link in the checkout: ln -s ../kernels fastkd/kernels
+# Nothing is installed then. For the GPU targets it needs torch, triton, numpy, pytest, pytest-xdist, pytest-timeout,
+# matplotlib, and fastkd itself: $(PY) -m pip install --no-index --no-deps --no-build-isolation --editable . (with
+# setuptools >= 77), or, with nothing to install it with, a link in the checkout: ln -s ../kernels fastkd/kernels
 PYTHON ?= python3
 BIN := .venv/bin
 PY := $(BIN)/python
@@ -12,10 +12,7 @@ SETUP := $(if $(filter command,$(origin BIN) $(origin PY)),,setup)
 WORKERS ?= 2
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
-GPU_TESTS := tests/gpu tests/ranks/test_pack.py tests/ranks/test_exchange.py tests/operations/test_contract.py
-SANITIZER := compute-sanitizer --report-api-errors no --error-exitcode 1
-
-.PHONY: help setup ext ext-cuda demo demo-ddp soak test test-fast lint format bench bench-scale aot gpu-test gpu-bench gpu-ready clean
+.PHONY: help setup ext ext-cuda demo demo-ddp soak test test-fast lint format bench bench-scale aot gpu-test gpu-bench clean
 
 .DEFAULT_GOAL := setup
 
@@ -27,7 +24,7 @@ help:
 ## Creates .venv with everything pinned in constraints.txt, and installs fastkd editable with its extension.
 setup: .venv/.installed
 
-.venv/.installed: pyproject.toml setup.py constraints.txt fastkd/distributed/pack.py $(wildcard csrc/*)
+.venv/.installed: pyproject.toml setup.py constraints.txt fastkd/native.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fastkd needs Python >= 3.11, found $$($(PYTHON) --version 2>&1); run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
@@ -88,27 +85,16 @@ bench-scale: $(SETUP)
 aot: $(SETUP)
 	$(PY) -m bench.aot
 
-# The sanitizer comes last, so that a machine without a usable one still shows what the tests found. It makes a kernel
-# tens of times slower, so it repeats only small cases of every operation, which the tests mark.
-## Runs the tests that need a GPU, then small cases under compute-sanitizer.
-gpu-test: gpu-ready
-	$(PY) -m pytest -m gpu $(GPU_TESTS)
-	@command -v compute-sanitizer >/dev/null || \
-		{ echo "gpu-test: the tests passed; the sanitizer step fails: compute-sanitizer is not on PATH (it comes with the CUDA toolkit)"; exit 1; }
-	@$(SANITIZER) $(PY) -c 'import torch; torch.ones(8, device="cuda").sum().item()' || \
-		{ echo "gpu-test: the tests passed; the sanitizer step fails: compute-sanitizer refuses this device or its driver"; exit 1; }
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) \
-		$(PY) -m pytest -m sanitizer --timeout 1800 $(GPU_TESTS)
+# Where the results go and how long it may take: make gpu-bench OUTPUT=/tmp/results SECONDS=420.
+GIVEN = $(if $(OUTPUT),--output $(OUTPUT)) $(if $(SECONDS),--seconds $(SECONDS))
 
-## Measures the losses on a GPU against eager code, torch.compile and installed peers, into bench/results.
-gpu-bench: gpu-ready
-	$(PY) -m bench.gpu
+## Runs the tests that need a GPU, part by part, or some parts: PARTS="smoke correctness". WORKERS, OUTPUT, SECONDS.
+gpu-test: $(SETUP)
+	$(PY) -m tests.battery $(PARTS) --workers $(WORKERS) $(GIVEN)
 
-## Checks that there is a CUDA device and an installed fastkd.
-gpu-ready: $(SETUP)
-	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "this target needs a CUDA device")'
-	@$(PY) -c 'import fastkd.kernels' || \
-		{ echo "fastkd is not installed in $(PY); the first lines of the Makefile say how, also without a network"; exit 1; }
+## Measures the losses on a GPU against eager code, torch.compile and installed peers. OUTPUT, SECONDS.
+gpu-bench: $(SETUP)
+	$(PY) -m bench.gpu $(GIVEN)
 
 ## Removes .venv, everything built or cached, and runs/.
 clean:

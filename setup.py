@@ -2,7 +2,8 @@
 
 Everything declarative is in pyproject.toml. The C++/CUDA extension is optional. The package is installed without it,
 with a notice, where torch is not installed (an isolated build), where there is no compiler and where compiling fails;
-``fastkd.distributed.pack`` then computes the same in Python. The extension is built here and never at import.
+``fastkd.distributed.pack`` then computes the same in Python. The extension is built here and never at import. It is
+built by ninja where there is one, and by setuptools otherwise.
 
     python setup.py build_ext --inplace      builds fastkd/_native.so in the repository (``make ext``)
 
@@ -15,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +63,8 @@ def cuda_version(home: str) -> str | None:
 
 
 def interface() -> str:
-    """The number that fastkd.distributed.pack compares before it loads what is built here."""
-    source = Path(__file__).parent / "fastkd" / "distributed" / "pack.py"
+    """The number that fastkd.native compares before it loads what is built here."""
+    source = Path(__file__).parent / "fastkd" / "native.py"
     found = re.search(r"^INTERFACE = (\d+)", source.read_text(), re.M)
     assert found is not None
     return found.group(1)
@@ -98,6 +100,8 @@ def extension() -> dict[str, Any]:
         # Set before torch looks for it, because torch guesses wrong where nvcc is a wrapper.
         os.environ["CUDA_HOME"] = home
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+    # torch looks for ninja on PATH, which lacks the programs of this Python's environment if it was not activated.
+    os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")))
     from torch.utils import cpp_extension
 
     class Build(cpp_extension.BuildExtension):
@@ -110,7 +114,7 @@ def extension() -> dict[str, Any]:
                 without_extension(f"the extension could not be built ({type(error).__name__}: {str(error)[:500]})")
                 self.extensions: list[Any] = []
 
-    sources = ["csrc/pack_rows.cpp"]
+    sources = [f"csrc/{name}.cpp" for name in ("module", "pack_rows", "driver", "launcher")]
     macros: list[tuple[str, str | None]] = [
         ("FASTKD_TORCH", torch.__version__),
         ("FASTKD_CUDA", torch.version.cuda or "none"),
@@ -118,6 +122,7 @@ def extension() -> dict[str, Any]:
     ]
     if torch.distributed.is_available():
         sources.append("csrc/gather.cpp")
+        macros.append(("FASTKD_WITH_GATHER", None))
     # Without fused multiply-add, so that the extension and the Python path give the same bits.
     flags = {"cxx": ["-O3", "-std=c++17", "-ffp-contract=off"], "nvcc": ["-O3", "-std=c++17"]}
     kind = cpp_extension.CppExtension
@@ -127,9 +132,8 @@ def extension() -> dict[str, Any]:
         macros.append(("FASTKD_WITH_CUDA", None))
     else:
         del flags["nvcc"]
-    built = kind(
-        "fastkd._native", sources, depends=["csrc/pack_rows.h"], define_macros=macros, extra_compile_args=flags
-    )
+    headers = [*map(str, Path("csrc").glob("*.h"))]
+    built = kind("fastkd._native", sources, depends=headers, define_macros=macros, extra_compile_args=flags)
     return {"ext_modules": [built], "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)}}
 
 

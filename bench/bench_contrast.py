@@ -1,7 +1,8 @@
 """pytest-benchmark cases: the losses over one softmax per row, forward + backward, fp32, on this machine's CPU.
 
 Run by ``make bench``, which also writes the tables; ``pytest bench/bench_contrast.py -k sup_con`` runs a part. A
-provider takes (rows [N, D], rows [N, D], labels [N]). The first rows have unit length.
+provider takes (rows [N, D], rows [N, D], labels [N]). The first rows have unit length. At sizes below the largest, ours
+is compared with eager code alone.
 """
 
 from collections.abc import Callable
@@ -13,11 +14,13 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from bench import providers
-from bench.measure import run_case
+from bench.measure import rounds_for, run_case
 from bench.providers import Loss, Providers, eager_info_nce, eager_masked, eager_sup_con, metric_learning_sup_con
 from fastkd import ckd_loss, info_nce_loss, masked_contrast_loss, sup_con_loss
 
-ROWS, CLASSES, SCALE = 8192, 100, 1 / 0.07
+SIZES = (64, 128, 256, 512, 1024, 2048, 8192)
+CLASSES, SCALE = 100, 1 / 0.07
+AT_EVERY_SIZE = ("eager", "fastkd blocked")
 WIDTHS = {"ckd_loss": 1000}  # others: 128
 
 
@@ -69,16 +72,22 @@ LOSSES: dict[str, Providers] = {
         lambda a, b, labels: masked_contrast_loss(a, b, SCALE, labels, labels, backend="blocked"),
     ),
 }
-CASES = [(case, provider) for case, losses in LOSSES.items() for provider in losses]
+CASES = [
+    (case, provider, n)
+    for case, losses in LOSSES.items()
+    for n in SIZES
+    for provider in losses
+    if n == SIZES[-1] or provider in AT_EVERY_SIZE
+]
 
 
-@pytest.mark.parametrize(("case", "provider"), CASES)
-def test_forward_and_backward(benchmark: BenchmarkFixture, case: str, provider: str) -> None:
+@pytest.mark.parametrize(("case", "provider", "n"), CASES)
+def test_forward_and_backward(benchmark: BenchmarkFixture, case: str, provider: str, n: int) -> None:
     D = WIDTHS.get(case, 128)
     generator = torch.Generator().manual_seed(0)
-    second = torch.randn(ROWS, D, generator=generator)
-    first = F.normalize(second + torch.randn(ROWS, D, generator=generator), dim=1).requires_grad_()
-    labels = torch.randint(CLASSES, (ROWS,), generator=generator)
+    second = torch.randn(n, D, generator=generator)
+    first = F.normalize(second + torch.randn(n, D, generator=generator), dim=1).requires_grad_()
+    labels = torch.randint(min(CLASSES, n // 8), (n,), generator=generator)
     second.requires_grad_(case != "ckd_loss")
     try:
         loss = LOSSES[case][provider]()
@@ -89,4 +98,4 @@ def test_forward_and_backward(benchmark: BenchmarkFixture, case: str, provider: 
         first.grad = second.grad = None
         loss(first, second, labels).backward()
 
-    run_case(benchmark, step, rounds=3, provider=provider, case=f"{case}, N = {ROWS}, D = {D}")
+    run_case(benchmark, step, rounds_for(n), provider=provider, case=f"{case}, N = {n:4}, D = {D}")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.measure import run_case
+from bench.measure import rounds_for, run_case
 from bench.providers import PROVIDERS
 
-SIZES = (256, 512, 1024, 2048, 4096, 8192)
+SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 WIDTH = 128
 
 
@@ -29,5 +29,5 @@ def test_forward_and_backward(benchmark: BenchmarkFixture, provider: str, n: int
             leaf.grad = None
         loss(student, teacher, logit_scale).backward()
 
-    rounds = 5 if n >= 4096 else 15
-    run_case(benchmark, step, rounds, warmup_rounds=1, case=f"dcd_loss, N = {n}", provider=provider, n=n, d=WIDTH)
+    info = {"case": f"dcd_loss, N = {n}", "provider": provider, "n": n, "d": WIDTH}
+    run_case(benchmark, step, rounds_for(n), warmup_rounds=1, **info)

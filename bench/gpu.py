@@ -4,10 +4,11 @@ torch.compile and installed peers.
     python -m bench.gpu [--seconds 540] [--cases dcd_loss ...] [--output bench/results]
     python -m bench.gpu --device cpu --quick     # the whole path with tiny sizes, on any machine
 
-The run ends within ``--seconds`` and the time of the measurement under way. The most important cases come first. Where
-there was no time, no memory, no peer or no kernel, the results give the reason; no case is left out. CSV, Markdown and
-PNG files are written to the output folder and named after the hardware. The CSV is written after every case, the others
-at the end, and also after SIGINT or SIGTERM.
+The run ends ``--seconds`` after the process began, and after the measurement that is then under way. The most important
+cases come first. Where there was no time, no memory, no peer or no kernel, the results give the reason; no case is left
+out. CSV, Markdown and PNG files are written to the output folder and named after the hardware. The CSV and the Markdown
+are written after every case and the PNG every minute, so that a run that is killed leaves what it found. After SIGINT
+or SIGTERM everything is written.
 
 It needs torch, triton, numpy and matplotlib, and no network. The Makefile's first lines say how to run it in an
 environment that is there already, without installing anything.
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import bench
 from bench import gpu_report, measure, providers
 
 SIZES = tuple(2**k for k in range(8, 17))
@@ -164,6 +166,7 @@ class Run:
 
     device: torch.device
     quick: bool
+    started: float
     deadline: float
     ended_by: signal.Signals | None = None
     is_measuring: bool = False
@@ -281,14 +284,13 @@ def measure_case(case: Case, run: Run) -> list[dict[str, Any]]:
 
 def measure_all(run: Run, names: list[str] | None, output: Path, command: str) -> Path | None:
     """Measures and writes everything; returns the path of the table, None where a signal came before any number."""
-    start = time.monotonic()
     if run.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # tf32 for everyone: what a user who minds the time sets
     ceilings: dict[str, float] = {}
     with contextlib.suppress(KeyboardInterrupt), run.measuring():
         ceilings["copy_gb_per_s"] = measure.copy_gb_per_s(run.device, run.quick)
         ceilings["matmul_tflop_per_s"] = measure.matmul_tflop_per_s(run.device, run.quick)
-    results = gpu_report.Results(run.device, ceilings, command, output)
+    results = gpu_report.Results(run.device, ceilings, command, output, run.started)
     for case in cases(run.quick):
         if names and case.name not in names:
             continue
@@ -297,11 +299,13 @@ def measure_all(run: Run, names: list[str] | None, output: Path, command: str) -
             return None
         results.append(rows)
         if run.stopped() is None:
-            print(f"{time.monotonic() - start:6.1f} s  {case}", flush=True)
-    return results.finish(time.monotonic() - start)
+            print(f"{results.seconds:6.1f} s  {case}", flush=True)
+    return results.finish()
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, started: float | None = None) -> int:
+    """``started``: when the time began to run, by ``time.monotonic``; None: now."""
+    started = time.monotonic() if started is None else started
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=540)
@@ -309,15 +313,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a check of the harness, not a measurement")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(arguments)
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        print(
-            "gpu-bench measures on a CUDA device, and torch.cuda.is_available() is False here.\n"
-            "Check that the harness runs: python -m bench.gpu --device cpu --quick --output /tmp/gpu-bench",
-            file=sys.stderr,
-        )
+    if options.device.startswith("cuda") and (reason := measure.not_ready()):
+        print(f"gpu-bench: {reason}; --device cpu --quick tries everything but the GPU", file=sys.stderr)
         return 2
     command = shlex.join(["python", "-m", "bench.gpu", *(sys.argv[1:] if arguments is None else arguments)])
-    run = Run(torch.device(options.device), options.quick, time.monotonic() + options.seconds)
+    run = Run(torch.device(options.device), options.quick, started, started + options.seconds)
     with run.signals():
         table = measure_all(run, options.cases, options.output, command)
     print(f"{table.read_text()}\nwritten to {table.parent}" if table else "interrupted before the first number")
@@ -325,4 +325,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(started=bench.STARTED))

@@ -4,17 +4,21 @@ import csv
 import datetime
 import importlib.metadata
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 
+import fastkd
 from bench import report
 from bench.providers import GPU_BASELINE, MEMORY_BOUND, ON_LOGITS, PEERS, POOLS
+from fastkd.distributed import pack
 
 # Columns of a row that are None where it was not measured.
 NUMBERS = ("median_ms", "host_ms", "graph_ms", "peak_extra_mib", "loss_error", "grad_error", "gb_per_s")
+PLOT_EVERY = 60  # seconds: it takes seconds itself
 GROUP = ("case", "dtype", "n", "d", "side")
 COLUMNS = (*GROUP, "provider", "status", "note", *NUMBERS, "speedup", "memory_ratio", "of_copy")
 
@@ -45,17 +49,36 @@ def hardware(device: torch.device) -> str:
     return f"{properties.name}, {properties.multi_processor_count} SM, {properties.total_memory / 2**30:.0f} GiB"
 
 
-class Results:
-    """The rows of a run. Each case goes to the CSV file once it is measured; the table and the plot come last."""
+def environment(device: torch.device) -> str:
+    """Hardware and versions in one line."""
+    extension = "with" if pack.extension_covers(device.type) else "without"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, triton {version('triton')}"
+    return (
+        f"{hardware(device)}; {versions}, CUDA {torch.version.cuda}, fastkd {fastkd.__version__} {extension} extension"
+    )
 
-    def __init__(self, device: torch.device, ceilings: dict[str, float], command: str, output: Path) -> None:
-        self.device, self.ceilings, self.command = device, ceilings, command
+
+class Results:
+    """The rows of a run. After every case the CSV file and the table hold all that was measured; the plot follows.
+
+    ``started``: when the run began, by ``time.monotonic``.
+    """
+
+    def __init__(
+        self, device: torch.device, ceilings: dict[str, float], command: str, output: Path, started: float
+    ) -> None:
+        self.device, self.ceilings, self.command, self.started = device, ceilings, command, started
         name = hardware(device).split(", ")[0] if device.type == "cuda" else hardware(device)
         self.path = output / f"gpu-{report.slug(name)}.md"
         self.rows: list[dict[str, Any]] = []
+        self._plotted = started
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Adds the rows of whole cases. The first ones replace the file of an earlier run."""
+        """Adds the rows of whole cases. The first ones replace the files of an earlier run."""
         report.add_ratios(rows, GROUP, GPU_BASELINE)
         for row in rows:
             row["of_copy"] = row["gb_per_s"] / self.ceilings["copy_gb_per_s"] if row["gb_per_s"] else None
@@ -66,12 +89,22 @@ class Results:
                 writer.writeheader()
             writer.writerows(rows)
         self.rows += rows
+        self._write(with_plot=time.monotonic() - self._plotted > PLOT_EVERY)
 
-    def finish(self, seconds: float) -> Path:
-        """Writes .md and .png beside the CSV file; returns the path of the table."""
-        self.path.write_text(_markdown(self.rows, self.device, self.ceilings, self.command, seconds))
-        _plot(self.rows, self.path.with_suffix(".png"), hardware(self.device))
+    def finish(self) -> Path:
+        """Writes the table and the plot beside the CSV file; returns the path of the table."""
+        self._write(with_plot=True)
         return self.path
+
+    def _write(self, with_plot: bool) -> None:
+        """Each file is replaced as a whole, so that a run that is killed leaves none in halves."""
+        table, plot = self.path.with_suffix(".md.part"), self.path.with_suffix(".part.png")
+        table.write_text(_markdown(self.rows, self.device, self.ceilings, self.command, self.seconds))
+        table.replace(self.path)
+        if with_plot:
+            _plot(self.rows, plot, hardware(self.device))
+            plot.replace(self.path.with_suffix(".png"))
+            self._plotted = time.monotonic()
 
 
 def _markdown(
@@ -122,27 +155,27 @@ def _plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draws time and memory of each case over N at its first width; where memory bounds it, bandwidth over the size."""
     names = list(dict.fromkeys(row["case"] for row in rows))
     figure, axes = plt.subplots(len(names), 2, figsize=(11, 3.8 * len(names)), layout="constrained", squeeze=False)
-    for (time, other), name in zip(axes, names, strict=True):
+    for (times, other), name in zip(axes, names, strict=True):
         first = next(row for row in rows if row["case"] == name)
         own = [row for row in rows if (row["case"], row["dtype"]) == (name, first["dtype"])]
-        time.set_title(f"{name}, {first['dtype']}", fontsize=10)
+        times.set_title(f"{name}, {first['dtype']}", fontsize=10)
         if name in MEMORY_BOUND:
             own = [row | {"elements": row["n"] * row["d"] * (row["side"] or 1) ** 2} for row in own]
             label = "logits N C" if name in ON_LOGITS else "map N C H W"
-            report.draw(time, own, "elements", "median_ms", label, "median time, ms")
+            report.draw(times, own, "elements", "median_ms", label, "median time, ms")
             report.draw(other, own, "elements", "gb_per_s", label, "GB/s")
-            for axis in (time, other):
+            for axis in (times, other):
                 axis.set_xticks([], [])
                 axis.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator())
                 axis.xaxis.set_major_formatter(plt.matplotlib.ticker.LogFormatterMathtext())
         else:
             own = [row for row in own if row["d"] == first["d"]]
-            report.draw(time, own, "n", "median_ms", f"rows N, D = {first['d']}", "median time, ms")
+            report.draw(times, own, "n", "median_ms", f"rows N, D = {first['d']}", "median time, ms")
             report.draw(other, own, "n", "peak_extra_mib", f"rows N, D = {first['d']}", "peak extra memory, MiB")
-            time.tick_params(axis="x", labelrotation=45)
+            times.tick_params(axis="x", labelrotation=45)
             other.tick_params(axis="x", labelrotation=45)
-        if time.get_legend_handles_labels()[0]:
-            time.legend(fontsize=7)
+        if times.get_legend_handles_labels()[0]:
+            times.legend(fontsize=7)
     figure.suptitle(f"forward + backward ({title})", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +13,15 @@ import torch
 
 _RESET_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 FLUSHED_BYTES = 1 << 28  # larger than any L2 cache
+
+
+def not_ready() -> str | None:
+    """Why nothing of ours runs on a GPU here; None where it does."""
+    if not torch.cuda.is_available():
+        return "this needs a CUDA device, and torch.cuda.is_available() is False here"
+    if importlib.util.find_spec("fastkd.kernels") is None:
+        return "there is no fastkd.kernels; the Makefile's first lines say how to install it, also without a network"
+    return None
 
 
 def synchronize(device: torch.device) -> None:
@@ -119,6 +129,11 @@ def peak_resident_mib(step: Callable[[], object]) -> float:
     before = _resident_bytes("VmRSS")
     step()
     return (_resident_bytes("VmHWM") - before) / 2**20
+
+
+def rounds_for(rows: int) -> int:
+    """How often a loss of so many rows is timed: hundreds of times where a step takes less than a millisecond."""
+    return max(5, min(300, (1 << 26) // rows**2))
 
 
 def run_case(benchmark: Any, step: Callable[[], object], rounds: int, warmup_rounds: int = 0, **info: Any) -> None:

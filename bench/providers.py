@@ -271,6 +271,21 @@ def _ours(loss: Loss) -> Providers:
     return {"fastkd blocked": lambda: on_backend(loss, "blocked"), "fastkd triton": lambda: on_backend(loss, "triton")}
 
 
+# What bench/host.py compares with: the eager code alone, in the dtype of its inputs.
+EAGER: dict[str, Loss] = {
+    "dcd_loss": eager_kl_div,
+    "info_nce_loss": eager_info_nce,
+    "clip_loss": both_directions(eager_info_nce),
+    "ckd_loss": eager_ckd,
+    "sup_con_loss": eager_sup_con,
+    "masked_contrast_loss": eager_masked,
+    "kd_loss": eager_kd,
+    "ce_kd_terms": eager_ce_kd,
+    **{
+        name: lambda x, _, normalize=normalize: eager_pool(x, *POOL_SCALES[x.shape[2]], normalize=normalize)
+        for name, (_, normalize) in POOLS.items()
+    },
+}
 GPU_BASELINE = "eager fp32"
 # Names that begin like this may be captured in a CUDA graph. A peer may wait for the host, and one failed capture ends
 # all captures. "fastkd blocked" would be one node per block, 10^5 of them at 8192 x 131072 logits.

@@ -89,7 +89,7 @@ def write(json_path: Path, command: str, title: str, key: str) -> Path:
 def _markdown(rows: list[dict[str, Any]], date: str, command: str, title: str, key: str) -> str:
     cells = [
         [
-            *(str(row[key]), row["provider"], cell(row["median_ms"], ".2f"), cell(row["min_ms"], ".2f")),
+            *(str(row[key]), row["provider"], cell(row["median_ms"], ".3f"), cell(row["min_ms"], ".3f")),
             *(cell(row["speedup"], ".2f", "x"), cell(row["peak_extra_mib"], ".1f"), cell(row["memory_ratio"], ".1%")),
         ]
         for row in rows

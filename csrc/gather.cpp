@@ -1,12 +1,15 @@
-// fastkd_native::start_gather packs the rows of this rank and starts the collectives that bring the rows of all ranks.
+// start_gather packs the rows of this rank and starts the collectives that bring the rows of all ranks.
 // start_gather in fastkd/distributed/exchange.py does the same on torch.distributed. Its docstring says what is
-// returned.
+// returned. It is a function of the Python module and no torch operator, because torch's operators take a process group
+// and give works only in a box that Python has to open.
+#include "module.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
-#include <torch/library.h>
 
 #include <tuple>
 #include <vector>
@@ -29,10 +32,13 @@ at::Tensor bytes(const at::Tensor& x) { return x.view({-1}).view(at::kByte); }
 
 // sizes: how many rows each rank holds. bounds: the rows at which equal numbers of rows are cut into chunks; empty if
 // the ranks hold unequal numbers. A work keeps the tensors of its collective alive until the collective is done.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, Works> start_gather(at::TensorList rows, at::ScalarType dtype,
-                                                                   bool normalize, at::IntArrayRef sizes,
-                                                                   at::IntArrayRef bounds, const Group& group) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, Works> start_gather(const std::vector<at::Tensor>& rows,
+                                                                   at::ScalarType dtype, bool normalize,
+                                                                   const std::vector<int64_t>& sizes,
+                                                                   const std::vector<int64_t>& bounds,
+                                                                   const Group& group) {
   TORCH_CHECK_VALUE(!rows.empty() && rows[0].dim() == 2, "start_gather: got no rows, expected tensors [n, D]");
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;  // nothing here is differentiated
   const int64_t world_size = group->getSize(), rank = group->getRank();
   const int64_t n = rows[0].size(0), width = static_cast<int64_t>(rows.size()) * rows[0].size(1);
   TORCH_CHECK_VALUE(static_cast<int64_t>(sizes.size()) == world_size && sizes[rank] == n, "start_gather: got ", n,
@@ -79,12 +85,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, Works> start_gather(at::TensorLis
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(fastkd_native, library) {
-  library.def(
-      "start_gather(Tensor[] rows, ScalarType dtype, bool normalize, int[] sizes, int[] bounds, "
-      "__torch__.torch.classes.c10d.ProcessGroup group) -> "
-      "(Tensor, Tensor, Tensor, __torch__.torch.classes.c10d.Work[])",
-      start_gather);
+void define_gather(pybind11::module_& module) {
+  namespace py = pybind11;
+  module.def("start_gather", start_gather, py::arg("rows"), py::arg("dtype"), py::arg("normalize"), py::arg("sizes"),
+             py::arg("bounds"), py::arg("group"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastkd

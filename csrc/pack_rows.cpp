@@ -19,14 +19,6 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
-#define FASTKD_STRING_OF(x) #x
-#define FASTKD_STRING(x) FASTKD_STRING_OF(x)
-
-// Python reads this text from the file before it loads the library.
-extern "C" __attribute__((used, visibility("default"))) const char fastkd_native_built_for[] =
-    "fastkd_native built for torch " FASTKD_STRING(FASTKD_TORCH) ", CUDA " FASTKD_STRING(FASTKD_CUDA)
-    " and interface " FASTKD_STRING(FASTKD_INTERFACE);
-
 namespace fastkd {
 namespace {
 

@@ -9,11 +9,13 @@ too. Cards of compute capability 12.x also use them; there ``dual_softmax`` spil
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 HARDWARE = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 STREAMING = ("dual_softmax_forward", "dual_softmax_backward", "contrast_forward", "contrast_backward", "contrast_self")
 
@@ -44,7 +46,7 @@ class LaunchConfig:
 class Entry(NamedTuple):
     """What a line of the table is for: a kernel, its dtype's size, the widest row it holds, and BOUNDED.
 
-    ``itemsize`` 0: every dtype. ``width``: padded D, or the number of classes; 0: rows of any width.
+    ``itemsize`` 0: every dtype. ``width``: padded D, or the number of classes or of a map's positions; 0: any.
     ``bounded``: None for kernels that have no BOUNDED.
     """
 
@@ -76,7 +78,7 @@ _SM80: _Lines = {
         **_by_size(LaunchConfig(64, 32, 8, 2), LaunchConfig(32, 32, 8, 2)),
         (2, 128): LaunchConfig(32, 32, 8, 2),
     },
-    "multiscale_pool": {(0, 0): LaunchConfig(32, 64, 8, 1)},
+    "multiscale_pool": {(0, 64): LaunchConfig(32, 32, 4, 3), (0, 0): LaunchConfig(32, 64, 8, 3)},
 }
 _SM90: _Lines = {
     "dual_softmax_forward": {
@@ -115,10 +117,14 @@ _SM90: _Lines = {
         (4, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=2),
         (4, 128): LaunchConfig(64, 32, 4, 2, ctas_per_sm=2),
     },
-    "multiscale_pool": {(0, 0): LaunchConfig(64, 64, 8, 1)},
+    "multiscale_pool": {
+        (0, 64): LaunchConfig(64, 32, 4, 3),
+        (2, 0): LaunchConfig(64, 64, 8, 3),
+        (4, 0): LaunchConfig(32, 64, 8, 3),
+    },
 }
 # What differs from sm_90. In multiscale_pool 64 rows would go through tensor memory, where Triton 3.6 fails to compile,
-# and 32 x 64 spills with 8 warps.
+# and 32 x 64 with 8 warps and 32 x 32 with 2 or 3 stages spill.
 _SM100: _Lines = {
     "dual_softmax_forward": {
         (2, 64): LaunchConfig(64, 64, 4, 2, ctas_per_sm=3),
@@ -142,7 +148,7 @@ _SM100: _Lines = {
         (4, 128): LaunchConfig(64, 32, 4, 2),
     },
     "contrast_self": {(2, 256): LaunchConfig(64, 32, 8, 2), (4, 128): LaunchConfig(64, 32, 4, 2)},
-    "multiscale_pool": {(0, 0): LaunchConfig(32, 32, 4, 1)},
+    "multiscale_pool": dict.fromkeys(_SM90["multiscale_pool"], LaunchConfig(32, 32, 4, 1)),
 }
 _GFX942: _Lines = {
     **{kernel: _by_size(LaunchConfig(64, 16, 4, 1), LaunchConfig(64, 16, 4, 1)) for kernel in STREAMING},
@@ -176,6 +182,21 @@ _INTERPRETER: _Lines = {
 }
 
 
+_caches: list[Any] = []
+
+
+def cached(function: Function) -> Function:
+    """A cache of what follows from the table; :func:`clear_caches` empties all of them when the table has changed."""
+    cache = functools.lru_cache(maxsize=4096)(function)
+    _caches.append(cache)
+    return cast(Function, cache)
+
+
+def clear_caches() -> None:
+    for cache in _caches:
+        cache.cache_clear()
+
+
 def table_of(*parts: _Lines) -> dict[Entry, LaunchConfig]:
     """The entries of all parts; a later part replaces what an earlier one says."""
     table = {}
@@ -196,7 +217,7 @@ TABLE = {
 }
 
 
-@functools.cache
+@cached
 def launch_config(
     kernel: str, *, hardware: str, dtype: torch.dtype = torch.float32, width: int = 0, bounded: bool | None = None
 ) -> LaunchConfig:
@@ -214,7 +235,7 @@ def launch_config(
     return holds[min(holds)]
 
 
-@functools.cache
+@cached
 def fits(dtype: torch.dtype, width: int, hardware: str) -> bool:
     """Whether rows of this padded width fit the streaming kernels; wider rows go through matrix products."""
     widest = {
@@ -233,19 +254,34 @@ def allows_tf32() -> bool:
 
 def hardware_of(device: torch.device) -> str:
     """The table's name for a device; the CPU runs kernels in Triton's interpreter."""
-    if device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    return _hardware(device.type, device.index)
 
 
 def multiprocessors(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    return _multiprocessors(device.type, device.index)
 
 
 @functools.cache
+def _hardware(kind: str, index: int | None) -> str:
+    if kind == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(index)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+@functools.cache
+def _multiprocessors(kind: str, index: int | None) -> int:
+    return 1 if kind == "cpu" else torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def cdiv(a: int, b: int) -> int:
+    """``ceil(a / b)``; Triton's, which kernels can call too, takes a microsecond."""
+    return -(-a // b)
+
+
+@cached
 def column_splits(row_blocks: int, column_tiles: int, slots: int) -> int:
     """The number of programs over which the columns of a row-block are split, so that ``slots`` programs stay busy.
 

@@ -7,17 +7,21 @@ for those rows, so that their gradient is zero too. TO_TF32: elements are rounde
 product reads. The product itself would drop the other bits, which shrinks every element. Everything downstream, forward
 and backward, multiplies these same rounded rows.
 
-PARTIAL [SPLITS, SIDES, n, width]: sums of a gradient over a split of the columns, times a number that UNSCALE undoes.
+PARTIAL [SPLITS, SIDES, n, width]: sums of a gradient over a split of the columns, times a number that UNSCALE undoes;
+UPSTREAM, if there is one, multiplies the result.
 DOTS [SIDES, n]: their dot products with VECTORS, which add up to the gradient of the scale.
 
 Rows are read in pieces of BLOCK_D elements. The first piece stays in registers, and narrow rows have no other.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+from fastkd.kernels.launch import cdiv
+from fastkd.kernels.plans import launch
 from fastkd.kernels.tiles import ANYWHERE
 from torch import Tensor
 
@@ -113,8 +117,9 @@ def _sum(PARTIAL, stride_ps, splits, start, in_rows, D, BLOCK_M: tl.constexpr, B
 
 @triton.jit(do_not_specialize=["stride_ps", "n", "D", "width", "splits"], do_not_specialize_on_alignment=ANYWHERE)
 def finish_kernel(
-    PARTIAL, stride_ps, VECTORS, INVERSE_NORM, SCALE, UNSCALE, GRAD0, GRAD1, DOTS, n, D, width, splits,
+    PARTIAL, stride_ps, VECTORS, INVERSE_NORM, SCALE, UNSCALE, UPSTREAM, GRAD0, GRAD1, DOTS, n, D, width, splits,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, IS_ONE_PIECE: tl.constexpr, NORMALIZE: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr,
 ):  # fmt: skip
     """Adds the splits, and goes back through the normalisation: ``(g - (g . u) u) / |x|``."""
     side = tl.program_id(1)
@@ -126,6 +131,8 @@ def finish_kernel(
     P, V, OUT = PARTIAL + rows[:, None] * width, VECTORS + rows[:, None] * width, GRAD + offs_m[:, None] * D
     end = BLOCK_D if IS_ONE_PIECE else D
     unscale = tl.load(UNSCALE)
+    if HAS_UPSTREAM:
+        unscale *= tl.load(UPSTREAM).to(tl.float32)
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * tl.load(SCALE).to(tl.float32) * unscale
     if NORMALIZE:
         factor *= tl.load(INVERSE_NORM + rows, mask=in_rows, other=0.0)
@@ -146,11 +153,13 @@ def finish_kernel(
         _store(OUT, piece * factor[:, None], start, in_rows, D, BLOCK_D=BLOCK_D)
 
 
+@functools.cache
 def padded_width(D: int) -> int:
     """The width of a streaming kernel's tile that holds rows of D."""
-    return max(16, triton.next_power_of_2(D))
+    return max(16, 1 << (D - 1).bit_length())
 
 
+@functools.cache
 def tile(width: int) -> dict[str, int]:
     """The constants of a kernel that reads rows in pieces."""
     BLOCK_D = min(padded_width(width), BLOCK_ELEMENTS)
@@ -167,7 +176,9 @@ def _vectors(sides: Sequence[Tensor], width: int, *, normalize: bool, to_tf32: b
     constants = tile(width)
     vectors = torch.empty(len(sides), n, width, dtype=first.dtype, device=first.device)
     inverse_norm = torch.empty(len(sides), n, dtype=torch.float32, device=first.device) if normalize else None
-    vectors_kernel[(triton.cdiv(n, constants["BLOCK_M"]), len(sides))](
+    launch(
+        vectors_kernel,
+        (cdiv(n, constants["BLOCK_M"]), len(sides)),
         X0=first,
         X1=last,
         stride_0n=first.stride(0),
@@ -210,8 +221,8 @@ def vectors(x: Tensor, width: int, *, normalize: bool, to_tf32: bool = False) ->
 
 
 def input_gradients(
-    partial: Tensor, rows: Tensor, inverse_norm: Tensor | None, scale: Tensor, unscale: Tensor, *, D: int,
-    dtype: torch.dtype,
+    partial: Tensor, rows: Tensor, inverse_norm: Tensor | None, scale: Tensor, unscale: Tensor,
+    upstream: Tensor | None = None, *, D: int, dtype: torch.dtype,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """Gradients of the input's rows [n, D] per side, and DOTS, from the sums of the gradients of VECTORS ``rows``."""
     splits, sides, n, width = partial.shape
@@ -221,13 +232,16 @@ def input_gradients(
     constants = tile(width)
     grads = [torch.empty(n, D, dtype=dtype, device=rows.device) for _ in range(sides)]
     dots = torch.empty(sides, n, dtype=torch.float32, device=rows.device)
-    finish_kernel[(triton.cdiv(n, constants["BLOCK_M"]), sides)](
+    launch(
+        finish_kernel,
+        (cdiv(n, constants["BLOCK_M"]), sides),
         PARTIAL=partial,
         stride_ps=partial.stride(0),
         VECTORS=rows,
         INVERSE_NORM=inverse_norm,
         SCALE=scale,
         UNSCALE=unscale,
+        UPSTREAM=upstream,
         GRAD0=grads[0],
         GRAD1=grads[-1],
         DOTS=dots,
@@ -237,6 +251,7 @@ def input_gradients(
         splits=splits,
         **constants,
         NORMALIZE=inverse_norm is not None,
+        HAS_UPSTREAM=upstream is not None,
         num_warps=4,
     )
     return grads, dots

@@ -7,18 +7,19 @@ They are the edge, and have a loop of their own, so that the loop over all other
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.launch import LaunchConfig, column_splits, hardware_of, launch_config, multiprocessors
+from fastkd.kernels.launch import LaunchConfig, cached, cdiv, column_splits, hardware_of, launch_config, multiprocessors
+from fastkd.kernels.plans import Blocks
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LARGEST_G = tl.constexpr(16384.0)  # a quarter of the largest fp16: G of both sides of a pair may be added
 # Pointers to scalars, which may lie anywhere in a user's parameters, and to slices that start at any rank's rows.
 # A kernel is not compiled a second time for those that do not lie at a multiple of 16 bytes.
-ANYWHERE = ["SCALE", "GRAD", "GRAD_CONTRAST", "GRAD_CONSISTENCY", "LARGEST_WEIGHT", "UNSCALE", "WEIGHT", "STATS"]
+ANYWHERE = ["SCALE", "UPSTREAM", "GRAD_CONTRAST", "GRAD_CONSISTENCY", "LARGEST_WEIGHT", "UNSCALE", "WEIGHT", "STATS"]
 BLOCK_ROWS = 128  # rows of a program that reads a few numbers per row
 
 
@@ -95,8 +96,8 @@ def tiling(
     splits: int | None,
     all_columns: int | None,
     bounded: bool | None = None,
-) -> tuple[LaunchConfig, int, dict[str, Any]]:
-    """The config, the number of column splits, and the arguments that every streaming kernel takes.
+) -> tuple[LaunchConfig, tuple[int, int], dict[str, Any]]:
+    """The config, the grid (row-blocks, splits), and the arguments that every streaming kernel takes.
 
     ``splits``: the number that earlier columns were split into, which has to stay the same; None: it is chosen so that
     the device stays busy with ``all_columns`` columns (default: these columns).
@@ -105,25 +106,43 @@ def tiling(
     n_cols = columns.shape[-2]
     assert columns.shape[-1] == width
     assert columns.dtype == rows.dtype
-    config = launch_config(kernel, hardware=hardware_of(rows.device), dtype=rows.dtype, width=width, bounded=bounded)
-    tiles = triton.cdiv(n_cols, config.BLOCK_N)
+    device = rows.device
+    return _tiling(
+        kernel, n, n_cols, width, rows.dtype, splits, all_columns, bounded, hardware_of(device), multiprocessors(device)
+    )
+
+
+@cached
+def _tiling(
+    kernel: str,
+    n: int,
+    n_cols: int,
+    width: int,
+    dtype: torch.dtype,
+    splits: int | None,
+    all_columns: int | None,
+    bounded: bool | None,
+    hardware: str,
+    multiprocessors: int,
+) -> tuple[LaunchConfig, tuple[int, int], dict[str, Any]]:
+    config = launch_config(kernel, hardware=hardware, dtype=dtype, width=width, bounded=bounded)
+    tiles, row_blocks = cdiv(n_cols, config.BLOCK_N), cdiv(n, config.BLOCK_M)
     if splits is None:
-        all_tiles = tiles if all_columns is None else triton.cdiv(all_columns, config.BLOCK_N)
-        slots = config.ctas_per_sm * multiprocessors(rows.device)
-        splits = column_splits(triton.cdiv(n, config.BLOCK_M), all_tiles, slots)
+        all_tiles = tiles if all_columns is None else cdiv(all_columns, config.BLOCK_N)
+        splits = column_splits(row_blocks, all_tiles, config.ctas_per_sm * multiprocessors)
     arguments = {
         "n": n,
         "n_cols": n_cols,
-        "tiles_per_split": triton.cdiv(tiles, splits),
+        "tiles_per_split": cdiv(tiles, splits),
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N,
         "PRECISION": "tf32",
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     } | ({} if config.maxnreg is None else {"maxnreg": config.maxnreg})
-    return config, splits, arguments
+    return config, (row_blocks, splits), arguments
 
 
-def descriptor(rows: Tensor, block: int) -> TensorDescriptor:
-    """What a kernel loads blocks of whole rows [n, width] through."""
-    return TensorDescriptor.from_tensor(rows, [block, rows.shape[1]])
+def in_blocks(rows: Tensor, block: int) -> Blocks:
+    """Rows [n, width] that a kernel reads in blocks of whole rows."""
+    return Blocks(rows, [block, rows.shape[1]])

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("fastkd", "kernels", "bench", "tests")
 # From the bottom to the top. A module may import its own room and the rooms of the lines above it.
 ROOMS = [line.split() for line in """
-    fastkd.numerics
+    fastkd.numerics  fastkd.native
     fastkd.kernels  fastkd.backends.masks
     fastkd.validate  fastkd.backends.reference
     fastkd.backends

@@ -6,6 +6,7 @@
 import itertools
 from collections.abc import Iterator
 
+import torch
 from fastkd.kernels import launch
 from fastkd.kernels import multiscale_pool as pool
 
@@ -16,11 +17,12 @@ LARGE = (14, [14, 14, 7, 7, 4, 4, 2, 2], [1, 1, 1, 1, 2, 2, 2, 2])
 
 
 def jobs(hardware: str) -> Iterator[Job]:
-    config = launch.launch_config("multiscale_pool", hardware=hardware)
     precision = pool.precision(hardware)
     maps = itertools.product((SMALL, LARGE), (False, True), (False, True))
     dtypes = ("bf16", "fp32", "fp16") if hardware == "sm_90" else ("bf16", "fp32")
     for ((side, windows, strides), normalize, channels_last), dtype in itertools.product(maps, dtypes):
+        torch_dtype = torch.float32 if dtype == "fp32" else torch.float16
+        config = launch.launch_config("multiscale_pool", hardware=hardware, dtype=torch_dtype, width=side * side)
         align = 4 if dtype == "fp32" else 8
         scales = pool.scales_of(side, side, windows, strides)
         M = scales[-1][0] + scales[-1][1] * scales[-1][2]
@@ -39,8 +41,10 @@ def jobs(hardware: str) -> Iterator[Job]:
             "BLOCK_P": BLOCK_P,
             "IS_SPLIT": dtype == "fp32" and precision == "tf32",
         }
-        # Rows of 7 x 7 positions are not aligned, rows of 14 x 14 to 4 elements, and channels to 16 bytes.
-        forward = shared | {"ALIGN": align if channels_last else 4 if side == 14 else 1}
+        # Rows of 14 x 14 positions are aligned to 4 elements, rows of 7 x 7 not, and channels to 16 bytes.
+        paired = side == 7 and dtype != "fp32" and not channels_last
+        forward = shared | {"ALIGN": align if channels_last else 4 if side == 14 else 1 + paired}
+        forward |= {"ALIGN_C": align, "PAIRED": paired}
         backward = shared | ({} if normalize else {"U": None}) | ({} if has_dots else {"DOTS": None})
         backward |= {"ALIGN": align, "HAS_DOTS": has_dots, "IS_ROUNDED": dtype != "fp32" and precision == "tf32"}
         kernels = ("forward", pool.forward_kernel, forward), ("backward", pool.backward_kernel, backward)

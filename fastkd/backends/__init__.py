@@ -16,6 +16,7 @@ TRITON_OPERATIONS = frozenset({"contrast", "dual_softmax", "multiscale_pool", "s
 MAX_WIDTH = 1 << 13  # of a row that one program normalises
 
 
+@functools.cache
 def implementation(operation: str, backend: str) -> ModuleType:
     """The module of a streaming backend that computes ``operation``.
 

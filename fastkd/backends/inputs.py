@@ -15,6 +15,7 @@ class DualRows(NamedTuple):
     scale_bound: float  # the scale is at most this; inf if nothing is known
     columns: int  # how many there are on all ranks
     is_packed: bool
+    needs: tuple[bool, bool] | None = None  # whose gradients the forward's ``kept`` will serve; None: nobody's
 
 
 class DualUpstream(NamedTuple):
@@ -25,6 +26,7 @@ class DualUpstream(NamedTuple):
     grad_contrast: Tensor
     grad_consistency: Tensor
     is_swapped: bool  # the contrast reads q, not p
+    factors: tuple[float, float] = (1.0, 1.0)  # what the two sums were multiplied by
 
 
 class ContrastRows(NamedTuple):
@@ -37,6 +39,7 @@ class ContrastRows(NamedTuple):
     normalized: bool  # the rows have length 1 or 0
     columns: int  # how many keys there are on all ranks
     is_packed: bool
+    needs: tuple[bool, bool] | None = None  # as in DualRows, of queries and keys
 
 
 class ContrastUpstream(NamedTuple):
@@ -48,3 +51,4 @@ class ContrastUpstream(NamedTuple):
     stats: Tensor  # [2, n]
     weight: Tensor | None  # [n]
     grad_loss: Tensor
+    factor: float = 1.0  # what the sum was multiplied by

@@ -3,7 +3,7 @@
     with agreeing(group, "dcd_loss") as ranks:
         ...                     # check the arguments: an error on one rank is raised on every rank
         ranks.describe(...)     # what must be equal on all ranks
-    ranks.mean(total, n)
+    total * ranks.part_per_row(n)
 
 With one rank there is nothing to agree on, and the same lines check the arguments and take the mean.
 """
@@ -142,12 +142,8 @@ class Agreement:
         """
         return 1 / rows if self.peers is None else self.peers.world_size / self.peers.total
 
-    def mean(self, total: Tensor, rows: int) -> Tensor:
-        """This rank's part of the mean over all rows, from the sum over its own ``rows``."""
-        return total / rows if self.peers is None else total * self.part_per_row(rows)
-
     def mean_over(self, total: Tensor, count: Tensor) -> Tensor:
-        """The same where the number to divide by is known on the device alone; ``count`` is overwritten."""
+        """This rank's part of a mean whose number of rows the device alone knows; ``count`` is overwritten."""
         if self._group is None:
             return total / count.clamp_min(1)
         dist.all_reduce(count, group=self._group)

@@ -24,6 +24,7 @@ from torch import Tensor
 from fastkd.distributed.agree import Peers
 from fastkd.distributed.group import may_hold
 from fastkd.distributed.pack import extension_gathers, pack_rows
+from fastkd.native import extension
 
 if TYPE_CHECKING:  # a torch without distributed has no Work
     from torch.distributed import Work
@@ -225,10 +226,7 @@ def start_gather(
     """
     assert len(rows[0]) == peers.sizes[peers.rank]
     if extension_gathers(rows[0].device.type):
-        *tensors, boxed = torch.ops.fastkd_native.start_gather(
-            list(rows), dtype, normalize, peers.sizes, bounds, peers.group.boxed()
-        )
-        return *tensors, [dist.Work.unbox(work) for work in boxed]
+        return extension().start_gather(list(rows), dtype, normalize, peers.sizes, bounds, peers.group)
     width = len(rows) * rows[0].shape[1]
     gathered = rows[0].new_empty(peers.total * width, dtype=dtype)
     works = []

@@ -5,19 +5,15 @@ PyTorch does the same. Nothing is ever built here.
 """
 
 import functools
-import re
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.native import extension
 from fastkd.numerics import NORM_EPS, accumulation_dtype, unit_rows
 
-LIBRARY = Path(__file__).parents[1] / "_native.so"
-INTERFACE = 2  # of csrc/: raised with every change of its operators or of what they compute; setup.py builds it in
 LANES = 16  # partial sums of a row, kLanes in csrc
 
 
@@ -61,35 +57,11 @@ def _unit_rows_in_lanes(x: Tensor) -> tuple[Tensor, Tensor]:
 @functools.cache
 def extension_covers(device_type: str) -> bool:
     """Whether the extension is there, loads, and has code for ``device_type``."""
-    if device_type not in ("cpu", "cuda") or not _extension_loads():
+    if device_type not in ("cpu", "cuda") or extension() is None:
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key("fastkd_native::pack_rows", device_type.upper())
 
 
 def extension_gathers(device_type: str) -> bool:
     """Whether the extension also starts the collectives; built for a torch without distributed it does not."""
-    return extension_covers(device_type) and hasattr(torch.ops.fastkd_native, "start_gather")
-
-
-@functools.cache
-def _extension_loads() -> bool:
-    """Load the extension if it is there; one warning, naming the versions, if it does not fit or fails to load."""
-    if not LIBRARY.exists():
-        return False
-    found = f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'} and interface {INTERFACE}"
-    stated = re.search(rb"fastkd_native built for ([ -~]+)", LIBRARY.read_bytes())
-    built_for = stated.group(1).decode() if stated else "an unknown torch"
-    try:
-        # torch promises no stable C++ interface: another release can crash instead of failing to load.
-        if built_for != found:
-            raise OSError("rebuild it: make ext")
-        torch.ops.load_library(str(LIBRARY))
-    except OSError as error:
-        warnings.warn(
-            f"fastkd: {LIBRARY.name} was built for {built_for}, found {found}: it is not used ({error}); "
-            "the Python path computes the same",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
+    return extension_covers(device_type) and hasattr(extension(), "start_gather")

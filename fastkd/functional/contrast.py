@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastkd import backends
+from fastkd import backends, numerics
 from fastkd.backends import reference
-from fastkd.backends.masks import Mask, label_codes
+from fastkd.backends.masks import Mask
 from fastkd.distributed.agree import agreeing, eagerly, kind_of
 from fastkd.distributed.group import Group, resolve_group
-from fastkd.numerics import weighted_sum
-from fastkd.ops.contrast import GlobalContrast, contrast
+from fastkd.ops.contrast import weighted_sum
 from fastkd.validate import (
     check_bool,
     check_choice,
@@ -312,16 +311,17 @@ def _mean(
         ranks.describe(x.query, options, other=key, scale=x.scale, weight=x.weight, backend=backend)
     if backend == "reference":
         total, positives = _reference(x, key)
+        if not x.by_label:
+            total = total / x.query.shape[0]
     else:
         check_no_tangent(x.query, key, x.scale)
-        labels = x.query_labels, x.key_labels
-        if ranks.peers is None and x.query_labels is not None:
-            queries, keys = label_codes(x.query_labels, x.query_labels if x.key_labels is None else x.key_labels)
-            labels = queries, None if x.key is None else keys
-        arguments = x.query, x.key, x.scale, x.weight, *labels, x.positive_index, x.by_label, x.normalize, backend
-        total, stats = contrast(*arguments) if ranks.peers is None else GlobalContrast.apply(*arguments, ranks.peers)
+        total, stats = weighted_sum(
+            x.query, x.key, x.scale, x.weight, (x.query_labels, x.key_labels), x.positive_index,
+            by_label=x.by_label, normalize=x.normalize, backend=backend,
+            factor=1.0 if x.by_label else ranks.part_per_row(x.query.shape[0]), peers=ranks.peers,
+        )  # fmt: skip
         positives = stats[1]
-    return ranks.mean_over(total, (positives > 0).sum()) if x.by_label else ranks.mean(total, len(x.query))
+    return ranks.mean_over(total, (positives > 0).sum()) if x.by_label else total
 
 
 def _reference(x: ContrastInputs, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -335,4 +335,4 @@ def _reference(x: ContrastInputs, key: Tensor) -> tuple[Tensor, Tensor]:
     )
     with torch.autocast(x.query.device.type, enabled=False):
         rows, positives = reference.contrast(x.query, key, x.scale, x.normalize, mask)
-        return weighted_sum(rows, x.weight), positives
+        return numerics.weighted_sum(rows, x.weight), positives

@@ -17,7 +17,7 @@ from fastkd.backends import reference
 from fastkd.distributed.agree import agreeing, eagerly, kind_of
 from fastkd.distributed.group import Group, resolve_group
 from fastkd.numerics import weighted_sum
-from fastkd.ops.dual_softmax import GlobalDualSoftmax, dual_softmax
+from fastkd.ops.dual_softmax import means
 from fastkd.validate import (
     CONSISTENCIES,
     check_bias,
@@ -122,13 +122,12 @@ def dcd_terms(
     logit_scale from the device drop the running maxima; it does not clamp.
     """
     process_group = resolve_group(group)
-    contrast_mean, consistency_mean = eagerly(process_group, _means)(
+    return eagerly(process_group, _terms)(
         process_group, student, teacher, logit_scale, logit_bias, alpha, consistency, sample_weight, max_scale, backend
     )
-    return contrast_mean, alpha * consistency_mean
 
 
-def _means(
+def _terms(
     group: ProcessGroup | None,
     student: Tensor,
     teacher: Tensor,
@@ -140,7 +139,7 @@ def _means(
     max_scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean contrast and mean consistency over the rows of all ranks; this rank's part of them if there are several."""
+    """Both terms over the rows of all ranks; this rank's part of them if there are several."""
     with agreeing(group, "dcd_loss") as ranks:
         check_pair("student", student, "teacher", teacher, "[n, D]", may_be_empty=ranks.several)
         scale = check_scale(logit_scale, student)
@@ -154,13 +153,15 @@ def _means(
     if backend == "reference":
         with torch.autocast(student.device.type, enabled=False):
             rows = reference.dual_softmax(student, teacher, scale, consistency=consistency)
-            sums = [weighted_sum(row, weight) for row in rows]
+            contrast, divergence = (weighted_sum(row, weight) / student.shape[0] for row in rows)
+            divergence = alpha * divergence
     else:
         check_no_tangent(student, teacher, scale)
-        arguments = student, teacher, scale, weight, consistency, scale_bound(logit_scale, max_scale), backend
-        peers = ranks.peers
-        sums = dual_softmax(*arguments) if peers is None else GlobalDualSoftmax.apply(*arguments, peers)
-    contrast_mean, consistency_mean = (ranks.mean(total, len(student)) for total in sums[:2])
+        part = ranks.part_per_row(student.shape[0])
+        contrast, divergence = means(
+            student, teacher, scale, weight, consistency=consistency, scale_bound=scale_bound(logit_scale, max_scale),
+            backend=backend, factors=(part, alpha * part), peers=ranks.peers,
+        )  # fmt: skip
     if bias is not None:
-        contrast_mean = contrast_mean + 0.0 * bias.to(contrast_mean.dtype)
-    return contrast_mean, consistency_mean
+        contrast = contrast + 0.0 * bias.to(contrast.dtype)
+    return contrast, divergence

@@ -6,7 +6,7 @@ from torch import Tensor
 from fastkd import backends
 from fastkd.backends import reference
 from fastkd.numerics import weighted_sum
-from fastkd.ops.soft_target import soft_target
+from fastkd.ops.soft_target import weighted_sums
 from fastkd.validate import check_labels, check_no_tangent, check_number, check_pair, check_weight
 
 
@@ -116,7 +116,4 @@ def _soft_target_means(
                 ce = reference.cross_entropy(student_logits, labels, label_smoothing)
             return weighted_sum(ce, weight) / n, weighted_sum(kd, weight) / n
     check_no_tangent(student_logits, teacher_logits)
-    ce_sum, kd_sum, _ = soft_target(
-        student_logits, teacher_logits, labels, weight, temperature, label_smoothing, backend
-    )
-    return ce_sum / n, kd_sum / n
+    return weighted_sums(1 / n, student_logits, teacher_logits, labels, weight, temperature, label_smoothing, backend)

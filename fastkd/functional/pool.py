@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkd import backends
 from fastkd.backends import reference
-from fastkd.ops.multiscale_pool import multiscale_pool as pool
+from fastkd.ops.multiscale_pool import pooled
 from fastkd.validate import (
     check_bool,
     check_feature_map,
@@ -45,6 +45,7 @@ def multiscale_pool(
     Args:
         features: [B, C, H, W] in float64, float32, bf16 or fp16. NCHW and channels-last are read as they are; slices of
             either may be copied. Sums are taken in float32 (float64 for float64). A sum that overflows it may be inf.
+            On a GPU every new combination of H, W, windows and strides compiles its kernels once, for some seconds.
         windows: the sides of the windows in pixels, one entry per scale: an int (a square) or a pair (height, width),
             at most H and W. The window of the whole of a rectangular map is the pair (H, W).
         strides: the distances of the windows in pixels, one entry per scale: an int or a pair (vertical, horizontal);
@@ -81,4 +82,4 @@ def multiscale_pool(
         with torch.autocast(features.device.type, enabled=False):
             return reference.multiscale_pool(features, sides, steps, normalize, out_dtype)
     check_no_tangent(features)
-    return pool(features, sides, steps, normalize, out_dtype, backend)[0]
+    return pooled(features, sides, steps, normalize, out_dtype, backend)

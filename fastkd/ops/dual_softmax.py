@@ -1,17 +1,19 @@
 """``dual_softmax``: contrast and consistency of DCD, over the rows of one rank or of several.
 
 :func:`forward` and :func:`backward` are the operation. They hand blocks of columns to a backend's ``Forward`` or
-``Backward``. On one rank the rows themselves are all the columns; custom ops let torch.compile see through that case.
-On several ranks the columns of the others arrive through an exchange. Then every rank returns the sums over its own
-rows, and computes their whole gradient alone, from three numbers per column. For that the upstream gradients must be
-equal on all ranks, as they are when every rank calls ``backward`` on its loss.
+``Backward``. :func:`means` runs them as a plain autograd function. Under torch.compile, on one rank, custom ops take
+its place.
+
+On one rank the rows themselves are all the columns. On several ranks the columns of the others arrive through an
+exchange. Then every rank returns the sums over its own rows, and computes their whole gradient alone, from three
+numbers per column. For that the upstream gradients must be equal on all ranks, as they are when every rank calls
+``backward`` on its loss.
 """
 
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastkd.backends import implementation
 from fastkd.backends.inputs import DualRows, DualUpstream
@@ -19,17 +21,19 @@ from fastkd.distributed.agree import Peers
 from fastkd.distributed.exchange import Alone, Exchange, start, start_numbers
 from fastkd.distributed.group import exchange_dtype
 from fastkd.numerics import accumulation_dtype
+from fastkd.ops.eager import computing, differentiable_once, is_traced
 
-STATISTICS = {"blocked": 4, "triton": 3}  # numbers per row that a backend keeps for its backward
+STATISTICS = {"blocked": 5, "triton": 3}  # numbers per row that a backend keeps for its backward
 Value = TypeVar("Value")
 
 
 class _Options(NamedTuple):
-    """Which KL divergence, what is known of the scale, and who computes."""
+    """Which KL divergence, what is known of the scale, who computes, and what the two sums are multiplied by."""
 
     consistency: str
     scale_bound: float  # logit_scale is at most this; inf if nothing is known
     backend: str
+    factors: tuple[float, float] = (1.0, 1.0)  # of contrast and consistency: 1 / n makes means of them
 
     @property
     def is_swapped(self) -> bool:
@@ -47,19 +51,36 @@ class _Options(NamedTuple):
         return implementation("dual_softmax", self.backend)
 
 
-def _rows(exchange: Exchange | Alone, units: Any, logit_scale: Tensor, like: Tensor, options: _Options) -> DualRows:
+def _rows(
+    exchange: Exchange | Alone,
+    units: Any,
+    logit_scale: Tensor,
+    like: Tensor,
+    options: _Options,
+    needs: tuple[bool, bool] | None = None,
+) -> DualRows:
     scale = logit_scale.to(accumulation_dtype(like.dtype))
-    return DualRows(units, scale, options.scale_bound, exchange.total, exchange.is_packed)
+    return DualRows(units, scale, options.scale_bound, exchange.total, exchange.is_packed, needs)
+
+
+def _needed(needs: tuple[bool, bool, bool], options: _Options) -> tuple[bool, bool]:
+    """Whether the gradients of a and b must be computed, for student, teacher and scale that need theirs or not."""
+    need_a, need_b = options.pair(needs[0], needs[1])
+    # The gradient of logit_scale falls out of either side's. On all ranks the same side must yield it.
+    return need_a or needs[2] or not need_b, need_b
 
 
 def forward(
     exchange: Exchange | Alone, rows: DualRows, gathered: Tensor | None, weight: Tensor | None, options: _Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The weighted sums of contrast and consistency, and the statistics of the rank's rows."""
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """The weighted sums of contrast and consistency, the statistics of the rank's rows, and what the backward may use.
+
+    The last are tensors that spare the backward some work. It does without them under torch.compile.
+    """
     state = options.module.Forward(rows)
     for cols, block in exchange.columns(rows.units, gathered):
         state.add_own() if cols == exchange.own else state.add(block, cols)
-    return state.finish(weight, options.is_swapped)
+    return *state.finish(weight, options.is_swapped, options.factors), state.kept
 
 
 def backward(
@@ -72,16 +93,14 @@ def backward(
     needs: tuple[bool, bool, bool],
     like: Tensor,
     options: _Options,
+    kept: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of student and teacher (empty where not needed), as wide as ``like`` and in its dtype; of the scale."""
-    need_a, need_b = options.pair(needs[0], needs[1])
-    # The gradient of logit_scale falls out of either side's. On all ranks the same side must yield it.
-    with_a = need_a or needs[2] or not need_b
-    state = options.module.Backward(rows, stats, upstream, with_a, need_b)
+    state = options.module.Backward(rows, stats, upstream, *_needed(needs, options), kept)
     for cols, block in exchange.columns(rows.units, gathered):
         state.add_own() if cols == exchange.own else state.add(block, cols)
     grad_a, grad_b, grad_scale = state.finish(inverse_norm, like.dtype, like.shape[1])
-    if not need_a:
+    if not options.pair(needs[0], needs[1])[0]:
         grad_a = grad_a.new_empty(0)
     return *options.pair(grad_a, grad_b), grad_scale
 
@@ -101,10 +120,10 @@ def dual_softmax(
     student, teacher: [n, D]. logit_scale: 0-dim, at most ``scale_bound`` (inf: unknown). weight: [n] or None for ones.
     """
     options = _Options(consistency, scale_bound, backend)
-    with torch.autocast(student.device.type, enabled=False):
+    with computing(student):
         units, _ = options.module.units(*options.pair(student, teacher))
-        alone = Alone(len(student))
-        return forward(alone, _rows(alone, units, logit_scale, student, options), None, weight, options)
+        alone = Alone(student.shape[0])
+        return forward(alone, _rows(alone, units, logit_scale, student, options), None, weight, options)[:3]
 
 
 @dual_softmax.register_fake
@@ -131,12 +150,12 @@ def dual_softmax_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of student and teacher (empty where not needed) and of logit_scale, in their inputs' dtypes."""
     options, needs = _Options(consistency, scale_bound, backend), (need_student, need_teacher, False)
-    with torch.autocast(student.device.type, enabled=False):
+    with computing(student):
         units, inverse_norm = options.module.units(*options.pair(student, teacher))
         upstream = DualUpstream(
-            options.module.numbers(stats), weight, grad_contrast, grad_consistency, options.is_swapped
+            options.module.numbers(stats), weight, grad_contrast, grad_consistency, options.is_swapped, options.factors
         )
-        alone = Alone(len(student))
+        alone = Alone(student.shape[0])
         rows = _rows(alone, units, logit_scale, student, options)
         *grads, grad_scale = backward(alone, rows, None, inverse_norm, stats, upstream, needs, student, options)
     return grads[0], grads[1], grad_scale.to(logit_scale.dtype)
@@ -169,8 +188,12 @@ def _op_backward(ctx: Any, grad_contrast: Tensor, grad_consistency: Tensor, _: T
 dual_softmax.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-class GlobalDualSoftmax(torch.autograd.Function):
-    """The sums over this rank's rows, against the rows of all ``peers``; a process group cannot cross a custom op."""
+class DualSoftmax(torch.autograd.Function):
+    """The weighted sums over this rank's rows, times the factors, against the rows of all ``peers``, if there are any.
+
+    Unlike the custom op it may take a process group, keep what it likes for its backward, and start quickly.
+    ``keeps``: whether gradients are enabled, so that a backward may come.
+    """
 
     @staticmethod
     def forward(
@@ -179,41 +202,73 @@ class GlobalDualSoftmax(torch.autograd.Function):
         teacher: Tensor,
         logit_scale: Tensor,
         weight: Tensor | None,
-        consistency: str,
-        scale_bound: float,
-        backend: str,
-        peers: Peers,
+        options: _Options,
+        peers: Peers | None,
+        keeps: bool,
     ) -> tuple[Tensor, Tensor]:
-        options = ctx.options = _Options(consistency, scale_bound, backend)
-        if peers.has_weight and weight is None:
-            weight = student.new_ones(len(student))
-        with torch.autocast(student.device.type, enabled=False):
+        exchange: Exchange | Alone = Alone(student.shape[0])
+        gathered = running = None
+        with computing(student):
             pair = options.pair(student, teacher)
-            exchange, units, inverse_norm, gathered = start(peers, pair, exchange_dtype(student.dtype))
-            rows = _rows(exchange, units, logit_scale, student, options)
-            contrast, consistency_sum, stats = forward(exchange, rows, gathered, weight, options)
-            ctx.exchange, ctx.weighted, ctx.like = exchange, weight is not None, student.new_empty(0, student.shape[1])
-            numbers = options.module.numbers(stats)
-            if weight is not None:
-                numbers = torch.cat([numbers, weight.to(numbers.dtype)[None]])
-            # Not among the saved tensors: they are still arriving, and autograd would take that for a change.
-            ctx.numbers = start_numbers(peers, numbers.T) if peers.needs_grad else None
-            ctx.save_for_backward(logit_scale, units, inverse_norm, gathered, stats)
-        return contrast, consistency_sum
+            if peers is None:
+                units, inverse_norm = options.module.units(*pair)
+            else:
+                if peers.has_weight and weight is None:
+                    weight = student.new_ones(student.shape[0])
+                exchange, units, inverse_norm, gathered = start(peers, pair, exchange_dtype(student.dtype))
+            needs = _needed(ctx.needs_input_grad[:3], options) if keeps and any(ctx.needs_input_grad[:3]) else None
+            rows = _rows(exchange, units, logit_scale, student, options, needs)
+            contrast, consistency, stats, kept = forward(exchange, rows, gathered, weight, options)
+            if peers is not None and peers.needs_grad:
+                numbers = options.module.numbers(stats)
+                if weight is not None:
+                    numbers = torch.cat([numbers, weight.to(numbers.dtype)[None]])
+                running = start_numbers(peers, numbers.T)
+        ctx.options, ctx.exchange = options, exchange
+        # Not among the saved tensors: they are still arriving, and autograd would take that for a change.
+        ctx.numbers = running
+        inputs = student, teacher, logit_scale, weight
+        ctx.save_for_backward(*inputs, units, inverse_norm, gathered, stats, *kept)
+        return contrast, consistency
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_contrast: Tensor, grad_consistency: Tensor) -> tuple[Tensor | None, ...]:
-        logit_scale, units, inverse_norm, gathered, stats = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        with torch.autocast(units.device.type, enabled=False):
-            numbers, weight = ctx.numbers.wait(ctx.exchange).T.contiguous(), None
-            if ctx.weighted:
-                numbers, weight = numbers[:-1], numbers[-1]
-            upstream = DualUpstream(numbers, weight, grad_contrast, grad_consistency, ctx.options.is_swapped)
-            rows = _rows(ctx.exchange, units, logit_scale, ctx.like, ctx.options)
+        student, _, logit_scale, weight, units, inverse_norm, gathered, stats, *kept = ctx.saved_tensors
+        options, needs = ctx.options, ctx.needs_input_grad[:3]
+        with computing(units):
+            if ctx.numbers is None:
+                numbers = options.module.numbers(stats)
+            else:
+                numbers = ctx.numbers.wait(ctx.exchange).T.contiguous()
+                if weight is not None:
+                    numbers, weight = numbers[:-1], numbers[-1]
+            upstream = DualUpstream(
+                numbers, weight, grad_contrast, grad_consistency, options.is_swapped, options.factors
+            )
+            rows = _rows(ctx.exchange, units, logit_scale, student, options)
             *grads, grad_scale = backward(
-                ctx.exchange, rows, gathered, inverse_norm, stats, upstream, needs, ctx.like, ctx.options
+                ctx.exchange, rows, gathered, inverse_norm, stats, upstream, needs, student, options, tuple(kept)
             )
         grads.append(grad_scale.to(logit_scale.dtype))
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 5
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 4
+
+
+def means(
+    student: Tensor,
+    teacher: Tensor,
+    logit_scale: Tensor,
+    weight: Tensor | None,
+    *,
+    consistency: str,
+    scale_bound: float,
+    backend: str,
+    factors: tuple[float, float],
+    peers: Peers | None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sums of contrast and consistency over this rank's rows, each times its factor."""
+    if peers is None and is_traced(student, teacher, logit_scale):
+        sums = dual_softmax(student, teacher, logit_scale, weight, consistency, scale_bound, backend)
+        return sums[0] * factors[0], sums[1] * factors[1]
+    options = _Options(consistency, scale_bound, backend, factors)
+    return DualSoftmax.apply(student, teacher, logit_scale, weight, options, peers, torch.is_grad_enabled())

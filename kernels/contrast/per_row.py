@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from fastkd.kernels.launch import cdiv
 from fastkd.kernels.normalize import input_gradients
+from fastkd.kernels.plans import launch
 from fastkd.kernels.tiles import ANYWHERE, BLOCK_ROWS, LARGEST_G, LN2, LOG2E, store_numbers
 from torch import Tensor
 
@@ -90,12 +92,41 @@ def _expm1(x):
     return tl.where(x > -0.5, series, tl.exp2(x * LOG2E) - 1)
 
 
-@triton.jit(do_not_specialize=["n", "splits"], do_not_specialize_on_alignment=ANYWHERE)
-def statistics_kernel(
-    STATE, WEIGHT, COUNT, STATS, LOSS, n, splits,
+@triton.jit
+def _store_coefficients(
+    first, second, WEIGHT, LARGEST_WEIGHT, COEF, UNSCALE, n, offs_m, factor,
     BLOCK_M: tl.constexpr, HAS_WEIGHT: tl.constexpr, BY_LABEL: tl.constexpr,
 ):  # fmt: skip
-    """Merges the splits into STATS; LOSS [n], weighted."""
+    """``log2 w_i - lse_i`` in units of log 2, and what is special at the positives, from a row's two numbers.
+
+    By index that is ``w_i (p_ip - 1) = w_i expm1(-loss_i)`` in place of ``w_i p_ip``, by label ``w_i / |P_i|`` to
+    subtract. The weights are brought to a largest one that keeps G inside fp16 and far from its underflow. UNSCALE
+    times the upstream gradient undoes it; it holds ``factor``.
+    """
+    in_rows = offs_m < n
+    largest = tl.full([], 1.0, tl.float32)
+    w = tl.full([BLOCK_M], LARGEST_G, tl.float32)
+    if HAS_WEIGHT:
+        largest = tl.load(LARGEST_WEIGHT).to(tl.float32)
+        largest = tl.where(largest == 0, 1.0, largest)
+        w *= tl.div_rn(tl.load(WEIGHT + offs_m, mask=in_rows, other=0.0).to(tl.float32), largest)
+    if BY_LABEL:
+        w = tl.where(second > 0, w, w * 0)  # a NaN stays one
+        at_positive = w / tl.maximum(second, 1.0)
+        lse = first
+    else:
+        at_positive = w * _expm1(-first)
+        lse = first + second
+    store_numbers(COEF + offs_m, n, in_rows, (tl.log2(w) - lse * LOG2E, at_positive))
+    tl.store(UNSCALE, factor * largest / LARGEST_G)
+
+
+@triton.jit(do_not_specialize=["n", "splits"], do_not_specialize_on_alignment=ANYWHERE)
+def statistics_kernel(
+    STATE, WEIGHT, LARGEST_WEIGHT, COUNT, STATS, LOSS, COEF, UNSCALE, n, splits, factor,
+    BLOCK_M: tl.constexpr, HAS_WEIGHT: tl.constexpr, BY_LABEL: tl.constexpr, HAS_COEF: tl.constexpr,
+):  # fmt: skip
+    """Merges the splits into STATS; LOSS [n], weighted, times ``factor``; with HAS_COEF also COEF and UNSCALE."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = offs_m < n
     stride_k = n.to(tl.int64)
@@ -121,6 +152,12 @@ def statistics_kernel(
         loss = tl.maximum(others, 0.0) * LN2 + _log1p(tl.exp2(-tl.abs(others)))
         first, second = loss, xp * LN2
     store_numbers(STATS + offs_m, n, in_rows, (first, second))
+    if HAS_COEF:
+        _store_coefficients(
+            first, second, WEIGHT, LARGEST_WEIGHT, COEF, UNSCALE, n, offs_m, factor,
+            BLOCK_M=BLOCK_M, HAS_WEIGHT=HAS_WEIGHT, BY_LABEL=BY_LABEL,
+        )  # fmt: skip
+    loss *= factor
     if HAS_WEIGHT:
         loss *= tl.load(WEIGHT + offs_m, mask=in_rows, other=0.0).to(tl.float32)
     tl.store(LOSS + offs_m, loss, mask=in_rows)
@@ -128,72 +165,74 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=["n", "stride_sn"], do_not_specialize_on_alignment=ANYWHERE)
 def coefficients_kernel(
-    STATS, stride_sn, WEIGHT, LARGEST_WEIGHT, GRAD, COEF, UNSCALE, n,
+    STATS, stride_sn, WEIGHT, LARGEST_WEIGHT, COEF, UNSCALE, n, factor,
     BLOCK_M: tl.constexpr, HAS_WEIGHT: tl.constexpr, BY_LABEL: tl.constexpr,
 ):  # fmt: skip
-    """``log2 w_i - lse_i`` in units of log 2, and what is special at the positives.
-
-    By index that is ``w_i (p_ip - 1) = w_i expm1(-loss_i)`` in place of ``w_i p_ip``, by label ``w_i / |P_i|`` to
-    subtract. The weights are brought to a largest one that keeps G inside fp16 and far from its underflow; UNSCALE is
-    what undoes it, and holds the upstream gradient.
-    """
+    """COEF and UNSCALE of all ranks' queries, from their numbers."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_rows = offs_m < n
-    largest = tl.full([], 1.0, tl.float32)
-    w = tl.full([BLOCK_M], LARGEST_G, tl.float32)
-    if HAS_WEIGHT:
-        largest = tl.load(LARGEST_WEIGHT).to(tl.float32)
-        largest = tl.where(largest == 0, 1.0, largest)
-        w *= tl.div_rn(tl.load(WEIGHT + offs_m, mask=in_rows, other=0.0).to(tl.float32), largest)
-    first = tl.load(STATS + offs_m, mask=in_rows, other=0.0)
-    second = tl.load(STATS + stride_sn + offs_m, mask=in_rows, other=0.0)
-    if BY_LABEL:
-        w = tl.where(second > 0, w, w * 0)  # a NaN stays one
-        at_positive = w / tl.maximum(second, 1.0)
-        lse = first
-    else:
-        at_positive = w * _expm1(-first)
-        lse = first + second
-    store_numbers(COEF + offs_m, n, in_rows, (tl.log2(w) - lse * LOG2E, at_positive))
-    tl.store(UNSCALE, tl.load(GRAD).to(tl.float32) * (largest / LARGEST_G))
+    first = tl.load(STATS + offs_m, mask=offs_m < n, other=0.0)
+    second = tl.load(STATS + stride_sn + offs_m, mask=offs_m < n, other=0.0)
+    _store_coefficients(
+        first, second, WEIGHT, LARGEST_WEIGHT, COEF, UNSCALE, n, offs_m, factor,
+        BLOCK_M=BLOCK_M, HAS_WEIGHT=HAS_WEIGHT, BY_LABEL=BY_LABEL,
+    )  # fmt: skip
 
 
-def statistics(state: Tensor, weight: Tensor | None, count: Tensor | None) -> tuple[Tensor, Tensor]:
-    """LOSS [n], weighted, and STATS [2, n]; ``count``: the numbers of positives, by label."""
+def statistics(
+    state: Tensor, weight: Tensor | None, count: Tensor | None, *, factor: float = 1.0, needs_coef: bool = False
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """LOSS [n], weighted, times ``factor``; STATS [2, n]; COEF and UNSCALE, as :func:`coefficients`, if asked for.
+
+    ``count``: the numbers of positives, by label.
+    """
     splits, _, n = state.shape
     loss = torch.empty(n, dtype=torch.float32, device=state.device)
     stats = torch.empty(2, n, dtype=torch.float32, device=state.device)
-    statistics_kernel[(triton.cdiv(n, BLOCK_ROWS),)](
+    coef, unscale = _empty_coefficients(stats) if needs_coef else (None, None)
+    launch(
+        statistics_kernel,
+        (cdiv(n, BLOCK_ROWS),),
         STATE=state,
         WEIGHT=weight,
+        LARGEST_WEIGHT=None if weight is None or not needs_coef else weight.amax(),
         COUNT=count,
         STATS=stats,
         LOSS=loss,
+        COEF=coef,
+        UNSCALE=unscale,
         n=n,
         splits=splits,
+        factor=factor,
         BLOCK_M=BLOCK_ROWS,
         HAS_WEIGHT=weight is not None,
         BY_LABEL=count is not None,
+        HAS_COEF=needs_coef,
         num_warps=4,
     )
-    return loss, stats
+    return loss, stats, () if coef is None or unscale is None else (coef, unscale)
 
 
-def coefficients(stats: Tensor, weight: Tensor | None, grad_loss: Tensor, *, by_label: bool) -> tuple[Tensor, Tensor]:
+def _empty_coefficients(stats: Tensor) -> tuple[Tensor, Tensor]:
+    coef = torch.empty(2, stats.shape[1], dtype=torch.float32, device=stats.device)
+    return coef, torch.empty(1, dtype=torch.float32, device=stats.device)
+
+
+def coefficients(stats: Tensor, weight: Tensor | None, *, by_label: bool, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """COEF [2, n] of all queries, and UNSCALE [1]. A slice of COEF serves a block of queries."""
     n = stats.shape[1]
-    coef = torch.empty(2, n, dtype=torch.float32, device=stats.device)
-    unscale = torch.empty(1, dtype=torch.float32, device=stats.device)
+    coef, unscale = _empty_coefficients(stats)
     assert stats.stride(1) == 1
-    coefficients_kernel[(triton.cdiv(n, BLOCK_ROWS),)](
+    launch(
+        coefficients_kernel,
+        (cdiv(n, BLOCK_ROWS),),
         STATS=stats,
         stride_sn=stats.stride(0),
         WEIGHT=weight,
         LARGEST_WEIGHT=None if weight is None else weight.amax(),
-        GRAD=grad_loss,
         COEF=coef,
         UNSCALE=unscale,
         n=n,
+        factor=factor,
         BLOCK_M=BLOCK_ROWS,
         HAS_WEIGHT=weight is not None,
         BY_LABEL=by_label,
@@ -208,11 +247,14 @@ def gradients(
     inverse_norm: Tensor | None,
     scale: Tensor,
     unscale: Tensor,
+    upstream: Tensor,
     *,
     D: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the input's rows [n, D], and DOTS [n]: each row's part of the scale's gradient."""
     inverse_norm = None if inverse_norm is None else inverse_norm[None]
-    grads, dots = input_gradients(partial[:, None], rows[None], inverse_norm, scale, unscale, D=D, dtype=dtype)
+    grads, dots = input_gradients(
+        partial[:, None], rows[None], inverse_norm, scale, unscale, upstream, D=D, dtype=dtype
+    )
     return grads[0], dots[0]

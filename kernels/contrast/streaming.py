@@ -24,10 +24,11 @@ import triton
 import triton.language as tl
 from fastkd.kernels.contrast.per_row import ROWS_ANYWHERE, Side, backward_arguments, forward_arguments
 from fastkd.kernels.contrast.tile import accumulate, gradient, load_side, load_state
+from fastkd.kernels.plans import launch
 from fastkd.kernels.tiles import (
     ANYWHERE,
-    descriptor,
     first_column,
+    in_blocks,
     load_rows,
     loop_bounds,
     split_tiles,
@@ -141,19 +142,21 @@ def running_statistics(
     ``all_columns``: how many keys all calls together will see, where that is more than the first call's; SPLITS is
     chosen for that number.
     """
-    config, splits, arguments = tiling(
+    config, grid, arguments = tiling(
         "contrast_forward", queries.vectors, keys.vectors, all_columns=all_columns,
         splits=None if state is None else state.shape[0],
     )  # fmt: skip
     n = queries.vectors.shape[0]
     has_carry = state is not None
     if state is None:
-        state = torch.empty(splits, 3, n, dtype=torch.float32, device=queries.vectors.device)
-    forward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
+        state = torch.empty(grid[1], 3, n, dtype=torch.float32, device=queries.vectors.device)
+    launch(
+        forward_kernel,
+        grid,
         **arguments,
         **forward_arguments(queries, keys, by_label, exclude_self),
-        ROWS=descriptor(queries.vectors, config.BLOCK_M),
-        COLS=descriptor(keys.vectors, config.BLOCK_N),
+        ROWS=in_blocks(queries.vectors, config.BLOCK_M),
+        COLS=in_blocks(keys.vectors, config.BLOCK_N),
         SCALE=scale,
         STATE=state,
         HAS_CARRY=has_carry,
@@ -178,17 +181,19 @@ def gradient_sums(
     ``all_columns``: see :func:`running_statistics`.
     """
     kernel = "contrast_backward" if rows.coef is None or columns.coef is None else "contrast_self"
-    config, splits, arguments = tiling(
+    config, grid, arguments = tiling(
         kernel, rows.vectors, columns.vectors, all_columns=all_columns,
         splits=None if partial is None else partial.shape[0],
     )  # fmt: skip
     n, BLOCK_D = rows.vectors.shape
-    sums = torch.empty(splits, n, BLOCK_D, dtype=torch.float32, device=rows.vectors.device)
-    backward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
+    sums = torch.empty(grid[1], n, BLOCK_D, dtype=torch.float32, device=rows.vectors.device)
+    launch(
+        backward_kernel,
+        grid,
         **arguments,
         **backward_arguments(rows, columns, by_label, exclude_self),
-        ROWS=descriptor(rows.vectors, config.BLOCK_M),
-        COLS=descriptor(columns.vectors, config.BLOCK_N),
+        ROWS=in_blocks(rows.vectors, config.BLOCK_M),
+        COLS=in_blocks(columns.vectors, config.BLOCK_N),
         SCALE=scale,
         PARTIAL=sums,
         BLOCK_D=BLOCK_D,

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from fastkd.kernels.contrast.per_row import ROWS_ANYWHERE, Side, backward_arguments, forward_arguments
 from fastkd.kernels.contrast.tile import accumulate, gradient, load_side, load_state
+from fastkd.kernels.launch import cdiv
+from fastkd.kernels.plans import launch
 from fastkd.kernels.products import blocks, product
 from fastkd.kernels.tiles import ANYWHERE, store_numbers
 from torch import Tensor
@@ -95,7 +97,9 @@ def running_statistics(
         a, b = queries.part(part), keys.part(cols)
         X = product(a.vectors, b.vectors.T)
         m, k = X.shape
-        accumulate_kernel[(triton.cdiv(m, 4),)](
+        launch(
+            accumulate_kernel,
+            (cdiv(m, 4),),
             **forward_arguments(a, b, by_label, exclude_self),
             X=X,
             SCALE=scale,
@@ -130,7 +134,9 @@ def gradient_sums(
         X = product(a.vectors, b.vectors.T)
         G = torch.empty_like(X, dtype=a.vectors.dtype)
         m, k = X.shape
-        gradient_kernel[(triton.cdiv(m, 16), triton.cdiv(k, 128))](
+        launch(
+            gradient_kernel,
+            (cdiv(m, 16), cdiv(k, 128)),
             **backward_arguments(a, b, by_label, exclude_self),
             X=X,
             SCALE=scale,

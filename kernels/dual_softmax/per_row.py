@@ -7,7 +7,9 @@ q instead of p.
 import torch
 import triton
 import triton.language as tl
+from fastkd.kernels.launch import cdiv
 from fastkd.kernels.normalize import input_gradients
+from fastkd.kernels.plans import launch
 from fastkd.kernels.tiles import ANYWHERE, BLOCK_ROWS, LARGEST_G, LN2, LOG2E, store_numbers
 from torch import Tensor
 
@@ -16,10 +18,10 @@ NUMBERS = {True: 4, False: 8}  # of COEF, by BOUNDED
 
 @triton.jit(do_not_specialize=["n", "splits"], do_not_specialize_on_alignment=ANYWHERE)
 def statistics_kernel(
-    STATE, SCALE, WEIGHT, STATS, LOSS, n, splits,
+    STATE, SCALE, WEIGHT, STATS, LOSS, n, splits, contrast_factor, consistency_factor,
     BLOCK_M: tl.constexpr, HAS_WEIGHT: tl.constexpr, IS_SWAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Merges the splits into STATS; LOSS [2, n]: weighted contrast and consistency."""
+    """Merges the splits into STATS; LOSS [2, n]: weighted contrast and consistency times their factors."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = offs_m < n
     stride_k = n.to(tl.int64)
@@ -48,7 +50,8 @@ def statistics_kernel(
     store_numbers(STATS + offs_m, n, in_rows, (la, lc, E))
     # The maximum minus the positive first: where the positive is the maximum, the loss is the small logarithm alone.
     contrast = ((mq - xp) + tl.log2(sq) if IS_SWAPPED else (mp - xp) + tl.log2(sp)) * LN2
-    consistency = E - la + lc
+    consistency = (E - la + lc) * consistency_factor
+    contrast *= contrast_factor
     if HAS_WEIGHT:
         weight = tl.load(WEIGHT + offs_m, mask=in_rows, other=0.0).to(tl.float32)
         contrast *= weight
@@ -61,20 +64,20 @@ def statistics_kernel(
 )
 def coefficients_kernel(
     STATS, stride_sn, WEIGHT, LARGEST_WEIGHT, GRAD_CONTRAST, GRAD_CONSISTENCY, SCALE, COEF, stride_ct, stride_ck,
-    UNSCALE, n_cols,
+    UNSCALE, n_cols, contrast_factor, consistency_factor,
     BLOCK_N: tl.constexpr, HAS_WEIGHT: tl.constexpr, IS_SWAPPED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """The factors of G per row: k, r, x (times exp(-la) or exp(-lc) if BOUNDED), w; else also la, lc in units of log 2.
 
     ``G_ij = p_ij (k_i (X_ij - Y_ij) + r_i) + q_ji x_j - p_ji k_j - w_i delta_ij`` with w, k the upstream gradients of
-    contrast and consistency, ``r = w - k E``, ``x = k``; IS_SWAPPED moves w from r to x. All are multiplied by a number
-    that keeps G inside fp16 and far from its underflow; UNSCALE is its inverse.
+    contrast and consistency times their factors, ``r = w - k E``, ``x = k``; IS_SWAPPED moves w from r to x. All are
+    multiplied by a number that keeps G inside fp16 and far from its underflow; UNSCALE is its inverse.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = offs_n < n_cols
     scale = tl.load(SCALE).to(tl.float32)
-    w = tl.load(GRAD_CONTRAST).to(tl.float32)
-    k = tl.load(GRAD_CONSISTENCY).to(tl.float32)
+    w = tl.load(GRAD_CONTRAST).to(tl.float32) * contrast_factor
+    k = tl.load(GRAD_CONSISTENCY).to(tl.float32) * consistency_factor
     bound = (tl.abs(w) + tl.abs(k)) * (4 + 4 * tl.abs(scale))
     weight = tl.full([BLOCK_N], 1.0, tl.float32)
     if HAS_WEIGHT:
@@ -107,12 +110,16 @@ def coefficients_kernel(
     tl.store(UNSCALE, bound / LARGEST_G)
 
 
-def statistics(state: Tensor, scale: Tensor, weight: Tensor | None, *, swapped: bool) -> tuple[Tensor, Tensor]:
-    """LOSS [2, n], the weighted contrast and consistency per row, and STATS [3, n]."""
+def statistics(
+    state: Tensor, scale: Tensor, weight: Tensor | None, *, swapped: bool, factors: tuple[float, float] = (1.0, 1.0)
+) -> tuple[Tensor, Tensor]:
+    """LOSS [2, n], the weighted contrast and consistency per row times ``factors``, and STATS [3, n]."""
     splits, _, n = state.shape
     loss = torch.empty(2, n, dtype=torch.float32, device=state.device)
     stats = torch.empty(3, n, dtype=torch.float32, device=state.device)
-    statistics_kernel[(triton.cdiv(n, BLOCK_ROWS),)](
+    launch(
+        statistics_kernel,
+        (cdiv(n, BLOCK_ROWS),),
         STATE=state,
         SCALE=scale,
         WEIGHT=weight,
@@ -120,6 +127,8 @@ def statistics(state: Tensor, scale: Tensor, weight: Tensor | None, *, swapped: 
         LOSS=loss,
         n=n,
         splits=splits,
+        contrast_factor=factors[0],
+        consistency_factor=factors[1],
         BLOCK_M=BLOCK_ROWS,
         HAS_WEIGHT=weight is not None,
         IS_SWAPPED=swapped,
@@ -139,6 +148,7 @@ def coefficients(
     swapped: bool,
     bounded: bool,
     tile: int | None,
+    factors: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
     """COEF of a block of columns, in tiles of ``tile`` columns (None: all in one), and UNSCALE [1].
 
@@ -146,12 +156,14 @@ def coefficients(
     """
     n_cols = stats.shape[1]
     block = tile or BLOCK_ROWS
-    blocks = triton.cdiv(n_cols, block)
+    blocks = cdiv(n_cols, block)
     shape = (blocks, NUMBERS[bounded], block) if tile else (1, NUMBERS[bounded], blocks * block)
     coef = torch.empty(shape, dtype=torch.float32, device=stats.device)
     unscale = torch.empty(1, dtype=torch.float32, device=stats.device)
     assert stats.stride(1) == 1
-    coefficients_kernel[(blocks,)](
+    launch(
+        coefficients_kernel,
+        (blocks,),
         STATS=stats,
         stride_sn=stats.stride(0),
         WEIGHT=weight,
@@ -164,6 +176,8 @@ def coefficients(
         stride_ck=coef.stride(1),
         UNSCALE=unscale,
         n_cols=n_cols,
+        contrast_factor=factors[0],
+        consistency_factor=factors[1],
         BLOCK_N=block,
         HAS_WEIGHT=weight is not None,
         IS_SWAPPED=swapped,
@@ -186,9 +200,9 @@ def gradients(
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the input's rows [n, D] (empty if not needed), and each row's part of the scale's gradient [n]."""
-    sides = slice(0 if need_a else 1, 2 if need_b else 1)
-    grads, dots = input_gradients(
-        partial[:, sides], rows[sides], inverse_norm[sides], scale, unscale, D=D, dtype=dtype
-    )  # fmt: skip
+    if not (need_a and need_b):
+        side = slice(0, 1) if need_a else slice(1, 2)
+        partial, rows, inverse_norm = partial[:, side], rows[side], inverse_norm[side]
+    grads, dots = input_gradients(partial, rows, inverse_norm, scale, unscale, D=D, dtype=dtype)
     empty = rows.new_empty(0, dtype=dtype)
     return grads[0] if need_a else empty, grads[-1] if need_b else empty, dots[0]

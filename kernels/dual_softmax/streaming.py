@@ -22,10 +22,11 @@ import triton
 import triton.language as tl
 from fastkd.kernels.dual_softmax.tile import accumulate, gradient, load_factors, load_state, load_tile_factors
 from fastkd.kernels.launch import LaunchConfig, hardware_of, launch_config
+from fastkd.kernels.plans import Blocks, launch
 from fastkd.kernels.tiles import (
     ANYWHERE,
-    descriptor,
     first_column,
+    in_blocks,
     load_rows,
     loop_bounds,
     split_tiles,
@@ -33,7 +34,6 @@ from fastkd.kernels.tiles import (
     tiling,
 )
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit(do_not_specialize=["n", "n_cols", "offset", "tiles_per_split"], do_not_specialize_on_alignment=ANYWHERE)
@@ -107,12 +107,13 @@ def backward_kernel(
         tl.store(PARTIAL + n.to(tl.int64) * BLOCK_D, acc_b, mask=in_rows[:, None])
 
 
-def _descriptors(rows: Tensor, columns: Tensor, config: LaunchConfig) -> dict[str, TensorDescriptor]:
+def _blocks(rows: Tensor, columns: Tensor, config: LaunchConfig) -> dict[str, Blocks]:
+    (a, b), (a_cols, b_cols) = rows.unbind(), columns.unbind()
     return {
-        "A_rows": descriptor(rows[0], config.BLOCK_M),
-        "B_rows": descriptor(rows[1], config.BLOCK_M),
-        "A_cols": descriptor(columns[0], config.BLOCK_N),
-        "B_cols": descriptor(columns[1], config.BLOCK_N),
+        "A_rows": in_blocks(a, config.BLOCK_M),
+        "B_rows": in_blocks(b, config.BLOCK_M),
+        "A_cols": in_blocks(a_cols, config.BLOCK_N),
+        "B_cols": in_blocks(b_cols, config.BLOCK_N),
     }
 
 
@@ -138,16 +139,18 @@ def running_statistics(
     returned for the columns before these; it is updated in place and returned. ``all_columns``: how many columns all
     calls together will see, where that is more than the first call's; SPLITS is chosen for that number.
     """
-    config, splits, arguments = tiling(
+    config, grid, arguments = tiling(
         "dual_softmax_forward", rows, columns, bounded=bounded, all_columns=all_columns,
         splits=None if state is None else state.shape[0],
     )  # fmt: skip
     n = rows.shape[1]
     has_carry = state is not None
     if state is None:
-        state = torch.empty(splits, 6, n, dtype=torch.float32, device=rows.device)
-    forward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
-        **_descriptors(rows, columns, config),
+        state = torch.empty(grid[1], 6, n, dtype=torch.float32, device=rows.device)
+    launch(
+        forward_kernel,
+        grid,
+        **_blocks(rows, columns, config),
         **arguments,
         SCALE=scale,
         STATE=state,
@@ -178,19 +181,21 @@ def gradient_sums(
     ``partial``: what an earlier call returned for the columns before these; it is updated in place and returned. The
     half of a side that is not needed is never written.
     """
-    config, splits, arguments = tiling(
+    config, grid, arguments = tiling(
         "dual_softmax_backward", rows, columns, bounded=bounded, all_columns=all_columns,
         splits=None if partial is None else partial.shape[0],
     )  # fmt: skip
     _, n, BLOCK_D = rows.shape
-    sums = torch.empty(splits, 2, n, BLOCK_D, dtype=torch.float32, device=rows.device)
+    sums = torch.empty(grid[1], 2, n, BLOCK_D, dtype=torch.float32, device=rows.device)
     assert row_coef.shape[2] == column_coef.shape[2] == config.BLOCK_N
     sides = [(need_a, need_b)]
     if config.apart and need_a and need_b:
         sides = [(True, False), (False, True)]
     for side_a, side_b in sides:
-        backward_kernel[(triton.cdiv(n, config.BLOCK_M), splits)](
-            **_descriptors(rows, columns, config),
+        launch(
+            backward_kernel,
+            grid,
+            **_blocks(rows, columns, config),
             **arguments,
             ROW_COEF=row_coef,
             COL_COEF=column_coef,

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 from fastkd.kernels.dual_softmax.tile import accumulate, gradient, load_factors, load_state
+from fastkd.kernels.launch import cdiv
+from fastkd.kernels.plans import launch
 from fastkd.kernels.products import blocks, product
 from fastkd.kernels.tiles import ANYWHERE, store_numbers
 from torch import Tensor
@@ -79,7 +81,9 @@ def running_statistics(
         X = product(rows[0, part], columns[1, cols].T)
         Y = product(rows[1, part], columns[0, cols].T)
         m, k = X.shape
-        accumulate_kernel[(triton.cdiv(m, 8),)](
+        launch(
+            accumulate_kernel,
+            (cdiv(m, 8),),
             X=X,
             Y=Y,
             SCALE=scale,
@@ -121,7 +125,9 @@ def gradient_sums(
         m, k = X.shape
         G = torch.empty_like(X, dtype=rows.dtype) if need_a else None
         H = torch.empty_like(Y, dtype=rows.dtype) if need_b else None
-        gradient_kernel[(triton.cdiv(m, 16), triton.cdiv(k, 128))](
+        launch(
+            gradient_kernel,
+            (cdiv(m, 16), cdiv(k, 128)),
             X=X,
             Y=Y,
             ROW_COEF=row_coef[0, :, part],

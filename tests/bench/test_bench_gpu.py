@@ -5,6 +5,9 @@ import itertools
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,8 @@ from tests.helpers.checks import TOLERANCES
 pytest.importorskip("triton")
 
 from bench import tune
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ CASE = gpu.Case("dcd_loss", torch.float32, 8, 4)
 
 
 def a_run() -> gpu.Run:
-    return gpu.Run(torch.device("cpu"), True, math.inf)
+    return gpu.Run(torch.device("cpu"), True, 0.0, math.inf)
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -90,12 +95,13 @@ def test_what_there_is_no_time_for_is_listed(tmp_path: Path) -> None:
 def test_a_signal_ends_the_run_with_everything_measured_so_far(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, seen, median_ms, handler = [], [], measure.median_ms, signal.getsignal(number)
+    calls, seen, tables, median_ms, handler = [], [], [], measure.median_ms, signal.getsignal(number)
 
     def then_a_signal(*args: object) -> float:
         calls.append(1)
         if len(calls) == 8:  # of the second case: the ceilings are two, the first case has three providers on a CPU
             seen.extend(rows_of(tmp_path))
+            tables.extend(path.read_text() for path in tmp_path.glob("*.md"))
             os.kill(os.getpid(), number)
         return median_ms(*args)
 
@@ -103,6 +109,8 @@ def test_a_signal_ends_the_run_with_everything_measured_so_far(
     arguments = ["--device", "cpu", "--quick", "--cases", "dcd_loss", "clip_loss", "--output", str(tmp_path)]
     assert gpu.main(arguments) == 128 + number
     assert {row["n"] for row in seen} == {"16"}
+    assert "| 16 | 16 | fastkd blocked |" in tables[0]  # written before the run ended
+    assert "| 40 | 16 |" not in tables[0]
     assert sum(row["status"] == "ok" for row in seen) == 3
     rows = rows_of(tmp_path)
     assert rows[: len(seen)] == seen
@@ -129,6 +137,21 @@ def test_a_signal_before_the_first_number_leaves_earlier_results_alone(
     assert gpu.main(["--device", "cpu", "--quick", "--output", str(tmp_path)]) == 128 + signal.SIGTERM
     assert not list(tmp_path.iterdir())
     assert "interrupted before the first number" in capsys.readouterr().out
+
+
+def test_time_counts_from_the_start_of_the_process(tmp_path: Path) -> None:
+    """The imports alone take longer than a tenth of a second."""
+    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--quick", "--cases", "clip_loss"]
+    subprocess.run([*command, "--seconds", "0.1", "--output", str(tmp_path)], cwd=ROOT, check=True, timeout=120)
+    assert {row["status"] for row in rows_of(tmp_path)} == {"skipped: no time left"}
+
+
+def test_the_plot_comes_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_report, "PLOT_EVERY", 0)
+    ceilings = {"copy_gb_per_s": 1.0, "matmul_tflop_per_s": 1.0}
+    results = gpu_report.Results(torch.device("cpu"), ceilings, "command", tmp_path, time.monotonic())
+    results.append([gpu.measure_provider(CASE, "eager fp32", a_run(), None)])
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", ".md", ".png"]
 
 
 def test_after_a_failed_capture_nothing_is_captured_and_the_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +281,9 @@ def test_ratios_are_against_the_baseline_of_the_same_size() -> None:
 @pytest.mark.parametrize("module", [gpu, tune])
 def test_a_machine_without_a_gpu_gets_a_message(module: object, capsys: pytest.CaptureFixture[str]) -> None:
     assert module.main([]) == 2
-    assert "torch.cuda.is_available() is False" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert "torch.cuda.is_available() is False" in text
+    assert text.count("\n") == 1
 
 
 def test_medians_are_of_at_least_three_calls() -> None:

@@ -1,10 +1,12 @@
 """The tuner's search space and output."""
 
+import csv
 import dataclasses
 import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +20,6 @@ from fastkd.kernels.launch import LaunchConfig
 from bench import tune
 from bench.aot import compile as aot
 
-KERNELS = (*tune.DUAL, *tune.SOFT)
-
 
 def entry_of(pattern: str) -> tune.Entry:
     ((entry, _),) = tune.plan("sm_90", [pattern])
@@ -27,13 +27,15 @@ def entry_of(pattern: str) -> tune.Entry:
 
 
 def test_the_search_space_starts_with_the_current_entry_and_has_no_repeats() -> None:
-    found = dict(tune.entries("sm_90", KERNELS))
-    assert {entry.key for entry in found} == {key for key in launch.TABLE["sm_90"] if key.kernel in KERNELS}
+    found = dict(tune.entries("sm_90"))
+    assert {entry.key for entry in found} == set(launch.TABLE["sm_90"])
     for entry, current in found.items():
         space = tune.candidates(entry, current)
         assert space[0] == current
         assert len(space) > 5
         assert len({dataclasses.replace(x, ctas_per_sm=1) for x in space}) == len(space)
+        if entry.kernel in (*tune.DUAL, *tune.CONTRAST):
+            assert {x.num_stages for x in space[1:]} == {2, 3, 4}
         if entry.kernel == "soft_target_forward" and current.BLOCK_N > 1024 and entry.key.width:
             assert {x.BLOCK_N for x in space} == {current.BLOCK_N}
 
@@ -52,9 +54,9 @@ def test_exchanging_an_entry_reaches_the_launcher_and_is_undone() -> None:
 
 
 def test_printed_entries_are_the_tables_own_source() -> None:
-    text = "{" + "\n".join(tune.lines_of(dict(tune.entries("sm_90", KERNELS)))) + "}"
+    text = "{" + "\n".join(tune.lines_of(dict(tune.entries("sm_90")))) + "}"
     printed = launch.table_of(eval(text, {"LaunchConfig": LaunchConfig}))
-    assert printed == {key: config for key, config in launch.TABLE["sm_90"].items() if key.kernel in KERNELS}
+    assert printed == launch.TABLE["sm_90"]
 
 
 def test_only_a_candidate_that_is_two_percent_faster_replaces_the_entry() -> None:
@@ -63,13 +65,69 @@ def test_only_a_candidate_that_is_two_percent_faster_replaces_the_entry() -> Non
     assert tune.best_of([(first, 1.0), (second, 0.97)])[0] == second
 
 
-def test_a_candidate_is_compiled_for_its_registers_and_refused_if_it_spills(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = entry_of("soft_target_backward:2:1024:5")
-    config = tune.compiled("sm_90", entry, LaunchConfig(1, 2048, 4, 1))
-    assert config is not None
-    assert 4 <= config.ctas_per_sm <= 16
-    monkeypatch.setattr(aot, "examine", lambda job: aot.Result(job=job, registers=255, spills=3))
-    assert tune.compiled("sm_90", entry, LaunchConfig(1, 2048, 4, 1)) is None
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pattern", "config"),
+    [
+        ("soft_target_backward:2:1024:5", LaunchConfig(1, 2048, 4, 1)),
+        ("contrast_self:2:64", LaunchConfig(64, 32, 4, 2)),
+        ("multiscale_pool", LaunchConfig(64, 64, 8, 2)),
+        ("dual_softmax_forward:2:64:online", LaunchConfig(64, 32, 4, 3)),
+    ],
+)
+def test_a_candidate_of_every_operation_is_compiled_for_its_registers(pattern: str, config: LaunchConfig) -> None:
+    found = tune.compiled("sm_90", entry_of(pattern), config)
+    assert found is not None
+    assert dataclasses.replace(found[0], ctas_per_sm=1) == config
+    assert (found[0].ctas_per_sm == 1) == (pattern == "multiscale_pool")
+    assert found[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("spills", "shared", "expected"), [(3, 0, 3), (tune.MOST_SPILLS + 1, 0, None), (0, 1 << 20, None)]
+)
+def test_a_candidate_may_spill_a_little_and_must_fit(
+    spills: int, shared: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = {"registers": 255, "spills": spills, "shared": shared}
+    monkeypatch.setattr(aot, "examine", lambda job: aot.Result(job=job, **result))
+    found = tune.compiled("sm_90", entry_of("soft_target_backward:2:1024:5"), LaunchConfig(1, 2048, 4, 1))
+    assert (found and found[1]) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "backward"), [("soft_target_forward:2:1024:5", False), ("contrast_self:2:64", True)]
+)
+def test_a_step_is_the_loss_that_the_entry_is_for(
+    pattern: str, backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, through another backend."""
+    entry, seen = entry_of(pattern), []
+    ((case, provider),) = entry.cases(16)
+    blocked = tune.providers.GPU_PROVIDERS[case.name]["fastkd blocked"]()
+
+    def noted(*inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs[0])
+        return blocked(*inputs)
+
+    monkeypatch.setitem(tune.providers.GPU_PROVIDERS[case.name], provider, lambda: noted)
+    monkeypatch.setattr(tune, "LOGITS", 4096)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        tune.step_of(entry, 16, torch.device("cpu"))()
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    (rows,) = seen
+    assert rows.shape == ((16, 64) if backward else (4, 1024))
+    assert (rows.grad is not None) == backward
+
+
+def test_every_entry_is_measured_by_one_of_our_kernels() -> None:
+    """Whether the entry's own kernel runs is tested in the interpreter."""
+    for entry, _ in tune.entries("sm_90"):
+        for case, provider in entry.cases(32768):
+            assert provider in tune.providers.GPU_PROVIDERS[case.name]
+            assert entry.kernel == "multiscale_pool" or case.d in (entry.width, tune.WIDEST_CLASSES)
 
 
 def names_of(patterns: list[str] | None) -> list[str]:
@@ -80,16 +138,18 @@ def test_entries_are_chosen_by_pattern_and_rows_of_128_come_first() -> None:
     assert names_of(["backward:2:128:bounded"]) == ["dual_softmax_backward:2:128:bounded"]
     assert names_of(["soft_target_forward:2:1024:5"]) == ["soft_target_forward:2:1024:5"]
     assert names_of(["dual_softmax::256:online"]) == [f"dual_softmax_{x}:2:256:online" for x in ("forward", "backward")]
-    assert len(names_of(["forward", "backward"])) == len(names_of(None)) == len(dict(tune.entries("sm_90", KERNELS)))
-    first = names_of(None)[:8]
-    assert all(":128:" in name and "dual_softmax" in name for name in first)
-    assert all(":2:" in name for name in first[:4])
+    assert names_of(["self:2:128", "pool"]) == ["contrast_self:2:128", "multiscale_pool:2:512"]
+    names = names_of(None)
+    assert len(names) == len(dict(tune.entries("sm_90")))
+    assert all(":128:" in name and "dual_softmax" in name for name in names[:8])
+    assert all(":2:" in name for name in names[:4])
+    assert all(name.startswith("contrast") and name.endswith(":128") for name in names[8:14])
     with pytest.raises(SystemExit):
         tune.main(["--list", "--entries", "sideways"])
 
 
 @pytest.fixture
-def search(monkeypatch: pytest.MonkeyPatch) -> Iterator[tune.Search]:
+def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tune.Search]:
     """Without compilers and without a GPU: smaller tiles are faster, and those of 32 rows fail."""
 
     def median_ms(config: LaunchConfig, *rest: object) -> float:
@@ -100,23 +160,54 @@ def search(monkeypatch: pytest.MonkeyPatch) -> Iterator[tune.Search]:
     def current(entry: tune.Entry, *rest: object) -> LaunchConfig:
         return launch.TABLE["sm_90"][entry.key]
 
-    monkeypatch.setattr(tune, "prepare", lambda hardware, entry, candidate, rows: candidate)
+    monkeypatch.setattr(tune, "prepare", lambda hardware, entry, candidate, rows: (candidate, candidate.num_stages))
     monkeypatch.setattr(tune, "step_of", current)
     monkeypatch.setattr(measure, "median_ms", median_ms)
     with ThreadPoolExecutor(2) as pool:
-        yield tune.Search("sm_90", torch.device("cpu"), pool, time.monotonic() + 1000)
+        yield tune.Search("sm_90", torch.device("cpu"), pool, time.monotonic() + 1000, tmp_path / "x" / "tune.csv")
 
 
 def test_a_search_prints_the_best_after_each_entry_and_survives_candidates_that_fail(
     search: tune.Search, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    search.run(tune.plan("sm_90", ["backward:2:128:bounded"]))
+    work = tune.plan("sm_90", ["backward:2:128:bounded"])
+    search.run(work)
     text = capsys.readouterr().out
     assert "failed: RuntimeError: out of resources" in text
     assert re.search(r"best of \d+: dual_softmax_backward:2:128:bounded 1024\.0000 ms LaunchConfig\(64, 16,", text)
     online = tune.line_of(launch.TABLE["sm_90"][entry_of("backward:2:128:online").key])
     assert re.search(r"\(2, 128, True\): LaunchConfig\(64, 16,", text)
     assert f"(2, 128, False): {online}," in text
+    with search.table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(tune.candidates(*work[0]))
+    assert {row["entry"] for row in rows} == {"dual_softmax_backward:2:128:bounded"}
+    assert {(row["ms"], row["note"]) for row in rows if "(32, " in row["config"]} == {
+        ("", "failed: RuntimeError: out of resources")
+    }
+    assert {row["spills"] for row in rows} == {"2", "3", "4"}
+
+
+def test_every_candidate_is_written_once_it_is_measured(search: tune.Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = []
+    median_ms = measure.median_ms
+
+    def counted(*arguments: object) -> float:
+        lines.append(len(search.table.read_text().splitlines()))
+        return median_ms(*arguments)
+
+    monkeypatch.setattr(measure, "median_ms", counted)
+    search.run(tune.plan("sm_90", ["contrast_self:2:128"]))
+    assert lines == list(range(1, 1 + len(lines)))
+    assert len(lines) > 5
+
+
+def test_a_table_that_is_best_needs_no_change(
+    search: tune.Search, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "median_ms", lambda *arguments: 1.0)
+    search.run(tune.plan("sm_90", ["contrast_self:2:128"]))
+    assert capsys.readouterr().out.rstrip().endswith("# nothing to change")
 
 
 def test_a_search_whose_time_is_over_or_that_is_interrupted_prints_what_it_found(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.helpers.checks import assert_close, value_and_grads
 from tests.helpers.contrast_cases import MODES, NEEDS_PAIRS, Problem, check_against_definition, problem
-from tests.helpers.gpu import LOW_PRECISIONS, gpu, matmul_precision, sanitizer
+from tests.helpers.gpu import LOW_PRECISIONS, gpu, large, matmul_precision, sanitizer
 
 pytest.importorskip("triton")
 
@@ -82,6 +82,7 @@ def test_gpu_losses_near_zero_keep_their_digits() -> None:
 
 
 @gpu
+@large
 def test_gpu_element_offsets_beyond_two_to_the_31() -> None:
     """2^24 + 3 rows of 128: the last rows lie beyond 2^31 elements. Few columns keep the work small."""
     n, columns, tail = 2**24 + 3, 64, 50

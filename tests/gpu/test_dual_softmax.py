@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.helpers.checks import assert_close, value_and_grads
 from tests.helpers.contrast_cases import check_against_definition
 from tests.helpers.dual_cases import DualProblem, dual_problem
-from tests.helpers.gpu import PRECISIONS, gpu, matmul_precision, sanitizer
+from tests.helpers.gpu import PRECISIONS, gpu, large, matmul_precision, sanitizer
 
 pytest.importorskip("triton")
 
@@ -55,6 +55,7 @@ def test_gpu_collapsed_and_opposite_rows(dtype: torch.dtype, scale: float, mode:
 
 
 @gpu
+@large
 def test_gpu_element_offsets_beyond_two_to_the_31() -> None:
     """2^24 + 3 rows of 128: the last rows lie beyond 2^31 elements. Few columns keep the work small."""
     from fastkd.kernels.dual_softmax import streaming as dual_softmax

@@ -1,6 +1,7 @@
 """The multiscale_pool kernels on a GPU."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from fastkd import multiscale_pool
 from tests.helpers.checks import assert_close
-from tests.helpers.gpu import assert_replays_from_a_cuda_graph, gpu, sanitizer
+from tests.helpers.gpu import assert_replays_from_a_cuda_graph, bandwidth, gpu, large, sanitizer
 from tests.helpers.pool_cases import FORMATS, check_pool, out_and_grad
 
 pytest.importorskip("triton")
@@ -110,6 +111,7 @@ def test_zero_tiny_and_huge_rows_normalise_as_in_the_definition_on_a_gpu(scale: 
 
 
 @gpu
+@large
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 def test_offsets_beyond_two_to_the_31(memory_format: torch.memory_format) -> None:
     samples = 2**31 // (512 * 49) + 2
@@ -142,11 +144,15 @@ def test_captured_in_a_cuda_graph_without_waiting_for_the_host() -> None:
 
 
 @gpu
+@bandwidth
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_reaches_four_fifths_of_the_copy_bandwidth(
-    dtype: torch.dtype, memory_format: torch.memory_format, normalize: bool
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    normalize: bool,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Against the bytes that cannot be avoided; a map far beyond any cache, whose kernels outlast their launching."""
     from bench import measure
@@ -161,4 +167,6 @@ def test_reaches_four_fifths_of_the_copy_bandwidth(
 
     moved = 2 * x.numel() + (3 if normalize else 2) * upstream.numel()  # the backward reads unit rows, too
     reached = moved * dtype.itemsize / measure.median_ms(step, device, 0.2) / 1e6
-    assert reached >= 0.8 * measure.copy_gb_per_s(device, quick=False)
+    share = reached / measure.copy_gb_per_s(device, quick=False)
+    record_property("share of the copy bandwidth", f"{share:.2f}")
+    assert share >= 0.8

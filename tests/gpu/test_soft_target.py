@@ -7,7 +7,7 @@ from torch import Tensor
 from fastkd import kd_loss
 from fastkd.functional.kd import ce_kd_terms
 from tests.helpers.checks import assert_close, terms_and_gradient
-from tests.helpers.gpu import assert_replays_from_a_cuda_graph, gpu, sanitizer
+from tests.helpers.gpu import assert_replays_from_a_cuda_graph, gpu, large, sanitizer
 
 pytest.importorskip("triton")
 
@@ -59,6 +59,7 @@ def test_131072_classes_split_or_not(n: int, classes: int) -> None:
 
 
 @gpu
+@large
 def test_offsets_beyond_two_to_the_31() -> None:
     classes = 128 * 1024
     n = 2**31 // classes + 2

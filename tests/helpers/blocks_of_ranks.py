@@ -59,7 +59,7 @@ def dcd_over_ranks(
                 exchange = Blocks(len(own), len(order))
                 rows = DualRows(units[:, order[: len(own)]], scale, scale_bound, len(order), is_packed=True)
                 gathered = units[:, order[len(own) :]]
-                *sums, stats = dual_softmax.forward(exchange, rows, gathered, None, options)
+                *sums, stats, _ = dual_softmax.forward(exchange, rows, gathered, None, options)
                 totals.append(sums[0] + alpha * sums[1])
                 ctx.parts.append((exchange, rows, gathered, inverse_norm[:, order[: len(own)]], stats, order))
             ctx.like = student
@@ -127,7 +127,7 @@ class _Contrast(torch.autograd.Function):
             total = of_keys.exchange.total
             rows = ContrastRows(of_queries.rows, k, scale, own_mask, p.normalize, total, is_packed=True)
             weight = None if p.weight is None else p.weight[own]
-            loss, stats = contrast.forward(rows, of_keys, weight, BACKEND)
+            loss, stats, _ = contrast.forward(rows, of_keys, weight, BACKEND)
             losses.append(loss)
             ctx.parts.append((rows, of_queries, of_keys, stats, in_order(queries, rank)))
         return torch.stack(losses).sum()

@@ -3,16 +3,21 @@
 The definition is the call with the backend ``reference``, in float64.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import ckd_loss, dcd_loss, info_nce_loss, kd_loss, masked_contrast_loss, multiscale_pool, sup_con_loss
+from fastkd.backends.blocked.dense import contrast as dense_contrast
+from fastkd.backends.blocked.dense import dual_softmax as dense_dual_softmax
 from fastkd.functional.kd import ce_kd_terms
-from tests.helpers.checks import embeddings, logits, value_and_grads
+from tests.helpers.checks import assert_close, embeddings, logits, value_and_grads
 from tests.helpers.contrast_cases import MODES, NEEDS_PAIRS, problem
 from tests.helpers.pool_cases import feature_map
 
@@ -46,6 +51,7 @@ class Case:
     constants: tuple[Tensor, ...] = ()
     frozen: tuple[int, ...] = ()  # numbers of the inputs that no gradient reaches
     largest: float = 1.0  # logit: of a loss or gradient that cancels, rounding of this size is left
+    is_unit: bool = False  # whether rows are normalised, which the kernels then round to the inputs' dtype
 
     def results(self, backend: str, *inputs: Tensor, upstream: float = 1.0) -> tuple[Tensor, ...]:
         """The loss, and the gradient of every input; zero where there is none."""
@@ -54,6 +60,34 @@ class Case:
     def exact(self, upstream: float = 1.0) -> tuple[Tensor, ...]:
         return self.results("reference", *(x.double() for x in self.inputs), upstream=upstream)
 
+    def check(self, backend: str, floor: float = 1e-5) -> None:
+        """Loss and gradients against the definition: no worse than torch's of rows in the dtype that they have there.
+
+        The kernels multiply unit rows in the inputs' dtype. Elsewhere they are float32, and the loss has its digits.
+        """
+        exact, actual, dtype = self.exact(), self.results(backend), self.inputs[0].dtype
+        is_rounded = self.is_unit and backend == "triton"
+        low = self.results("reference")
+        if is_rounded:
+            low = value_and_grads(lambda *x: self.compute("reference", *map(_unit_rows, x)), *self.inputs)
+        assert_close(actual[0], exact[0], dtype if is_rounded else torch.float32, low[0], floor)
+        for a, e, of_torch, given in zip(actual[1:], exact[1:], low[1:], self.inputs, strict=True):
+            assert a.dtype == given.dtype
+            assert_close(a, e, dtype, of_torch, floor)
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    return F.normalize(x.float(), dim=1).to(x.dtype) if x.ndim == 2 else x
+
+
+@contextlib.contextmanager
+def always_in_tiles() -> Iterator[None]:
+    """Within it the blocked backend visits tiles, however few the rows are."""
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(dense_dual_softmax, "MAX_ROWS", 0)
+        patches.setattr(dense_contrast, "MAX_ELEMENTS", 0)
+        yield
+
 
 def _pair(loss: Callable[..., Tensor], **options: object) -> Callable[[Size], Case]:
     def case(size: Size) -> Case:
@@ -61,7 +95,7 @@ def _pair(loss: Callable[..., Tensor], **options: object) -> Callable[[Size], Ca
             return loss(first, second, scale, sample_weight=size.weight, backend=backend, **options)
 
         rows = (x.to(size.device) for x in embeddings(size.n, size.D, size.seed, size.dtype, size.noise))
-        return Case(compute, (*rows, size.logit_scale), largest=size.scale)
+        return Case(compute, (*rows, size.logit_scale), largest=size.scale, is_unit=True)
 
     return case
 
@@ -110,7 +144,8 @@ def _contrast(mode: str, normalize: bool) -> Callable[[Size], Case]:
 
         constants = tuple(x for x in (*labels, index) if x is not None)
         longest = 1.0 if normalize else max(x.double().norm(dim=1).max().item() for x in p.inputs[:-1])
-        return Case(compute, (*p.inputs[:-1], size.logit_scale), constants, largest=size.scale * longest**2)
+        largest = size.scale * longest**2
+        return Case(compute, (*p.inputs[:-1], size.logit_scale), constants, largest=largest, is_unit=normalize)
 
     return case
 
@@ -123,7 +158,8 @@ def _sup_con_with_self(size: Size) -> Case:
         return sup_con_loss(features, labels, scale, backend=backend, **options)
 
     features, _ = embeddings(size.n, size.D, size.seed, size.dtype)
-    return Case(compute, (features.to(size.device), size.logit_scale), (labels,), largest=size.scale)
+    inputs = features.to(size.device), size.logit_scale
+    return Case(compute, inputs, (labels,), largest=size.scale, is_unit=True)
 
 
 def _pool(normalize: bool) -> Callable[[Size], Case]:

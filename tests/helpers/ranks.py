@@ -1,4 +1,6 @@
-"""Runs a function on several gloo ranks, each a process of one thread, under a hard timeout.
+"""Runs a function on several ranks, each a process of one thread, under a hard timeout.
+
+The ranks exchange CPU tensors by gloo. Where there is a CUDA device for each, they can exchange CUDA tensors by NCCL.
 
 The processes stay for the whole session, because starting them takes longer than most programs. Every call gets a
 process group of its own. A call that does not end well on all ranks costs the processes, and the next starts new ones.
@@ -30,6 +32,8 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch._dynamo", "tests.helpers.ranks", "tests.ranks.rank_programs"])
 
 STARTED_WITHIN = 120  # seconds
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+NCCL_SECONDS = 150  # in which communicators are made and kernels are compiled, beside what a program takes
 
 # On a rank: what a program replaces through this is put back when the program ends.
 patches = pytest.MonkeyPatch()
@@ -42,13 +46,19 @@ def run_ranks(
     timeout: float = 30,
     group_timeout: float = 20,
     environment: dict[str, str] | None = None,
+    device: str = "cpu",
 ) -> list[Any]:
-    """What ``program(rank, *arguments)`` returns on every rank of a default gloo group.
+    """What ``program(rank, *arguments)`` returns on every rank of a default group.
 
     An exception is returned as ``Failure``; a process that ends without an answer gives None. Processes that take
     longer than ``timeout`` seconds are killed, and TimeoutError is raised. With an ``environment`` the processes are
-    started for this call alone, which takes seconds.
+    started for this call alone, which takes seconds. On ``cuda`` every rank has a device of its own, which is its
+    current one, and returns CPU tensors. The test is skipped where there are fewer devices than ranks.
     """
+    if device == "cuda":
+        if torch.cuda.device_count() < world_size:
+            pytest.skip(f"needs {world_size} CUDA devices")
+        timeout, group_timeout = timeout + NCCL_SECONDS, group_timeout + NCCL_SECONDS
     if environment is None:
         ranks = _kept
     else:
@@ -58,7 +68,7 @@ def run_ranks(
     results: list[Any] = []
     try:
         ranks.start(world_size)
-        results = ranks.run(world_size, group_timeout, program, arguments, time.monotonic() + timeout)
+        results = ranks.run(world_size, device, group_timeout, program, arguments, time.monotonic() + timeout)
     finally:
         if environment is not None or not results or not all(map(_ended_well, results)):
             ranks.end()
@@ -107,6 +117,7 @@ class _Ranks:
     def run(
         self,
         world_size: int,
+        device: str,
         group_timeout: float,
         program: Callable[..., Any],
         arguments: tuple[Any, ...],
@@ -116,7 +127,7 @@ class _Ranks:
         with tempfile.TemporaryDirectory() as folder:
             for rank, connection in enumerate(connections):
                 # Plain pickling: the tensors' bytes go through the pipe, no memory is shared.
-                task = (rank, world_size, f"{folder}/store", group_timeout, program, arguments)
+                task = (rank, world_size, device, f"{folder}/store", group_timeout, program, arguments)
                 connection.send_bytes(pickle.dumps(task))
             return [_receive(connection, deadline) for connection in connections]
 
@@ -178,13 +189,16 @@ def _as_if_just_started() -> None:
 def _run(
     rank: int,
     world_size: int,
+    device: str,
     store: str,
     group_timeout: float,
     program: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> Any:
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        BACKENDS[device],
         init_method=f"file://{store}",
         rank=rank,
         world_size=world_size,

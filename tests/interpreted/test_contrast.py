@@ -98,13 +98,16 @@ def test_own_rows_against_columns_that_arrive_in_blocks(
     state = None
     for block in blocks:
         state = kernels.running_statistics(queries.part(own), keys.part(block), scale, state=state, **options)
-    loss, own_stats = statistics(state, weight[own].contiguous(), None if count is None else count[own].contiguous())
+    own_count = None if count is None else count[own].contiguous()
+    loss, own_stats, _ = statistics(state, weight[own].contiguous(), own_count)
     assert_close(loss, (weight * losses)[own].double(), torch.float32)
     whole = kernels.running_statistics(queries, keys, scale, **options)
-    _, stats = statistics(whole, None, count)
+    _, stats, together = statistics(whole, weight, count, needs_coef=True)
     assert_close(own_stats, stats[:, own], torch.float32)
 
-    coef, unscale = coefficients(stats, weight, torch.tensor(1.0), by_label=p.by_label)
+    coef, unscale = coefficients(stats, weight, by_label=p.by_label)
+    assert torch.equal(coef, together[0])
+    assert torch.equal(unscale, together[1])
     queries = dataclasses.replace(queries, coef=coef)
     sides = (
         [(queries, queries, inverse_q)]
@@ -115,9 +118,9 @@ def test_own_rows_against_columns_that_arrive_in_blocks(
         partial = None
         for block in blocks:
             partial = kernels.gradient_sums(rows.part(own), columns.part(block), scale, partial=partial, **options)
-        grad, _ = gradients(
-            partial, rows.part(own).vectors, inverse_norm[own].contiguous(), scale, unscale, D=D, dtype=torch.float32
-        )
+        own_rows, own_inverse = rows.part(own).vectors, inverse_norm[own].contiguous()
+        one = torch.tensor(1.0)
+        grad, _ = gradients(partial, own_rows, own_inverse, scale, unscale, one, D=D, dtype=torch.float32)
         assert_close(grad, expected[own], torch.float32)
 
 

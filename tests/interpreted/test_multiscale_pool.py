@@ -70,6 +70,27 @@ def test_both_formats_and_slices_of_rows_or_channels_are_read_without_a_copy() -
         check_pool(view, [2], [1])
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("shape", [(2, 34, 3, 3), (2, 18, 7, 7), (1, 2, 1, 17)], ids=str)
+def test_pairs_of_channels_whose_maps_start_at_odd_elements(shape: tuple[int, ...], normalize: bool) -> None:
+    arguments = ([(min(shape[2], 3), 3), 1], [2, 3]) if shape[2] > 1 else ([(1, 17), (1, 4)], [1, 3])
+    x = feature_map(*shape, dtype=torch.float16)
+    check_pool(x, *arguments, normalize=normalize)
+    if shape[1] > 2:
+        for view in (x[1:], x[:, 2:8], x[:, 1:7], x[:, :, 1:], x[:, 1:4]):
+            check_pool(view, [2], [1], normalize=normalize)
+
+
+def test_a_value_that_is_not_finite_does_not_reach_the_other_channel_of_its_pair() -> None:
+    x = feature_map(1, 6, 3, 3, dtype=torch.float16)
+    x[0, 1, 0, 0], x[0, 2, 2, 2], x[0, 4, 2, 2] = math.inf, math.nan, -math.inf
+    expected = multiscale_pool(x, [3, 2, 1], [1, 1, 1], backend="reference")
+    actual = multiscale_pool(x, [3, 2, 1], [1, 1, 1], backend="triton")
+    assert actual[..., ::3].isfinite().all()
+    assert actual[..., 5].isfinite().all()
+    assert_close(actual.nan_to_num(nan=77, posinf=88, neginf=99), expected.nan_to_num(77, 88, 99), torch.float16)
+
+
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize(("dtype", "normalize"), [(torch.float32, True), (torch.float16, False)], ids=str)
@@ -127,10 +148,10 @@ def test_alignment_of_the_loads(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Kernel:
         def __getitem__(self, grid: tuple[int, ...]) -> object:
-            return lambda **options: seen.append(options["ALIGN"])
+            return lambda **options: seen.append((options["ALIGN"], options["ALIGN_C"], options["PAIRED"]))
 
     monkeypatch.setattr(kernels, "forward_kernel", Kernel())
-    for shape, memory_format in (((2, 64, 7, 7), 0), ((2, 64, 14, 14), 0), ((2, 64, 7, 7), 1), ((2, 6, 7, 7), 1)):
+    for shape, memory_format in (((2, 64, 7, 7), 0), ((2, 63, 7, 7), 0), ((2, 64, 14, 14), 0), ((2, 64, 7, 7), 1)):
         x = torch.zeros(shape, dtype=torch.float16).contiguous(memory_format=FORMATS[memory_format])
         kernels.pooled(x, [2, 2], [1, 1], normalize=False, dtype=x.dtype)
-    assert seen == [1, 4, 8, 2]
+    assert seen == [(2, 8, True), (1, 1, False), (4, 8, False), (8, 8, False)]

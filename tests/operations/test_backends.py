@@ -1,5 +1,6 @@
 """The streaming backend against the float64 definition on random sizes, and in bounded memory."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fastkd import dcd_loss
 from tests.helpers.checks import assert_close, embeddings, value_and_grads
-from tests.helpers.contract import OPERATIONS, Size
+from tests.helpers.contract import OPERATIONS, Size, always_in_tiles
 
 # Either side of a tile's edge, one row, one column, widths that are no multiple of 8.
 ROWS = st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 513, 600, 1023, 1025, 1100]))
@@ -27,15 +28,17 @@ SCALES = st.sampled_from([0.05, 2.7, 10.0, 39.0, 41.0, 100.0])
     D=WIDTHS,
     scale=SCALES,
     weighted=st.booleans(),
+    tiled=st.booleans(),
     upstream=st.sampled_from([1.0, -0.37, 1e4]),
     seed=st.integers(0, 99),
 )
 def test_float64_equals_the_definition(
-    name: str, n: int, N: int, D: int, scale: float, weighted: bool, upstream: float, seed: int
+    name: str, n: int, N: int, D: int, scale: float, weighted: bool, tiled: bool, upstream: float, seed: int
 ) -> None:
     weight = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) if weighted else None
     case = OPERATIONS[name](Size(n=n, N=N, D=D, scale=scale, weight=weight, seed=seed))
-    value, *grads = case.results("blocked", upstream=upstream)
+    with always_in_tiles() if tiled else contextlib.nullcontext():
+        value, *grads = case.results("blocked", upstream=upstream)
     exact = case.exact(upstream)
     # A loss is a difference of logits: where it cancels, its error and that of its gradients are relative to them.
     assert_close(value, exact[0], torch.float64, floor=1e-3 * case.largest)

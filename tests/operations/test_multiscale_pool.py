@@ -45,6 +45,10 @@ def maps(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[int, int]], list[
     scales = draw(st.integers(1, 4))
     windows = [(draw(st.integers(1, height)), draw(st.integers(1, width))) for _ in range(scales)]
     strides = [(draw(st.integers(1, 9)), draw(st.integers(1, 9))) for _ in range(scales)]
+    # Windows made of cells, and maps that end within a cell.
+    y, x = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    windows, strides = ([(y * h, x * w) for h, w in sides] for sides in (windows, strides))
+    shape = *shape[:2], y * height + draw(st.integers(0, y - 1)), x * width + draw(st.integers(0, x - 1))
     return shape, windows, strides
 
 
@@ -64,6 +68,7 @@ def test_blocked_equals_the_definition(
     expected = out_and_grad(x, windows, strides, normalize=normalize, backend="reference")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocked_pool, "BLOCK_ELEMENTS", block)
+        patch.setattr(blocked_pool, "SHORT_ROW", 2)
         if way is not None:
             patch.setattr(blocked_pool, "form", lambda *_: way)
         actual = out_and_grad(x, windows, strides, normalize=normalize, backend="blocked")
@@ -187,6 +192,47 @@ def test_every_element_is_written(
     poison_empty_tensors(monkeypatch)
     x = feature_map(3, 4, 7, 9, dtype=torch.float32).contiguous(memory_format=memory_format)
     assert all(y.isfinite().all() for y in out_and_grad(x, [5, 2], [2, 7], normalize=normalize, backend="blocked"))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_a_value_that_is_not_finite_stays_in_the_windows_of_its_cell(memory_format: torch.memory_format) -> None:
+    x = feature_map(2, 3, 29, 30).contiguous(memory_format=memory_format)
+    x[0, 1, 0, 0], x[1, 2, 28, 29] = math.inf, math.nan  # in a window of each scale, and in none
+    out, grad = out_and_grad(x, [28, 14, 7], [28, 7, 7], backend="blocked")
+    expected = out_and_grad(x, [28, 14, 7], [28, 7, 7], backend="reference")
+    assert torch.equal(out.isfinite(), expected[0].isfinite())
+    assert (~out.isfinite()).sum() == 3
+    assert_close(out[out.isfinite()], expected[0][out.isfinite()], torch.float64)
+    assert_close(grad, expected[1], torch.float64)
+
+
+def test_a_single_window_stays_single_in_cells() -> None:
+    x = feature_map(1, 3, 6, 6).contiguous(memory_format=FORMATS[1])
+    for a, e in zip(*(out_and_grad(x, [3, 6], [4, 1], backend=backend) for backend in BACKENDS), strict=True):
+        assert_close(e, a, torch.float64)
+
+
+def test_cells_are_as_large_as_windows_and_strides_allow() -> None:
+    def cell_of(height: int, width: int, sides: list[int], steps: list[int], channels_last: bool) -> tuple[int, int]:
+        both = [[x for side in values for x in (side, side)] for values in (sides, steps)]
+        return blocked_pool.cell_of(torch.Size((1, 1, height, width)), *both, channels_last)
+
+    assert cell_of(56, 56, [56, 28, 14], [56, 14, 7], True) == (7, 7)
+    assert cell_of(56, 56, [56, 28, 14], [1, 14, 7], True) == (7, 7)  # the one window of 56 has no neighbour
+    assert cell_of(57, 58, [56, 28, 14], [56, 14, 7], True) == (7, 7)
+    assert cell_of(56, 63, [56, 28], [4, 7], True) == (7, 1)
+    assert cell_of(56, 56, [56, 28, 14], [56, 14, 7], False) == (7, 1)
+    assert cell_of(14, 14, [14, 7], [14, 7], False) == (1, 1)
+    assert cell_of(7, 7, [7, 4, 2], [1, 1, 1], True) == (1, 1)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_large_windows_are_as_accurate_as_plain_averages(memory_format: torch.memory_format) -> None:
+    """A running sum of the 3136 positions of a window of 56 x 56 would be wrong by 1e-5."""
+    x = (feature_map(1, 64, 56, 56, dtype=torch.float32) + 5).contiguous(memory_format=memory_format)
+    for windows, strides in (([56, 28, 14], [56, 14, 7]), ([22], [1]), ([22], [11]), ([22], [22])):
+        exact = multiscale_pool(x.double(), windows, strides, backend="reference")
+        assert (multiscale_pool(x, windows, strides, backend="blocked") - exact).abs().max() <= 3e-6
 
 
 def test_the_form_follows_from_the_shape_and_keeps_matrices_small() -> None:

@@ -1,5 +1,6 @@
 """The streaming backend's own ways: tiles in rounds, workers, shared exponentials. None of them changes a result."""
 
+import contextlib
 import math
 import threading
 from collections.abc import Iterator
@@ -12,9 +13,12 @@ from fastkd.backends.blocked import contrast as blocked_contrast
 from fastkd.backends.blocked import dual_softmax as blocked_dual_softmax
 from fastkd.backends.blocked import sums as blocked_sums
 from fastkd.backends.blocked import tiles
+from fastkd.backends.blocked.dense import contrast as dense_contrast
+from fastkd.backends.blocked.dense import dual_softmax as dense_dual_softmax
 from fastkd.functional.dcd import dcd_terms
+from fastkd.numerics import unit_rows, unit_rows_quickly
 from tests.helpers.checks import CONSISTENCIES, assert_close, embeddings, value_and_grads
-from tests.helpers.contract import OPERATIONS, Size
+from tests.helpers.contract import OPERATIONS, Size, always_in_tiles
 
 CPU = torch.device("cpu")
 TILED = ["ckd", *(name for name in OPERATIONS if not name.startswith(("k", "ce", "ckd", "pool")))]
@@ -81,16 +85,72 @@ def test_results_are_the_same_bits_for_any_number_of_workers(
         assert_close(a, e, torch.float32, low)
 
 
+@pytest.mark.parametrize("tiled", [True, False])
 @pytest.mark.parametrize("name", TILED)
-def test_running_maxima_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_maxima_change_nothing(name: str, tiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case = OPERATIONS[name](Size(n=600, N=530, D=16, scale=9.0))
-    shared = case.results("blocked")
-    # Exponentials that overflow if no maximum is subtracted.
-    for module in (blocked_sums, blocked_contrast):
-        monkeypatch.setattr(module, "MAX_SHARED_SCALE", 0.0)
-    monkeypatch.setattr(blocked_sums.PlainSums, "add", None)
-    for a, e in zip(case.results("blocked"), shared, strict=True):
-        assert_close(a, e, torch.float64)
+    with always_in_tiles() if tiled else contextlib.nullcontext():
+        shared = case.results("blocked")
+        # Exponentials that overflow if no maximum is subtracted.
+        for module in (blocked_sums, dense_dual_softmax):
+            monkeypatch.setattr(module, "MAX_SHARED_SCALE", 0.0)
+        monkeypatch.setattr(blocked_sums.PlainSums, "add", None)
+        for a, e in zip(case.results("blocked"), shared, strict=True):
+            assert_close(a, e, torch.float64)
+
+
+@pytest.mark.parametrize(("n", "N", "scale"), [(1, 2, 5.0), (9, 9, 3000.0), (65, 20, 10.0)])
+@pytest.mark.parametrize("name", TILED)
+def test_few_rows_give_the_same_in_tiles(name: str, n: int, N: int, scale: float) -> None:
+    scale = scale / 10 if name.startswith("raw") else scale
+    case = OPERATIONS[name](Size(n=n, N=N, scale=scale, weight=torch.arange(n, dtype=torch.float64) + 1))
+    floor = 1e-5 * n * case.largest  # A loss is a difference of logits: where it cancels, their rounding is left.
+    with always_in_tiles():
+        tiled = case.results("blocked", upstream=3.0)
+    for a, b, e in zip(case.results("blocked", upstream=3.0), tiled, case.exact(3.0), strict=True):
+        assert_close(a, e, torch.float64, floor=floor)
+        assert_close(b, e, torch.float64, floor=floor)
+
+
+@pytest.mark.parametrize("scale", [5.0, 100.0])
+@pytest.mark.parametrize("consistency", CONSISTENCIES)
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, -2.0), (0.0, 1.0)])
+def test_few_rows_serve_any_upstream_gradient_any_number_of_times(
+    weights: tuple[float, float], consistency: str, scale: float
+) -> None:
+    results = []
+    for backend in ("blocked", "reference"):
+        leaves = [x.requires_grad_() for x in (*embeddings(30, 8), torch.tensor(scale, dtype=torch.float64))]
+        terms = dcd_terms(*leaves, consistency=consistency, backend=backend)
+        loss = sum(weight * term for weight, term in zip(weights, terms, strict=True))
+        results.append([torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2)])
+    for actual, again, expected in zip(*results[0], results[1][0], strict=True):
+        assert_close(actual, expected, torch.float64)
+        assert torch.equal(again, actual)
+
+
+@pytest.mark.parametrize("name", ["dcd", "ckd", "index", "masked", "label", "self label"])
+def test_few_rows_compute_no_gradient_that_nobody_needs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = OPERATIONS[name](Size(n=12, N=9))
+    expected = case.compute("blocked", *case.inputs)
+    for module in (dense_contrast, dense_dual_softmax):
+        monkeypatch.setattr(module.Forward, "gradients", None)
+    with torch.no_grad():
+        leaves = [x.requires_grad_(x.is_floating_point()) for x in case.inputs]
+        assert torch.equal(case.compute("blocked", *leaves), expected)
+    with pytest.raises(TypeError):
+        case.compute("blocked", *leaves)
+
+
+def test_unit_rows_are_the_same_whether_their_norms_are_looked_at_or_not() -> None:
+    rows = embeddings(40, 7, dtype=torch.float32)[0]
+    zero, bad = rows.clone(), rows.clone()
+    zero[3], bad[5, 2] = 0, torch.nan
+    for x in (rows, zero, bad, rows * 1e30, rows * 1e-30, rows * 1e-13, rows[:0]):
+        for a, e in zip(unit_rows_quickly(x.double()), unit_rows(x.double()), strict=True):
+            assert torch.allclose(a, e, rtol=1e-15, atol=0, equal_nan=True)
+        for a, e in zip(unit_rows_quickly(torch.stack([x, x])), unit_rows(x), strict=True):
+            assert torch.allclose(a, e.expand_as(a), rtol=1e-6, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("consistency", CONSISTENCIES)

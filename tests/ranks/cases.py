@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bench.traffic import CountedBytes
-from fastkd import ckd_loss, dcd_loss, info_nce_loss, masked_contrast_loss, sup_con_loss
+from fastkd import ckd_loss, dcd_loss, info_nce_loss, masked_contrast_loss, native, sup_con_loss
 from fastkd.distributed import exchange, pack
 from fastkd.distributed import group as fastkd_distributed
 from tests.helpers.checks import assert_close
@@ -66,6 +66,7 @@ class Case:
     key_sizes: tuple[int, ...] | None = None
     d: int = 6
     dtype: torch.dtype = torch.float64
+    device: str = "cpu"  # of the ranks' tensors; one process computes on the CPU
     scale: float = 2.5
     weighted: bool = True
     upstream: float = -1.7
@@ -114,7 +115,8 @@ class Case:
         return LOSSES[self.name](x, index, scale.item() if self.bounded else scale, **options)
 
     def leaves(self, x: Inputs, rank: int | None) -> dict[str, Tensor]:
-        leaves = {"query": x["query"], "key": x["key"], "scale": torch.tensor(self.scale, dtype=torch.float64)}
+        scale = torch.tensor(self.scale, dtype=torch.float64, device=x["query"].device)
+        leaves = {"query": x["query"], "key": x["key"], "scale": scale}
         is_frozen = self.frozen if self.frozen_on in (None, rank) else ()
         for name, leaf in leaves.items():
             leaf.requires_grad_(name not in is_frozen)
@@ -123,9 +125,9 @@ class Case:
 
 def use_extension(library: str | None) -> None:
     """Load the extension from ``library``; None: leave it out."""
-    patches.setattr(pack, "LIBRARY", Path(library or "absent"))
+    patches.setattr(native, "LIBRARY", Path(library or "absent"))
     pack.extension_covers.cache_clear()
-    pack._extension_loads.cache_clear()
+    native.extension.cache_clear()
     assert pack.extension_covers("cpu") == (library is not None)
 
 
@@ -155,21 +157,22 @@ def _one(rank: int, case: Case, groups: dict[tuple[int, ...], Any]) -> dict[str,
         if rank not in case.members:
             return None
         rank = case.members.index(rank)
-    x = case.inputs_of(rank)
+    x = {name: tensor.to(case.device) for name, tensor in case.inputs_of(rank).items()}
+    index = case.index_of(rank)
     before = {name: tensor.clone() for name, tensor in x.items()}
     leaves = case.leaves(x, rank)
     with CountedBytes() as counter:
-        loss = case.compute(x, case.index_of(rank), leaves["scale"], **changes)
+        loss = case.compute(x, None if index is None else index.to(case.device), leaves["scale"], **changes)
         forward_bytes = dict(counter.sent)
         if loss.requires_grad:
-            loss.backward(torch.tensor(case.upstream, dtype=loss.dtype))
+            loss.backward(loss.new_tensor(case.upstream))
     assert all(torch.equal(x[name].detach(), tensor) for name, tensor in before.items()), "an input was changed"
     return {
-        "loss": loss.detach(),
+        "loss": loss.detach().cpu(),
         "bytes": dict(counter.sent),
         "forward_bytes": forward_bytes,
         "kernels": any(name.startswith("fastkd.backends.triton.") for name in sys.modules),
-        **{name: leaf.grad for name, leaf in leaves.items()},
+        **{name: None if leaf.grad is None else leaf.grad.cpu() for name, leaf in leaves.items()},
     }
 
 
@@ -206,7 +209,7 @@ def compare(case: Case, results: list[dict[str, Any]]) -> None:
 def run_cases(cases: list[Case], **settings: Any) -> list[list[dict[str, Any]]]:
     """The results of the ranks, for every case."""
     world_size = 1 + max(cases[0].members or [len(cases[0].sizes) - 1])
-    by_rank = succeeded(run_ranks(world_size, on_rank, cases, **settings))
+    by_rank = succeeded(run_ranks(world_size, on_rank, cases, device=cases[0].device, **settings))
     return [[result for result in results if result is not None] for results in zip(*by_rank, strict=True)]
 
 

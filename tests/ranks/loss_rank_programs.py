@@ -36,14 +36,15 @@ class Student(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         x, t = inputs["student"], inputs["teacher"]
+        teacher = tuple(None if y is None else y.to(t.device) for y in self.teacher)
         if self.name == "msdcrd":
             student_map = self.body(x).unflatten(1, (7, 7)).permute(0, 3, 1, 2)
-            return self.loss(student_map, t, self.teacher)
+            return self.loss(student_map, t, teacher)
         x, t = self.body(x.mean(dim=1)), t.mean(dim=(2, 3))
-        logits, teacher_logits = 4 * self.classifier(x), nn.functional.linear(t, *self.teacher)
+        logits, teacher_logits = 4 * self.classifier(x), nn.functional.linear(t, *teacher)
         if self.name == "ckd":
             return self.loss(logits, teacher_logits)
-        return self.loss(x, t, logits, teacher_logits, inputs["labels"], self.classifier, self.teacher, 3)
+        return self.loss(x, t, logits, teacher_logits, inputs["labels"], self.classifier, teacher, 3)
 
 
 def batch(total: int, same: bool = False) -> dict[str, Tensor]:
@@ -60,22 +61,29 @@ def terms_and_gradients(model: nn.Module, inputs: dict[str, Tensor], weights: di
     sum(weights.get(name, 1.0) * term for name, term in terms.items()).backward()
     grads = {name.removeprefix("module."): parameter.grad for name, parameter in model.named_parameters()}
     return {
-        "terms": {name: term.detach() for name, term in terms.items()},
-        "rows": student.grad,
-        "gradients": {name: grad for name, grad in grads.items() if grad is not None},
+        "terms": {name: term.detach().cpu() for name, term in terms.items()},
+        "rows": student.grad.cpu(),
+        "gradients": {name: grad.cpu() for name, grad in grads.items() if grad is not None},
     }
 
 
 def module_on_rank(
-    rank: int, name: str, sizes: tuple[int, ...], options: dict[str, Any], how: str, weights: dict[str, float]
+    rank: int,
+    name: str,
+    sizes: tuple[int, ...],
+    options: dict[str, Any],
+    how: str,
+    weights: dict[str, float],
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """On this rank's part of the batch; ``how``: bare, under torch.compile, or under DistributedDataParallel."""
-    model: nn.Module = Student(name, **options)
+    model: nn.Module = Student(name, **options).to(device)
     if how == "ddp":
         model = DistributedDataParallel(model, find_unused_parameters=True)
     if how == "compile":
         model.compile(backend="eager")
-    inputs = {key: part(x, sizes, rank) for key, x in batch(sum(sizes), options.get("same", False)).items()}
+    whole = batch(sum(sizes), options.get("same", False))
+    inputs = {key: part(x, sizes, rank).to(device) for key, x in whole.items()}
     return terms_and_gradients(model, inputs, weights)
 
 

@@ -18,7 +18,7 @@ from fastkd.backends.blocked import dual_softmax as blocked
 from fastkd.distributed import agree as agreement
 from fastkd.distributed import exchange, pack
 from fastkd.distributed import group as fastkd_distributed
-from fastkd.ops.contrast import GlobalContrast
+from fastkd.ops.contrast import Contrast
 from tests.helpers.checks import assert_close, embeddings, relative_error
 from tests.helpers.ranks import patches
 from tests.ranks.cases import LOSSES, Case, cut_into, use_extension
@@ -168,7 +168,7 @@ def held_back(rank: int, sizes: tuple[int, ...], collective: int, library: str |
     use_extension(library)
     cut_into(2)
     store, happened = dist.distributed_c10d._get_default_store(), []
-    add = blocked.Forward.add
+    add = blocked.TiledForward.add
 
     def computing(self: Any, *columns: Any) -> None:
         add(self, *columns)
@@ -181,25 +181,25 @@ def held_back(rank: int, sizes: tuple[int, ...], collective: int, library: str |
             store.wait(["computed"], timedelta(seconds=8))
             happened.append(True)
 
-    patches.setattr(blocked.Forward, "add", computing)
+    patches.setattr(blocked.TiledForward, "add", computing)
     first, second, scale, _ = case(sum(sizes))
     with AtCollective(hold):
         dcd_loss(part(first, sizes, rank), part(second, sizes, rank), scale)
     return bool(happened)
 
 
-def exchanged(rank: int, library: str | None, chunks: int, ring: bool) -> dict[str, list[Tensor]]:
+def exchanged(rank: int, library: str | None, chunks: int, ring: bool, device: str) -> dict[str, list[Tensor]]:
     """Stacks of one and two tensors, with more keys than queries, and labels: the columns of each, twice."""
     use_extension(library)
     cut_into(chunks)
     fastkd_distributed.configure(max_gathered_bytes=0 if ring else 1 << 30)
     result = {}
     for name, queries, keys in (("equal", (3, 3, 3), (5, 5, 5)), ("unequal", (2, 0, 3), (0, 4, 1))):
-        call = agreement.Call(queries[rank], keys[rank], {"device": "cpu"})
+        call = agreement.Call(queries[rank], keys[rank], {"device": device})
         peers = agreement.agree(dist.group.WORLD, name, call)
         for kind, of, sizes in (("queries", peers, queries), ("keys", peers.keys, keys)):
-            first, second = embeddings(sum(sizes), D)
-            labels = torch.arange(sum(sizes)) + (1 << 60)
+            first, second = (x.to(device) for x in embeddings(sum(sizes), D))
+            labels = torch.arange(sum(sizes), device=device) + (1 << 60)
             own = [part(x, sizes, rank) for x in (first, second)]
             for rows in (own[:1], own):
                 started, units, _, gathered = exchange.start(of, rows, torch.float64, normalize=False)
@@ -210,8 +210,8 @@ def exchanged(rank: int, library: str | None, chunks: int, ring: bool) -> dict[s
                 for x in own:
                     x.neg_()
                 result[f"{name} {kind} {len(rows)}"] = [
-                    numbers.wait(started)[:, 0],
-                    *(torch.cat([block for _, block in blocks], dim=1) for blocks in columns),
+                    numbers.wait(started)[:, 0].cpu(),
+                    *(torch.cat([block for _, block in blocks], dim=1).cpu() for blocks in columns),
                     torch.tensor([cols.stop for blocks in columns for cols, _ in blocks]),
                 ]
     return result
@@ -294,11 +294,11 @@ def without_host_tensors(rank: int) -> list[str]:
         def apply(*inputs: Any) -> Any:
             torch.tensor = noted
             try:
-                return GlobalContrast.apply(*inputs)
+                return Contrast.apply(*inputs)
             finally:
                 torch.tensor = kept
 
-    patches.setattr("fastkd.functional.contrast.GlobalContrast", Watched)
+    patches.setattr("fastkd.ops.contrast.Contrast", Watched)
     first, second, scale, _ = case(8)
     for name, loss in (("info_nce", info_nce_loss), ("ckd", ckd_loss)):
         rows = [part(x, (4, 4), rank).clone().requires_grad_() for x in (first, second)]

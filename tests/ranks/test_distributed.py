@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.checks import CONSISTENCIES, assert_close, relative_error
+from tests.helpers.gpu import on_every_device
 from tests.helpers.ranks import run_ranks, succeeded
 from tests.ranks import rank_programs as programs
 from tests.ranks.cases import KINDS, LABEL, Case, check_cases, one_process, run_cases
@@ -22,14 +23,16 @@ def every_kind(sizes: tuple[int, ...], **settings: Any) -> list[Case]:
     return [Case(name, sizes, options, **settings) for name, options in KINDS]
 
 
+@on_every_device
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_every_loss_equals_one_process(sizes: tuple[int, ...]) -> None:
-    check_cases(every_kind(sizes, weighted=len(sizes) % 2 == 0))
+def test_every_loss_equals_one_process(sizes: tuple[int, ...], device: str) -> None:
+    check_cases(every_kind(sizes, weighted=len(sizes) % 2 == 0, device=device))
 
 
+@on_every_device
 @pytest.mark.parametrize("sizes", [(4, 4), (3, 0, 2), (1, 2, 3, 1)], ids=str)
-def test_a_ring_equals_one_process(sizes: tuple[int, ...]) -> None:
-    for results in check_cases(every_kind(sizes, ring=True)):
+def test_a_ring_equals_one_process(sizes: tuple[int, ...], device: str) -> None:
+    for results in check_cases(every_kind(sizes, ring=True, device=device)):
         assert all("broadcast" not in result["forward_bytes"] or sizes != (4, 4) for result in results)
         assert all(result["bytes"].get("send", 0) > 0 for result in results)
 
@@ -74,9 +77,10 @@ def test_a_rank_without_weights_counts_them_as_ones(name: str) -> None:
     programs.compare_rows(results, loss, first)
 
 
+@on_every_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_lower_precision_keeps_its_tolerance(dtype: torch.dtype) -> None:
-    check_cases(every_kind((5, 8), dtype=dtype, d=16))
+def test_lower_precision_keeps_its_tolerance(dtype: torch.dtype, device: str) -> None:
+    check_cases(every_kind((5, 8), dtype=dtype, d=16, device=device))
 
 
 def test_float32_rows_exchanged_in_bfloat16_halve_the_traffic() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastkd import preview_weight
 from tests.helpers.checks import assert_close
+from tests.helpers.gpu import on_every_device
 from tests.helpers.ranks import Failure, run_ranks, succeeded
 from tests.ranks import loss_rank_programs as programs
 
@@ -27,9 +28,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def check(case: str, sizes: tuple[int, ...], how: str = "bare") -> None:
+def check(case: str, sizes: tuple[int, ...], how: str = "bare", device: str = "cpu") -> None:
     name, options = CASES[case]
-    results = succeeded(run_ranks(len(sizes), programs.module_on_rank, name, sizes, options, how, WEIGHTS))
+    given = (name, sizes, options, how, WEIGHTS, device)
+    results = succeeded(run_ranks(len(sizes), programs.module_on_rank, *given, device=device))
     inputs = programs.batch(sum(sizes), options.get("same", False))
     expected = programs.terms_and_gradients(programs.Student(name, **options), inputs, WEIGHTS)
 
@@ -48,15 +50,17 @@ def check(case: str, sizes: tuple[int, ...], how: str = "bare") -> None:
         assert_close(mean(grads), value, torch.float64)
 
 
+@on_every_device
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_equal_one_process(case: str, sizes: tuple[int, ...]) -> None:
-    check(case, sizes)
+def test_ranks_equal_one_process(case: str, sizes: tuple[int, ...], device: str) -> None:
+    check(case, sizes, device=device)
 
 
+@on_every_device
 @pytest.mark.parametrize("case", ["pckd", "msdcrd", "pckd without category", "msdcrd of channels"])
-def test_gradients_under_ddp_are_those_of_the_global_batch(case: str) -> None:
-    check(case, (2, 1, 3), "ddp")
+def test_gradients_under_ddp_are_those_of_the_global_batch(case: str, device: str) -> None:
+    check(case, (2, 1, 3), "ddp", device)
 
 
 @pytest.mark.parametrize("case", ["pckd", "msdcrd", "pckd without category", "msdcrd of channels"])
@@ -73,7 +77,7 @@ def test_maps_whose_squares_overflow_are_no_exception() -> None:
 def test_a_second_derivative_is_refused() -> None:
     for result in run_ranks(2, programs.second_derivative):
         assert isinstance(result, Failure)
-        assert "once_differentiable" in result.message
+        assert "differentiate" in result.message
 
 
 @pytest.mark.parametrize("name", ["ckd", "pckd", "msdcrd"])

@@ -19,14 +19,15 @@ gradient. That is N^2 D operations forward and 3 N^2 D backward, instead of 2 an
 import torch
 from torch import Tensor
 
+from fastkd.backends.blocked.dense import contrast as dense
 from fastkd.backends.blocked.gemm import product
 from fastkd.backends.blocked.sums import (
-    MAX_SHARED_SCALE,
+    LOG_2,
     OnlineSums,
     PlainSums,
     RowGradient,
     add_rows,
-    beyond_positive,
+    are_bounded,
     row_blocks,
     row_weights,
     to_raw_rows,
@@ -34,34 +35,26 @@ from fastkd.backends.blocked.sums import (
 from fastkd.backends.blocked.tiles import Tile, Workspace, blocks, for_each_tile, pair_rounds, rectangle_rounds
 from fastkd.backends.inputs import ContrastRows, ContrastUpstream
 from fastkd.backends.masks import Mask
-from fastkd.numerics import accumulation_dtype, unit_rows, weighted_sum
+from fastkd.numerics import accumulation_dtype, unit_rows_quickly, weighted_sum
 
 
-def rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+def rows(raw_rows: tuple[Tensor, ...], normalize: bool) -> list[tuple[Tensor, Tensor | None]]:
+    """Of each side, contiguous rows in the accumulation dtype; if asked, unit rows with their inverse norms [n, 1]."""
+    return [_rows(x, normalize) for x in raw_rows]
+
+
+def _rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     """Contiguous rows in the accumulation dtype; if asked, as unit rows with their inverse norms [n, 1]."""
-    dtype = accumulation_dtype(raw_rows.dtype)
+    dtype, parts = accumulation_dtype(raw_rows.dtype), row_blocks(raw_rows)
     if not normalize:
         return raw_rows.to(dtype).contiguous(), None
+    if len(parts) == 1:
+        return unit_rows_quickly(raw_rows.to(dtype).contiguous())
     units = raw_rows.new_empty(raw_rows.shape, dtype=dtype)
     inverse_norm = units.new_empty(len(units), 1)
-    for block in row_blocks(units):
-        units[block], inverse_norm[block] = unit_rows(raw_rows[block].to(dtype))
+    for part in parts:
+        units[part], inverse_norm[part] = unit_rows_quickly(raw_rows[part].to(dtype))
     return units, inverse_norm
-
-
-def _are_bounded(q: Tensor, k: Tensor, rows: ContrastRows) -> bool:
-    """Whether one plain exponential per logit is safe; looks only where that costs no wait, on a CPU.
-
-    Not for raw rows of several ranks, because other ranks' may be longer. Nor for positives by label over ranks: what a
-    plain exponential rounds away would be all that is left of a gradient near convergence.
-    """
-    if q.device.type != "cpu" or (rows.is_packed and (rows.mask.by_label or not rows.normalized)):
-        return False
-    bound = abs(rows.scale.item())
-    if not rows.normalized:
-        longest = [torch.linalg.vector_norm(x, dim=1).amax().item() for x in ((q,) if q is k else (q, k))]
-        bound *= longest[0] * longest[-1]
-    return bound <= MAX_SHARED_SCALE
 
 
 class _Pass:
@@ -69,10 +62,11 @@ class _Pass:
 
     def __init__(self, rows: ContrastRows) -> None:
         self._scale, self._mask = scale, mask = rows.scale, rows.mask
+        self._to_logits = scale / LOG_2
         self._q = rows.queries.to(scale.dtype)
         self._is_self = rows.keys is None
         self._k = self._q if rows.keys is None else rows.keys.to(scale.dtype)
-        self._bounded = _are_bounded(self._q, self._k, rows)
+        self._bounded = are_bounded(self._q, self._k, rows)
         q = self._q
         self._own = torch.arange(len(q), device=q.device)
         self._index = self._own if mask.positive_index is None else mask.positive_index
@@ -93,7 +87,7 @@ class _Pass:
 
     def _own_negatives(self, rows: slice, cols: slice, workspace: Workspace) -> Tensor:
         """The logits of own queries and keys that the queries' sums are made of; positives by index are taken out."""
-        X = product(self._q[rows], self._k[cols]).mul_(self._scale)
+        X = product(self._q[rows], self._k[cols]).mul_(self._to_logits)
         meets_own = rows.start < cols.stop and cols.start < rows.stop
         if not self._mask.by_label and (meets_own or self._index is not self._own):
             self._positive[rows] = _take_out(X, self._index[rows], cols.start, self._positive[rows])
@@ -139,8 +133,10 @@ def _shifted(part: slice, by: int) -> slice:
     return slice(part.start + by, part.stop + by)
 
 
-class Forward(_Pass):
+class TiledForward(_Pass):
     """Losses and numbers of a rank's queries, accumulated over the keys."""
+
+    kept: tuple[Tensor, ...] = ()
 
     def __init__(self, rows: ContrastRows) -> None:
         super().__init__(rows)
@@ -178,27 +174,26 @@ class Forward(_Pass):
 
         def tile(rows: slice, cols: slice, workspace: Workspace) -> None:
             others = _shifted(cols, start)
-            X = product(self._q[rows], k[cols]).mul_(self._scale)
+            X = product(self._q[rows], k[cols]).mul_(self._to_logits)
             if self._mask.by_label:
                 self._of_positives[rows] += self._positive_logits(X, rows, others).sum(dim=1)
             self._sums.add(rows, self._drop_equal(X, rows, others, workspace))
 
         self._for_each(self._q, k, tile, self._buffers)
 
-    def finish(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the losses, and two numbers per query, [2, n].
+    def finish(self, weight: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the losses times ``factor``, and two numbers per query, [2, n].
 
         By index: the query's loss and its positive's logit; by label: its log-sum-exp and its number of positives.
         """
-        lse = self._sums.logsumexp()
         if not self._mask.by_label:
-            loss = beyond_positive(lse, self._positive)
+            loss = self._sums.beyond_positive(self._positive)
             # An infinite positive would make the other logits vanish.
             loss = loss.where(self._positive.isfinite(), torch.nan)
-            return weighted_sum(loss, weight), torch.stack([loss, self._positive])
-        count = self._mask.positive_counts(len(self._q)).to(lse.dtype)
-        loss = (lse - self._of_positives / count.clamp_min(1)).masked_fill(count == 0, 0)
-        return weighted_sum(loss, weight), torch.stack([lse, count])
+            return weighted_sum(loss, weight) * factor, torch.stack([loss, self._positive * LOG_2])
+        count = self._mask.positive_counts(len(self._q)).to(self._scale.dtype)
+        loss = self._sums.above(self._of_positives / count.clamp_min(1)).masked_fill_(count == 0, 0)
+        return weighted_sum(loss, weight) * factor, torch.stack([self._sums.logsumexp(), count])
 
 
 class _Probabilities:
@@ -209,31 +204,31 @@ class _Probabilities:
         if mask.by_label:
             without = stats[1] == 0
             lse, w = stats[0].masked_fill(without, torch.inf), w.masked_fill(without, 0)
-        self._lse, self._shared, self.weights = lse, shared, w
+        self._lse, self._shared, self.weights = lse / LOG_2, shared, w
         self._factor = w * (-lse).exp() if shared else w
 
     def of_rows(self, X: Tensor, queries: slice) -> Tensor:
         """Of a tile whose rows are these queries."""
         if not self._shared:
             X.sub_(self._lse[queries, None])
-        return X.exp_().mul_(self._factor[queries, None])
+        return X.exp2_().mul_(self._factor[queries, None])
 
     def of_columns(self, X: Tensor, queries: slice) -> Tensor:
         """Of a tile whose columns are these queries: ``w_j p_ji``."""
         if not self._shared:
             X.sub_(self._lse[queries])
-        return X.exp_().mul_(self._factor[queries])
+        return X.exp2_().mul_(self._factor[queries])
 
     def of_pair(self, X: Tensor, rows: slice, cols: slice, scratch: Tensor) -> Tensor:
         """``w_i p_ij + w_j p_ji`` of a tile in which ``x_ij = x_ji``."""
         factor, lse = self._factor, self._lse
         if self._shared:
-            return X.exp_().mul_(torch.add(factor[rows, None], factor[cols], out=scratch))
-        torch.sub(X, lse[cols], out=scratch).exp_().mul_(factor[cols])
-        return X.sub_(lse[rows, None]).exp_().mul_(factor[rows, None]).add_(scratch)
+            return X.exp2_().mul_(torch.add(factor[rows, None], factor[cols], out=scratch))
+        torch.sub(X, lse[cols], out=scratch).exp2_().mul_(factor[cols])
+        return X.sub_(lse[rows, None]).exp2_().mul_(factor[rows, None]).add_(scratch)
 
 
-class Backward(_Pass):
+class TiledBackward(_Pass):
     """``sum_j G_ij k_j`` of a rank's queries and ``sum_i G_ij q_i`` of its keys.
 
     ``G_ij = w_i (p_ij - [j in P_i] / |P_i|)``. ``stats`` [2, n] and ``weight`` [n] are those of its queries; those of
@@ -241,10 +236,17 @@ class Backward(_Pass):
     contrasted with each other.
     """
 
-    def __init__(self, rows: ContrastRows, upstream: ContrastUpstream, need_query: bool, need_key: bool) -> None:
+    def __init__(
+        self,
+        rows: ContrastRows,
+        upstream: ContrastUpstream,
+        need_query: bool,
+        need_key: bool,
+        kept: tuple[Tensor, ...] = (),
+    ) -> None:
         super().__init__(rows)
         stats, mask = upstream.stats, rows.mask
-        self._w, self._stats = row_weights(upstream.weight, upstream.grad_loss, stats[0]), stats
+        self._w, self._stats = row_weights(upstream.weight, upstream.grad_loss * upstream.factor, stats[0]), stats
         self._probabilities = _Probabilities(mask, stats, self._w, self._bounded)
         self._is_pair = self._is_self and mask.by_label
         self._of_queries = RowGradient(self._q, self._k) if need_query or self._is_self else None
@@ -298,7 +300,7 @@ class Backward(_Pass):
 
         def tile(rows: slice, cols: slice, workspace: Workspace) -> None:
             others = _shifted(cols, start)
-            X = self._drop_equal(product(self._q[rows], k[cols]).mul_(self._scale), rows, others, workspace)
+            X = self._drop_equal(product(self._q[rows], k[cols]).mul_(self._to_logits), rows, others, workspace)
             G = (self._of_pair if self._is_self else self._of_rows)(X, rows, others, workspace)
             gradient.add(rows, G, k[cols])
 
@@ -312,7 +314,7 @@ class Backward(_Pass):
 
         def tile(rows: slice, cols: slice, workspace: Workspace) -> None:
             others = _shifted(cols, start)
-            X = product(self._k[rows], q[cols]).mul_(self._scale)
+            X = product(self._k[rows], q[cols]).mul_(self._to_logits)
             G = self._probabilities.of_columns(self._drop_equal(X, rows, others, workspace, by_key=True), others)
             if self._mask.by_label:
                 same = next(workspace(slice(0, len(X)), slice(0, X.shape[1])))
@@ -354,3 +356,16 @@ class Backward(_Pass):
                 grad_q[block].addcmul_(G[block, None], self._k[index[block]])
             if grad_k is not None:
                 add_rows(grad_k, index[block], self._q[block] * G[block, None])
+
+
+def Forward(rows: ContrastRows) -> TiledForward | dense.Forward:
+    """The forward that suits the matrix's size. Its ``kept``: what the backward may be given beside the numbers."""
+    return dense.Forward(rows) if dense.covers(rows) else TiledForward(rows)
+
+
+def Backward(
+    rows: ContrastRows, upstream: ContrastUpstream, need_query: bool, need_key: bool, kept: tuple[Tensor, ...] = ()
+) -> TiledBackward | dense.Backward:
+    """The backward of :func:`Forward`, with what that kept or without."""
+    backward = dense.Backward if dense.covers(rows) else TiledBackward
+    return backward(rows, upstream, need_query, need_key, kept)

@@ -1,8 +1,8 @@
 """``dual_softmax`` of the blocked backend: one pass of tiles forward, one backward, memory linear in the rows.
 
-A rank's own rows are columns too. They come first (:meth:`Forward.add_own`). There the tiles (I, J) and (J, I) are one
-pair: two products serve both softmaxes of I and of J, 2 n^2 D operations forward and 6 n^2 D backward. The columns of
-other ranks, if there are any, follow block by block (:meth:`Forward.add`).
+A rank's own rows are columns too. They come first (``add_own``). There the tiles (I, J) and (J, I) are one pair: two
+products serve both softmaxes of I and of J, 2 n^2 D operations forward and 6 n^2 D backward. The columns of other
+ranks, if there are any, follow block by block (``add``). Few rows of one rank need no tiles: see ``dense/``.
 
 Legend. ``a``, ``b``: unit rows. ``X_ij = scale a_i . b_j`` and ``Y_ij = scale b_i . a_j = X_ji``. ``p = softmax_j X``
 and ``q = softmax_j Y``. ``la = -log p_ii`` and ``lc = -log q_ii``. ``E_i = sum_j p_ij (X_ij - Y_ij)``. ``G_ij``: the
@@ -10,30 +10,32 @@ gradient of ``X_ij``.
 
 Positives are kept apart from the sums: ``la = log(1 + sum_{j != i} exp(X_ij - X_ii))`` and ``p_ii - 1 = expm1(-la)``
 keep all their digits where a loss has almost vanished, and so does the gradient.
+
+Tiles hold X and Y in base 2: divided by log 2, so that ``exp(X_ij)`` is ``2^X_ij``. On a CPU torch's exp2 is four times
+as fast as its exp. Numbers per row are in nats, but for the running sums.
 """
 
 import torch
 from torch import Tensor
 
+from fastkd.backends.blocked.dense import dual_softmax as dense
 from fastkd.backends.blocked.gemm import product
 from fastkd.backends.blocked.sums import (
+    LOG_2,
     OnlineSums,
     RowGradient,
-    beyond_positive,
     row_weights,
     shares_exponentials,
     to_raw_rows,
 )
 from fastkd.backends.blocked.tiles import Tile, Workspace, blocks, for_each_tile, pair_rounds, rectangle_rounds
 from fastkd.backends.inputs import DualRows, DualUpstream
-from fastkd.numerics import accumulation_dtype, unit_rows, weighted_sum
+from fastkd.numerics import accumulation_dtype, unit_rows_quickly, weighted_sum
 
 
-def units(a: Tensor, b: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The unit rows of both sides in the accumulation dtype, and their inverse norms [n, 1]."""
-    dtype = accumulation_dtype(a.dtype)
-    (a, inverse_a), (b, inverse_b) = unit_rows(a.to(dtype)), unit_rows(b.to(dtype))
-    return (a, b), (inverse_a, inverse_b)
+def units(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The unit rows of both sides in the accumulation dtype, [2, n, D], and their inverse norms [2, n, 1]."""
+    return unit_rows_quickly(torch.stack([a, b]).to(accumulation_dtype(a.dtype)))
 
 
 class _Pass:
@@ -42,7 +44,7 @@ class _Pass:
     def __init__(self, rows: DualRows) -> None:
         self._scale = scale = rows.scale
         self._a, self._b = (x.to(scale.dtype) for x in rows.units)
-        self._scaled_a, self._scaled_b = self._a * scale, self._b * scale
+        self._scaled_a, self._scaled_b = (x * (scale / LOG_2) for x in (self._a, self._b))
         self._shared = shares_exponentials(self._a, scale, rows.scale_bound)
         self._blocks = blocks(len(self._a), self._a.device)
 
@@ -54,8 +56,10 @@ class _Pass:
         for_each_tile(rounds, tile, self._a, buffers, len(columns))
 
 
-class Forward(_Pass):
-    """(la, lc, E, X_ii) of every row, accumulated over the columns."""
+class TiledForward(_Pass):
+    """Both log-sum-exps, E, la and lc of every row, [5, n], accumulated over the columns."""
+
+    kept: tuple[Tensor, ...] = ()
 
     def __init__(self, rows: DualRows) -> None:
         super().__init__(rows)
@@ -74,7 +78,7 @@ class Forward(_Pass):
         p, q = self._p, self._q
         X = product(self._scaled_a[rows], self._b[cols])
         ones_rows, ones_cols = X.new_ones(len(X)), X.new_ones(X.shape[1])
-        torch.exp(X, out=U)
+        torch.exp2(X, out=U)
         if rows == cols:
             self._positive[rows] = X.diagonal()
             U.fill_diagonal_(0)
@@ -84,7 +88,7 @@ class Forward(_Pass):
             p.weighted[rows].addmv_(U.mul_(torch.sub(X, X.T, out=V)), ones_cols)
             return
         Y = product(self._scaled_b[rows], self._a[cols])
-        torch.exp(Y, out=V)
+        torch.exp2(Y, out=V)
         q.total[rows].addmv_(V, ones_cols)
         p.total[cols].addmv_(V.T, ones_rows)
         d = X.sub_(Y)
@@ -114,28 +118,30 @@ class Forward(_Pass):
             X, Y = product(self._scaled_a[rows], b[cols]), product(self._scaled_b[rows], a[cols])
             torch.sub(X, Y, out=d)
             if self._shared:
-                self._p.total[rows] += torch.exp(X, out=U).sum(dim=1)
+                self._p.total[rows] += torch.exp2(X, out=U).sum(dim=1)
                 self._p.weighted[rows] += U.mul_(d).sum(dim=1)
-                self._q.total[rows] += torch.exp(Y, out=U).sum(dim=1)
+                self._q.total[rows] += torch.exp2(Y, out=U).sum(dim=1)
             else:
                 self._p.add(rows, X, d)
                 self._q.add(rows, Y)
 
         self._for_each(a, tile, 2)
 
-    def finish(self, weight: Tensor | None, is_swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted sums of contrast and consistency, and (la, lc, E, X_ii) [4, n]."""
+    def finish(
+        self, weight: Tensor | None, is_swapped: bool, factors: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted sums of contrast and consistency, times their factors, and the numbers of every row, [5, n]."""
         positive = self._positive
-        la, lc = (beyond_positive(sums.logsumexp(), positive) for sums in (self._p, self._q))
-        E = self._p.mean(positive)
-        contrast = weighted_sum(lc if is_swapped else la, weight)
-        return contrast, weighted_sum(E - la + lc, weight), torch.stack([la, lc, E, positive])
+        la, lc = (sums.beyond_positive(positive) for sums in (self._p, self._q))
+        E, positive = self._p.mean(positive) * LOG_2, positive * LOG_2
+        sums = (weighted_sum(rows, weight) for rows in (lc if is_swapped else la, E - la + lc))
+        contrast, consistency = (total * factor for total, factor in zip(sums, factors, strict=True))
+        return contrast, consistency, torch.stack([la + positive, lc + positive, E, la, lc])
 
 
 def numbers(stats: Tensor) -> Tensor:
     """What the owner of a column needs of a row, [3, n]: both log-sum-exps and E."""
-    la, lc, E, positive = stats
-    return torch.stack([la + positive, lc + positive, E])
+    return stats[:3]
 
 
 class _Factors:
@@ -146,48 +152,54 @@ class _Factors:
     """
 
     def __init__(self, numbers: Tensor, wp: Tensor, wq: Tensor, k: Tensor, shared: bool) -> None:
-        self._lse_p, self._lse_q, E = numbers
+        lse_p, lse_q, E = numbers
         self._shared = shared
-        to_p, to_q = ((-lse).exp() if shared else 1.0 for lse in (self._lse_p, self._lse_q))
+        self._lse_p, self._lse_q = lse_p / LOG_2, lse_q / LOG_2
+        to_p, to_q = ((-lse).exp() if shared else 1.0 for lse in (lse_p, lse_q))
         self._k, self._r, self._x = k * to_p, (wp - k * E) * to_p, (wq + k) * to_q
+        self._k_of_d = self._k * LOG_2
 
     def exponentials(
         self, X: Tensor, Y: Tensor, rows: slice, columns: slice, U: Tensor, V: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """p_ij, q_ij, p_ji and q_ji of a tile."""
         if self._shared:
-            p = q_t = torch.exp(X, out=U)
-            q = p_t = torch.exp(Y, out=V)
+            p = q_t = torch.exp2(X, out=U)
+            q = p_t = torch.exp2(Y, out=V)
             return p, q, p_t, q_t
-        p, q = ((x - lse[rows, None]).exp_() for x, lse in ((X, self._lse_p), (Y, self._lse_q)))
-        p_t, q_t = ((x - lse[columns]).exp_() for x, lse in ((Y, self._lse_p), (X, self._lse_q)))
+        p, q = ((x - lse[rows, None]).exp2_() for x, lse in ((X, self._lse_p), (Y, self._lse_q)))
+        p_t, q_t = ((x - lse[columns]).exp2_() for x, lse in ((Y, self._lse_p), (X, self._lse_q)))
         return p, q, p_t, q_t
 
     def gradient(
-        self, p: Tensor, p_t: Tensor, q_t: Tensor, d: Tensor, rows: slice, columns: slice, out: Tensor, scratch: Tensor
+        self, p: Tensor, p_t: Tensor, q_t: Tensor, d: Tensor, rows: slice, columns: slice, out: Tensor
     ) -> Tensor:
         """``G`` of a tile [rows, columns], written to ``out``; every argument may be a transposed view."""
-        torch.mul(d, self._k[rows, None], out=out).add_(self._r[rows, None])
-        if q_t is p:
-            out.add_(self._x[columns]).mul_(p)
-        else:
-            out.mul_(p).add_(torch.mul(q_t, self._x[columns], out=scratch))
-        return out.sub_(torch.mul(p_t, self._k[columns], out=scratch))
+        torch.addcmul(self._r[rows, None], d, self._k_of_d[rows, None], out=out).mul_(p)
+        return out.addcmul_(q_t, self._x[columns]).addcmul_(p_t, self._k[columns], value=-1)
 
 
-class Backward(_Pass):
+class TiledBackward(_Pass):
     """``sum_j G_ij b_j`` and ``sum_j G_ji a_j`` of every row, accumulated over the columns.
 
-    ``stats`` [4, n]: what :class:`Forward` found.
+    ``stats`` [5, n]: what :class:`TiledForward` found.
     """
 
-    def __init__(self, rows: DualRows, stats: Tensor, upstream: DualUpstream, need_a: bool, need_b: bool) -> None:
+    def __init__(
+        self,
+        rows: DualRows,
+        stats: Tensor,
+        upstream: DualUpstream,
+        need_a: bool,
+        need_b: bool,
+        kept: tuple[Tensor, ...] = (),
+    ) -> None:
         super().__init__(rows)
-        everyone, weight, *grads, is_swapped = upstream
-        w, k = (row_weights(weight, grad, everyone[0]) for grad in grads)
+        everyone, weight, *grads, is_swapped, factors = upstream
+        w, k = (row_weights(weight, grad * factor, everyone[0]) for grad, factor in zip(grads, factors, strict=True))
         wp, wq = (torch.zeros_like(w), w) if is_swapped else (w, torch.zeros_like(w))
         n = len(self._a)
-        la, lc, E, _ = stats
+        _, _, E, la, lc = stats
         to_p, to_q = (-la).expm1(), (-lc).expm1()
         self._diagonal = (wp[:n] * to_p + wq[:n] * to_q - k[:n] * E * (-la).exp() + k[:n] * (to_q - to_p))[:, None]
         self._factors = _Factors(everyone, wp, wq, k, self._shared)
@@ -204,7 +216,7 @@ class Backward(_Pass):
         Y = scratch.copy_(X.T) if rows == cols else product(self._scaled_b[rows], self._a[cols])
         p, q, p_t, q_t = self._factors.exponentials(X, Y, rows, cols, U, V)
         d = X.sub_(Y)
-        self._factors.gradient(p, p_t, q_t, d, rows, cols, G, scratch)
+        self._factors.gradient(p, p_t, q_t, d, rows, cols, G)
         if rows == cols:
             G.fill_diagonal_(0)
         if self._grad_a is not None:
@@ -214,7 +226,7 @@ class Backward(_Pass):
         if rows == cols:
             return
         # The mirrored tile: rows and columns, p and its transpose change places.
-        self._factors.gradient(p_t.T, p.T, q.T, d.neg_().T, cols, rows, G.T, scratch.T)
+        self._factors.gradient(p_t.T, p.T, q.T, d.neg_().T, cols, rows, G.T)
         if self._grad_a is not None:
             self._grad_a.add_cols(rows, cols, G)
         if self._grad_b is not None:
@@ -226,23 +238,21 @@ class Backward(_Pass):
         start = cols.start
 
         def tile(rows: slice, cols: slice, workspace: Workspace) -> None:
-            U, V, G, scratch = workspace(rows, cols)
+            U, V, G = workspace(rows, cols)
             others = slice(cols.start + start, cols.stop + start)
             X, Y = product(self._scaled_a[rows], b[cols]), product(self._scaled_b[rows], a[cols])
             p, q, p_t, q_t = self._factors.exponentials(X, Y, rows, others, U, V)
             d = X.sub_(Y)
             if self._grad_a is not None:
-                self._factors.gradient(p, p_t, q_t, d, rows, others, G, scratch)
+                self._factors.gradient(p, p_t, q_t, d, rows, others, G)
                 self._grad_a.add(rows, G, b[cols])
             if self._grad_b is not None:
-                self._factors.gradient(p_t.T, p.T, q.T, d.neg_().T, others, rows, G.T, scratch.T)
+                self._factors.gradient(p_t.T, p.T, q.T, d.neg_().T, others, rows, G.T)
                 self._grad_b.add(rows, G, a[cols])
 
-        self._for_each(a, tile, 4)
+        self._for_each(a, tile, 3)
 
-    def finish(
-        self, inverse_norm: tuple[Tensor, Tensor] | Tensor, dtype: torch.dtype, D: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, inverse_norm: Tensor, dtype: torch.dtype, D: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the raw rows in ``dtype`` (empty if not needed), and this rank's part of the scale's."""
         found, grad_scale = [], self._scale.new_zeros(())
         sides = ((self._grad_b, self._b, self._a), (self._grad_a, self._a, self._b))
@@ -253,3 +263,17 @@ class Backward(_Pass):
             grad, grad_scale = to_raw_rows(gradient.total().add_(self._diagonal * other), rows, inverse, self._scale)
             found.append(grad.to(dtype))
         return found[1], found[0], grad_scale
+
+
+def Forward(rows: DualRows) -> TiledForward | dense.Forward:
+    """The forward that suits the number of rows. Its ``kept``: what the backward may be given beside the statistics."""
+    return dense.Forward(rows) if dense.covers(rows) else TiledForward(rows)
+
+
+def Backward(
+    rows: DualRows, stats: Tensor, upstream: DualUpstream, need_a: bool, need_b: bool, kept: tuple[Tensor, ...] = ()
+) -> TiledBackward | dense.Backward:
+    """The backward of :func:`Forward`, with what that kept or without."""
+    if dense.covers(rows):
+        return dense.Backward(rows, stats, upstream, need_a, need_b, kept)
+    return TiledBackward(rows, stats, upstream, need_a, need_b)

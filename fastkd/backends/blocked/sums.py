@@ -1,5 +1,6 @@
 """What both similarity operations share: sums of exponentials, gradients from tiles, the way back to the raw rows."""
 
+import math
 import threading
 from collections.abc import Iterator
 
@@ -7,16 +8,20 @@ import torch
 from torch import Tensor
 
 from fastkd.backends.blocked.gemm import product
+from fastkd.backends.inputs import ContrastRows
 
 # exp(+-40) summed over any number of rows stays inside float32, so no maximum has to be subtracted.
 MAX_SHARED_SCALE = 40.0
+LOG_2 = math.log(2)
+# torch multiplies a short tensor by a tensor in half the time that it takes for a Python number.
+LOG_2_TENSOR = torch.tensor(LOG_2, dtype=torch.float64, device="cpu")
 MAX_TRANSPOSED = 256  # columns of rows that are copied to be transposed
 BLOCK_ELEMENTS = 1 << 18  # of the rows in a row-wise step: 1 MiB in float32
 MAX_PART = 2048  # columns of a product that is added to a gradient: 4 MiB for 512 float32 rows
 
 
 class OnlineSums:
-    """Row-wise ``sum exp(logits)`` and ``sum exp(logits) d`` over columns that come in tiles."""
+    """Row-wise ``sum 2^logits`` and ``sum 2^logits d`` over columns that come in tiles."""
 
     def __init__(self, like: Tensor) -> None:
         n = len(like)
@@ -27,10 +32,10 @@ class OnlineSums:
     def add(self, rows: slice, logits: Tensor, d: Tensor | None = None) -> None:
         old = self.maximum[rows]
         new = torch.maximum(old, logits.amax(dim=1))
-        # A row that holds only -inf so far has no finite maximum: subtracting 0 keeps exp(-inf) = 0.
+        # A row that holds only -inf so far has no finite maximum: subtracting 0 keeps 2^-inf = 0.
         shift = new.masked_fill(new == -torch.inf, 0)
-        decay = (old - shift).exp()
-        weights = (logits - shift[:, None]).exp()
+        decay = (old - shift).exp2()
+        weights = (logits - shift[:, None]).exp2_()
         self.total[rows] = self.total[rows] * decay + weights.sum(dim=1)
         if d is not None:
             self.weighted[rows] = self.weighted[rows] * decay + (weights * d).sum(dim=1)
@@ -43,11 +48,20 @@ class OnlineSums:
             self.add(cols, logits.T)
 
     def logsumexp(self) -> Tensor:
-        return self.maximum + self.total.log()
+        """The log-sum-exp in nats."""
+        return (self.maximum + self.total.log2()).mul_(LOG_2)
+
+    def beyond_positive(self, positive: Tensor) -> Tensor:
+        """The log-sum-exp with one more logit, ``positive``, less that logit; in nats."""
+        return log_one_plus_power((self.maximum - positive).add_(self.total.log2()))
+
+    def above(self, logit: Tensor) -> Tensor:
+        """The log-sum-exp less ``logit``, which is not above it, in nats."""
+        return (self.maximum - logit).add_(self.total.log2()).mul_(LOG_2)
 
     def mean(self, positive: Tensor) -> Tensor:
         """The mean of d, whose value is 0 for a further column with the logit ``positive``."""
-        return self.weighted / (self.total + (positive - self.maximum).exp())
+        return self.weighted / (self.total + (positive - self.maximum).exp2())
 
 
 class PlainSums(OnlineSums):
@@ -55,7 +69,7 @@ class PlainSums(OnlineSums):
 
     def add(self, rows: slice, logits: Tensor, d: Tensor | None = None) -> None:
         assert d is None
-        self.total[rows] += logits.exp_().sum(dim=1)
+        self.total[rows] += logits.exp2_().sum(dim=1)
 
     def add_pair(self, rows: slice, cols: slice, logits: Tensor) -> None:
         self.add(rows, logits)
@@ -65,10 +79,18 @@ class PlainSums(OnlineSums):
     def logsumexp(self) -> Tensor:
         return self.total.log()
 
+    def beyond_positive(self, positive: Tensor) -> Tensor:
+        return (self.total / positive.exp2()).log1p_()
 
-def beyond_positive(lse_others: Tensor, positive: Tensor) -> Tensor:
-    """``log(1 + exp(lse_others - positive))``: a row's log-sum-exp less its positive's logit."""
-    return torch.logaddexp(lse_others - positive, torch.zeros_like(positive))
+    def above(self, logit: Tensor) -> Tensor:
+        power = logit.exp2()
+        return (self.total - power).div_(power).log1p_()
+
+
+def log_one_plus_power(x: Tensor) -> Tensor:
+    """``log(1 + 2^x)``."""
+    x = x * LOG_2
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def row_weights(weight: Tensor | None, grad: Tensor, like: Tensor) -> Tensor:
@@ -175,3 +197,18 @@ def shares_exponentials(a: Tensor, scale: Tensor, scale_bound: float) -> bool:
     if scale_bound <= MAX_SHARED_SCALE:
         return True
     return a.device.type == "cpu" and abs(scale.item()) <= MAX_SHARED_SCALE
+
+
+def are_bounded(q: Tensor, k: Tensor, rows: ContrastRows) -> bool:
+    """Whether one plain exponential per logit is safe; looks only where that costs no wait, on a CPU.
+
+    Not for raw rows of several ranks, because other ranks' may be longer. Nor for positives by label over ranks: what a
+    plain exponential rounds away would be all that is left of a gradient near convergence.
+    """
+    if q.device.type != "cpu" or (rows.is_packed and (rows.mask.by_label or not rows.normalized)):
+        return False
+    bound = abs(rows.scale.item())
+    if not rows.normalized:
+        longest = [torch.linalg.vector_norm(x, dim=1).amax().item() for x in ((q,) if q is k else (q, k))]
+        bound *= longest[0] * longest[-1]
+    return bound <= MAX_SHARED_SCALE

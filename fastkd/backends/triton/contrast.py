@@ -11,14 +11,19 @@ import torch
 from torch import Tensor
 
 from fastkd.backends.inputs import ContrastRows, ContrastUpstream
-from fastkd.backends.triton.rows import is_wide, ready
+from fastkd.backends.triton.rows import is_wide, ready, rounds_to_tf32, width_of
 from fastkd.kernels.contrast import streaming, wide
 from fastkd.kernels.contrast.per_row import Side, coefficients, gradients, statistics
+from fastkd.kernels.normalize import unit_rows
 
 
-def rows(raw_rows: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """The rows as the kernels multiply them, [n, width], and their inverse norms [n] if they are normalised."""
-    return ready(raw_rows, normalize)
+def rows(raw_rows: tuple[Tensor, ...], normalize: bool) -> list[tuple[Tensor, Tensor | None]]:
+    """Rows of each side as the kernels multiply them, [n, width], and inverse norms [n] if they are normalised."""
+    first, last = raw_rows[0], raw_rows[-1]
+    if normalize and len(raw_rows) == 2 and first.shape == last.shape:
+        units, inverse_norm = unit_rows(first, last, width=width_of(first), to_tf32=rounds_to_tf32(first))
+        return list(zip(units.unbind(), inverse_norm.unbind(), strict=True))
+    return [ready(x, normalize) for x in raw_rows]
 
 
 class _Pass:
@@ -28,15 +33,15 @@ class _Pass:
         self._kernels = wide if is_wide(rows.queries) else streaming
         self._scale, self._mask, self._is_self = rows.scale, rows.mask, rows.keys is None
         self._options = {"by_label": rows.mask.by_label, "exclude_self": rows.mask.exclude_self}
-        self._columns = rows.columns
+        self._columns, self._has_gradient = rows.columns, rows.needs is not None
         q, k = rows.queries, rows.queries if rows.keys is None else rows.keys
         if rows.is_packed:
             q, k = ready(q)[0], ready(k)[0]
         self._labels = rows.mask.labels or (None, None)
         index = rows.mask.positive_index
         positive = None if index is None else index.contiguous()
-        self._queries = Side(vectors=q, labels=self._part(0, slice(0, len(q))), positive=positive)
-        self._keys = Side(vectors=k, labels=self._part(1, slice(0, len(k))))
+        self._queries = Side(vectors=q, labels=self._part(0, slice(0, q.shape[0])), positive=positive)
+        self._keys = Side(vectors=k, labels=self._part(1, slice(0, k.shape[0])))
 
     def _part(self, side: int, rows: slice) -> Tensor | None:
         labels = self._labels[side]
@@ -49,6 +54,7 @@ class _Pass:
 class Forward(_Pass):
     """As :class:`fastkd.backends.blocked.contrast.Forward`."""
 
+    kept: tuple[Tensor, ...] = ()  # the factors of the backward, on one rank
     _state: Tensor | None = None  # what the kernels carry; None until there were keys
 
     def add_own(self) -> None:
@@ -60,44 +66,50 @@ class Forward(_Pass):
         self._add(self._other_keys(block, cols))
 
     def _add(self, keys: Side) -> None:
-        if len(self._queries.vectors) and len(keys.vectors):
-            with torch.cuda.device_of(keys.vectors):
-                self._state = self._kernels.running_statistics(
-                    self._queries, keys, self._scale, state=self._state, all_columns=self._columns, **self._options
-                )
+        if self._queries.vectors.shape[0] and keys.vectors.shape[0]:
+            self._state = self._kernels.running_statistics(
+                self._queries, keys, self._scale, state=self._state, all_columns=self._columns, **self._options
+            )
 
-    def finish(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the losses, and two numbers per query, [2, n]."""
+    def finish(self, weight: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the losses times ``factor``, and two numbers per query, [2, n]."""
         if self._state is None:
             return self._scale.new_zeros(()), self._scale.new_zeros(2, 0)
-        count = self._mask.positive_counts(len(self._queries.vectors)) if self._mask.by_label else None
-        with torch.cuda.device_of(self._state):
-            loss, stats = statistics(self._state, None if weight is None else weight.contiguous(), count)
-            return loss.sum(), stats
+        count = self._mask.positive_counts(self._queries.vectors.shape[0]) if self._mask.by_label else None
+        weight = None if weight is None else weight.contiguous()
+        loss, stats, self.kept = statistics(self._state, weight, count, factor=factor, needs_coef=self._has_gradient)
+        return loss.sum(), stats
 
 
 class Backward(_Pass):
     """As :class:`fastkd.backends.blocked.contrast.Backward`. The tiles hold the positives by index too."""
 
-    def __init__(self, rows: ContrastRows, upstream: ContrastUpstream, need_query: bool, need_key: bool) -> None:
+    def __init__(
+        self,
+        rows: ContrastRows,
+        upstream: ContrastUpstream,
+        need_query: bool,
+        need_key: bool,
+        kept: tuple[Tensor, ...] = (),
+    ) -> None:
         super().__init__(rows)
         self._needs = need_query or self._is_self, need_key and not self._is_self
         self._of_queries: Tensor | None = None  # sums of the gradients; None until there was something to add
         self._of_keys: Tensor | None = None
-        stats, weight, grad_loss = upstream
+        stats, weight, self._grad_loss, factor = upstream
         if stats.shape[1]:
-            weight = None if weight is None else weight.contiguous()
-            with torch.cuda.device_of(stats):
-                self._coef, self._unscale = coefficients(stats, weight, grad_loss, by_label=rows.mask.by_label)
-            self._queries = dataclasses.replace(self._queries, coef=self._coef[:, : len(rows.queries)])
+            if not kept:
+                weight = None if weight is None else weight.contiguous()
+                kept = coefficients(stats, weight, by_label=rows.mask.by_label, factor=factor)
+            self._coef, self._unscale = kept
+            self._queries = dataclasses.replace(self._queries, coef=self._coef[:, : rows.queries.shape[0]])
 
     def _sums(self, rows: Side, columns: Side, sums: Tensor | None, all_columns: int) -> Tensor | None:
-        if not (len(rows.vectors) and len(columns.vectors)):
+        if not (rows.vectors.shape[0] and columns.vectors.shape[0]):
             return sums
-        with torch.cuda.device_of(rows.vectors):
-            return self._kernels.gradient_sums(
-                rows, columns, self._scale, partial=sums, all_columns=all_columns, **self._options
-            )
+        return self._kernels.gradient_sums(
+            rows, columns, self._scale, partial=sums, all_columns=all_columns, **self._options
+        )
 
     def add_own(self) -> None:
         """Add the products of own queries and own keys, for both gradients."""
@@ -136,9 +148,7 @@ class Backward(_Pass):
         self, inverse_q: Tensor | None, inverse_k: Tensor | None, dtype: torch.dtype, D: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the raw queries and keys (empty if not needed) and this rank's part of the scale's."""
-        empty = self._scale.new_zeros(0, dtype=dtype)
-        grad_query = grad_key = empty
-        grad_scale = self._scale.new_zeros(())
+        grad_query = grad_key = self._queries.vectors.new_empty(0, dtype=dtype)
         if self._needs[1]:
             grad_key, grad_scale = self._raw(self._of_keys, self._keys, inverse_k, dtype, D)
         if self._needs[0]:  # on all ranks the same side must yield the gradient of the scale, also where it is zero
@@ -150,8 +160,9 @@ class Backward(_Pass):
     ) -> tuple[Tensor, Tensor]:
         """The gradient of a side's raw rows, and its part of the scale's."""
         if sums is None:
-            return side.vectors.new_zeros(len(side.vectors), D, dtype=dtype), self._scale.new_zeros(())
+            return side.vectors.new_zeros(side.vectors.shape[0], D, dtype=dtype), self._scale.new_zeros(())
         inverse_norm = None if inverse_norm is None else inverse_norm.reshape(-1)
-        with torch.cuda.device_of(sums):
-            grad, dots = gradients(sums, side.vectors, inverse_norm, self._scale, self._unscale, D=D, dtype=dtype)
+        grad, dots = gradients(
+            sums, side.vectors, inverse_norm, self._scale, self._unscale, self._grad_loss, D=D, dtype=dtype
+        )
         return grad, dots.sum()

@@ -18,8 +18,7 @@ from fastkd.kernels.normalize import unit_rows
 
 def units(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The unit rows of both sides as the kernels multiply them, [2, n, width], and their inverse norms [2, n]."""
-    with torch.cuda.device_of(a):
-        return unit_rows(a, b, width=width_of(a), to_tf32=rounds_to_tf32(a))
+    return unit_rows(a, b, width=width_of(a), to_tf32=rounds_to_tf32(a))
 
 
 class _Pass:
@@ -49,27 +48,29 @@ class _Pass:
 class Forward(_Pass):
     """As :class:`fastkd.backends.blocked.dual_softmax.Forward`."""
 
-    def _add(self, columns: Tensor, offset: int, cols: slice) -> None:
-        with torch.cuda.device_of(columns):
-            self._sums = self._kernels.running_statistics(
-                self._units,
-                columns,
-                self._scale,
-                offset=offset,
-                bounded=self._bounded,
-                state=self._sums,
-                all_columns=self._columns,
-            )
+    kept: tuple[Tensor, ...] = ()
 
-    def finish(self, weight: Tensor | None, is_swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted sums of contrast and consistency, and [3, n]: both log-sum-exps and E."""
+    def _add(self, columns: Tensor, offset: int, cols: slice) -> None:
+        self._sums = self._kernels.running_statistics(
+            self._units,
+            columns,
+            self._scale,
+            offset=offset,
+            bounded=self._bounded,
+            state=self._sums,
+            all_columns=self._columns,
+        )
+
+    def finish(
+        self, weight: Tensor | None, is_swapped: bool, factors: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted sums of contrast and consistency, times the factors, and [3, n]: both log-sum-exps and E."""
         if self._sums is None:
             nothing = self._scale.new_zeros(3, 0)
             return nothing[0].sum(), nothing[1].sum(), nothing
         weight = None if weight is None else weight.contiguous()
-        with torch.cuda.device_of(self._sums):
-            loss, stats = statistics(self._sums, self._scale, weight, swapped=is_swapped)
-            return loss[0].sum(), loss[1].sum(), stats
+        loss, stats = statistics(self._sums, self._scale, weight, swapped=is_swapped, factors=factors)
+        return *loss.sum(dim=1).unbind(), stats
 
 
 def numbers(stats: Tensor) -> Tensor:
@@ -80,10 +81,18 @@ def numbers(stats: Tensor) -> Tensor:
 class Backward(_Pass):
     """As :class:`fastkd.backends.blocked.dual_softmax.Backward`."""
 
-    def __init__(self, rows: DualRows, stats: Tensor, upstream: DualUpstream, need_a: bool, need_b: bool) -> None:
+    def __init__(
+        self,
+        rows: DualRows,
+        stats: Tensor,
+        upstream: DualUpstream,
+        need_a: bool,
+        need_b: bool,
+        kept: tuple[Tensor, ...] = (),
+    ) -> None:
         super().__init__(rows)
         self._needs: dict[str, Any] = {"need_a": need_a, "need_b": need_b}
-        self._everyone, weight, *self._grads, self._is_swapped = upstream
+        self._everyone, weight, *self._grads, self._is_swapped, self._factors = upstream
         self._weight = None if weight is None else weight.contiguous()
         self._largest_weight = None if weight is None else weight.amax()
         self._tile = self._kernels.tile_columns(self._units, bounded=self._bounded)
@@ -92,48 +101,46 @@ class Backward(_Pass):
 
     def _coefficients(self, cols: slice) -> tuple[Tensor, Tensor]:
         """The factors of G of a block of columns, whose tiles start with the block, and what undoes their scaling."""
-        with torch.cuda.device_of(self._everyone):
-            return coefficients(
-                self._everyone[:, cols],
-                None if self._weight is None else self._weight[cols],
-                self._largest_weight,
-                *self._grads,
-                self._scale,
-                swapped=self._is_swapped,
-                bounded=self._bounded,
-                tile=self._tile,
-            )
+        return coefficients(
+            self._everyone[:, cols],
+            None if self._weight is None else self._weight[cols],
+            self._largest_weight,
+            *self._grads,
+            self._scale,
+            swapped=self._is_swapped,
+            bounded=self._bounded,
+            tile=self._tile,
+            factors=self._factors,
+        )
 
     def _add(self, columns: Tensor, offset: int, cols: slice) -> None:
         column_coef = self._coef if columns is self._units else self._coefficients(cols)[0]
-        with torch.cuda.device_of(columns):
-            self._sums = self._kernels.gradient_sums(
-                self._units,
-                columns,
-                self._coef,
-                column_coef,
-                self._scale,
-                offset=offset,
-                bounded=self._bounded,
-                partial=self._sums,
-                all_columns=self._columns,
-                **self._needs,
-            )
+        self._sums = self._kernels.gradient_sums(
+            self._units,
+            columns,
+            self._coef,
+            column_coef,
+            self._scale,
+            offset=offset,
+            bounded=self._bounded,
+            partial=self._sums,
+            all_columns=self._columns,
+            **self._needs,
+        )
 
     def finish(self, inverse_norm: Tensor, dtype: torch.dtype, D: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the raw rows in ``dtype`` (empty if not needed), and this rank's part of the scale's."""
         if self._sums is None:
             empty = self._units.new_empty((0, D), dtype=dtype)
             return empty, empty, self._scale.new_zeros(())
-        with torch.cuda.device_of(self._sums):
-            grad_a, grad_b, dots = gradients(
-                self._sums,
-                self._units,
-                inverse_norm.reshape(2, -1),
-                self._scale,
-                self._unscale,
-                D=D,
-                dtype=dtype,
-                **self._needs,
-            )
+        grad_a, grad_b, dots = gradients(
+            self._sums,
+            self._units,
+            inverse_norm.reshape(2, -1),
+            self._scale,
+            self._unscale,
+            D=D,
+            dtype=dtype,
+            **self._needs,
+        )
         return grad_a, grad_b, dots.sum()

@@ -10,8 +10,7 @@ def multiscale_pool_forward(
     features: Tensor, windows: list[int], strides: list[int], normalize: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """As :func:`fastkd.backends.blocked.multiscale_pool.multiscale_pool_forward`."""
-    with torch.cuda.device_of(features):
-        return pooled(features, windows, strides, normalize=normalize, dtype=dtype)
+    return pooled(features, windows, strides, normalize=normalize, dtype=dtype)
 
 
 def multiscale_pool_backward(
@@ -19,5 +18,4 @@ def multiscale_pool_backward(
     grad_features: Tensor,
 ) -> None:  # fmt: skip
     """As :func:`fastkd.backends.blocked.multiscale_pool.multiscale_pool_backward`."""
-    with torch.cuda.device_of(grad):
-        spread_gradients(grad.contiguous(), unit, inverse_norm, windows, strides, grad_features)
+    spread_gradients(grad.contiguous(), unit, inverse_norm, windows, strides, grad_features)

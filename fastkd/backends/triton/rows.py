@@ -1,10 +1,9 @@
 """Rows as the kernels multiply them: padded to a tile's width, and rounded to tf32 where products are tf32."""
 
 import torch
-import triton
 from torch import Tensor
 
-from fastkd.kernels.launch import allows_tf32, fits, hardware_of
+from fastkd.kernels.launch import allows_tf32, cdiv, fits, hardware_of
 from fastkd.kernels.normalize import padded_width, vectors
 
 
@@ -18,7 +17,7 @@ def is_wide(rows: Tensor) -> bool:
 def width_of(rows: Tensor) -> int:
     """The width that the kernels want rows padded to."""
     D = rows.shape[-1]
-    return triton.cdiv(D, 8) * 8 if is_wide(rows) else padded_width(D)
+    return cdiv(D, 8) * 8 if is_wide(rows) else padded_width(D)
 
 
 def rounds_to_tf32(rows: Tensor) -> bool:
@@ -33,5 +32,4 @@ def ready(rows: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor | None]
     """
     if not rows.numel() and not normalize:
         return rows.contiguous(), None
-    with torch.cuda.device_of(rows):
-        return vectors(rows, width_of(rows), normalize=normalize, to_tf32=rounds_to_tf32(rows))
+    return vectors(rows, width_of(rows), normalize=normalize, to_tf32=rounds_to_tf32(rows))

@@ -1,6 +1,5 @@
 """``soft_target`` through the Triton kernels."""
 
-import torch
 from torch import Tensor
 
 from fastkd.kernels.soft_target import soft_target_gradient, soft_target_losses
@@ -13,17 +12,24 @@ def soft_target_forward(
     weight: Tensor | None,
     temperature: float,
     label_smoothing: float,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the blocked backend's, with the five numbers per row that the backward reads."""
     labels = None if labels is None else labels.contiguous()
     weight = None if weight is None else weight.contiguous()
-    with torch.cuda.device_of(student_logits):
-        loss, stats = soft_target_losses(
-            student_logits, teacher_logits, labels, weight, temperature=temperature, smoothing=label_smoothing
-        )
-        ce = loss.new_zeros(()) if labels is None else loss[0].sum()
-        kd = loss.new_zeros(()) if teacher_logits is None else loss[1].sum()
-        return ce, kd, stats
+    loss, stats = soft_target_losses(
+        student_logits,
+        teacher_logits,
+        labels,
+        weight,
+        temperature=temperature,
+        smoothing=label_smoothing,
+        factor=factor,
+    )
+    if labels is not None and teacher_logits is not None:
+        return *loss.sum(dim=1).unbind(), stats
+    nothing = loss.new_zeros(())
+    return (nothing, loss[1].sum(), stats) if labels is None else (loss[0].sum(), nothing, stats)
 
 
 def soft_target_backward(
@@ -32,21 +38,22 @@ def soft_target_backward(
     labels: Tensor | None,
     weight: Tensor | None,
     stats: Tensor,
-    grad_ce: Tensor,
-    grad_kd: Tensor,
+    grad_ce: Tensor | None,
+    grad_kd: Tensor | None,
     temperature: float,
     label_smoothing: float,
+    factor: float = 1.0,
 ) -> Tensor:
     """As :func:`fastkd.backends.blocked.soft_target.soft_target_backward`."""
-    with torch.cuda.device_of(student_logits):
-        return soft_target_gradient(
-            student_logits,
-            teacher_logits,
-            None if labels is None else labels.contiguous(),
-            None if weight is None else weight.contiguous(),
-            stats,
-            grad_ce,
-            grad_kd,
-            temperature=temperature,
-            smoothing=label_smoothing,
-        )
+    return soft_target_gradient(
+        student_logits,
+        teacher_logits,
+        None if labels is None else labels.contiguous(),
+        None if weight is None else weight.contiguous(),
+        stats,
+        grad_ce,
+        grad_kd,
+        temperature=temperature,
+        smoothing=label_smoothing,
+        factor=factor,
+    )
