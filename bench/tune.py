@@ -140,7 +140,7 @@ def candidates(entry: Entry, current: LaunchConfig) -> list[LaunchConfig]:
     else:
         aparts = (False, True) if entry.kernel == DUAL[1] else (False,)
         space = [
-            LaunchConfig(m, n, warps, stages, apart=apart)
+            LaunchConfig(m, n, warps, stages, apart=apart, rows_in_registers=current.rows_in_registers)
             for m, n in itertools.product((32, 64, 128), (16, 32, 64, 128))
             for warps, stages, apart in itertools.product((4, 8), (2, 3, 4), aparts)
             if m >= n
@@ -225,6 +225,7 @@ def line_of(config: LaunchConfig) -> str:
     """As kernels/launch.py writes it."""
     options = [f"ctas_per_sm={config.ctas_per_sm}"] if config.ctas_per_sm != 1 else []
     options += ["apart=True"] if config.apart else []
+    options += ["rows_in_registers=True"] if config.rows_in_registers else []
     numbers = (str(x) for x in (config.BLOCK_M, config.BLOCK_N, config.num_warps, config.num_stages))
     return f"LaunchConfig({', '.join([*numbers, *options])})"
 
