@@ -135,7 +135,8 @@ _SM100: _Lines = {
     },
     "dual_softmax_backward": {
         (2, 128, True): LaunchConfig(64, 64, 4, 2),
-        (2, 128, False): LaunchConfig(64, 64, 4, 2, apart=True),
+        (2, 64, False): LaunchConfig(64, 64, 8, 2),
+        (2, 128, False): LaunchConfig(64, 64, 8, 2, apart=True),
         (2, 256, True): LaunchConfig(64, 64, 8, 2, apart=True),
         (2, 256, False): LaunchConfig(64, 32, 8, 2, apart=True),
         (4, 64): LaunchConfig(64, 32, 8, 2),

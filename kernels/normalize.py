@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from fastkd.kernels.launch import cdiv
 from fastkd.kernels.plans import launch
+from fastkd.kernels.tiles import ANYWHERE
 from torch import Tensor
 
 from fastkd.numerics import NORM_EPS
@@ -114,7 +115,7 @@ def _sum(PARTIAL, stride_ps, splits, start, in_rows, D, BLOCK_M: tl.constexpr, B
     return total
 
 
-@triton.jit(do_not_specialize=["stride_ps", "n", "D", "width", "splits"])
+@triton.jit(do_not_specialize=["stride_ps", "n", "D", "width", "splits"], do_not_specialize_on_alignment=ANYWHERE)
 def finish_kernel(
     PARTIAL, stride_ps, VECTORS, INVERSE_NORM, SCALE, UNSCALE, UPSTREAM, GRAD0, GRAD1, DOTS, n, D, width, splits,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, IS_ONE_PIECE: tl.constexpr, NORMALIZE: tl.constexpr,

@@ -17,6 +17,9 @@ from torch import Tensor
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LARGEST_G = tl.constexpr(16384.0)  # a quarter of the largest fp16: G of both sides of a pair may be added
+# Pointers to scalars, which may lie anywhere in a user's parameters, and to slices that start at any rank's rows.
+# A kernel is not compiled a second time for those that do not lie at a multiple of 16 bytes.
+ANYWHERE = ["SCALE", "UPSTREAM", "GRAD_CONTRAST", "GRAD_CONSISTENCY", "LARGEST_WEIGHT", "UNSCALE", "WEIGHT", "STATS"]
 BLOCK_ROWS = 128  # rows of a program that reads a few numbers per row
 
 

@@ -8,10 +8,16 @@ fp16, D = 16 and some rarer flags are compiled for sm_90 alone.
 
 Prints a table. For sm_90 it also has what one tile costs in the main loop, in clocks of one multiprocessor, under this
 model. Per clock, the matrix units do 4096 bf16 (2048 tf32) operations, MUFU serves 16 lanes, each of 4 schedulers
-issues one warp instruction (fp32 included), shared memory moves 128 bytes, and the L2 cache 32 (7 TB/s in all). HGMMA
-reads every operand from shared memory that is not in registers, and the copy engine writes to it. ``bound`` is the
-largest of these: the time of a tile if everything overlaps. ``limit`` is the matrix time over ``bound``. ``serial`` is
-matrix plus vector time, as if nothing overlapped.
+issues one warp instruction (fp32 included), shared memory moves 128 bytes, and the L2 cache 24.5 (5.5 TB/s in all, at
+1.7 GHz). Shared memory is read by HGMMA for every operand that is not in registers, written by the copy engine, and
+read and written by the other instructions, 4 bytes per lane and clock. ``bound`` is the largest of these: the time of a
+tile if everything overlaps. ``limit`` is the matrix time over ``bound``. ``serial`` is matrix plus vector time, as if
+these never overlapped, and what is exposed of the copy engine's latency, which is taken to be 1000 clocks. With two
+stages a copy starts when the tile before it is done, and with every further stage a tile earlier. Other resident
+programs compute while one waits for a copy.
+
+The last lines are the times that follow for DCD and InfoNCE of N = 32768 rows, D = 128, bf16, where their kernels were
+compiled for sm_90: by ``bound``, by ``serial``, and the mean of both, which is a guess.
 """
 
 import os

@@ -4,12 +4,12 @@ import argparse
 import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import bench.aot
-from bench.aot.compile import TARGETS, Job, Result, clocks, examine
+from bench.aot.compile import TARGETS, Job, Result, clocks, examine, milliseconds
 from bench.aot.jobs import jobs
 
 
@@ -27,6 +27,15 @@ def row(result: Result) -> str:
     return line
 
 
+ROWS, REST = 32768, 0.07  # ms of the kernels that visit every row once, see bench/NOTES.md
+LOSSES = {
+    "DCD": ["dual_softmax_forward bf16 D=128 bounded", "dual_softmax_backward bf16 D=128 bounded"],
+    "InfoNCE": [
+        "contrast_forward bf16 D=128 index",
+        "contrast_backward bf16 D=128 index q",
+        "contrast_backward bf16 D=128 index k",
+    ],
+}
 HEADER = (
     f"{'target':7}{'kernel':50}{'tile':>9}{'warps':>4}{'st':>3}{'regs':>5}{'spill':>5}{'shared':>8}{'mma':>5}{'ex2':>5}"
     f"{'fp32':>6}{'all':>6}{'matrix':>7}{'exp':>7}{'issue':>7}{'shared':>7}{'L2':>7}{'bound':>7}{'serial':>7}{'limit':>6}"
@@ -37,21 +46,35 @@ def matching(pattern: str, work: list[Job]) -> list[int]:
     return [index for index, job in enumerate(work) if re.search(pattern, job.name)]
 
 
+def predictions(times: dict[str, tuple[float, float]]) -> Iterator[str]:
+    """One line per loss whose kernels are all among ``times``: forward, backward, and the kernels over single rows."""
+    for loss, names in LOSSES.items():
+        if set(names) <= times.keys():
+            parts = [times[name] for name in names] + [(REST, REST)]
+            bound, serial = (sum(part) for part in zip(*parts, strict=True))
+            each = ", ".join(f"{low:.2f} to {high:.2f}" for low, high in parts)
+            yield f"{loss}, N = {ROWS}: {each} ms: {bound:.2f} to {serial:.2f} ms, mean {(bound + serial) / 2:.2f} ms"
+
+
 def run(hardware: list[str], workers: int, select: Callable[[list[Job]], list[int]]) -> int:
     """Compiles the jobs whose numbers ``select`` returns. Prints the table; returns how many failed."""
     everything = [job for name in hardware for job in jobs(name)]
     chosen = select(everything)
     work = [everything[index] for index in chosen]
     print(HEADER)
-    failed = []
+    failed, times = [], {}
     with ProcessPoolExecutor(workers) as pool:
         tasks = ((hardware, index) for index in chosen)
         for job, measured in zip(work, pool.map(_measure, tasks), strict=True):
             result = Result(job=job, **measured)
             print(row(result), flush=True)
+            if job.hardware == "sm_90" and job.matrix_dtype:
+                times[job.name] = milliseconds(result, ROWS)
             failed += [f"{job.hardware} {job.name}: {failure}" for failure in result.failures()]
     for line in failed:
         print("FAILED", line)
+    for line in predictions(times):
+        print(line)
     print(f"{len(work)} kernels compiled, {len(failed)} failures")
     return len(failed)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from fastkd.kernels.launch import Entry, LaunchConfig
+from fastkd.kernels.launch import Entry, LaunchConfig, column_splits
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -29,6 +29,10 @@ SHARED_LIMIT = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65
 SHARED_TOTAL = {"sm_80": 102400, "sm_90": 233472, "sm_100": 233472, "gfx942": 65536}
 REGISTERS = 65536
 SHARED_RESERVED = 1024  # by the driver, per program
+# The model of an H100 or H200, see the docstring of bench.aot.
+MULTIPROCESSORS, GIGAHERTZ = 132, 1.7
+L2_BYTES = 5.5e12 / MULTIPROCESSORS / (GIGAHERTZ * 1e9)  # per clock and multiprocessor
+COPY_LATENCY = 1000  # clocks until what the copy engine was asked for lies in shared memory
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,11 @@ class Job:
         names = self.kernel.arg_names
         signature = {name: self.types.get(name) or _type(name) for name in names}
         signature |= dict.fromkeys(self.constants, "constexpr")
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
+        aligned = {
+            (parameter.num,): [["tt.divisibility", 16]]
+            for parameter in self.kernel.params
+            if signature[parameter.name][0] == "*" and not parameter.do_not_specialize_on_alignment
+        }
         constants = {(names.index(name),): value for name, value in self.constants.items()}
         source = ASTSource(self.kernel, signature, constants, aligned)
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -107,6 +115,7 @@ class Result:
     shared: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # instructions of the main loop, or of all if there is none
     hgmma_bytes: int = 0  # read from shared memory by a warpgroup's matrix instructions, in the main loop
+    shared_clocks: int = 0  # of shared memory for the other loads and stores of a warp, in the main loop
     has_hgmma: bool = False
     log: str = ""  # of ptxas
 
@@ -172,6 +181,8 @@ def _read_sass(cubin: bytes, result: Result) -> None:
     result.counts = Counter({"all": len(loop)})
     for operation, operands in loop:
         result.counts[_kind(operation)] += 1
+        if operation.split(".")[0] in ("LDS", "STS", "LDSM", "STSM", "LDGSTS"):
+            result.shared_clocks += 4 if ".128" in operation or ".4" in operation else 2 if ".64" in operation else 1
         shape = re.match(r"HGMMA\.64x(\d+)x(\d+)", operation)
         if shape:
             n, k = int(shape[1]), int(shape[2])
@@ -222,12 +233,29 @@ def clocks(result: Result) -> dict[str, float]:
     products = len(columns) + (gradients or "BY_ROW" in job.constants)
     itemsize = 4 if job.matrix_dtype == "fp32" else 2
     loaded = len(columns) * N * D * itemsize
+    if "NEED_A" in job.constants:
+        loaded += N * (16 if job.constants["BOUNDED"] else 32)  # COEF
     units = {
         "matrix": products * 2 * M * N * D / rate,
         "exp": (counts["exp"] + counts["mufu"]) * warps * 32 / 16,
         "issue": counts["all"] * warps / 4,
-        "shared": (result.hgmma_bytes * warps / 4 + loaded) / 128,
-        "L2": loaded / 32,
+        "shared": (result.hgmma_bytes * warps / 4 + loaded) / 128 + result.shared_clocks * warps,
+        "L2": loaded / L2_BYTES,
     }
     bound = max(units.values())
-    return units | {"bound": bound, "serial": units["matrix"] + max(units["exp"], units["issue"])}
+    # With two stages the copy of the next tile starts when this one is done; another program may compute meanwhile.
+    waits = max(0, COPY_LATENCY - (job.num_stages - 2) * bound)
+    work = units["matrix"] + max(units["exp"], units["issue"])
+    serial = max(work, (work + waits) / job.ctas_per_sm)
+    return units | {"bound": bound, "serial": max(bound, serial)}
+
+
+def milliseconds(result: Result, N: int) -> tuple[float, float]:
+    """The predicted time of a streaming kernel over N rows and columns, by ``bound`` and by ``serial``."""
+    job = result.job
+    row_blocks, tiles = -(-N // job.constants["BLOCK_M"]), -(-N // job.constants["BLOCK_N"])
+    slots = MULTIPROCESSORS * job.ctas_per_sm
+    splits = column_splits(row_blocks, tiles, slots)
+    visited = -(-row_blocks * splits // slots) * job.ctas_per_sm * -(-tiles // splits)  # by one multiprocessor
+    found = clocks(result)
+    return tuple(visited * found[name] / (GIGAHERTZ * 1e6) for name in ("bound", "serial"))

@@ -13,8 +13,10 @@ import triton.language as tl
 from fastkd.kernels.launch import cdiv
 from fastkd.kernels.normalize import input_gradients
 from fastkd.kernels.plans import launch
-from fastkd.kernels.tiles import BLOCK_ROWS, LARGEST_G, LN2, LOG2E, store_numbers
+from fastkd.kernels.tiles import ANYWHERE, BLOCK_ROWS, LARGEST_G, LN2, LOG2E, store_numbers
 from torch import Tensor
+
+ROWS_ANYWHERE = ["ROW_LABELS", "ROW_POSITIVE", "POSITIVE", "ROW_COEF"]  # slices too, and read only once per program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,7 @@ def _store_coefficients(
     tl.store(UNSCALE, factor * largest / LARGEST_G)
 
 
-@triton.jit(do_not_specialize=["n", "splits"])
+@triton.jit(do_not_specialize=["n", "splits"], do_not_specialize_on_alignment=ANYWHERE)
 def statistics_kernel(
     STATE, WEIGHT, LARGEST_WEIGHT, COUNT, STATS, LOSS, COEF, UNSCALE, n, splits, factor,
     BLOCK_M: tl.constexpr, HAS_WEIGHT: tl.constexpr, BY_LABEL: tl.constexpr, HAS_COEF: tl.constexpr,
@@ -161,7 +163,7 @@ def statistics_kernel(
     tl.store(LOSS + offs_m, loss, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["n", "stride_sn"])
+@triton.jit(do_not_specialize=["n", "stride_sn"], do_not_specialize_on_alignment=ANYWHERE)
 def coefficients_kernel(
     STATS, stride_sn, WEIGHT, LARGEST_WEIGHT, COEF, UNSCALE, n, factor,
     BLOCK_M: tl.constexpr, HAS_WEIGHT: tl.constexpr, BY_LABEL: tl.constexpr,

@@ -22,14 +22,26 @@ All sums are taken in a fixed order: there are no atomics. Nothing is read back 
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.contrast.per_row import Side, backward_arguments, forward_arguments
+from fastkd.kernels.contrast.per_row import ROWS_ANYWHERE, Side, backward_arguments, forward_arguments
 from fastkd.kernels.contrast.tile import accumulate, gradient, load_side, load_state
 from fastkd.kernels.plans import launch
-from fastkd.kernels.tiles import first_column, in_blocks, load_rows, loop_bounds, split_tiles, store_numbers, tiling
+from fastkd.kernels.tiles import (
+    ANYWHERE,
+    first_column,
+    in_blocks,
+    load_rows,
+    loop_bounds,
+    split_tiles,
+    store_numbers,
+    tiling,
+)
 from torch import Tensor
 
 
-@triton.jit(do_not_specialize=["n", "n_cols", "first_row", "first_col", "tiles_per_split"])
+@triton.jit(
+    do_not_specialize=["n", "n_cols", "first_row", "first_col", "tiles_per_split"],
+    do_not_specialize_on_alignment=ANYWHERE + ROWS_ANYWHERE,
+)
 def forward_kernel(
     ROWS, COLS, SCALE, POSITIVE, ROW_LABELS, COL_LABELS, STATE, n, n_cols, first_row, first_col, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HAS_LABELS: tl.constexpr,
@@ -68,7 +80,10 @@ def forward_kernel(
     store_numbers(STATE, n, in_rows, state)
 
 
-@triton.jit(do_not_specialize=["stride_rn", "stride_cn", "n", "n_cols", "first_row", "first_col", "tiles_per_split"])
+@triton.jit(
+    do_not_specialize=["stride_rn", "stride_cn", "n", "n_cols", "first_row", "first_col", "tiles_per_split"],
+    do_not_specialize_on_alignment=ANYWHERE + ROWS_ANYWHERE,
+)
 def backward_kernel(
     ROWS, COLS, SCALE, ROW_COEF, stride_rn, COL_COEF, stride_cn, ROW_POSITIVE, COL_POSITIVE, ROW_LABELS, COL_LABELS,
     PARTIAL, n, n_cols, first_row, first_col, tiles_per_split,

@@ -6,16 +6,18 @@ The legend in streaming.py has the names; SPLITS is 1. ``X`` holds one block of 
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.contrast.per_row import Side, backward_arguments, forward_arguments
+from fastkd.kernels.contrast.per_row import ROWS_ANYWHERE, Side, backward_arguments, forward_arguments
 from fastkd.kernels.contrast.tile import accumulate, gradient, load_side, load_state
 from fastkd.kernels.launch import cdiv
 from fastkd.kernels.plans import launch
 from fastkd.kernels.products import blocks, product
-from fastkd.kernels.tiles import store_numbers
+from fastkd.kernels.tiles import ANYWHERE, store_numbers
 from torch import Tensor
 
 
-@triton.jit(do_not_specialize=["n", "m", "k", "first_row", "first_col"])
+@triton.jit(
+    do_not_specialize=["n", "m", "k", "first_row", "first_col"], do_not_specialize_on_alignment=ANYWHERE + ROWS_ANYWHERE
+)
 def accumulate_kernel(
     X, SCALE, POSITIVE, ROW_LABELS, COL_LABELS, STATE, n, m, k, first_row, first_col,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LABELS: tl.constexpr, BY_LABEL: tl.constexpr,
@@ -45,7 +47,10 @@ def accumulate_kernel(
     store_numbers(STATE + offs_m, n, in_rows, state)
 
 
-@triton.jit(do_not_specialize=["stride_rn", "stride_cn", "m", "k", "first_row", "first_col"])
+@triton.jit(
+    do_not_specialize=["stride_rn", "stride_cn", "m", "k", "first_row", "first_col"],
+    do_not_specialize_on_alignment=ANYWHERE + ROWS_ANYWHERE,
+)
 def gradient_kernel(
     X, SCALE, ROW_COEF, stride_rn, COL_COEF, stride_cn, ROW_POSITIVE, COL_POSITIVE, ROW_LABELS, COL_LABELS, G, m, k,
     first_row, first_col,

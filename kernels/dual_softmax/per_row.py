@@ -10,13 +10,13 @@ import triton.language as tl
 from fastkd.kernels.launch import cdiv
 from fastkd.kernels.normalize import input_gradients
 from fastkd.kernels.plans import launch
-from fastkd.kernels.tiles import BLOCK_ROWS, LARGEST_G, LN2, LOG2E, store_numbers
+from fastkd.kernels.tiles import ANYWHERE, BLOCK_ROWS, LARGEST_G, LN2, LOG2E, store_numbers
 from torch import Tensor
 
 NUMBERS = {True: 4, False: 8}  # of COEF, by BOUNDED
 
 
-@triton.jit(do_not_specialize=["n", "splits"])
+@triton.jit(do_not_specialize=["n", "splits"], do_not_specialize_on_alignment=ANYWHERE)
 def statistics_kernel(
     STATE, SCALE, WEIGHT, STATS, LOSS, n, splits, contrast_factor, consistency_factor,
     BLOCK_M: tl.constexpr, HAS_WEIGHT: tl.constexpr, IS_SWAPPED: tl.constexpr,
@@ -60,8 +60,7 @@ def statistics_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["n_cols", "stride_sn", "stride_ct", "stride_ck"],
-    do_not_specialize_on_alignment=["STATS", "WEIGHT"],  # a block of other ranks' columns may start anywhere
+    do_not_specialize=["n_cols", "stride_sn", "stride_ct", "stride_ck"], do_not_specialize_on_alignment=ANYWHERE
 )
 def coefficients_kernel(
     STATS, stride_sn, WEIGHT, LARGEST_WEIGHT, GRAD_CONTRAST, GRAD_CONSISTENCY, SCALE, COEF, stride_ct, stride_ck,

@@ -23,11 +23,20 @@ import triton.language as tl
 from fastkd.kernels.dual_softmax.tile import accumulate, gradient, load_factors, load_state, load_tile_factors
 from fastkd.kernels.launch import LaunchConfig, hardware_of, launch_config
 from fastkd.kernels.plans import Blocks, launch
-from fastkd.kernels.tiles import first_column, in_blocks, load_rows, loop_bounds, split_tiles, store_numbers, tiling
+from fastkd.kernels.tiles import (
+    ANYWHERE,
+    first_column,
+    in_blocks,
+    load_rows,
+    loop_bounds,
+    split_tiles,
+    store_numbers,
+    tiling,
+)
 from torch import Tensor
 
 
-@triton.jit(do_not_specialize=["n", "n_cols", "offset", "tiles_per_split"])
+@triton.jit(do_not_specialize=["n", "n_cols", "offset", "tiles_per_split"], do_not_specialize_on_alignment=ANYWHERE)
 def forward_kernel(
     A_rows, B_rows, A_cols, B_cols, SCALE, STATE, n, n_cols, offset, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, BOUNDED: tl.constexpr,
@@ -54,7 +63,7 @@ def forward_kernel(
     store_numbers(STATE, n, offs_m < n, state)
 
 
-@triton.jit(do_not_specialize=["n", "n_cols", "offset", "tiles_per_split"])
+@triton.jit(do_not_specialize=["n", "n_cols", "offset", "tiles_per_split"], do_not_specialize_on_alignment=ANYWHERE)
 def backward_kernel(
     A_rows, B_rows, A_cols, B_cols, ROW_COEF, COL_COEF, SCALE, PARTIAL, n, n_cols,
     offset, tiles_per_split,

@@ -10,11 +10,11 @@ from fastkd.kernels.dual_softmax.tile import accumulate, gradient, load_factors,
 from fastkd.kernels.launch import cdiv
 from fastkd.kernels.plans import launch
 from fastkd.kernels.products import blocks, product
-from fastkd.kernels.tiles import store_numbers
+from fastkd.kernels.tiles import ANYWHERE, store_numbers
 from torch import Tensor
 
 
-@triton.jit(do_not_specialize=["n", "m", "k", "offset"])
+@triton.jit(do_not_specialize=["n", "m", "k", "offset"], do_not_specialize_on_alignment=ANYWHERE)
 def accumulate_kernel(
     X, Y, SCALE, STATE, n, m, k, offset,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr, HAS_CARRY: tl.constexpr,
@@ -33,7 +33,7 @@ def accumulate_kernel(
     store_numbers(STATE + offs_m, n, in_rows, state)
 
 
-@triton.jit(do_not_specialize=["stride_rn", "stride_cn", "m", "k", "offset"])
+@triton.jit(do_not_specialize=["stride_rn", "stride_cn", "m", "k", "offset"], do_not_specialize_on_alignment=ANYWHERE)
 def gradient_kernel(
     X, Y, ROW_COEF, stride_rn, COL_COEF, stride_cn, SCALE, G, H, m, k, offset,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr, NEED_A: tl.constexpr, NEED_B: tl.constexpr,

@@ -86,6 +86,45 @@ def test_the_main_loop_of_the_backward_is_counted() -> None:
     clocks = aot.clocks(result)
     assert clocks["matrix"] == 1024
     assert clocks["exp"] == 512
+    assert result.counts["all"] <= 730
+    # The columns' factors: one copy per thread, and three numbers for each of 16 columns read in pairs.
+    assert result.counts["LDGSTS"] == 1
+    assert result.counts["LDS"] <= 24 + 3
+    assert clocks["shared"] >= 1024 + (24 + 1) * 2 * 4
+
+
+def test_the_forward_reads_its_rows_from_registers() -> None:
+    job = next(job for job in jobs("sm_90") if job.name == "dual_softmax_forward bf16 D=128 bounded")
+    rows, columns = (64 * 128 * 2, 64 * 128 * 2)  # bytes of one side, for a warpgroup
+    assert aot.examine(job).hgmma_bytes == 2 * columns
+    shared = dataclasses.replace(job, constants=job.constants | {"IN_REGISTERS": False})
+    assert aot.examine(shared).hgmma_bytes == 2 * (rows + columns)
+
+
+def test_the_model_adds_what_a_copy_is_waited_for() -> None:
+    result = aot.examine(backward_job())
+    two_programs = aot.clocks(result)
+    assert two_programs["serial"] == two_programs["matrix"] + two_programs["issue"]  # one waits, the other computes
+    result.job = backward_job(ctas_per_sm=1)
+    alone = aot.clocks(result)
+    assert alone["serial"] == two_programs["serial"] + aot.COPY_LATENCY
+    result.job = backward_job(ctas_per_sm=1, num_stages=3)
+    assert aot.clocks(result)["serial"] == two_programs["serial"]
+
+
+def test_the_predicted_time_is_printed_and_at_most_3_2_ms(capsys: pytest.CaptureFixture[str]) -> None:
+    pattern = "^dual_softmax_(for|back)ward bf16 D=128 bounded$"
+    assert command.run(["sm_90"], 1, lambda work: command.matching(pattern, work)) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("DCD, N = 32768")]
+    assert len(lines) == 1
+    assert float(lines[0].split()[-2]) <= 3.2
+
+
+def test_no_kernel_is_compiled_again_for_a_scalar_or_a_slice_at_another_alignment() -> None:
+    pointers = [p for job in jobs("sm_90") for p in getattr(job.kernel, "params", ()) if "soft" not in job.name]
+    scalars = [p for p in pointers if p.name in ("SCALE", "UNSCALE", "GRAD_CONTRAST", "UPSTREAM", "LARGEST_WEIGHT")]
+    assert len(scalars) > 100
+    assert all(p.do_not_specialize_on_alignment for p in scalars)
 
 
 @pytest.mark.parametrize("hardware", aot.TARGETS)
