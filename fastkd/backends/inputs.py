@@ -15,7 +15,8 @@ class DualRows(NamedTuple):
     scale_bound: float  # the scale is at most this; inf if nothing is known
     columns: int  # how many there are on all ranks
     is_packed: bool
-    needs: tuple[bool, bool] | None = None  # whose gradients the forward's ``kept`` will serve; None: nobody's
+    inverse_norm: Tensor | None = None  # [2, n, 1] of the rows as given, on one rank
+    needs: tuple[bool, bool] | None = None  # whose gradients a backward will ask for; None: nobody's, or not known
 
 
 class DualUpstream(NamedTuple):
@@ -39,7 +40,8 @@ class ContrastRows(NamedTuple):
     normalized: bool  # the rows have length 1 or 0
     columns: int  # how many keys there are on all ranks
     is_packed: bool
-    needs: tuple[bool, bool] | None = None  # as in DualRows, of queries and keys
+    inverse_norms: tuple[Tensor | None, Tensor | None] = (None, None)  # as in DualRows, of queries and keys
+    needs: tuple[bool, bool] | None = None
 
 
 class ContrastUpstream(NamedTuple):

@@ -45,7 +45,9 @@ def _rows(
     needs: tuple[bool, bool] | None = None,
 ) -> ContrastRows:
     scale, k = logit_scale.to(accumulation_dtype(like.dtype)), None if mask.exclude_self else keys.rows
-    return ContrastRows(queries.rows, k, scale, mask, normalize, keys.exchange.total, keys.exchange.is_packed, needs)
+    total, is_packed = keys.exchange.total, keys.exchange.is_packed
+    inverse_norms = queries.inverse_norm, keys.inverse_norm
+    return ContrastRows(queries.rows, k, scale, mask, normalize, total, is_packed, inverse_norms, needs)
 
 
 def _needed(need_query: bool, need_key: bool, need_scale: bool) -> tuple[bool, bool]:
@@ -56,15 +58,16 @@ def _needed(need_query: bool, need_key: bool, need_scale: bool) -> tuple[bool, b
 
 def forward(
     rows: ContrastRows, keys: Side, weight: Tensor | None, backend: str, factor: float = 1.0
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """The weighted sum over this rank's queries times ``factor``, and two numbers per query for the backward, [2, n].
+) -> tuple[Tensor, Tensor, Any]:
+    """The weighted sum over this rank's queries times ``factor``; two numbers per query for the backward, [2, n].
 
-    The rest are tensors that spare the backward some work. It does without them under torch.compile.
+    The last is the backend's ``Forward``. It may have ``gradients`` of queries, keys (empty if not needed) and scale
+    for an upstream gradient of 1, where they cost less now than later. Or it has ``kept`` what spares a backward work.
     """
     state = implementation("contrast", backend).Forward(rows)
     for cols, block in keys.exchange.columns(keys.rows[None], keys.gathered):
         state.add_own() if cols == keys.exchange.own else state.add(block[0], cols)
-    return *state.finish(weight, factor), state.kept
+    return *state.finish(weight, factor), state
 
 
 def backward(
@@ -248,7 +251,7 @@ class Contrast(torch.autograd.Function):
             mask = _mask(key, *labels, positive_index, by_label)
             needs = _needed(*ctx.needs_input_grad[:3]) if keeps and any(ctx.needs_input_grad[:3]) else None
             rows = _rows(queries, keys, logit_scale, mask, query, normalize, needs)
-            total, stats, kept = forward(rows, keys, weight, backend, factor)
+            total, stats, state = forward(rows, keys, weight, backend, factor)
             ctx.numbers = None
             if peers is not None and needs_numbers:
                 numbers = stats if weight is None else torch.cat([stats, weight.to(stats.dtype)[None]])
@@ -257,7 +260,8 @@ class Contrast(torch.autograd.Function):
         ctx.gathered_queries, ctx.exchanges = queries.gathered, (queries.exchange, keys.exchange)
         ctx.mask, ctx.normalize, ctx.backend, ctx.factor = mask, normalize, backend, factor
         saved = query, key, logit_scale, weight, stats, *queries[1:3], *keys[1:]
-        ctx.save_for_backward(*saved, *kept)
+        ctx.has_gradients = bool(state.gradients)
+        ctx.save_for_backward(*saved, *state.gradients, *state.kept)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return total, stats
@@ -269,6 +273,10 @@ class Contrast(torch.autograd.Function):
             return (None,) * 13
         query, _, logit_scale, weight, stats, q, inverse_q, k, inverse_k, gathered_keys, *kept = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
+        if ctx.has_gradients:
+            grad_query, grad_key, grad_scale = (x * grad_loss for x in kept)
+            grads = grad_query.to(query.dtype), grad_key.to(query.dtype), grad_scale.to(logit_scale.dtype)
+            return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 10
         with computing(q):
             queries = Side(ctx.exchanges[0], q, inverse_q, ctx.gathered_queries)
             keys = Side(ctx.exchanges[1], k, inverse_k, gathered_keys)

@@ -57,10 +57,11 @@ def _rows(
     logit_scale: Tensor,
     like: Tensor,
     options: _Options,
+    inverse_norm: Tensor | None = None,
     needs: tuple[bool, bool] | None = None,
 ) -> DualRows:
     scale = logit_scale.to(accumulation_dtype(like.dtype))
-    return DualRows(units, scale, options.scale_bound, exchange.total, exchange.is_packed, needs)
+    return DualRows(units, scale, options.scale_bound, exchange.total, exchange.is_packed, inverse_norm, needs)
 
 
 def _needed(needs: tuple[bool, bool, bool], options: _Options) -> tuple[bool, bool]:
@@ -73,14 +74,15 @@ def _needed(needs: tuple[bool, bool, bool], options: _Options) -> tuple[bool, bo
 def forward(
     exchange: Exchange | Alone, rows: DualRows, gathered: Tensor | None, weight: Tensor | None, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """The weighted sums of contrast and consistency, the statistics of the rank's rows, and what the backward may use.
+    """The weighted sums of contrast and consistency, the statistics of the rank's rows, and gradients, if any.
 
-    The last are tensors that spare the backward some work. It does without them under torch.compile.
+    The gradients are those of the needed sides of (a, b), [1 or 2, n, D], and of the scale, for upstream gradients
+    of 1. A backend gives them where they cost less now than later.
     """
     state = options.module.Forward(rows)
     for cols, block in exchange.columns(rows.units, gathered):
         state.add_own() if cols == exchange.own else state.add(block, cols)
-    return *state.finish(weight, options.is_swapped, options.factors), state.kept
+    return *state.finish(weight, options.is_swapped, options.factors), state.gradients
 
 
 def backward(
@@ -93,10 +95,9 @@ def backward(
     needs: tuple[bool, bool, bool],
     like: Tensor,
     options: _Options,
-    kept: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of student and teacher (empty where not needed), as wide as ``like`` and in its dtype; of the scale."""
-    state = options.module.Backward(rows, stats, upstream, *_needed(needs, options), kept)
+    state = options.module.Backward(rows, stats, upstream, *_needed(needs, options))
     for cols, block in exchange.columns(rows.units, gathered):
         state.add_own() if cols == exchange.own else state.add(block, cols)
     grad_a, grad_b, grad_scale = state.finish(inverse_norm, like.dtype, like.shape[1])
@@ -217,8 +218,8 @@ class DualSoftmax(torch.autograd.Function):
                     weight = student.new_ones(student.shape[0])
                 exchange, units, inverse_norm, gathered = start(peers, pair, exchange_dtype(student.dtype))
             needs = _needed(ctx.needs_input_grad[:3], options) if keeps and any(ctx.needs_input_grad[:3]) else None
-            rows = _rows(exchange, units, logit_scale, student, options, needs)
-            contrast, consistency, stats, kept = forward(exchange, rows, gathered, weight, options)
+            rows = _rows(exchange, units, logit_scale, student, options, inverse_norm, needs)
+            contrast, consistency, stats, gradients = forward(exchange, rows, gathered, weight, options)
             if peers is not None and peers.needs_grad:
                 numbers = options.module.numbers(stats)
                 if weight is not None:
@@ -228,14 +229,21 @@ class DualSoftmax(torch.autograd.Function):
         # Not among the saved tensors: they are still arriving, and autograd would take that for a change.
         ctx.numbers = running
         inputs = student, teacher, logit_scale, weight
-        ctx.save_for_backward(*inputs, units, inverse_norm, gathered, stats, *kept)
+        ctx.save_for_backward(*inputs, units, inverse_norm, gathered, stats, *gradients)
         return contrast, consistency
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_contrast: Tensor, grad_consistency: Tensor) -> tuple[Tensor | None, ...]:
-        student, _, logit_scale, weight, units, inverse_norm, gathered, stats, *kept = ctx.saved_tensors
+        student, _, logit_scale, weight, units, inverse_norm, gathered, stats, *gradients = ctx.saved_tensors
         options, needs = ctx.options, ctx.needs_input_grad[:3]
+        # They serve where both sums have one upstream gradient, as in a loss that is their sum.
+        if gradients and grad_contrast.item() == grad_consistency.item():
+            sides, grad_scale = (x * grad_contrast for x in gradients)
+            found = iter(sides.to(student.dtype))
+            pair = [next(found) if needed else None for needed in _needed(needs, options)]
+            grads = [*options.pair(*pair), grad_scale.to(logit_scale.dtype)]
+            return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 4
         with computing(units):
             if ctx.numbers is None:
                 numbers = options.module.numbers(stats)
@@ -248,7 +256,7 @@ class DualSoftmax(torch.autograd.Function):
             )
             rows = _rows(ctx.exchange, units, logit_scale, student, options)
             *grads, grad_scale = backward(
-                ctx.exchange, rows, gathered, inverse_norm, stats, upstream, needs, student, options, tuple(kept)
+                ctx.exchange, rows, gathered, inverse_norm, stats, upstream, needs, student, options
             )
         grads.append(grad_scale.to(logit_scale.dtype))
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 4

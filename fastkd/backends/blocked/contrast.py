@@ -136,6 +136,7 @@ def _shifted(part: slice, by: int) -> slice:
 class TiledForward(_Pass):
     """Losses and numbers of a rank's queries, accumulated over the keys."""
 
+    gradients: tuple[Tensor, ...] = ()
     kept: tuple[Tensor, ...] = ()
 
     def __init__(self, rows: ContrastRows) -> None:
@@ -359,13 +360,13 @@ class TiledBackward(_Pass):
 
 
 def Forward(rows: ContrastRows) -> TiledForward | dense.Forward:
-    """The forward that suits the matrix's size. Its ``kept``: what the backward may be given beside the numbers."""
+    """The forward that suits the matrix's size."""
     return dense.Forward(rows) if dense.covers(rows) else TiledForward(rows)
 
 
 def Backward(
     rows: ContrastRows, upstream: ContrastUpstream, need_query: bool, need_key: bool, kept: tuple[Tensor, ...] = ()
 ) -> TiledBackward | dense.Backward:
-    """The backward of :func:`Forward`, with what that kept or without."""
+    """The backward of :func:`Forward`; nothing is ``kept`` for it."""
     backward = dense.Backward if dense.covers(rows) else TiledBackward
-    return backward(rows, upstream, need_query, need_key, kept)
+    return backward(rows, upstream, need_query, need_key)

@@ -59,7 +59,7 @@ class _Pass:
 class TiledForward(_Pass):
     """Both log-sum-exps, E, la and lc of every row, [5, n], accumulated over the columns."""
 
-    kept: tuple[Tensor, ...] = ()
+    gradients: tuple[Tensor, ...] = ()
 
     def __init__(self, rows: DualRows) -> None:
         super().__init__(rows)
@@ -267,14 +267,13 @@ class TiledBackward(_Pass):
 
 
 def Forward(rows: DualRows) -> TiledForward | dense.Forward:
-    """The forward that suits the number of rows. Its ``kept``: what the backward may be given beside the statistics."""
+    """The forward that suits the number of rows."""
     return dense.Forward(rows) if dense.covers(rows) else TiledForward(rows)
 
 
 def Backward(
-    rows: DualRows, stats: Tensor, upstream: DualUpstream, need_a: bool, need_b: bool, kept: tuple[Tensor, ...] = ()
+    rows: DualRows, stats: Tensor, upstream: DualUpstream, need_a: bool, need_b: bool
 ) -> TiledBackward | dense.Backward:
-    """The backward of :func:`Forward`, with what that kept or without."""
-    if dense.covers(rows):
-        return dense.Backward(rows, stats, upstream, need_a, need_b, kept)
-    return TiledBackward(rows, stats, upstream, need_a, need_b)
+    """The backward of :func:`Forward`."""
+    backward = dense.Backward if dense.covers(rows) else TiledBackward
+    return backward(rows, stats, upstream, need_a, need_b)

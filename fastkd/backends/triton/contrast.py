@@ -54,6 +54,7 @@ class _Pass:
 class Forward(_Pass):
     """As :class:`fastkd.backends.blocked.contrast.Forward`."""
 
+    gradients: tuple[Tensor, ...] = ()
     kept: tuple[Tensor, ...] = ()  # the factors of the backward, on one rank
     _state: Tensor | None = None  # what the kernels carry; None until there were keys
 

@@ -48,7 +48,7 @@ class _Pass:
 class Forward(_Pass):
     """As :class:`fastkd.backends.blocked.dual_softmax.Forward`."""
 
-    kept: tuple[Tensor, ...] = ()
+    gradients: tuple[Tensor, ...] = ()
 
     def _add(self, columns: Tensor, offset: int, cols: slice) -> None:
         self._sums = self._kernels.running_statistics(
@@ -81,15 +81,7 @@ def numbers(stats: Tensor) -> Tensor:
 class Backward(_Pass):
     """As :class:`fastkd.backends.blocked.dual_softmax.Backward`."""
 
-    def __init__(
-        self,
-        rows: DualRows,
-        stats: Tensor,
-        upstream: DualUpstream,
-        need_a: bool,
-        need_b: bool,
-        kept: tuple[Tensor, ...] = (),
-    ) -> None:
+    def __init__(self, rows: DualRows, stats: Tensor, upstream: DualUpstream, need_a: bool, need_b: bool) -> None:
         super().__init__(rows)
         self._needs: dict[str, Any] = {"need_a": need_a, "need_b": need_b}
         self._everyone, weight, *self._grads, self._is_swapped, self._factors = upstream

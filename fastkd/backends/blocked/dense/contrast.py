@@ -22,14 +22,13 @@ def covers(rows: ContrastRows) -> bool:
 
 
 class Forward:
-    """As the tiles' ``Forward``.
+    """As the tiles' ``Forward``. It has ``gradients`` if they were asked for."""
 
-    ``kept``, if gradients were asked for, is the result of :meth:`gradients` for an upstream gradient of 1.
-    """
+    gradients: tuple[Tensor, ...] = ()
+    kept: tuple[Tensor, ...] = ()
 
     def __init__(self, rows: ContrastRows) -> None:
         self._rows, self._mask = rows, rows.mask
-        self.kept: tuple[Tensor, ...] = ()
 
     def add_own(self) -> None:
         """Compute losses, exponentials and their sums."""
@@ -111,11 +110,11 @@ class Forward:
         w = losses.new_full(losses.shape, factor) if weight is None else weight.to(losses.dtype) * factor
         total = w.dot(losses)
         if self._rows.needs is not None:
-            self.kept = self.gradients(w, *self._rows.needs)
+            self.gradients = self._of_inputs(w, *self._rows.needs)
         return total, torch.stack(self._stats)
 
-    def gradients(self, w: Tensor, need_query: bool, need_key: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of queries and keys (empty if not needed), up to the factor ``scale / norm``; and of the scale.
+    def _of_inputs(self, w: Tensor, need_query: bool, need_key: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the raw queries and keys (empty if not needed), and of the scale.
 
         w: upstream gradients of the queries' losses. U is overwritten.
         """
@@ -130,51 +129,37 @@ class Forward:
                 G.scatter_(1, self._index, of_positive[:, None])
         q, empty = rows.queries, w.new_empty(0)
         if rows.keys is None:
-            grad, grad_scale = self._projected(product(G.add_(G.T.contiguous()), q.T), q)
+            grad, grad_scale = self._raw(product(G.add_(G.T.contiguous()), q.T), q, 0)
             return grad, empty, grad_scale / 2  # G_ij is in the sums of row i and of row j
         grad_q = grad_k = empty
         if need_key:
-            grad_k, grad_scale = self._projected(transposed_product(G, q), rows.keys)
+            grad_k, grad_scale = self._raw(transposed_product(G, q), rows.keys, 1)
         if need_query:
-            grad_q, grad_scale = self._projected(product(G, rows.keys.T), q)
+            grad_q, grad_scale = self._raw(product(G, rows.keys.T), q, 0)
         return grad_q, grad_k, grad_scale
 
-    def _projected(self, grad: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        dots = torch.linalg.vecdot(grad, rows)
-        return grad.addcmul_(rows, dots[:, None], value=-1) if self._rows.normalized else grad, dots.sum()
+    def _raw(self, grad: Tensor, rows: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        dots, inverse_norm = torch.linalg.vecdot(grad, rows), self._rows.inverse_norms[side]
+        if inverse_norm is None:
+            return grad.mul_(self._rows.scale), dots.sum()
+        return grad.addcmul_(rows, dots[:, None], value=-1).mul_(inverse_norm * self._rows.scale), dots.sum()
 
 
 class Backward:
-    """As the tiles' ``Backward``. ``kept``: what the forward kept; it is computed again where there is nothing."""
+    """As the tiles' ``Backward``, where the forward has no gradients: everything is computed again."""
 
-    def __init__(
-        self,
-        rows: ContrastRows,
-        upstream: ContrastUpstream,
-        need_query: bool,
-        need_key: bool,
-        kept: tuple[Tensor, ...] = (),
-    ) -> None:
-        self._rows, self._upstream, self._kept = rows, upstream, kept
-        self._needs = need_query, need_key
+    def __init__(self, rows: ContrastRows, upstream: ContrastUpstream, need_query: bool, need_key: bool) -> None:
+        self._forward, self._upstream = Forward(rows._replace(needs=(need_query, need_key))), upstream
 
     def add_own(self) -> None:
-        """Compute the gradients, or take them as they are."""
-        if not self._kept:
-            forward = Forward(self._rows._replace(needs=self._needs))
-            forward.add_own()
-            forward.finish(self._upstream.weight, self._upstream.factor)
-            self._kept = forward.kept
+        """Compute losses and gradients."""
+        self._forward.add_own()
+        self._forward.finish(self._upstream.weight, self._upstream.factor)
 
     def finish(
         self, inverse_q: Tensor | None, inverse_k: Tensor | None, dtype: torch.dtype, D: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As the tiles'."""
-        *grads, grad_scale = self._kept
-        upstream = self._upstream.grad_loss.to(grad_scale.dtype)
-        factor, found = self._rows.scale * upstream, []
-        for grad, inverse in zip(grads, (inverse_q, inverse_k), strict=True):
-            if grad.numel():
-                grad = grad * (factor if inverse is None else inverse * factor)
-            found.append(grad.to(dtype, copy=not grad.numel()))
-        return found[0], found[1], grad_scale * upstream
+        """As the tiles'; the inverse norms are those of the rows that it was given."""
+        grad_loss = self._upstream.grad_loss.to(self._forward.gradients[2].dtype)
+        grad_query, grad_key, grad_scale = (x * grad_loss for x in self._forward.gradients)
+        return grad_query.to(dtype), grad_key.to(dtype), grad_scale

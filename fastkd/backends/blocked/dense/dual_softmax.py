@@ -21,14 +21,12 @@ def covers(rows: DualRows) -> bool:
 
 
 class Forward:
-    """As the tiles' ``Forward``.
+    """As the tiles' ``Forward``. It has ``gradients`` if they were asked for."""
 
-    ``kept``, if gradients were asked for, is the result of :meth:`gradients` for upstream gradients of 1.
-    """
+    gradients: tuple[Tensor, ...] = ()
 
     def __init__(self, rows: DualRows) -> None:
         self._rows = rows
-        self.kept: tuple[Tensor, ...] = ()
 
     def add_own(self) -> None:
         """Compute the exponentials and their sums."""
@@ -73,12 +71,14 @@ class Forward:
         else:
             w, k = (weight.to(la.dtype) * factor for factor in factors)
         contrast, consistency = w.dot(lc if is_swapped else la), k.dot((E - la).add_(lc))
-        if self._rows.needs is not None:
-            self.kept = self.gradients(w, k, is_swapped, *self._rows.needs)
+        if self._rows.needs is not None and self._rows.inverse_norm is not None:
+            self.gradients = self.of_inputs(w, k, is_swapped, self._rows.inverse_norm, *self._rows.needs)
         return contrast, consistency, self._stats
 
-    def gradients(self, w: Tensor, k: Tensor, is_swapped: bool, need_a: bool, need_b: bool) -> tuple[Tensor, Tensor]:
-        """Gradients of the needed sides' rows, up to the factor ``scale / norm``, [1 or 2, n, D]; and of the scale.
+    def of_inputs(
+        self, w: Tensor, k: Tensor, is_swapped: bool, inverse_norm: Tensor, need_a: bool, need_b: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the needed sides' raw rows, [1 or 2, n, D], and of the scale.
 
         w, k: upstream gradients of a row's contrast and of its consistency. The matrices are overwritten.
         """
@@ -99,52 +99,31 @@ class Forward:
         if need_a and need_b:
             grads = torch.stack([product(G, b.T), transposed_product(G, a)])
         elif need_a:
-            grads, units = product(G, b.T)[None], units[:1]
+            grads, units, inverse_norm = product(G, b.T)[None], units[:1], inverse_norm[:1]
         else:
-            grads, units = transposed_product(G, a)[None], units[1:]
+            grads, units, inverse_norm = transposed_product(G, a)[None], units[1:], inverse_norm[1:]
         dots = torch.linalg.vecdot(grads, units)
-        return grads.addcmul_(units, dots[:, :, None], value=-1), dots[0].sum()
+        grads.addcmul_(units, dots[:, :, None], value=-1).mul_(inverse_norm * self._rows.scale)
+        return grads, dots[0].sum()
 
 
 class Backward:
-    """As the tiles' ``Backward``. ``kept``: what the forward kept, if anything.
+    """As the tiles' ``Backward``, where the forward's gradients do not serve: everything is computed again."""
 
-    It serves if both sums have the same upstream gradient, as when a loss is the sum of both. Else everything is
-    computed again.
-    """
-
-    def __init__(
-        self,
-        rows: DualRows,
-        stats: Tensor,
-        upstream: DualUpstream,
-        need_a: bool,
-        need_b: bool,
-        kept: tuple[Tensor, ...] = (),
-    ) -> None:
-        self._rows, self._upstream, self._kept = rows, upstream, kept
-        self._needs = need_a, need_b
+    def __init__(self, rows: DualRows, stats: Tensor, upstream: DualUpstream, need_a: bool, need_b: bool) -> None:
+        self._rows, self._upstream, self._needs = rows, upstream, (need_a, need_b)
+        self._forward = Forward(rows)
 
     def add_own(self) -> None:
-        """Compute the gradients, or take them as they are."""
-        _, weight, *grads, is_swapped, factors = self._upstream
-        if self._kept and grads[0].item() == grads[1].item():
-            self._grads, self._grad_scale = self._kept
-            self._factor = grads[0].to(self._grads.dtype)
-            return
-        forward = Forward(self._rows)
-        forward.add_own()
-        ones = self._rows.scale.new_ones(self._rows.columns) if weight is None else weight.to(self._rows.scale.dtype)
-        w, k = (ones * (grad.to(ones.dtype) * factor) for grad, factor in zip(grads, factors, strict=True))
-        self._grads, self._grad_scale = forward.gradients(w, k, is_swapped, *self._needs)
-        self._factor = ones.new_ones(())
+        """Compute the exponentials."""
+        self._forward.add_own()
 
     def finish(self, inverse_norm: Tensor, dtype: torch.dtype, D: int) -> tuple[Tensor, Tensor, Tensor]:
         """As the tiles'."""
-        need_a, need_b = self._needs
-        if not (need_a and need_b):
-            inverse_norm = inverse_norm[:1] if need_a else inverse_norm[1:]
-        factors = inverse_norm * (self._rows.scale * self._factor)
-        found = [(grad * factor).to(dtype) for grad, factor in zip(self._grads, factors, strict=True)]
-        empty = self._grads.new_empty(0, dtype=dtype)
-        return found[0] if need_a else empty, found[-1] if need_b else empty, self._grad_scale * self._factor
+        _, weight, *grads, is_swapped, factors = self._upstream
+        ones = self._rows.scale.new_ones(self._rows.columns) if weight is None else weight.to(self._rows.scale.dtype)
+        w, k = (ones * (grad.to(ones.dtype) * factor) for grad, factor in zip(grads, factors, strict=True))
+        found, grad_scale = self._forward.of_inputs(w, k, is_swapped, inverse_norm, *self._needs)
+        sides, empty = iter(found.to(dtype)), found.new_empty(0, dtype=dtype)
+        grad_a, grad_b = (next(sides) if need else empty for need in self._needs)
+        return grad_a, grad_b, grad_scale
