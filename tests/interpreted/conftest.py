@@ -6,7 +6,7 @@ left out of any other. bfloat16 is left to the tests on a GPU, because the inter
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,6 +14,16 @@ from torch import Tensor
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if IS_INTERPRETED else ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_caches() -> Iterator[None]:
+    """A test may replace what the caches were filled from."""
+    from fastkd.kernels import launch
+
+    launch.clear_caches()
+    yield
+    launch.clear_caches()
 
 
 @pytest.fixture(autouse=True)

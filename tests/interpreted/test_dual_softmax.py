@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 import triton
-from fastkd.kernels import tiles
+from fastkd.kernels import launch, tiles
 from fastkd.kernels.dual_softmax import streaming, wide
 from fastkd.kernels.dual_softmax.per_row import coefficients, gradients, statistics
 from fastkd.kernels.normalize import padded_width, unit_rows
@@ -22,6 +22,7 @@ from tests.helpers.dual_cases import dual_problem
 def test_one_launch_a_side_equals_one_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
     p = dual_problem("dcd bounded", 33, 20, scale=9.0)
     together = value_and_grads(p.kernel, *p.inputs)
+    launch.clear_caches()
     find = tiles.launch_config
     monkeypatch.setattr(tiles, "launch_config", lambda *a, **b: dataclasses.replace(find(*a, **b), apart=True))
     for a, b in zip(value_and_grads(p.kernel, *p.inputs), together, strict=True):
