@@ -239,10 +239,10 @@ class DualSoftmax(torch.autograd.Function):
         options, needs = ctx.options, ctx.needs_input_grad[:3]
         # They serve where both sums have one upstream gradient, as in a loss that is their sum.
         if gradients and grad_contrast.item() == grad_consistency.item():
-            sides, grad_scale = (x * grad_contrast for x in gradients)
-            found = iter(sides.to(student.dtype))
-            pair = [next(found) if needed else None for needed in _needed(needs, options)]
-            grads = [*options.pair(*pair), grad_scale.to(logit_scale.dtype)]
+            sides = iter(gradients[0])
+            pair = [next(sides) * grad_contrast if needed else units for needed in _needed(needs, options)]
+            grads = [x.to(student.dtype) for x in options.pair(*pair)]
+            grads.append((gradients[1] * grad_contrast).to(logit_scale.dtype))
             return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 4
         with computing(units):
             if ctx.numbers is None:

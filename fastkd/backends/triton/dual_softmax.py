@@ -70,7 +70,7 @@ class Forward(_Pass):
             return nothing[0].sum(), nothing[1].sum(), nothing
         weight = None if weight is None else weight.contiguous()
         loss, stats = statistics(self._sums, self._scale, weight, swapped=is_swapped, factors=factors)
-        return *loss.sum(dim=1).unbind(), stats
+        return loss[0].sum(), loss[1].sum(), stats
 
 
 def numbers(stats: Tensor) -> Tensor:

@@ -26,10 +26,9 @@ def soft_target_forward(
         smoothing=label_smoothing,
         factor=factor,
     )
-    if labels is not None and teacher_logits is not None:
-        return *loss.sum(dim=1).unbind(), stats
-    nothing = loss.new_zeros(())
-    return (nothing, loss[1].sum(), stats) if labels is None else (loss[0].sum(), nothing, stats)
+    ce = loss.new_zeros(()) if labels is None else loss[0].sum()
+    kd = loss.new_zeros(()) if teacher_logits is None else loss[1].sum()
+    return ce, kd, stats
 
 
 def soft_target_backward(

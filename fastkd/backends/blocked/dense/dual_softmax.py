@@ -124,6 +124,8 @@ class Backward:
         ones = self._rows.scale.new_ones(self._rows.columns) if weight is None else weight.to(self._rows.scale.dtype)
         w, k = (ones * (grad.to(ones.dtype) * factor) for grad, factor in zip(grads, factors, strict=True))
         found, grad_scale = self._forward.of_inputs(w, k, is_swapped, inverse_norm, *self._needs)
-        sides, empty = iter(found.to(dtype)), found.new_empty(0, dtype=dtype)
-        grad_a, grad_b = (next(sides) if need else empty for need in self._needs)
+        sides = iter(found)
+        grad_a, grad_b = (
+            next(sides).to(dtype, copy=True) if need else found.new_empty(0, dtype=dtype) for need in self._needs
+        )
         return grad_a, grad_b, grad_scale
