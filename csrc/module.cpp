@@ -14,5 +14,6 @@ PYBIND11_MODULE(_native, module) {
 #ifdef FASTKD_WITH_GATHER
   fastkd::define_gather(module);
 #endif
+  fastkd::define_dense(module);
   fastkd::define_launcher(module);
 }

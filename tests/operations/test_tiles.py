@@ -134,7 +134,7 @@ def test_few_rows_compute_no_gradient_that_nobody_needs(name: str, monkeypatch: 
     case = OPERATIONS[name](Size(n=12, N=9))
     expected = case.compute("blocked", *case.inputs)
     for module in (dense_contrast, dense_dual_softmax):
-        monkeypatch.setattr(module.Forward, "gradients", None)
+        monkeypatch.setattr(module.Forward, "of_inputs", None)
     with torch.no_grad():
         leaves = [x.requires_grad_(x.is_floating_point()) for x in case.inputs]
         assert torch.equal(case.compute("blocked", *leaves), expected)

@@ -19,6 +19,11 @@ def product(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
     return _LINEAR(x if scale == 1.0 else x * scale, w, None, "none", [], "")
 
 
+def min_linear() -> int:
+    """The number of multiplications from which oneDNN serves for a product of float32 numbers on a CPU."""
+    return MIN_LINEAR if _LINEAR is not None else 1 << 62
+
+
 def transposed_product(x: Tensor, w: Tensor) -> Tensor:
     """``x.T @ w``; x [m, n] and w [m, k] contiguous. The result need not be."""
     return product(w.T.contiguous(), x.T).T if _suits_linear(x, w.shape[1]) else torch.mm(x.T, w)

@@ -110,10 +110,10 @@ class Forward:
         w = losses.new_full(losses.shape, factor) if weight is None else weight.to(losses.dtype) * factor
         total = w.dot(losses)
         if self._rows.needs is not None:
-            self.gradients = self._of_inputs(w, *self._rows.needs)
+            self.gradients = self.of_inputs(w, *self._rows.needs)
         return total, torch.stack(self._stats)
 
-    def _of_inputs(self, w: Tensor, need_query: bool, need_key: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def of_inputs(self, w: Tensor, need_query: bool, need_key: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the raw queries and keys (empty if not needed), and of the scale.
 
         w: upstream gradients of the queries' losses. U is overwritten.
