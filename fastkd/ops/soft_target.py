@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import implementation
+from fastkd.backends.blocked.dense import soft_target as dense
 from fastkd.numerics import accumulation_dtype
 from fastkd.ops.eager import computing, differentiable_once, is_traced
 
@@ -82,32 +83,45 @@ soft_target.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 class SoftTarget(torch.autograd.Function):
-    """The two sums times a factor, as a plain autograd function, which starts quicker than the custom op."""
+    """The two sums times a factor, as a plain autograd function, which starts quicker than the custom op.
+
+    Where the logits are few, the gradients come with the losses. ``keeps``: whether gradients are enabled, so that a
+    backward may come.
+    """
 
     @staticmethod
-    def forward(ctx: Any, factor: float, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, factor: float, keeps: bool, *inputs: Any) -> tuple[Tensor, Tensor]:
         *tensors, ctx.temperature, ctx.label_smoothing, backend = inputs
         ctx.module, ctx.factor = implementation("soft_target", backend), factor
+        ctx.is_dense = backend == "blocked" and dense.covers(*tensors[:2])
         with computing(tensors[0]):
-            ce, kd, stats = ctx.module.soft_target_forward(*inputs[:-1], factor)
-        ctx.save_for_backward(*tensors, stats)
+            if ctx.is_dense:
+                ce, kd, kept = dense.computed(*inputs[:-1], factor, keeps and ctx.needs_input_grad[2])
+            else:
+                ce, kd, *kept = ctx.module.soft_target_forward(*inputs[:-1], factor)
+        ctx.save_for_backward(*tensors, *kept)
         ctx.set_materialize_grads(False)
         return ce, kd
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_ce: Tensor | None, grad_kd: Tensor | None) -> tuple[Tensor | None, ...]:
-        student, teacher, labels, weight, stats = ctx.saved_tensors
+        student, teacher, labels, weight, *kept = ctx.saved_tensors
         # A term that nothing was made of needs no gradient.
         teacher, labels = None if grad_kd is None else teacher, None if grad_ce is None else labels
         grad = None
-        if teacher is not None or labels is not None:
+        if ctx.is_dense:
+            for upstream, found in zip((grad_kd, grad_ce), kept, strict=False):  # without labels there is only KD's
+                if upstream is not None:
+                    grad = found * upstream if grad is None else grad.addcmul_(found, upstream)
+            grad = None if grad is None else grad.to(student.dtype)
+        elif teacher is not None or labels is not None:
             options = ctx.temperature, ctx.label_smoothing, ctx.factor
             with computing(student):
                 grad = ctx.module.soft_target_backward(
-                    student, teacher, labels, weight, stats, grad_ce, grad_kd, *options
+                    student, teacher, labels, weight, *kept, grad_ce, grad_kd, *options
                 )
-        return None, grad, *[None] * 6
+        return None, None, grad, *[None] * 6
 
 
 def weighted_sums(factor: float, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -115,4 +129,4 @@ def weighted_sums(factor: float, *inputs: Any) -> tuple[Tensor, Tensor]:
     if is_traced(*inputs[:2]):
         ce, kd, _ = soft_target(*inputs)
         return ce * factor, kd * factor
-    return SoftTarget.apply(factor, *inputs)
+    return SoftTarget.apply(factor, torch.is_grad_enabled(), *inputs)
