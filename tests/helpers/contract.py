@@ -16,6 +16,7 @@ from torch import Tensor
 from fastkd import ckd_loss, dcd_loss, info_nce_loss, kd_loss, masked_contrast_loss, multiscale_pool, sup_con_loss
 from fastkd.backends.blocked.dense import contrast as dense_contrast
 from fastkd.backends.blocked.dense import dual_softmax as dense_dual_softmax
+from fastkd.backends.blocked.dense import soft_target as dense_soft_target
 from fastkd.functional.kd import ce_kd_terms
 from tests.helpers.checks import assert_close, embeddings, logits, value_and_grads
 from tests.helpers.contrast_cases import MODES, NEEDS_PAIRS, problem
@@ -86,6 +87,7 @@ def always_in_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(dense_dual_softmax, "MAX_ROWS", 0)
         patches.setattr(dense_contrast, "MAX_ELEMENTS", 0)
+        patches.setattr(dense_soft_target, "MAX_ELEMENTS", 0)
         yield
 
 

@@ -5,12 +5,13 @@ import itertools
 import pytest
 import torch
 
-from fastkd import native
+from fastkd import kd_loss, native
 from fastkd.backends.blocked import dual_softmax as blocked
 from fastkd.backends.blocked import gemm
 from fastkd.backends.blocked.dense import dual_softmax as dense
+from fastkd.backends.blocked.dense import soft_target
 from fastkd.backends.inputs import DualRows
-from tests.helpers.checks import embeddings
+from tests.helpers.checks import assert_close, embeddings, logits, terms_and_gradient
 
 SIDES = [None, (True, True), (True, False), (False, True)]
 
@@ -43,3 +44,66 @@ def test_without_the_extension_python_computes(monkeypatch: pytest.MonkeyPatch) 
     expected = dense.computed(*arguments)
     monkeypatch.setattr(dense, "extension", lambda: None)
     assert torch.equal(dense.computed(*arguments)[3][0], expected[3][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("label_smoothing", [None, 0.0, 0.1])
+def test_the_extension_gives_the_bits_of_python_for_logits(
+    dtype: torch.dtype, weighted: bool, label_smoothing: float | None
+) -> None:
+    if native.extension() is None:
+        pytest.skip("the extension is not built")
+    student, teacher, labels = logits(33, 70, dtype=dtype)
+    given = None if label_smoothing is None else labels
+    weight = torch.rand(33) if weighted else None
+    for needs_grad in (False, True):
+        arguments = student, teacher, given, weight, 3.0, label_smoothing or 0.0, 1 / 33, needs_grad
+        *actual, gradients = soft_target.computed(*arguments)
+        *expected, by_python = soft_target._computed(*arguments)
+        assert len(gradients) == len(by_python) == needs_grad * (1 if given is None else 2)
+        for a, e in zip((*actual, *gradients), (*expected, *by_python), strict=True):
+            assert a.dtype == e.dtype
+            assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("with_extension", [True, False])
+def test_a_label_that_is_none_makes_its_row_nan_among_few_logits(
+    with_extension: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_extension:
+        monkeypatch.setattr(soft_target, "extension", lambda: None)
+    student, teacher, labels = logits(4, 5)
+    labels[1], labels[2] = 5, -100
+    ce, kd, (of_kd, of_ce) = soft_target.computed(student, teacher, labels, None, 3.0, 0.1, 0.25, True)
+    assert ce.isnan()
+    assert kd.isfinite()
+    assert of_kd.isfinite().all()
+    assert of_ce.isnan().any(dim=1).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("upstream", [(1.0, 1.0), (0.3, -2.0)])
+def test_few_logits_give_what_blocks_of_them_give(
+    upstream: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = logits(20, 9)
+    inputs[0][:] += 1000
+    options = {"label_smoothing": 0.1, "sample_weight": torch.rand(20, dtype=torch.float64), "backend": "blocked"}
+    of_few = terms_and_gradient(*inputs, upstream, **options)
+    monkeypatch.setattr(soft_target, "MAX_ELEMENTS", 0)
+    for actual, expected in zip(of_few, terms_and_gradient(*inputs, upstream, **options), strict=True):
+        assert_close(actual, expected, torch.float64)
+
+
+def test_few_logits_compute_no_gradient_that_nobody_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs, computed = [], soft_target.computed
+    monkeypatch.setattr(soft_target, "computed", lambda *inputs: (needs.append(inputs[-1]), computed(*inputs))[1])
+    student, teacher, _ = logits(4, 5)
+    kd_loss(student, teacher, backend="blocked")
+    leaf = student.requires_grad_()
+    with torch.no_grad():
+        kd_loss(leaf, teacher, backend="blocked")
+    loss = kd_loss(leaf, teacher, backend="blocked")
+    assert needs == [False, False, True]
+    first, again = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
