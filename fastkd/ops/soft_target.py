@@ -96,7 +96,7 @@ class SoftTarget(torch.autograd.Function):
         ctx.is_dense = backend == "blocked" and dense.covers(*tensors[:2])
         with computing(tensors[0]):
             if ctx.is_dense:
-                ce, kd, kept = dense.computed(*inputs[:-1], factor=factor, needs_grad=keeps and ctx.needs_input_grad[2])
+                ce, kd, kept = dense.computed(factor, keeps and ctx.needs_input_grad[2], *inputs[:-1])
             else:
                 ce, kd, *kept = ctx.module.soft_target_forward(*inputs[:-1], factor)
         ctx.save_for_backward(*tensors, *kept)

@@ -58,9 +58,9 @@ def test_the_extension_gives_the_bits_of_python_for_logits(
     given = None if label_smoothing is None else labels
     weight = torch.rand(33) if weighted else None
     for needs_grad in (False, True):
-        arguments = student, teacher, given, weight, 3.0, label_smoothing or 0.0, 1 / 33, needs_grad
-        *actual, gradients = soft_target.computed(*arguments)
-        *expected, by_python = soft_target._computed(*arguments)
+        arguments = student, teacher, given, weight, 3.0, label_smoothing or 0.0
+        *actual, gradients = soft_target.computed(1 / 33, needs_grad, *arguments)
+        *expected, by_python = soft_target._computed(*arguments, 1 / 33, needs_grad)
         assert len(gradients) == len(by_python) == needs_grad * (1 if given is None else 2)
         for a, e in zip((*actual, *gradients), (*expected, *by_python), strict=True):
             assert a.dtype == e.dtype
@@ -75,7 +75,7 @@ def test_a_label_that_is_none_makes_its_row_nan_among_few_logits(
         monkeypatch.setattr(soft_target, "extension", lambda: None)
     student, teacher, labels = logits(4, 5)
     labels[1], labels[2] = 5, -100
-    ce, kd, (of_kd, of_ce) = soft_target.computed(student, teacher, labels, None, 3.0, 0.1, 0.25, True)
+    ce, kd, (of_kd, of_ce) = soft_target.computed(0.25, True, student, teacher, labels, None, 3.0, 0.1)
     assert ce.isnan()
     assert kd.isfinite()
     assert of_kd.isfinite().all()
@@ -97,7 +97,7 @@ def test_few_logits_give_what_blocks_of_them_give(
 
 def test_few_logits_compute_no_gradient_that_nobody_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     needs, computed = [], soft_target.computed
-    monkeypatch.setattr(soft_target, "computed", lambda *inputs: (needs.append(inputs[-1]), computed(*inputs))[1])
+    monkeypatch.setattr(soft_target, "computed", lambda *inputs: (needs.append(inputs[1]), computed(*inputs))[1])
     student, teacher, _ = logits(4, 5)
     kd_loss(student, teacher, backend="blocked")
     leaf = student.requires_grad_()

@@ -25,14 +25,14 @@ def covers(student_logits: Tensor, teacher_logits: Tensor | None) -> bool:
 
 
 def computed(
+    factor: float,
+    needs_grad: bool,
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None,
     weight: Tensor | None,
     temperature: float,
     label_smoothing: float,
-    factor: float,
-    needs_grad: bool,
 ) -> Result:
     """The weighted sums of cross-entropy and KD times ``factor``, and the gradients if they are needed.
 
