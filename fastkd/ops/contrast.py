@@ -187,12 +187,9 @@ def _mask(
     positive_index: Tensor | None,
     by_label: bool,
 ) -> Mask:
-    key_labels = query_labels if key is None else key_labels
-    if query_labels is not None and key_labels is not None and query_labels.dtype != torch.int32:
-        query_labels, key_labels = label_codes(query_labels, key_labels)
     return Mask(
         query_labels=query_labels,
-        key_labels=key_labels,
+        key_labels=query_labels if key is None else key_labels,
         positive_index=positive_index,
         by_label=by_label,
         exclude_self=key is None,

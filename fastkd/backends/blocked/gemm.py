@@ -31,4 +31,4 @@ def transposed_product(x: Tensor, w: Tensor) -> Tensor:
 
 def _suits_linear(x: Tensor, columns: int) -> bool:
     """Whether oneDNN should serve for a product of ``x`` that has so many columns: float32 on a CPU, and not small."""
-    return x.numel() * columns >= MIN_LINEAR and x.dtype == torch.float32 and x.device.type == "cpu"
+    return x.numel() * columns >= min_linear() and x.dtype == torch.float32 and x.device.type == "cpu"
