@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import providers
 from bench.gpu import Case, step_of
 from bench.report import hardware, table
+from fastkd.native import extension
 
 TARGET, MULTIPROCESSORS = "sm_90", 132
 ROWS, WIDTH, SIDE = 8, 16, 7
@@ -105,7 +106,6 @@ def stubbed(launcher: str = "triton") -> Iterator[Callable[[], int]]:
     from triton.runtime import jit
 
     from fastkd import backends, validate
-    from fastkd.native import extension
 
     def compiled(self: Any, key: str, signature: Any, device: int, constants: Any, options: Any, *_: Any) -> _Compiled:
         kernel = self.device_caches[device][0][key] = _Compiled(self.fn.__name__, signature, options.num_warps)
@@ -217,8 +217,6 @@ def markdown(found: dict[str, Result], rounds: int, command: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from fastkd.native import extension
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--losses", nargs="+", choices=providers.GPU_PROVIDERS)
     parser.add_argument("--rounds", type=int, default=40)

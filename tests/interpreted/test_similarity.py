@@ -9,6 +9,7 @@ from fastkd.kernels.contrast import streaming as contrast
 from fastkd.kernels.dual_softmax import streaming as dual_softmax
 from torch import Tensor
 
+from fastkd.backends.triton import contrast as contrast_backend
 from fastkd.backends.triton import dual_softmax as dual_softmax_backend
 from fastkd.backends.triton import rows as rows_backend
 from tests.helpers.checks import assert_close, value_and_grads
@@ -156,7 +157,7 @@ def test_columns_split_over_programs(mode: str, splits: int, monkeypatch: pytest
 def test_gradients_of_rows_rounded_to_tf32(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     p = any_problem(mode, 35, 20)
     exact = value_and_grads(p.kernel, *p.inputs)
-    for module in (dual_softmax_backend, rows_backend):
+    for module in (contrast_backend, dual_softmax_backend, rows_backend):
         monkeypatch.setattr(module, "rounds_to_tf32", lambda rows: True)
     assert not torch.equal(value_and_grads(p.kernel, *p.inputs)[1], exact[1])
     check_against_definition(p, tolerance=torch.float16)  # the mantissa of fp16

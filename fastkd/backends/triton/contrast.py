@@ -33,7 +33,9 @@ class _Pass:
         self._kernels = wide if is_wide(rows.queries) else streaming
         self._scale, self._mask, self._is_self = rows.scale, rows.mask.coded, rows.keys is None
         self._options = {"by_label": rows.mask.by_label, "exclude_self": rows.mask.exclude_self}
-        self._columns, self._has_gradient = rows.columns, rows.needs is not None
+        self._columns = rows.columns
+        # On several ranks the factors of all queries are needed, and known later.
+        self._keeps_factors = rows.needs is not None and not rows.is_packed
         q, k = rows.queries, rows.queries if rows.keys is None else rows.keys
         if rows.is_packed:
             q, k = ready(q)[0], ready(k)[0]
@@ -78,7 +80,7 @@ class Forward(_Pass):
             return self._scale.new_zeros(()), self._scale.new_zeros(2, 0)
         count = self._mask.positive_counts(self._queries.vectors.shape[0]) if self._mask.by_label else None
         weight = None if weight is None else weight.contiguous()
-        loss, stats, self.kept = statistics(self._state, weight, count, factor=factor, needs_coef=self._has_gradient)
+        loss, stats, self.kept = statistics(self._state, weight, count, factor=factor, needs_coef=self._keeps_factors)
         return loss.sum(), stats
 
 
