@@ -114,9 +114,8 @@ def extension() -> dict[str, Any]:
                 without_extension(f"the extension could not be built ({type(error).__name__}: {str(error)[:500]})")
                 self.extensions: list[Any] = []
 
-    sources = [
-        f"csrc/{name}.cpp" for name in ("module", "pack_rows", "dense", "dense_soft_target", "driver", "launcher")
-    ]
+    parts = "module", "pack_rows", "dense", "dense_contrast", "dense_soft_target", "driver", "launcher"
+    sources = [f"csrc/{name}.cpp" for name in parts]
     macros: list[tuple[str, str | None]] = [
         ("FASTKD_TORCH", torch.__version__),
         ("FASTKD_CUDA", torch.version.cuda or "none"),

@@ -1,8 +1,8 @@
 // dual_softmax of few rows on a CPU. It makes the calls of dense/dual_softmax.py of the blocked backend in their order,
 // and so gives its bits; between them there is no Python, which takes as long as they do. The legend is there.
+#include "dense.h"
 #include "module.h"
 
-#include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
@@ -10,18 +10,18 @@
 #include <limits>
 
 namespace fastkd {
-namespace {
 
 using at::Tensor;
 
-constexpr double kLog2 = 0.69314718055994530942, kMaxSharedScale = 40.0;
+namespace {
 
 bool suits_linear(const Tensor& x, int64_t columns, int64_t min_linear) {
   return x.numel() * columns >= min_linear && x.scalar_type() == at::kFloat;
 }
 
-// scale x w^T, as in gemm.py.
-Tensor product(const Tensor& x, const Tensor& w, int64_t min_linear, double scale = 1.0) {
+}  // namespace
+
+Tensor product(const Tensor& x, const Tensor& w, int64_t min_linear, double scale) {
   if (!suits_linear(x, w.size(0), min_linear)) {
     return scale == 1.0 ? at::mm(x, w.t()) : at::addmm(x.new_empty({}), x, w.t(), 0, scale);
   }
@@ -34,11 +34,19 @@ Tensor product(const Tensor& x, const Tensor& w, int64_t min_linear, double scal
   return linear.call(scale == 1.0 ? x : x * scale, w, std::nullopt, "none", Scalars(), "");
 }
 
-// x^T w
 Tensor transposed_product(const Tensor& x, const Tensor& w, int64_t min_linear) {
   return suits_linear(x, w.size(1), min_linear) ? product(w.t().contiguous(), x.t(), min_linear).t()
                                                 : at::mm(x.t(), w);
 }
+
+Tensor log_one_plus_power(const Tensor& x) {
+  const Tensor y = x * kLog2;
+  return at::logaddexp(y, at::zeros_like(y));
+}
+
+namespace {
+
+constexpr double kMaxSharedScale = 40.0;
 
 using Result = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
@@ -80,8 +88,7 @@ Result dense_dual_softmax(const Tensor& units, const Tensor& scale, Tensor w, Te
   if (is_bounded) {
     losses = (others / of_positive).log1p_();
   } else {
-    const Tensor x = (maxima - positive).add_(others.log2()) * kLog2;
-    losses = at::logaddexp(x, at::zeros_like(x));
+    losses = log_one_plus_power((maxima - positive).add_(others.log2()));
   }
   const Tensor t = (others + of_positive).reciprocal_();
   const Tensor missing = others.mul_(t);

@@ -15,6 +15,7 @@ PYBIND11_MODULE(_native, module) {
   fastkd::define_gather(module);
 #endif
   fastkd::define_dense(module);
+  fastkd::define_dense_contrast(module);
   fastkd::define_dense_soft_target(module);
   fastkd::define_launcher(module);
 }

@@ -1,6 +1,7 @@
 """Which keys are a query's positives, and which take part in its softmax."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ class Mask:
     it, and never in a ``P_i`` that is formed by label.
 
     query_labels [n], key_labels [N], positive_index [n]. Without ``positive_index``, query i's positive is key i. The
-    definition takes any int64 labels. The streaming backends take what :func:`label_codes` makes of them, and of
-    several ranks the labels of all queries and keys, this rank's first.
+    labels are any int64, or what :func:`label_codes` makes of them; of several ranks those of all queries and keys,
+    this rank's first.
     """
 
     query_labels: Tensor | None = None
@@ -38,6 +39,14 @@ class Mask:
         if self.query_labels is None or self.key_labels is None:
             return None
         return self.query_labels, self.key_labels
+
+    @cached_property
+    def coded(self) -> "Mask":
+        """This mask with what :func:`label_codes` makes of the labels, as the tiles and the kernels take it."""
+        if self.labels is None or self.labels[0].dtype == torch.int32:
+            return self
+        query_labels, key_labels = label_codes(*self.labels)
+        return replace(self, query_labels=query_labels, key_labels=key_labels)
 
     def positive_counts(self, queries: int) -> Tensor:
         """How many positives by label each of the first ``queries`` has, int32; labels must be codes."""

@@ -187,12 +187,9 @@ def _mask(
     positive_index: Tensor | None,
     by_label: bool,
 ) -> Mask:
-    key_labels = query_labels if key is None else key_labels
-    if query_labels is not None and key_labels is not None and query_labels.dtype != torch.int32:
-        query_labels, key_labels = label_codes(query_labels, key_labels)
     return Mask(
         query_labels=query_labels,
-        key_labels=key_labels,
+        key_labels=query_labels if key is None else key_labels,
         positive_index=positive_index,
         by_label=by_label,
         exclude_self=key is None,
@@ -274,9 +271,9 @@ class Contrast(torch.autograd.Function):
         query, _, logit_scale, weight, stats, q, inverse_q, k, inverse_k, gathered_keys, *kept = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if ctx.has_gradients:
-            grad_query, grad_key, grad_scale = (x * grad_loss for x in kept)
-            grads = grad_query.to(query.dtype), grad_key.to(query.dtype), grad_scale.to(logit_scale.dtype)
-            return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 10
+            dtypes = query.dtype, query.dtype, logit_scale.dtype
+            found = zip(kept, needs, dtypes, strict=True)
+            return *((x * grad_loss).to(dtype) if need else None for x, need, dtype in found), *[None] * 10
         with computing(q):
             queries = Side(ctx.exchanges[0], q, inverse_q, ctx.gathered_queries)
             keys = Side(ctx.exchanges[1], k, inverse_k, gathered_keys)
@@ -285,8 +282,8 @@ class Contrast(torch.autograd.Function):
                 stats, weight = numbers[:2], None if weight is None else numbers[2]
             rows = _rows(queries, keys, logit_scale, ctx.mask, query, ctx.normalize)
             upstream = ContrastUpstream(stats, weight, grad_loss, ctx.factor)
-            found = backward(rows, queries, keys, upstream, needs, query, ctx.backend, tuple(kept))
-        grads = (*found[:2], found[2].to(logit_scale.dtype))
+            computed = backward(rows, queries, keys, upstream, needs, query, ctx.backend, tuple(kept))
+        grads = (*computed[:2], computed[2].to(logit_scale.dtype))
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 10
 
 

@@ -1,5 +1,6 @@
 """What counts as a positive or a negative of a contrast; what holds of every operation is in test_contract."""
 
+import contextlib
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from fastkd.backends import reference
 from fastkd.backends.masks import Mask
 from fastkd.ops.contrast import contrast
 from tests.helpers.checks import assert_close, embeddings, relative_error, value_and_grads
+from tests.helpers.contract import always_in_tiles
 
 BACKENDS = ("reference", "blocked")
 
@@ -78,8 +80,11 @@ def test_huge_raw_rows_are_masked_all_the_same(backend: str) -> None:
     assert_close(loss, torch.tensor(1e19, dtype=torch.float64), torch.float32)
 
 
+@pytest.mark.parametrize("in_tiles", [True, False])
 @pytest.mark.parametrize("loss", ["sup_con", "masked by index", "masked by label"])
-def test_labels_are_sorted_once(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_sorted_once_in_tiles_and_never_for_few_rows(
+    loss: str, in_tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the forward: the backward reads what came of it."""
     calls, sort = [], torch.Tensor.sort
 
@@ -91,12 +96,13 @@ def test_labels_are_sorted_once(loss: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch, "unique", None)
     query, key = (x.requires_grad_() for x in embeddings(20, 6))
     labels, key_labels = torch.arange(20) % 5, torch.arange(20) % 4
-    if loss == "sup_con":
-        sup_con_loss(query, labels, 3.0, backend="blocked").backward()
-    else:
-        positives = loss.split()[-1]
-        masked_contrast_loss(query, key, 3.0, labels, key_labels, positives=positives, backend="blocked").backward()
-    assert calls == ([20] if loss == "sup_con" else [40])
+    with always_in_tiles() if in_tiles else contextlib.nullcontext():
+        if loss == "sup_con":
+            sup_con_loss(query, labels, 3.0, backend="blocked").backward()
+        else:
+            positives = loss.split()[-1]
+            masked_contrast_loss(query, key, 3.0, labels, key_labels, positives=positives, backend="blocked").backward()
+    assert calls == ([20 if loss == "sup_con" else 40] if in_tiles else [])
 
 
 def test_gradients_by_label_are_as_close_as_plain_torch_near_convergence() -> None:

@@ -361,12 +361,13 @@ class TiledBackward(_Pass):
 
 def Forward(rows: ContrastRows) -> TiledForward | dense.Forward:
     """The forward that suits the matrix's size."""
-    return dense.Forward(rows) if dense.covers(rows) else TiledForward(rows)
+    return dense.Forward(rows) if dense.covers(rows) else TiledForward(rows._replace(mask=rows.mask.coded))
 
 
 def Backward(
     rows: ContrastRows, upstream: ContrastUpstream, need_query: bool, need_key: bool, kept: tuple[Tensor, ...] = ()
 ) -> TiledBackward | dense.Backward:
     """The backward of :func:`Forward`; nothing is ``kept`` for it."""
-    backward = dense.Backward if dense.covers(rows) else TiledBackward
-    return backward(rows, upstream, need_query, need_key)
+    if dense.covers(rows):
+        return dense.Backward(rows, upstream, need_query, need_key)
+    return TiledBackward(rows._replace(mask=rows.mask.coded), upstream, need_query, need_key)

@@ -13,8 +13,6 @@ from fastkd.backends.inputs import ContrastRows
 # exp(+-40) summed over any number of rows stays inside float32, so no maximum has to be subtracted.
 MAX_SHARED_SCALE = 40.0
 LOG_2 = math.log(2)
-# torch multiplies a short tensor by a tensor in half the time that it takes for a Python number.
-LOG_2_TENSOR = torch.tensor(LOG_2, dtype=torch.float64, device="cpu")
 MAX_TRANSPOSED = 256  # columns of rows that are copied to be transposed
 BLOCK_ELEMENTS = 1 << 18  # of the rows in a row-wise step: 1 MiB in float32
 MAX_PART = 2048  # columns of a product that is added to a gradient: 4 MiB for 512 float32 rows

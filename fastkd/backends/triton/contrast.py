@@ -31,7 +31,7 @@ class _Pass:
 
     def __init__(self, rows: ContrastRows) -> None:
         self._kernels = wide if is_wide(rows.queries) else streaming
-        self._scale, self._mask, self._is_self = rows.scale, rows.mask, rows.keys is None
+        self._scale, self._mask, self._is_self = rows.scale, rows.mask.coded, rows.keys is None
         self._options = {"by_label": rows.mask.by_label, "exclude_self": rows.mask.exclude_self}
         self._columns = rows.columns
         # On several ranks the factors of all queries are needed, and known later.
@@ -39,7 +39,7 @@ class _Pass:
         q, k = rows.queries, rows.queries if rows.keys is None else rows.keys
         if rows.is_packed:
             q, k = ready(q)[0], ready(k)[0]
-        self._labels = rows.mask.labels or (None, None)
+        self._labels = self._mask.labels or (None, None)
         index = rows.mask.positive_index
         positive = None if index is None else index.contiguous()
         self._queries = Side(vectors=q, labels=self._part(0, slice(0, q.shape[0])), positive=positive)
