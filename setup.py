@@ -125,7 +125,7 @@ def extension() -> dict[str, Any]:
         sources.append("csrc/gather.cpp")
         macros.append(("FASTKD_WITH_GATHER", None))
     # Without fused multiply-add, so that the extension and the Python path give the same bits.
-    flags = {"cxx": ["-O3", "-std=c++17", "-ffp-contract=off"], "nvcc": ["-O3", "-std=c++17"]}
+    flags = {"cxx": ["-O3", "-g0", "-std=c++17", "-ffp-contract=off"], "nvcc": ["-O3", "-std=c++17"]}
     kind = cpp_extension.CppExtension
     if home is not None:
         kind = cpp_extension.CUDAExtension
