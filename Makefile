@@ -12,7 +12,7 @@ SETUP := $(if $(filter command,$(origin BIN) $(origin PY)),,setup)
 WORKERS ?= 2
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup ext ext-cuda demo demo-ddp soak test test-fast lint format bench bench-scale aot gpu-test gpu-bench clean
+.PHONY: help setup ext ext-cuda demo demo-ddp soak test test-fast lint format bench bench-scale aot gpu-test gpu-bench has-gpu clean
 
 .DEFAULT_GOAL := setup
 
@@ -89,12 +89,17 @@ aot: $(SETUP)
 GIVEN = $(if $(OUTPUT),--output $(OUTPUT)) $(if $(SECONDS),--seconds $(SECONDS))
 
 ## Runs the tests that need a GPU, part by part, or some parts: PARTS="smoke correctness". WORKERS, OUTPUT, SECONDS.
-gpu-test: $(SETUP)
+gpu-test: $(if $(SETUP),has-gpu) $(SETUP)
 	$(PY) -m tests.battery $(PARTS) --workers $(WORKERS) $(GIVEN)
 
 ## Measures the losses on a GPU against eager code, torch.compile and installed peers. OUTPUT, SECONDS.
-gpu-bench: $(SETUP)
+gpu-bench: $(if $(SETUP),has-gpu) $(SETUP)
 	$(PY) -m bench.gpu $(GIVEN)
+
+# Before an environment is made for nothing.
+has-gpu:
+	@test -e /dev/nvidiactl || command -v nvidia-smi >/dev/null || \
+		{ echo "this target needs a CUDA device, and this machine has none"; exit 2; }
 
 ## Removes .venv, everything built or cached, and runs/.
 clean:

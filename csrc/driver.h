@@ -1,5 +1,5 @@
 // The few things of the CUDA driver that a launch needs. They are declared here and found in libcuda at run time, so
-// that the launcher is built and tested where there is no CUDA. tests/operations/test_launcher.py compares what the
+// that the launcher is built and tested where there is no CUDA. tests/host/test_plans.py compares what the
 // driver receives with what Triton's launcher, compiled with cuda.h, gives it.
 #pragma once
 

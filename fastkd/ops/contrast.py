@@ -257,18 +257,20 @@ class Contrast(torch.autograd.Function):
         ctx.gathered_queries, ctx.exchanges = queries.gathered, (queries.exchange, keys.exchange)
         ctx.mask, ctx.normalize, ctx.backend, ctx.factor = mask, normalize, backend, factor
         saved = query, key, logit_scale, weight, stats, *queries[1:3], *keys[1:]
+        of_mask = query_labels, key_labels, positive_index
         ctx.has_gradients = bool(state.gradients)
-        ctx.save_for_backward(*saved, *state.gradients, *state.kept)
+        ctx.save_for_backward(*saved, *of_mask, *state.gradients, *state.kept)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return total, stats
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 13
-        query, _, logit_scale, weight, stats, q, inverse_q, k, inverse_k, gathered_keys, *kept = ctx.saved_tensors
+        query, _, logit_scale, weight, stats, q, inverse_q, k, inverse_k, gathered_keys, *others = saved
+        kept = others[3:]  # after what the mask is made of, which must not have changed since
         needs = ctx.needs_input_grad[:3]
         if ctx.has_gradients:
             dtypes = query.dtype, query.dtype, logit_scale.dtype

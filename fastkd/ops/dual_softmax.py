@@ -234,8 +234,10 @@ class DualSoftmax(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_contrast: Tensor, grad_consistency: Tensor) -> tuple[Tensor | None, ...]:
-        student, _, logit_scale, weight, units, inverse_norm, gathered, stats, *gradients = ctx.saved_tensors
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], grad_contrast: Tensor, grad_consistency: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        student, _, logit_scale, weight, units, inverse_norm, gathered, stats, *gradients = saved
         options, needs = ctx.options, ctx.needs_input_grad[:3]
         # They serve where both sums have one upstream gradient, as in a loss that is their sum.
         if gradients and grad_contrast.item() == grad_consistency.item():

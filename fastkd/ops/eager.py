@@ -44,18 +44,20 @@ def computing(x: Tensor) -> Any:
 def differentiable_once(backward: Backward) -> Backward:
     """A ``backward`` whose gradients raise when they are differentiated again, however they reach a second loss.
 
-    ``ctx`` must have saved the inputs. torch's ``once_differentiable`` forgets them: a gradient penalty that is added
-    to a loss would then silently be without effect.
+    ``backward`` gets ``ctx``, its saved tensors, and the upstream gradients. The inputs must be among the saved.
+    torch's ``once_differentiable`` forgets them: a gradient penalty that is added to a loss would then silently be
+    without effect.
     """
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: a checkpoint lets every tensor be unpacked once
         with torch.no_grad():
-            found = backward(ctx, *upstream)
-        if not torch.is_grad_enabled():
-            return found
-        sources = [x for x in (*ctx.saved_tensors, *upstream) if x is not None and x.requires_grad]
+            found = backward(ctx, saved, *upstream)
+        sources = [x for x in (*saved, *upstream) if x is not None and x.requires_grad]
         tensors = [*sources, *(x for x in found if x is not None)]
+        if not torch.is_grad_enabled() or not sources or len(tensors) == len(sources):
+            return found
         message = b"fastkd: a gradient of a loss can not be differentiated again, but by backend='reference'"
         grads = iter(torch._C._functions.DelayedError(message, len(tensors))(*tensors)[len(sources) :])
         return tuple(None if x is None else next(grads) for x in found)

@@ -85,13 +85,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(output[0] if normalize else None, output[1])
 
 
-def _arguments(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _arguments(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
     """Of the backward's operation."""
-    return grad, *ctx.saved_tensors, ctx.size, ctx.windows, ctx.strides, ctx.channels_last, ctx.dtype, ctx.backend
+    return grad, *saved, ctx.size, ctx.windows, ctx.strides, ctx.channels_last, ctx.dtype, ctx.backend
 
 
 def _op_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return multiscale_pool_backward(*_arguments(ctx, grad)), *[None] * 5
+    return multiscale_pool_backward(*_arguments(ctx, ctx.saved_tensors, grad)), *[None] * 5
 
 
 multiscale_pool.register_autograd(_op_backward, setup_context=_setup_context)
@@ -108,8 +108,8 @@ class MultiscalePool(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradient(*_arguments(ctx, grad)), *[None] * 5
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradient(*_arguments(ctx, saved, grad)), *[None] * 5
 
 
 def pooled(*inputs: Any) -> Tensor:

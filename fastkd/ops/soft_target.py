@@ -105,8 +105,10 @@ class SoftTarget(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_ce: Tensor | None, grad_kd: Tensor | None) -> tuple[Tensor | None, ...]:
-        student, teacher, labels, weight, *kept = ctx.saved_tensors
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], grad_ce: Tensor | None, grad_kd: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        student, teacher, labels, weight, *kept = saved
         # A term that nothing was made of needs no gradient.
         teacher, labels = None if grad_kd is None else teacher, None if grad_ce is None else labels
         grad = None

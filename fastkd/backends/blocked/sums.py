@@ -209,4 +209,5 @@ def are_bounded(q: Tensor, k: Tensor, rows: ContrastRows) -> bool:
     if not rows.normalized:
         longest = [torch.linalg.vector_norm(x, dim=1).amax().item() for x in ((q,) if q is k else (q, k))]
         bound *= longest[0] * longest[-1]
-    return bound <= MAX_SHARED_SCALE
+    # The sum over all keys is divided by the positive's exponential, and exp(88) is the largest of float32.
+    return bound <= min(MAX_SHARED_SCALE, (88 - math.log(max(1, rows.columns))) / 2)

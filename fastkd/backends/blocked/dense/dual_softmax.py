@@ -62,10 +62,8 @@ class Backward:
         ones = rows.scale.new_ones(rows.columns) if weight is None else weight.to(rows.scale.dtype)
         w, k = (ones * (grad.to(ones.dtype) * factor) for grad, factor in zip(grads, factors, strict=True))
         found, grad_scale = computed(rows, w, k, is_swapped, inverse_norm, self._needs)[3]
-        sides = iter(found)
-        grad_a, grad_b = (
-            next(sides).to(dtype, copy=True) if need else found.new_empty(0, dtype=dtype) for need in self._needs
-        )
+        sides, empty = iter(found), found.new_empty(0, dtype=dtype)
+        grad_a, grad_b = (next(sides).to(dtype, copy=True).contiguous() if need else empty for need in self._needs)
         return grad_a, grad_b, grad_scale
 
 
