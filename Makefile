@@ -96,7 +96,7 @@ gpu-test: $(if $(SETUP),has-gpu) $(SETUP)
 gpu-bench: $(if $(SETUP),has-gpu) $(SETUP)
 	$(PY) -m bench.gpu $(GIVEN)
 
-# Before an environment is made for nothing.
+## Checks that there is a CUDA device, before an environment is made for nothing.
 has-gpu:
 	@test -e /dev/nvidiactl || command -v nvidia-smi >/dev/null || \
 		{ echo "this target needs a CUDA device, and this machine has none"; exit 2; }

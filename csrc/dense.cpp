@@ -22,6 +22,9 @@ bool suits_linear(const Tensor& x, int64_t columns, int64_t min_linear) {
 }  // namespace
 
 Tensor product(const Tensor& x, const Tensor& w, int64_t min_linear, double scale) {
+  const double largest = x.scalar_type() == at::kDouble ? std::numeric_limits<double>::max()
+                                                        : double(std::numeric_limits<float>::max());
+  if (std::isfinite(scale) && std::abs(scale) > largest) scale = std::copysign(largest, scale);
   if (!suits_linear(x, w.size(0), min_linear)) {
     return scale == 1.0 ? at::mm(x, w.t()) : at::addmm(x.new_empty({}), x, w.t(), 0, scale);
   }

@@ -131,7 +131,7 @@ def check_scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
     """The scale as a 0-dim tensor on the inputs' device, made without waiting for the device."""
     if not isinstance(logit_scale, Tensor):
         dtype = accumulation_dtype(like.dtype)
-        check_number("logit_scale", logit_scale, minimum=0, maximum=torch.finfo(dtype).max / 2, exclusive=True)
+        check_number("logit_scale", logit_scale, minimum=0, maximum=torch.finfo(dtype).max, exclusive=True)
         return torch.full((), float(logit_scale), dtype=dtype, device=like.device)
     _check_scalar_tensor("logit_scale", logit_scale, like)
     if _may_read(logit_scale) and logit_scale.item() <= 0:
@@ -141,7 +141,7 @@ def check_scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
 
 def check_temperature(temperature: Any, dtype: torch.dtype) -> None:
     """> 0, and its inverse, which multiplies logits computed from ``dtype``, finite in their accumulation dtype."""
-    check_number("temperature", temperature, 2 / torch.finfo(accumulation_dtype(dtype)).max, exclusive=True)
+    check_number("temperature", temperature, 1 / torch.finfo(accumulation_dtype(dtype)).max, exclusive=True)
 
 
 def scale_bound(logit_scale: Tensor | float, max_scale: float) -> float:

@@ -1,5 +1,7 @@
 """Matrix products of the CPU tiles."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ def product(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
     Zen 5, 512 x 512 x 128) it runs about twice as fast. The operator is the one that torch.compile emits for
     linear layers; without it, torch.mm computes the same.
     """
+    if torch.finfo(x.dtype).max < abs(scale) < math.inf:
+        scale = math.copysign(torch.finfo(x.dtype).max, scale)
     if _LINEAR is None or not _suits_linear(x, len(w)):
         return torch.mm(x, w.T) if scale == 1.0 else torch.addmm(x.new_empty(()), x, w.T, beta=0, alpha=scale)
     return _LINEAR(x if scale == 1.0 else x * scale, w, None, "none", [], "")
