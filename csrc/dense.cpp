@@ -38,8 +38,7 @@ Tensor product(const Tensor& x, const Tensor& w, int64_t min_linear, double scal
 }
 
 Tensor transposed_product(const Tensor& x, const Tensor& w, int64_t min_linear) {
-  return suits_linear(x, w.size(1), min_linear) ? product(w.t().contiguous(), x.t(), min_linear).t()
-                                                : at::mm(x.t(), w);
+  return suits_linear(x, w.size(1), min_linear) ? product(x.t().contiguous(), w.t(), min_linear) : at::mm(x.t(), w);
 }
 
 Tensor log_one_plus_power(const Tensor& x) {

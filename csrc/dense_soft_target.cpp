@@ -1,8 +1,8 @@
 // soft_target of few logits on a CPU. It makes the calls of dense/soft_target.py of the blocked backend in their order,
 // and so gives its bits; between them there is no Python, which takes as long as they do. The legend is there.
+#include "dense.h"
 #include "module.h"
 
-#include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
 #include <limits>
@@ -11,8 +11,6 @@ namespace fastkd {
 namespace {
 
 using at::Tensor;
-
-constexpr double kLog2 = 0.69314718055994530942;
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> dense_soft_target(
     const Tensor& student_logits, const Tensor& teacher_logits, const std::optional<Tensor>& labels,

@@ -40,6 +40,10 @@ from fastkd.numerics import accumulation_dtype, unit_rows_quickly, weighted_sum
 
 def rows(raw_rows: tuple[Tensor, ...], normalize: bool) -> list[tuple[Tensor, Tensor | None]]:
     """Of each side, contiguous rows in the accumulation dtype; if asked, unit rows with their inverse norms [n, 1]."""
+    first, last = raw_rows[0], raw_rows[-1]
+    if normalize and len(raw_rows) == 2 and first.shape == last.shape and len(row_blocks(first)) == 1:
+        units, inverse_norm = unit_rows_quickly(torch.stack(raw_rows).to(accumulation_dtype(first.dtype)))
+        return list(zip(units.unbind(), inverse_norm.unbind(), strict=True))
     return [_rows(x, normalize) for x in raw_rows]
 
 
@@ -237,14 +241,7 @@ class TiledBackward(_Pass):
     contrasted with each other.
     """
 
-    def __init__(
-        self,
-        rows: ContrastRows,
-        upstream: ContrastUpstream,
-        need_query: bool,
-        need_key: bool,
-        kept: tuple[Tensor, ...] = (),
-    ) -> None:
+    def __init__(self, rows: ContrastRows, upstream: ContrastUpstream, need_query: bool, need_key: bool) -> None:
         super().__init__(rows)
         stats, mask = upstream.stats, rows.mask
         self._w, self._stats = row_weights(upstream.weight, upstream.grad_loss * upstream.factor, stats[0]), stats

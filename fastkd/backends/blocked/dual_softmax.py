@@ -193,7 +193,6 @@ class TiledBackward(_Pass):
         upstream: DualUpstream,
         need_a: bool,
         need_b: bool,
-        kept: tuple[Tensor, ...] = (),
     ) -> None:
         super().__init__(rows)
         everyone, weight, *grads, is_swapped, factors = upstream

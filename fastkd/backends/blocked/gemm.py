@@ -29,8 +29,8 @@ def min_linear() -> int:
 
 
 def transposed_product(x: Tensor, w: Tensor) -> Tensor:
-    """``x.T @ w``; x [m, n] and w [m, k] contiguous. The result need not be."""
-    return product(w.T.contiguous(), x.T).T if _suits_linear(x, w.shape[1]) else torch.mm(x.T, w)
+    """``x.T @ w``, contiguous; x [m, n] and w [m, k] contiguous."""
+    return product(x.T.contiguous(), w.T) if _suits_linear(x, w.shape[1]) else torch.mm(x.T, w)
 
 
 def _suits_linear(x: Tensor, columns: int) -> bool:

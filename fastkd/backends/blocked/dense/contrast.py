@@ -62,7 +62,7 @@ class Backward:
         gradients = computed(self._rows, self._upstream.weight, self._upstream.factor, self._needs)[2]
         grad_loss = self._upstream.grad_loss.to(gradients[2].dtype)
         grad_query, grad_key, grad_scale = (x * grad_loss for x in gradients)
-        return grad_query.to(dtype).contiguous(), grad_key.to(dtype).contiguous(), grad_scale
+        return grad_query.to(dtype), grad_key.to(dtype), grad_scale
 
 
 def computed(rows: ContrastRows, weight: Tensor | None, factor: float, needs: tuple[bool, bool] | None) -> Result:

@@ -63,7 +63,7 @@ class Backward:
         w, k = (ones * (grad.to(ones.dtype) * factor) for grad, factor in zip(grads, factors, strict=True))
         found, grad_scale = computed(rows, w, k, is_swapped, inverse_norm, self._needs)[3]
         sides, empty = iter(found), found.new_empty(0, dtype=dtype)
-        grad_a, grad_b = (next(sides).to(dtype, copy=True).contiguous() if need else empty for need in self._needs)
+        grad_a, grad_b = (next(sides).to(dtype, copy=True) if need else empty for need in self._needs)
         return grad_a, grad_b, grad_scale
 
 
