@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
 from typing import Any
+
+from torch.utils.data import Subset
 
 from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.data.labels import labelled_subset
 from fastkd.trainer.imports import import_object
 
 # Named and not imported, so that a run on digits does not load torchvision.
+TORCHVISION = "fastkd.trainer.data.torchvision_sets:load_torchvision"
 DATASETS = {
     "digits": "fastkd.trainer.data.memory:load_digits",
     "images": "fastkd.trainer.data.images:load_images",
@@ -18,10 +23,21 @@ DATASETS = {
 
 def build_datasets(config: DataConfig) -> tuple[Any, Any]:
     """(training set, evaluation set) that ``config.name`` names, before the labelled subset is taken."""
-    name = DATASETS.get(config.name, config.name)
+    name, options = DATASETS.get(config.name, config.name), dict(config.options)
+    if name.startswith("torchvision:"):
+        name, options["name"] = TORCHVISION, name.removeprefix("torchvision:")
     if ":" not in name:
-        raise ValueError(f"data.name: got {name!r}, expected one of {sorted(DATASETS)} or 'package.module:callable'")
-    built = import_object(name, "data.name")(**config.options)
+        raise ValueError(
+            f"data.name: got {name!r}, expected one of {sorted(DATASETS)}, 'torchvision:NAME' or "
+            "'package.module:callable'"
+        )
+    load = import_object(name, "data.name")
+    try:
+        inspect.signature(load).bind(**options)
+    except TypeError as error:  # own data sets too: a wrong option is the user's mistake, and no bug to look into
+        flag = "".join(f" (--data.options.{word} ...)" for word in ("root",) if f"'{word}'" in str(error))
+        raise ValueError(f"data.options: {config.name!r}: {error}{flag}") from None
+    built = load(**options)
     if not isinstance(built, tuple) or len(built) != 2:
         raise TypeError(f"data.name: {name!r} returned {type(built).__name__}, expected (training set, eval set)")
     return built
@@ -35,3 +51,16 @@ def choose_data(config: DataConfig, train_data: Any, eval_data: Any) -> tuple[An
     if config.labelled is not None:
         train_set = labelled_subset(train_set, config.labelled, config.subset_seed)
     return train_set, eval_set
+
+
+def without_download(config: DataConfig) -> DataConfig:
+    """The same data, which are not fetched if they are not there: for a config that came with a checkpoint."""
+    return replace(config, options={name: value for name, value in config.options.items() if name != "download"})
+
+
+def class_names(dataset: Any) -> list[str] | None:
+    """The names of the classes of a dataset, or of the dataset of a Subset. None if it does not say."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    names = getattr(dataset, "classes", None)
+    return [str(name) for name in names] if isinstance(names, list | tuple) and names else None
