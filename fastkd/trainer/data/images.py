@@ -78,13 +78,12 @@ def training_transform(options: TransformOptions) -> Transform:
     """timm's augmentation with these options. It draws from Python's, numpy's and torch's global generators."""
     if not options.augment:
         return evaluation_transform(options)
-    from timm.data import create_transform  # takes a second, which evaluation need not wait for
+    from timm.data.transforms_factory import transforms_imagenet_train  # takes a second, which evaluation need not wait for
 
     policy = options.auto_augment or (f"rand-m9-n{options.randaugment}" if options.randaugment else None)
     try:
-        return create_transform(
+        return transforms_imagenet_train(
             options.image_size,
-            is_training=True,
             scale=(options.min_scale, 1.0),
             ratio=(1 / options.max_aspect, options.max_aspect),
             hflip=options.flip,
