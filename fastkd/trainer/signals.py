@@ -1,4 +1,4 @@
-"""A request to stop that comes as a signal: SIGTERM, or SIGUSR1, which SLURM sends before the time is up."""
+"""A request to stop that comes as a signal: Ctrl-C, SIGTERM, or SIGUSR1, which SLURM sends before the time is up."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
     """While it is entered, a signal only sets ``signal`` to its number; on leaving, the earlier handlers come back.
+
+    A second Ctrl-C does what it did before, and usually ends the process at once.
 
     Outside the main thread, where Python allows no handlers, ``signal`` stays 0.
     """
@@ -33,6 +35,8 @@ class StopRequest:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[signal.SIGINT])
 
 
 def leave_signals_to_main(worker: int) -> None:
@@ -40,7 +44,7 @@ def leave_signals_to_main(worker: int) -> None:
 
     torchrun, timeout and scancel signal the whole process group, and a worker that dies takes the run with it.
     """
-    for number in (*SIGNALS, signal.SIGINT):
+    for number in SIGNALS:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
     # The main process itself ends its workers by SIGTERM, and would wait for one that ignored that for ever.

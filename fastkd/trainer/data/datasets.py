@@ -43,6 +43,11 @@ def build_datasets(config: DataConfig) -> tuple[Any, Any]:
     return built
 
 
+def is_known_data(name: str) -> bool:
+    """Whether ``name`` can build nothing but a data set of fastkd or torchvision."""
+    return name in DATASETS or name.startswith("torchvision:")
+
+
 def choose_data(config: DataConfig, train_data: Any, eval_data: Any) -> tuple[Any, Any]:
     """The given datasets or else the configured ones, the training set cut to its labelled subset."""
     if (train_data is None) != (eval_data is None):

@@ -78,8 +78,11 @@ def training_transform(options: TransformOptions) -> Transform:
     """timm's augmentation with these options. It draws from Python's, numpy's and torch's global generators."""
     if not options.augment:
         return evaluation_transform(options)
-    from timm.data.transforms_factory import transforms_imagenet_train  # takes a second, which evaluation need not wait for
+    from timm.data.transforms_factory import (
+        transforms_imagenet_train,  # takes a second, which evaluation need not wait for
+    )
 
+    jitter: Any = options.color_jitter or None  # timm takes None, though its annotation does not say so
     policy = options.auto_augment or (f"rand-m9-n{options.randaugment}" if options.randaugment else None)
     try:
         return transforms_imagenet_train(
@@ -87,7 +90,7 @@ def training_transform(options: TransformOptions) -> Transform:
             scale=(options.min_scale, 1.0),
             ratio=(1 / options.max_aspect, options.max_aspect),
             hflip=options.flip,
-            color_jitter=options.color_jitter or None,
+            color_jitter=jitter,
             force_color_jitter=options.color_jitter > 0,
             auto_augment=policy,
             interpolation="bilinear",
