@@ -17,6 +17,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from fastkd.trainer.commands.dry_run import plan
+from fastkd.trainer.commands.messages import errors_in_one_line
 from fastkd.trainer.commands.reopen import is_known_model
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.options import options_class
@@ -119,16 +120,17 @@ def parse_flags(arguments: list[str]) -> Flags[Any]:
             object.__setattr__(options, field, tyro.MISSING)  # tyro asks for it
     without = replace(config, data=replace(config.data, options={}))  # they have flags of their own
     generic: Any = Flags
-    flags: Flags[Any] = tyro.cli(
-        generic[kind or dict[str, Any]],
-        prog=f"fastkd train {name}".strip(),
-        description=text + _NOTE,
-        args=rest,
-        default=Flags(settings=without, options=options),
-        compact_help=True,
-        # AvoidSubcommands: an optional teacher is --teacher.name ..., not a further subcommand.
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    with errors_in_one_line(rest, _names_of_flags(without, options)):
+        flags: Flags[Any] = tyro.cli(
+            generic[kind or dict[str, Any]],
+            prog=f"fastkd train {name}".strip(),
+            description=text + _NOTE,
+            args=rest,
+            default=Flags(settings=without, options=options),
+            compact_help=True,
+            # AvoidSubcommands: an optional teacher is --teacher.name ..., not a further subcommand.
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     chosen = flags.options
     if kind is not None:
         defaults = {field.name: field.default for field in fields(kind)}
@@ -152,6 +154,27 @@ def parse_json(flag: str, text: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{flag}: got {text!r}, expected a JSON object")
     return values
+
+
+def _names_of_flags(config: TrainConfig, options: Any) -> list[str]:
+    """The flags that a mistyped one may mean."""
+
+    def flat(values: dict[str, Any], prefix: str) -> list[str]:
+        found = []
+        for name, value in values.items():
+            deeper = isinstance(value, dict)
+            found += flat(value, f"{prefix}{name}.") if deeper else [prefix + name]
+        return found
+
+    model = {part.name: None for part in fields(ModelConfig)}
+    known = {
+        "student": model,
+        "teacher": model,
+        "data.options": options if isinstance(options, dict) else vars(options),
+    }
+    own = {part.name: None for part in fields(Flags)[2:]}
+    names = flat(config.to_dict() | own, "") + flat(known, "")
+    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 def _recipe_lines() -> list[str]:

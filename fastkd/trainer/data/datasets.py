@@ -63,7 +63,7 @@ def without_download(config: DataConfig) -> DataConfig:
     return replace(config, options={name: value for name, value in config.options.items() if name != "download"})
 
 
-def class_names(dataset: Any) -> list[str] | None:
+def names_of_classes(dataset: Any) -> list[str] | None:
     """The names of the classes of a dataset, or of the dataset of a Subset. None if it does not say."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset

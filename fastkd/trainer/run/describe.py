@@ -39,7 +39,6 @@ def describe(
     eval_samples: int,
     identity: Identity,
     ranks: int,
-    classes: list[str] | None = None,
 ) -> dict[str, Any]:
     """The content of ``run.json``: everything that is needed to tell what a run was."""
 
@@ -58,7 +57,6 @@ def describe(
         "student": model("student", distiller.student, config.student),
         "teacher": None if distiller.teacher is None else model("teacher", distiller.teacher.model, config.teacher),
         "teacher_sha256": identity.teacher_sha256,
-        "classes": classes,
         "train_samples": identity.train_samples,
         "eval_samples": eval_samples,
         "global_batch": config.data.batch_size,

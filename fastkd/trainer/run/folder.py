@@ -149,12 +149,7 @@ class RunFolder:
         check_finite(state.distiller, progress.step)
         progress.metrics_bytes = self.log.sync()
         progress.seconds = self.seconds
-        details = {
-            "classes": self.info["classes"],
-            "epoch": progress.epoch,
-            "accuracy": accuracy,
-            "versions": self.info["versions"],
-        }
+        details = {"epoch": progress.epoch, "accuracy": accuracy, "versions": self.info["versions"]}
         return self._checkpoints.save(
             progress.step,
             state.modules,

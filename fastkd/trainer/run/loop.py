@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from fastkd.trainer.config import TrainConfig, without_initial_weights
-from fastkd.trainer.data.datasets import class_names
 from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.objective.terms import TermFunction
 from fastkd.trainer.optim import Schedule
@@ -109,8 +108,7 @@ def train(
     )
     identity = identify(config, data, distiller, {"student": student, "teacher": teacher, "data": train_data})
     ranks.check_same(vars(identity))
-    names = class_names(data.train_set)
-    info = describe(config, distiller, device, schedule, len(data.eval_set), identity, ranks.world_size, names)
+    info = describe(config, distiller, device, schedule, len(data.eval_set), identity, ranks.world_size)
     if checkpoint is None:
         check_teacher(distiller, config, data.eval_loader, device, config.precision, ranks)
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.data.datasets import build_datasets, choose_data, class_names, without_download
+from fastkd.trainer.data.datasets import build_datasets, choose_data, names_of_classes, without_download
 from fastkd.trainer.data.labels import labels_hash, normalization_of
 from fastkd.trainer.data.loader import eval_loader, first_images, train_loader
 from fastkd.trainer.data.mix import BatchMix
@@ -75,7 +75,7 @@ def with_classes(config: TrainConfig, data: RunData, saved: dict[str, Any] | Non
 
 def count_classes(data: RunData) -> int | None:
     """As many as the training set names, else the largest label and one. None if it tells neither."""
-    names = class_names(data.train_set)
+    names = names_of_classes(data.train_set)
     if names is not None:
         return len(names)
     largest = [label for label in map(largest_label, (data.train_set, data.eval_set)) if label is not None]
@@ -97,7 +97,7 @@ def build_models(
     distiller = build_distiller(config, data.sample, student=student, teacher=teacher, terms=terms).to(device)
     outputs = check_fit(config, distiller, data.sample, data.loader.batch_sampler, data.train_set, data.eval_set)
     if not resumed:
-        check_outputs(outputs, class_names(data.train_set))
+        check_outputs(outputs, names_of_classes(data.train_set))
     data.mix = BatchMix(config.data, outputs)
     note = getattr(data.train_set, "note", None)
     lines = prepare(distiller, config, device, ranks, normalization_of(data.train_set))
