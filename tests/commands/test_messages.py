@@ -68,7 +68,7 @@ ROWS = {
     ],
     # Flags.
     "train digits-scratch --epohcs 3": ["--epohcs", "did you mean --epochs?", "see fastkd train digits-scratch --help"],
-    "train images --hlp": ["--hlp", "--help", "see fastkd train images --help"],
+    "train images --hlp": ["--hlp", "--help?", "see fastkd train images --help"],
     "train images": ["--data.options.root: is missing", "see fastkd train images --help"],
     "train digits-scratch --epochs": ["--epochs: has no value", "--help"],
     "train digits-scratch --epochs x": ["--epochs", "'x'", "see fastkd train digits-scratch --help"],

@@ -167,14 +167,11 @@ def _names_of_flags(config: TrainConfig, options: Any) -> list[str]:
         return found
 
     model = {part.name: None for part in fields(ModelConfig)}
-    known = {
-        "student": model,
-        "teacher": model,
-        "data.options": options if isinstance(options, dict) else vars(options),
-    }
+    options = options if isinstance(options, dict) else vars(options)
+    known = {"student": model, "teacher": model, "data.options": options, "help": None}
     own = {part.name: None for part in fields(Flags)[2:]}
     names = flat(config.to_dict() | own, "") + flat(known, "")
-    return [f"--{name.replace('_', '-')}" for name in names]
+    return sorted({f"--{name.replace('_', '-')}" for name in names})
 
 
 def _recipe_lines() -> list[str]:
