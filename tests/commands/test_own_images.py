@@ -102,7 +102,7 @@ def test_options_of_the_data_are_checked_and_complete_when_compared():
     with pytest.raises(ValueError, match=r"data\.options: got size, expected options of 'images': augment, "):
         DataConfig(name="images", options={"size": 32})
     with pytest.raises(
-        ValueError, match=r"data\.options: 'images': missing a required argument: 'root'.*--data.options"
+        ValueError, match=r"data\.options\.root: is missing for 'images'; give --data\.options\.root DIR"
     ):
         build_datasets(DataConfig(name="images"))
     old = TrainConfig(data=DataConfig(name="images", options={"root": "a", "augment": True})).to_dict()

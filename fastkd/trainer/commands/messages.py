@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -41,7 +42,10 @@ def _message(event: Any, arguments: list[str], flags: Collection[str]) -> str | 
     if kind == "InvalidChoice":
         return f"{_name(event.argument)}: got {event.value!r}, expected one of {', '.join(event.choices)}"
     if kind == "InstantiationFailure":
-        text = event.message if event.argument is None else f"{_name(event.argument)}: {event.message}"
+        text = " ".join(event.message.split())  # for a value that may be of several types it has several lines
+        if union := re.match(r"no type matching (.+) could be instantiated from \[(.*?)\]", text):
+            text = f"got {union[2]}, expected {union[1].replace('{None}|', 'None or ')}"
+        text = text if event.argument is None else f"{_name(event.argument)}: {text}"
         return _with_role(text, arguments)
     return None
 

@@ -10,6 +10,7 @@ from torch.utils.data import Subset
 
 from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.data.labels import labelled_subset
+from fastkd.trainer.data.options import options_class
 from fastkd.trainer.imports import import_object
 
 # Named and not imported, so that a run on digits does not load torchvision.
@@ -32,11 +33,12 @@ def build_datasets(config: DataConfig) -> tuple[Any, Any]:
             "'package.module:callable'"
         )
     load = import_object(name, "data.name")
+    if options_class(config.name) is not None and "root" not in options and config.name != "digits":
+        raise ValueError(f"data.options.root: is missing for {config.name!r}; give --data.options.root DIR")
     try:
         inspect.signature(load).bind(**options)
-    except TypeError as error:  # own data sets too: a wrong option is the user's mistake, and no bug to look into
-        flag = "".join(f" (--data.options.{word} ...)" for word in ("root",) if f"'{word}'" in str(error))
-        raise ValueError(f"data.options: {config.name!r}: {error}{flag}") from None
+    except TypeError as error:  # what a user's own data set takes
+        raise ValueError(f"data.options: {config.name!r}: {error}") from None
     built = load(**options)
     if not isinstance(built, tuple) or len(built) != 2:
         raise TypeError(f"data.name: {name!r} returned {type(built).__name__}, expected (training set, eval set)")

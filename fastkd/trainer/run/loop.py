@@ -95,7 +95,8 @@ def train(
     # What is trained: data, models, schedule.
     seed_everything(config.seed)
     data = open_data(config, train_data, eval_data, device, ranks)
-    config = with_classes(config, data, None if checkpoint is None else checkpoint.manifest["config"])
+    saved = None if checkpoint is None else checkpoint.manifest["config"]
+    config = with_classes(config, data.train_set, data.eval_set, saved)
     initial = config if checkpoint is None else without_initial_weights(config)
     resumed = checkpoint is not None
     distiller, prepared = build_models(

@@ -54,13 +54,13 @@ def open_data(config: TrainConfig, train_data: Any, eval_data: Any, device: torc
     return RunData(train_set, eval_set, loader, set_epoch, evaluation, first_images(train_set))
 
 
-def with_classes(config: TrainConfig, data: RunData, saved: dict[str, Any] | None) -> TrainConfig:
+def with_classes(config: TrainConfig, train_set: Any, eval_set: Any, saved: dict[str, Any] | None) -> TrainConfig:
     """The config with ``num_classes`` from the data, for models of whose classes it says nothing.
 
     A resumed run, whose ``saved`` config is given, has the models that it began with. Left as they are: models of
     others that have no argument ``num_classes``, and teachers with published weights.
     """
-    classes = count_classes(data)
+    classes = count_classes(train_set, eval_set)
     for role in ("student", "teacher"):
         model: Any = getattr(config, role)
         if model is None or model.num_classes is not None or "num_classes" in model.options:
@@ -73,12 +73,12 @@ def with_classes(config: TrainConfig, data: RunData, saved: dict[str, Any] | Non
     return config
 
 
-def count_classes(data: RunData) -> int | None:
+def count_classes(train_set: Any, eval_set: Any) -> int | None:
     """As many as the training set names, else the largest label and one. None if it tells neither."""
-    names = names_of_classes(data.train_set)
+    names = names_of_classes(train_set)
     if names is not None:
         return len(names)
-    largest = [label for label in map(largest_label, (data.train_set, data.eval_set)) if label is not None]
+    largest = [label for label in map(largest_label, (train_set, eval_set)) if label is not None]
     return max(largest) + 1 if largest and max(largest) > 0 else None
 
 
