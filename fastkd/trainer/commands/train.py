@@ -33,8 +33,9 @@ from fastkd.trainer.run.loop import train
 PARTS = ("student", "teacher", "data")
 _NOTE = """
 
-Another --student.name (teacher, data too) drops the recipe's options of that model. --student.options '{"width": 8}'
-(teacher, data too) replaces all options, as JSON. Run `fastkd train RECIPE --help-verbose` for what each flag does."""
+Another --student.name (teacher, data too) drops the recipe's options, layers and weights of that model.
+--student.options '{"width": 8}' (teacher, data too) replaces all options, as JSON. --teacher.name NAME gives a teacher
+to a recipe that has none. Run `fastkd train RECIPE --help-verbose` for what each flag does."""
 _USAGE = """\
 usage: fastkd train RECIPE [flags]           every setting of the recipe is a flag
        fastkd train RECIPE --config FILE     settings of a YAML file on top of the recipe's, and flags on top of both
@@ -237,8 +238,10 @@ def _with_parts(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
         if current is None and name is not None:
             current = ModelConfig(name=name)
         elif current is not None and name not in (None, current.name):
-            kept = {"num_classes": current.num_classes} if part != "data" else {}
-            current = ModelConfig(name=name, **kept) if part != "data" else replace(current, name=name, options={})
+            of_the_old: dict[str, Any] = {"options": {}}
+            if part != "data":
+                of_the_old |= dict.fromkeys(("classifier", "feature_map", "weights", "normalization"))
+            current = replace(current, name=name, **of_the_old)
         if options is not None:
             flag = f"--{part}.options"
             if current is None:

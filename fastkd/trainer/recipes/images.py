@@ -22,7 +22,7 @@ def images() -> TrainConfig:
     """
     return TrainConfig(
         student=ModelConfig(name="timm:resnet18"),
-        data=DataConfig(name="images", batch_size=32, eval_batch_size=64, num_workers=4),
+        data=DataConfig(name="images", batch_size=32, eval_batch_size=64, num_workers=2),
         objective=ObjectiveConfig(terms="ce"),
         optim=OptimConfig(name="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=1),
         epochs=30,
