@@ -14,7 +14,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopRequest:
     """While it is entered, a signal only sets ``signal`` to its number; on leaving, the earlier handlers come back.
 
-    A second Ctrl-C does what it did before, and usually ends the process at once.
+    A second Ctrl-C does what it did before, and usually ends the process at once. Where Ctrl-C is ignored, as in a
+    background job of a shell, it stays ignored.
 
     Outside the main thread, where Python allows no handlers, ``signal`` stays 0.
     """
@@ -25,7 +26,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            for number in SIGNALS[:-1] if ignored else SIGNALS:
                 self._before[number] = signal.signal(number, self._take)
         return self
 

@@ -90,7 +90,8 @@ def train_command(arguments: list[str]) -> int:
     speaks = not config.quiet and os.environ.get("RANK", "0") == "0"
     if result.stopped_by is not None:
         if speaks and result.path is not None:
-            print(f"go on with: {shlex.join(['fastkd', 'train', *arguments])} --resume")
+            again = [argument for argument in arguments if argument != "--resume"]
+            print(f"go on with: {shlex.join(['fastkd', 'train', *again, '--resume'])}")
         return 128 + result.stopped_by  # what a shell reports for a process that a signal ended
     if speaks and not result.already_finished:
         print(f"accuracy {result.accuracy:.4f} in {result.seconds:.1f} s; checkpoint {result.path}")
