@@ -256,7 +256,8 @@ def _model_of_run(path: str, name: str | None) -> ModelConfig | None:
     """The model that a run trained, if ``path`` is one and its model has this name, or no name was given."""
     if not Path(path).is_dir():
         if name is None:
-            raise ValueError(f"--teacher.weights: got {path!r}, expected --teacher.name too, as it is not a run folder")
+            what = "is not a run folder" if Path(path).exists() else "is not there"
+            raise ValueError(f"--teacher.weights: got {path!r}, which {what}, expected a run, or --teacher.name too")
         return None
     try:
         saved = TrainConfig.from_dict(read_manifest(find_checkpoint(path))["config"]).student
