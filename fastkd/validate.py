@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from fastkd.numerics import accumulation_dtype
 
 CONSISTENCIES = ("student||teacher", "teacher||student")
+NO_LABEL = -1  # the label of a row without one, where such rows are accepted
 LARGEST = sys.float_info.max  # the largest finite float
 
 
@@ -201,14 +202,15 @@ def check_row_labels(name: str, labels: Tensor, rows: Tensor) -> None:
         raise ValueError(f"{name}: got device {labels.device}, expected {rows.device}")
 
 
-def check_labels(labels: Tensor, logits: Tensor) -> None:
-    """Class indices: an int64 in [0, C) for every row of the logits."""
+def check_labels(labels: Tensor, logits: Tensor, *, unlabelled: bool = False) -> None:
+    """Class indices: an int64 in [0, C) for every row of the logits; ``unlabelled``: or NO_LABEL."""
     check_row_labels("labels", labels, logits)
     if _may_read(labels) and labels.shape[0] > 0:
         classes = logits.shape[1]
         for label in labels.aminmax():
-            if not 0 <= label.item() < classes:
-                raise ValueError(f"labels: got {label.item()}, expected class indices in [0, {classes})")
+            if not (NO_LABEL if unlabelled else 0) <= label.item() < classes:
+                expected = f"class indices in [0, {classes})" + (f", or {NO_LABEL} for none" if unlabelled else "")
+                raise ValueError(f"labels: got {label.item()}, expected {expected}")
 
 
 def check_positive_index(
