@@ -101,9 +101,7 @@ class Objective(nn.Module):
         named = {}
         classes = labels  # with the teacher's where there is none
         if self.unlabelled and labels.ndim != 1:
-            raise ValueError(
-                "data.unlabelled: got class probabilities as labels (mixup), expected classes"
-            )
+            raise ValueError("data.unlabelled: got class probabilities as labels (mixup), expected classes")
         if self.unlabelled and teacher is not None:
             classes = torch.where(labels == NO_LABEL, teacher.logits.argmax(dim=1), labels)
         together: dict[str, Mapping[str, Tensor]] = {}
