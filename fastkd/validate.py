@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Collection
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,14 +12,17 @@ from torch.autograd import forward_ad
 
 from fastkd.numerics import accumulation_dtype
 
-CONSISTENCIES = ("student||teacher", "teacher||student")
+Backend = Literal["reference", "blocked", "triton"]
+Consistency = Literal["student||teacher", "teacher||student"]
+Positives = Literal["index", "label"]
+CONSISTENCIES, POSITIVES = get_args(Consistency), get_args(Positives)
 NO_LABEL = -1  # the label of a row without one, where such rows are accepted
 LARGEST = sys.float_info.max  # the largest finite float
 
 
 def check_rows(name: str, x: Tensor, shape: str = "[n, D]", *, may_be_empty: bool = False) -> None:
     """A matrix with at least one column, and one row unless it may be empty."""
-    _check_floating(name, x)
+    check_floating(name, x)
     if x.ndim != 2:
         raise ValueError(f"{name}: got shape {list(x.shape)}, expected {shape}")
     if x.shape[1] == 0 or (x.shape[0] == 0 and not may_be_empty):
@@ -28,23 +31,39 @@ def check_rows(name: str, x: Tensor, shape: str = "[n, D]", *, may_be_empty: boo
 
 
 def check_pair(
-    name: str, first: Tensor, other_name: str, second: Tensor, shape: str, *, may_be_empty: bool = False
+    name: str,
+    first: Tensor,
+    other_name: str,
+    second: Tensor,
+    shape: str,
+    *,
+    may_be_empty: bool = False,
+    may_differ_in_dtype: bool = False,
 ) -> None:
-    """Two such matrices of one shape, dtype and device."""
+    """Two such matrices of one shape and device, and of one dtype unless that may differ."""
     # The shapes come first: of two unequal inputs, one of which is empty, they tell more.
     for argument, value in ((name, first), (other_name, second)):
-        _check_floating(argument, value)
+        check_floating(argument, value)
         if value.ndim != 2:
             raise ValueError(f"{argument}: got shape {list(value.shape)}, expected {shape}")
     if first.shape != second.shape:
         raise ValueError(f"{other_name}: got shape {list(second.shape)}, expected that of {name}, {list(first.shape)}")
     check_rows(name, first, shape, may_be_empty=may_be_empty)
-    _check_same_kind(name, first, other_name, second)
+    _check_same_kind(name, first, other_name, second, may_differ_in_dtype=may_differ_in_dtype)
+
+
+def check_student_and_teacher(
+    name: str, student: Tensor, other_name: str, teacher: Tensor, shape: str, *, may_be_empty: bool = False
+) -> Tensor:
+    """Two such matrices of one shape and device. Returns the teacher's in the student's dtype."""
+    options = {"may_be_empty": may_be_empty, "may_differ_in_dtype": True}
+    check_pair(name, student, other_name, teacher, shape, **options)
+    return teacher.to(student.dtype)
 
 
 def check_vector(name: str, x: Tensor, *, may_be_empty: bool = False) -> None:
     """A number for every sample, at least one unless it may be empty."""
-    _check_floating(name, x)
+    check_floating(name, x)
     if x.ndim != 1 or (len(x) == 0 and not may_be_empty):
         raise ValueError(f"{name}: got shape {list(x.shape)}, expected [B]{'' if may_be_empty else ', B >= 1'}")
 
@@ -58,14 +77,16 @@ def check_query_and_key(query: Tensor, key: Tensor, *, may_be_empty: bool = Fals
     _check_same_kind("query", query, "key", key)
 
 
-def _check_same_kind(name: str, first: Tensor, other_name: str, second: Tensor) -> None:
-    if first.dtype != second.dtype:
+def _check_same_kind(
+    name: str, first: Tensor, other_name: str, second: Tensor, *, may_differ_in_dtype: bool = False
+) -> None:
+    if first.dtype != second.dtype and not may_differ_in_dtype:
         raise TypeError(f"{other_name}: got {second.dtype}, expected the dtype of {name}, {first.dtype}")
     if first.device != second.device:
         raise ValueError(f"{other_name}: got device {second.device}, expected that of {name}, {first.device}")
 
 
-def _check_floating(name: str, value: Tensor) -> None:
+def check_floating(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     check_float_dtype(name, value.dtype)
@@ -140,6 +161,23 @@ def check_scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
     return logit_scale
 
 
+def one_scale(logit_scale: Tensor | float | None, temperature: Tensor | float | None, like: Tensor) -> Tensor | float:
+    """The multiplier of the similarities, of which either itself or its inverse is given; not yet checked by itself."""
+    if (logit_scale is None) == (temperature is None):
+        got = "neither" if temperature is None else "both"
+        raise TypeError(f"logit_scale, temperature: got {got}, expected one of them (logit_scale = 1 / temperature)")
+    if temperature is None:
+        assert logit_scale is not None
+        return logit_scale
+    if not isinstance(temperature, Tensor):
+        check_temperature(temperature, like.dtype)
+        return 1 / temperature
+    _check_scalar_tensor("temperature", temperature, like)
+    if _may_read(temperature) and temperature.item() <= 0:
+        raise ValueError(f"temperature: got {temperature.item()}, expected a number > 0")
+    return temperature.reciprocal()
+
+
 def check_temperature(temperature: Any, dtype: torch.dtype) -> None:
     """> 0, and its inverse, which multiplies logits computed from ``dtype``, finite in their accumulation dtype."""
     check_number("temperature", temperature, 1 / torch.finfo(accumulation_dtype(dtype)).max, exclusive=True)
@@ -159,7 +197,7 @@ def check_bias(logit_bias: Tensor | float, like: Tensor) -> Tensor:
 
 
 def _check_scalar_tensor(name: str, value: Tensor, like: Tensor) -> None:
-    _check_floating(name, value)
+    check_floating(name, value)
     if value.ndim != 0:
         raise ValueError(f"{name}: got shape {list(value.shape)}, expected a float or a 0-dim tensor")
     if value.device != like.device:
@@ -169,7 +207,7 @@ def _check_scalar_tensor(name: str, value: Tensor, like: Tensor) -> None:
 def check_weight(sample_weight: Tensor | None, like: Tensor) -> Tensor | None:
     if sample_weight is None:
         return None
-    _check_floating("sample_weight", sample_weight)
+    check_floating("sample_weight", sample_weight)
     n = like.shape[0]
     if sample_weight.shape != (n,):
         raise ValueError(f"sample_weight: got shape {list(sample_weight.shape)}, expected [{n}], one weight per row")
@@ -189,7 +227,7 @@ def check_not_negative(name: str, x: Tensor, what: str) -> Tensor:
     return x
 
 
-def check_row_labels(name: str, labels: Tensor, rows: Tensor) -> None:
+def check_row_labels(name: str, labels: Tensor | None, rows: Tensor) -> None:
     """An int64 for every row."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name}: got {type(labels).__name__}, expected a torch.Tensor")
@@ -236,7 +274,7 @@ def check_positive_index(
 
 def check_feature_map(name: str, value: Tensor) -> None:
     """[B, C, H, W], of which B alone may be 0."""
-    _check_floating(name, value)
+    check_floating(name, value)
     if value.ndim != 4:
         raise ValueError(f"{name}: got shape {list(value.shape)}, expected [B, C, H, W]")
     if 0 in value.shape[1:]:

@@ -10,7 +10,9 @@ import torch
 from fastkd import (
     CKDLoss,
     DCDLoss,
+    InfoNCELoss,
     KDLoss,
+    SupConLoss,
     ckd_loss,
     dcd_loss,
     info_nce_loss,
@@ -44,6 +46,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "DCDLoss": (DCDLoss, {"student_dim": 3, "teacher_dim": 3}),
     "KDLoss": (KDLoss, {}),
     "CKDLoss": (CKDLoss, {}),
+    "InfoNCELoss": (InfoNCELoss, {}),
+    "SupConLoss": (SupConLoss, {}),
 }
 # Of two inputs of one shape: the names of both.
 PAIRED = {
@@ -156,8 +160,25 @@ ROWS: dict[str, list[Row]] = {
     "CKDLoss": [
         ({"temperature": 0.0}, ValueError, "temperature: got 0"),
     ],
+    "InfoNCELoss": [
+        ({"temperature": 0.0}, ValueError, "temperature: got 0"),
+        ({"normalize": 1}, TypeError, "normalize: got int, expected a bool"),
+    ],
+    "SupConLoss": [
+        ({"temperature": "1"}, TypeError, "temperature: got '1'"),
+        ({"exclude_self": 1}, TypeError, "exclude_self: got int, expected a bool"),
+    ],
 }  # fmt: skip
 
+ROWS["info_nce_loss"].append(({"key": T.double()}, TypeError, "key: got torch.float64"))
+for name in ("dcd_loss", "info_nce_loss", "masked_contrast_loss", "sup_con_loss"):
+    ROWS[name] += [
+        ({"temperature": 0.5}, TypeError, "logit_scale, temperature: got both, expected one of them"),
+        ({"logit_scale": None}, TypeError, "logit_scale, temperature: got neither, expected one of them"),
+        ({"logit_scale": None, "temperature": -1.0}, ValueError, "temperature: got -1.0, expected a finite number >"),
+        ({"logit_scale": None, "temperature": torch.tensor(-1.0)}, ValueError, "temperature: got -1.0, expected a"),
+        ({"logit_scale": None, "temperature": torch.ones(2)}, ValueError, r"temperature: got shape \[2\]"),
+    ]
 for name, (first, second) in PAIRED.items():
     shape = f"{second}: got shape"
     ROWS[name] += [
@@ -165,7 +186,6 @@ for name, (first, second) in PAIRED.items():
         ({second: None}, TypeError, f"{second}: got NoneType"),
         ({first: S.long(), second: T.long()}, TypeError, f"{first}: got torch.int64"),
         ({first: S.to(torch.complex64)}, TypeError, f"{first}: got torch.complex64"),
-        ({second: T.double()}, TypeError, f"{second}: got torch.float64"),
         ({first: S[0], second: T[0]}, ValueError, rf"{first}: got shape \[3\]"),
         ({second: T.view(2, 2, 3)}, ValueError, rf"{shape} \[2, 2, 3\]"),
         ({second: T[:, :2]}, ValueError, rf"{shape} \[4, 2\], expected that of {first}, \[4, 3\]"),
