@@ -72,15 +72,8 @@ def test_the_modules_of_contrast_are_the_functional_losses(normalize: bool) -> N
     for exclude_self in (True, False):
         terms = SupConLoss(0.2, exclude_self=exclude_self, **options)(query, labels, weight)
         assert list(terms) == ["sup_con"]
-        expected = sup_con_loss(
-            query,
-            labels,
-            5.0,
-            exclude_self=exclude_self,
-            normalize=normalize,
-            sample_weight=weight,
-            backend="reference",
-        )
+        same = {"exclude_self": exclude_self, "normalize": normalize, "sample_weight": weight}
+        expected = sup_con_loss(query, labels, 5.0, backend="reference", **same)
         assert_close(terms["sup_con"], expected, torch.float32)
     assert (InfoNCELoss().temperature, SupConLoss().temperature) == (0.07, 0.1)
 
@@ -130,6 +123,7 @@ def test_features_are_checked_before_the_heads(student: Tensor, teacher: Tensor,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_the_teacher_is_cast_to_the_students_dtype(dtype: torch.dtype) -> None:
     student, teacher, labels = torch.randn(9, 5, requires_grad=True), torch.randn(9, 5).to(dtype), torch.arange(9) % 5
+    module = DCDLoss(5, 5, 4)
     for loss in (
         lambda t: KDLoss()(student, t)["kd"],
         lambda t: CKDLoss()(student, t)["ckd"],
@@ -137,8 +131,6 @@ def test_the_teacher_is_cast_to_the_students_dtype(dtype: torch.dtype) -> None:
         lambda t: ce_kd_terms(student, t, labels)[1],
         lambda t: total_loss(module(student, t)),
     ):
-        torch.manual_seed(0)
-        module = DCDLoss(5, 5, 4)
         found, expected = loss(teacher), loss(teacher.float())
         assert found.item() == expected.item()
         assert found.dtype == torch.float32
