@@ -142,10 +142,15 @@ def check_bool(name: str, value: bool) -> None:
 
 
 def check_no_tangent(*inputs: Tensor) -> None:
-    """The streaming operations have no forward-mode derivative; without this, the tangent would silently be zero."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    """The streaming operations have no forward-mode derivative; without this, the tangent would silently be zero.
+
+    Nor can torch.func's transforms look into them.
+    """
+    if torch.compiler.is_compiling():
         return
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError("torch.func (grad, hessian, jvp): use backend='reference', which it can look into")
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise NotImplementedError("forward-mode differentiation: use backend='reference', which has it")
 
 
