@@ -148,10 +148,10 @@ def check_no_tangent(*inputs: Tensor) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise NotImplementedError("torch.func (grad, hessian, jvp): use backend='reference', which it can look into")
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        raise NotImplementedError("forward-mode differentiation: use backend='reference', which has it")
+    is_transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    is_dual = forward_ad._current_level >= 0
+    if is_transformed or (is_dual and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)):
+        raise NotImplementedError("torch.func and forward-mode differentiation: use backend='reference'")
 
 
 def check_scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:

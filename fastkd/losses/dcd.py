@@ -57,12 +57,12 @@ class DCDLoss(LossModule):
 
     Example:
         >>> import torch
-        >>> from fastkd import DCDLoss
+        >>> from fastkd import DCDLoss, total_loss
         >>> dcd = DCDLoss(student_dim=8, teacher_dim=16)
         >>> terms = dcd(torch.randn(6, 8), torch.randn(6, 16))
         >>> list(terms)
         ['contrast', 'consistency']
-        >>> sum(terms.values()).backward()
+        >>> total_loss(terms).backward()
     """
 
     def __init__(

@@ -82,13 +82,13 @@ class MSDCRDLoss(LossModule):
 
     Example:
         >>> import torch
-        >>> from fastkd import MSDCRDLoss
+        >>> from fastkd import MSDCRDLoss, total_loss
         >>> student_map = torch.randn(4, 8, 7, 7, requires_grad=True)
         >>> teacher_map, teacher_fc = torch.randn(4, 16, 7, 7), torch.nn.Linear(16, 10)
         >>> terms = MSDCRDLoss(student_channels=8, teacher_channels=16)(student_map, teacher_map, teacher_fc)
         >>> list(terms)
         ['sample', 'feature']
-        >>> sum(terms.values()).backward()
+        >>> total_loss(terms).backward()
     """
 
     def __init__(

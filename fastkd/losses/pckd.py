@@ -68,14 +68,14 @@ class PCKDLoss(LossModule):
 
     Example:
         >>> import torch
-        >>> from fastkd import PCKDLoss
+        >>> from fastkd import PCKDLoss, total_loss
         >>> student_fc, teacher_fc = torch.nn.Linear(8, 10), torch.nn.Linear(16, 10)
         >>> f_s, f_t, labels = torch.randn(6, 8), torch.randn(6, 16), torch.arange(6)
         >>> pckd = PCKDLoss(student_dim=8, teacher_dim=16)
         >>> terms = pckd(f_s, f_t, student_fc(f_s), teacher_fc(f_t), labels, student_fc, teacher_fc, epoch=0)
         >>> list(terms)
         ['category', 'feature', 'kd']
-        >>> sum(terms.values()).backward()
+        >>> total_loss(terms).backward()
     """
 
     def __init__(

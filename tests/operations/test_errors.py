@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -22,7 +22,9 @@ from fastkd import (
     preview_weight,
     sup_con_loss,
 )
+from fastkd.backends import BACKENDS
 from fastkd.functional.kd import ce_kd_terms
+from fastkd.validate import Backend
 
 S, T = torch.randn(4, 3), torch.randn(4, 3)
 K6, L4, L6 = torch.randn(6, 3), torch.tensor([0, 1, 0, 1]), torch.arange(6)
@@ -251,3 +253,7 @@ def test_a_float64_temperature_has_float64s_range() -> None:
     assert ckd_loss(S.double(), T.double(), 1e-39).isfinite()
     with pytest.raises(ValueError, match=r"temperature: got 1e-39, expected a finite number > 2\.9"):
         CKDLoss(1e-39)(S, T)
+
+
+def test_the_types_of_the_options_name_what_there_is() -> None:
+    assert set(get_args(Backend)) == set(BACKENDS)
