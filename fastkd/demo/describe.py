@@ -28,8 +28,8 @@ def describe_settings(config: DemoConfig, first: TrainConfig, teacher: int, stud
         "student": f"A convolutional network of {student:,} parameters",
         "labels": f"{LABELLED} of the training images have one, balanced over the digits; cross-entropy uses these "
         "images alone",
-        "images": f"the distillation terms use all {TRAIN_IMAGES:,} training images, without their labels; where PCKD "
-        "needs a label, the teacher's prediction takes its place. The student from scratch sees the "
+        "images": f"the distillation terms use all {TRAIN_IMAGES:,} training images, without labels; where PCKD needs "
+        "one, an image without a label has the teacher's prediction. The student from scratch sees the "
         f"{LABELLED} labelled images alone",
         "seed": "the initial weights, the order of the data and which images have a label",
         "first seed": "0",
