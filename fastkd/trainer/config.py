@@ -148,6 +148,8 @@ class TrainConfig:
             if getattr(self.data, name) and term is not None:
                 got = getattr(self.data, name)
                 raise ValueError(f"data.{name}: got {got} with the term {term!r}, which reads labels; expected 0")
+            if getattr(self.data, name) and self.data.unlabelled:
+                raise ValueError(f"data.{name}: got {getattr(self.data, name)} with data.unlabelled, expected 0")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, lists and scalars."""

@@ -60,3 +60,5 @@ def test_terms_that_read_labels_refuse_mixed_ones():
         ):
             TrainConfig(objective=objective, data=DataConfig(cutmix=1.0))
     TrainConfig(objective=ObjectiveConfig(terms="msdcrd + kd"), data=DataConfig(cutmix=1.0))
+    with pytest.raises(ValueError, match=r"data\.mixup: got 0\.2 with data\.unlabelled, expected 0"):
+        TrainConfig(data=DataConfig(mixup=0.2, unlabelled=True))

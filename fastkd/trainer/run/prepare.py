@@ -20,7 +20,7 @@ from fastkd.trainer.data.mix import BatchMix
 from fastkd.trainer.models.build import Normalization, check_normalization, trained_normalization
 from fastkd.trainer.objective.terms import TermFunction
 from fastkd.trainer.precision import DTYPES
-from fastkd.trainer.run.check import check_fit, check_outputs, largest_label
+from fastkd.trainer.run.check import check_fit, check_outputs, range_of_labels
 from fastkd.trainer.run.distiller import Distiller, build_distiller, takes_classes, weights_hash
 from fastkd.trainer.run.ranks import Ranks
 from fastkd.trainer.run.state import Identity
@@ -78,7 +78,7 @@ def count_classes(train_set: Any, eval_set: Any) -> int | None:
     names = names_of_classes(train_set)
     if names is not None:
         return len(names)
-    largest = [label for label in map(largest_label, (train_set, eval_set)) if label is not None]
+    largest = [found[1] for found in map(range_of_labels, (train_set, eval_set)) if found is not None]
     return max(largest) + 1 if largest and max(largest) > 0 else None
 
 
