@@ -17,11 +17,11 @@ from fastkd.validate import check_choice, check_int, check_number, check_type
 
 # What may differ between a run and its resumption: nothing that changes what it computes. The teacher's file and the
 # data may have moved, because hashes of the weights and of the labels are compared. ``chunks`` only changes the order
-# of sums; it may differ so that fewer GPUs can take over.
+# of sums; it may differ so that fewer GPUs can take over. With more epochs the schedule follows the new total.
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "resume_or_start", "keep", "max_skipped", "tensorboard", "progress", "quiet", "device"),
     *("log_every", "save_every_steps", "save_every_epochs", "chunks", "teacher.weights", "teacher.min_accuracy"),
-    *("data.options.root", "data.options.max_broken", "data.eval_batch_size"),
+    *("data.options.root", "data.options.max_broken", "data.eval_batch_size", "data.num_workers", "epochs", "track"),
 )
 
 # Settings that earlier versions saved under another name: the old path, and the name of the field now.
@@ -45,7 +45,8 @@ class TrainConfig:
     does a restart by torchrun. A checkpoint is written at the start, at the end, on SIGTERM, every ``save_every_steps``
     steps and every ``save_every_epochs`` epochs (0: not); the last ``keep`` and the best stay. ``log_every`` is in
     steps, ``eval_every`` in epochs (the last epoch is always evaluated). ``device`` is ``auto`` (CUDA when present) or
-    a torch device. ``progress`` shows a bar on terminals; ``quiet`` prints nothing.
+    a torch device. ``progress`` shows a bar on terminals; ``quiet`` prints nothing. ``track`` sends the records to
+    Weights & Biases or MLflow (``fastkd.trainer.callbacks``); ``tensorboard`` writes them for TensorBoard.
 
     ``chunks`` splits each rank's batch into this many pieces to save activation memory; the gradient stays exact.
     ``ema`` is the decay of a moving average of the student, which is then evaluated in its place. ``max_skipped`` is
@@ -79,6 +80,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 1
     tensorboard: bool = True
+    track: Literal["wandb", "mlflow"] | None = None
     progress: bool = True
     quiet: bool = False
 
@@ -102,6 +104,8 @@ class TrainConfig:
         check_seed("seed", self.seed)
         check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
         check_type("device", self.device, str)
+        if self.track is not None:
+            check_choice("track", self.track, ("wandb", "mlflow"))
         if self.ema is not None:
             check_number("ema", self.ema, 0.0, 1.0, exclusive=True)
         for name in (

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.datasets import choose_data
@@ -29,13 +28,13 @@ from fastkd.trainer.run.state import Identity
 class RunData:
     """The data of a run: both datasets, this rank's loaders, and the images of a batch of two.
 
-    ``set_epoch`` tells ``loader`` the epoch before each pass.
+    ``set_epoch`` tells ``loader`` the epoch, and the batch to begin with, before each pass.
     """
 
     train_set: Any
     eval_set: Any
-    loader: StatefulDataLoader
-    set_epoch: Callable[[int], None]
+    loader: DataLoader[Any]
+    set_epoch: Callable[[int, int], None]
     eval_loader: DataLoader[Any]
     sample: Tensor
 
