@@ -26,8 +26,8 @@ class Callback:
         train(config, callbacks=[Mail()])
 
     Only rank 0 calls it. A run that was already finished calls nothing. A callback that raises ends the run and loses
-    nothing: the step or epoch in which it raised is completed and saved, ``on_end`` of all callbacks is called, and then
-    the exception is raised on every rank. The saved run can be resumed.
+    nothing: the step or epoch in which it raised is completed and saved, and all callbacks are told of the end. Then the
+    exception is raised on every rank. The saved run can be resumed.
     """
 
     def on_start(self, info: dict[str, Any], folder: Path | None, step: int) -> None:
@@ -57,7 +57,8 @@ class TensorBoard(Callback):
     def __init__(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._open, self._board = SummaryWriter, None
+        self._open = SummaryWriter
+        self._board: SummaryWriter | None = None
 
     def on_start(self, info: dict[str, Any], folder: Path | None, step: int) -> None:
         self._board = self._open(str(folder / "tensorboard"), purge_step=step + 1) if folder is not None else None

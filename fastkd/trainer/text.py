@@ -9,7 +9,7 @@ _JOINERS = "\u200c\u200d"  # the invisible letters that Persian, Indic scripts a
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, safe for a terminal and a page: white space becomes a blank, what has no glyph becomes U+FFFD.
+    """``text`` on one line, with blanks for white space and U+FFFD for what has no glyph: safe on a terminal or page.
 
     File names, class names and settings come from others. Control characters in them could move a terminal's cursor,
     and marks of direction could show a name as another. (HTML is escaped where a page is made.)

@@ -56,8 +56,8 @@ def shards_of(dataset: Any) -> list[range]:
 class GlobalBatches(Sampler[list[int]]):
     """This rank's part of every global batch of ``sampler``; all ranks together take what one process would take.
 
-    The parts of a batch are consecutive and differ in length by at most one. A pass begins with batch ``start``, which is
-    how a resumed run goes on within an epoch.
+    The parts of a batch are consecutive and differ in length by at most one. A pass begins with batch ``start``: so a
+    resumed run goes on within an epoch.
     """
 
     def __init__(self, sampler: Sampler[int], length: int, config: DataConfig, rank: int, world_size: int) -> None:
@@ -138,7 +138,7 @@ def collate(batch: Any) -> Any:
 def train_loader(
     dataset: Any, config: DataConfig, seed: int, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> tuple[DataLoader[Any], Callable[[int, int], None]]:
-    """The training loader of one rank, and the function that must tell it the epoch and its first batch before each pass.
+    """The training loader of one rank, and the function that must tell it the epoch, and its first batch before a pass.
 
     Its ``batch_sampler`` is a ``GlobalBatches``. The batches are the same for every number of workers.
 

@@ -31,8 +31,8 @@ def evaluate(
 
     Leaves ``model`` in eval mode. With several ``ranks`` the values cover the samples of all ranks' loaders.
     ``confusion`` [C, C], int64, gets 1 added at (label, prediction) for every sample of this rank's loader.
-    ``per_class`` [2, C], int64 on ``device``, gets the right samples and all samples of every class, over all ranks. Once
-    ``stop`` is requested the remaining batches are left out, and the values mean nothing.
+    ``per_class`` [2, C], int64 on ``device``, gets the right samples and all samples of every class, over all ranks.
+    Once ``stop`` is requested the remaining batches are left out, and the values mean nothing.
     """
     ranks = ranks or Ranks()
     ranks.broadcast_buffers(model)

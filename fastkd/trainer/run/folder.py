@@ -140,7 +140,7 @@ class RunFolder:
         self.ranks.on_main(lambda: self.log.end(outcome, self.newest))
 
     def write_classes(self, per_class: Tensor, names: Sequence[Any] | None) -> None:
-        """Write ``classes.json``: how many samples of each class were right in the evaluation at this step, of how many.
+        """Write ``classes.json``: of how many samples of each class how many were right in the evaluation at this step.
 
         ``per_class``: [2, C], as ``evaluate`` fills it. ``names`` are those of the classes if the data have C names.
         """

@@ -50,6 +50,7 @@ class RunLog:
         self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._task = TaskID(0)
         self._epochs = config.epochs
+        self._rate = math.nan
         self._callbacks = callbacks
         self._started: list[Callback] = []
         self._failure: Exception | None = None
@@ -87,9 +88,8 @@ class RunLog:
             self._file.write(_line(kind, step, values))
         self._tell(kind, step, values)
         if self._progress is not None:
-            shown = f"loss {values.get('loss', math.nan):.4f}  lr {values['lr']:.4g}"
-            if images_per_second is not None:
-                shown = f"{images_per_second:,.0f} images/s  {shown}"
+            self._rate = images_per_second or self._rate
+            shown = f"{self._rate:,.0f} images/s  loss {values.get('loss', math.nan):.4f}  lr {values['lr']:.4g}"
             epoch = f"{values['epoch'] + 1:.0f}/{self._epochs}"
             self._progress.update(self._task, completed=step, description=shown, epoch=epoch)
 

@@ -82,8 +82,9 @@ def train(
     ``student`` / ``teacher`` are modules, or ``FeatureModel(module, classifier)`` to name the classifier layer. A given
     teacher is left frozen: in eval mode and without gradient. ``train_data`` / ``eval_data`` are map-style datasets of
     (image, label), given together. ``terms`` are own objective terms. ``callbacks`` watch the run: see ``Callback``.
-    Reseeds torch's, Python's and numpy's generators. Under ``torchrun`` every rank calls this and gets the same result: see ``fastkd.trainer.run.ranks``. SIGTERM and
-    SIGUSR1 end the run after the step they fall into, with a checkpoint to resume from.
+    Reseeds torch's, Python's and numpy's generators. Under ``torchrun`` every rank calls this and gets the same result:
+    see ``fastkd.trainer.run.ranks``. SIGTERM and SIGUSR1 end the run after the step they fall into, with a checkpoint
+    to resume from.
 
     Raises:
         ValueError, TypeError: a setting that is wrong, or does not fit the others.
@@ -102,8 +103,7 @@ def train(
     data = open_data(config, train_data, eval_data, device, ranks)
     initial = config if checkpoint is None else without_initial_weights(config)
     distiller, prepared = build_models(initial, data, device, ranks, student=student, teacher=teacher, terms=terms)
-    batches: Any = data.loader.batch_sampler
-    per_epoch = len(batches)
+    per_epoch = len(data.batches)
     total = per_epoch * config.epochs
     schedule = Schedule(
         config.optim, steps_per_epoch=per_epoch, epochs=config.epochs, global_batch=config.data.batch_size
@@ -112,9 +112,7 @@ def train(
     ranks.check_same(vars(identity))
     info = describe(config, distiller, device, schedule, len(data.eval_set), identity, ranks.world_size)
     if checkpoint is None:
-        info["teacher_accuracy"] = check_teacher(
-            distiller, config, data.eval_loader, device, config.precision, ranks
-        )
+        info["teacher_accuracy"] = check_teacher(distiller, config, data.eval_loader, device, config.precision, ranks)
     else:
         info["teacher_accuracy"] = checkpoint.manifest.get("teacher_accuracy")
 
@@ -176,7 +174,7 @@ def train(
                 # A run that was stopped before its evaluation has the steps of this epoch behind it.
                 for images, labels in clock.watch(data.loader) if progress.step < end else ():
                     lr = schedule(progress.step)
-                    rows = batches.rows(progress.step % per_epoch)
+                    rows = data.batches.rows(progress.step % per_epoch)
                     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                     meter.add(progress.step + 1, *step(images, labels, ranks.weight(len(labels), rows), lr))
                     clock.images += rows

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.datasets import choose_data
 from fastkd.trainer.data.labels import labels_hash, normalization_of
-from fastkd.trainer.data.loader import eval_loader, first_images, train_loader
+from fastkd.trainer.data.loader import GlobalBatches, eval_loader, first_images, train_loader
 from fastkd.trainer.models.build import Normalization, check_normalization, trained_normalization
 from fastkd.trainer.objective.terms import TermFunction
 from fastkd.trainer.precision import DTYPES
@@ -38,6 +38,12 @@ class RunData:
     eval_loader: DataLoader[Any]
     sample: Tensor
 
+    @property
+    def batches(self) -> GlobalBatches:
+        """Which samples are in which batch of this rank."""
+        assert isinstance(self.loader.batch_sampler, GlobalBatches)
+        return self.loader.batch_sampler
+
 
 def open_data(config: TrainConfig, train_data: Any, eval_data: Any, device: torch.device, ranks: Ranks) -> RunData:
     """The given datasets, or the configured ones, with their loaders."""
@@ -60,7 +66,7 @@ def build_models(
 ) -> tuple[Distiller, list[str]]:
     """The distiller on ``device``, checked against the data and ready for the first step; and lines for the user."""
     distiller = build_distiller(config, data.sample, student=student, teacher=teacher, terms=terms).to(device)
-    check_fit(config, distiller, data.sample, data.loader.batch_sampler, data.train_set, data.eval_set)
+    check_fit(config, distiller, data.sample, data.batches, data.train_set, data.eval_set)
     return distiller, prepare(distiller, config, device, ranks, normalization_of(data.train_set))
 
 
