@@ -26,8 +26,8 @@ class Callback:
         train(config, callbacks=[Mail()])
 
     Only rank 0 calls it. A run that was already finished calls nothing. A callback that raises ends the run and loses
-    nothing: the step or epoch in which it raised is completed and saved, and all callbacks are told of the end. Then the
-    exception is raised on every rank. The saved run can be resumed.
+    nothing: the step or epoch in which it raised is completed and saved, and all callbacks are told of the end. Then
+    the exception is raised on every rank. The saved run can be resumed.
     """
 
     def on_start(self, info: dict[str, Any], folder: Path | None, step: int) -> None:

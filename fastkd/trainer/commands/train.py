@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 
 from fastkd.trainer.commands.dry_run import plan
+from fastkd.trainer.commands.seeds import train_seeds
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.imports import import_object
 from fastkd.trainer.models.build import ModelConfig
@@ -24,8 +25,8 @@ PARTS = ("student", "teacher", "data")
 _NOTE = """
 
 Beside the flags below: --student.options '{"width": 8}' (teacher, data too) replaces all options, as JSON;
---teacher.name NAME gives a teacher to a recipe that has none; --dry-run [--ranks N] prints what the settings come to
-and stops."""
+--teacher.name NAME gives a teacher to a recipe that has none; --seeds 0 1 2 trains a run per seed in
+the folders seed-N of the run folder; --dry-run [--ranks N] prints what the settings come to and stops."""
 
 
 def recipes_command() -> None:
@@ -62,10 +63,11 @@ def train_command(arguments: list[str]) -> int:
             raise ValueError(f"--ranks: got {ranks!r}, expected a number of ranks")
         print("\n".join(plan(config, int(ranks))))
         return 0
-    result = train(config)
+    several = given["seeds"] is not None
+    result = train_seeds(config, given["seeds"])[-1] if several else train(config)
     if result.stopped_by is not None:
         return 128 + result.stopped_by  # what a shell reports for a process that a signal ended
-    if not config.quiet and not result.already_finished and os.environ.get("RANK", "0") == "0":
+    if not (several or config.quiet or result.already_finished) and os.environ.get("RANK", "0") == "0":
         print(f"accuracy {result.accuracy:.4f} in {result.seconds:.1f} s; checkpoint {result.path}")
     return 0
 
@@ -85,6 +87,7 @@ def _flags_of_ours(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The flags that are no setting of a recipe's config, and the arguments for tyro."""
     parser = argparse.ArgumentParser(prog="fastkd train", add_help=False, allow_abbrev=False)
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--seeds", type=int, nargs="+")
     if "--dry-run" in arguments:
         parser.add_argument("--ranks")
     for part in PARTS:

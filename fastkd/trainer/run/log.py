@@ -17,6 +17,7 @@ from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.text import printable
 
 METRICS, SPEED, RUN, CLASSES = "metrics.jsonl", "speed.jsonl", "run.json", "classes.json"
+SEED_FOLDER = "seed-"  # beginning of the names of the folders in which `--seeds 0 1 2` keeps its runs
 FAILED = 1000  # above the number of every signal
 
 
