@@ -75,18 +75,18 @@ def draw(groups: Sequence[Group], quantity: Quantity, key: str) -> Panel:
         axis.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
         axis.set_xlabel("epoch")
         teachers = _teachers(groups) if quantity.name == "accuracy" else {}
-        for accuracy, (name, colour) in teachers.items():
+        for accuracy, colour in teachers.items():
             axis.axhline(accuracy, color=colour, linestyle=(0, (4, 3)), linewidth=1, clip_on=False)
-            text = axis.annotate(name, (0, accuracy), (3, -3), textcoords="offset points", va="top", fontsize=9)
-            text.set_color(colour)
+        for line in axis.lines:
+            line.set_in_layout(False)  # lines that are not clipped would make the margins wider
         if quantity.percent:
             low, high = axis.get_ylim()
             axis.set_ylim(max(low, 0), min(high, 100))
         ends = [f"{curve.name} {curve.y[-1]:.4g}" for curve in curves if not curve.faint and np.isfinite(curve.y[-1])]
-        ends += [name for name, _ in teachers.values()]
-        svg = to_svg(axis, key, f"{quantity.title} over epochs. Last value: {', '.join(ends)}.", hover)
-    note = f"{lost:,} of {total:,} values are not finite: gaps" if lost else ""
-    return Panel(quantity.title, svg, note)
+        shown = f"dashed: teacher {', '.join(f'{accuracy:.2f}' for accuracy in teachers)}" if teachers else ""
+        svg = to_svg(axis, key, f"{quantity.title} over epochs. Last value: {', '.join(ends)}. {shown}".rstrip(), hover)
+    gaps = f"{lost:,} of {total:,} values are not finite: gaps" if lost else ""
+    return Panel(quantity.title, svg, "; ".join(filter(None, (gaps, shown))))
 
 
 @dataclass(frozen=True)
@@ -121,18 +121,15 @@ def _lines(group: Group, quantity: Quantity, index: int, groups: int) -> list[_L
     return found
 
 
-def _teachers(groups: Sequence[Group]) -> dict[float, tuple[str, str]]:
-    """The accuracies of the teachers in percent, with a text and a colour: the group's, where teachers differ."""
-    of_groups = {
+def _teachers(groups: Sequence[Group]) -> dict[float, str]:
+    """The accuracies of the teachers in percent, with a colour: the group's, where teachers differ."""
+    found = {
         100 * run.teacher_accuracy: look(index)[0]
         for index, group in enumerate(groups)
         for run in group.runs
         if run.teacher_accuracy is not None
     }
-    return {
-        accuracy: (f"teacher {accuracy:.2f}", INK if len(of_groups) == 1 else colour)
-        for accuracy, colour in of_groups.items()
-    }
+    return found if len(found) > 1 else dict.fromkeys(found, INK)
 
 
 def _when(x: float, quantity: Quantity) -> str:

@@ -18,10 +18,14 @@ LARGEST_TABLE = 20  # classes; of more, those with the lowest accuracy are shown
 
 @dataclass(frozen=True)
 class Cell:
-    """A number in a table: its ``value`` as it was recorded, and the ``text`` that the page shows."""
+    """A number in a table: its ``value`` as it was recorded, and the ``text`` that the page shows.
+
+    ``spread`` is the standard deviation where the value is a mean.
+    """
 
     value: float | None
     text: str
+    spread: str = ""
 
 
 def row_of(values: Sequence[Sequence[float] | None], *, percent: bool = False, sign: bool = False) -> list[Cell]:
@@ -37,10 +41,9 @@ def row_of(values: Sequence[Sequence[float] | None], *, percent: bool = False, s
             cells.append(Cell(None, "not finite"))
         else:
             mean = statistics.fmean(found)
-            text = f"{factor * mean:{'+' if sign else ''},.{places}f}"
-            if len(found) > 1:
-                text += f" ± {factor * statistics.stdev(found):,.{places}f}"
-            cells.append(Cell(mean, text))
+            text = f"{factor * mean:{'+' if sign else ''},.{places}f}".replace("-", "\N{MINUS SIGN}")
+            spread = f"± {factor * statistics.stdev(found):,.{places}f}" if len(found) > 1 else ""
+            cells.append(Cell(mean, text, spread))
     return cells
 
 
@@ -103,9 +106,9 @@ def _values(name: str, records: Sequence[dict[str, Any]]) -> list[float] | None:
 
 
 def _epochs(records: Sequence[dict[str, Any]]) -> Cell:
-    """The numbers of the records' epochs. Epochs are recorded from 0 and shown from 1."""
-    numbers = [record["epoch"] + 1 for record in records if "epoch" in record]
-    return Cell(None, ", ".join(map(str, numbers)) or "-")
+    """The first and the last of the records' epochs. Epochs are recorded from 0 and shown from 1."""
+    numbers = sorted(record["epoch"] + 1 for record in records if "epoch" in record)
+    return Cell(None, "\N{EN DASH}".join(map(str, dict.fromkeys((numbers[0], numbers[-1])))) if numbers else "-")
 
 
 def _progress(group: Group) -> Cell:
