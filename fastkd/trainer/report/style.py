@@ -77,7 +77,8 @@ def to_svg(axes: Axes, key: str, description: str, hover: Sequence[tuple[float, 
     """
     figure = axes.figure
     assert isinstance(figure, Figure)
-    figure.draw_without_rendering()  # the layout, which decides where points lie
+    figure.draw_without_rendering()  # computes the layout, which decides where points lie
+    figure.set_layout_engine("none")
     height = figure.get_figheight() * 72
     circles = ""
     for x, y, text in hover:
