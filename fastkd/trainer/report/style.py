@@ -77,7 +77,9 @@ def to_svg(axes: Axes, key: str, description: str, hover: Sequence[tuple[float, 
     """
     figure = axes.figure
     assert isinstance(figure, Figure)
-    figure.draw_without_rendering()  # computes the layout, which decides where points lie
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)  # decides where points lie
     figure.set_layout_engine("none")
     height = figure.get_figheight() * 72
     circles = ""
