@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastkd.trainer.config import differences
 from fastkd.trainer.rng import mix_seed, restore_rng, rng_state, seed_everything
@@ -74,10 +73,9 @@ class Progress:
 class SavedState(Progress):
     """``state.pt``: plain types and tensors, which ``torch.load(weights_only=True)`` accepts.
 
-    ``loader`` is None between two epochs. ``rng`` is rank 0's ``rng_state``.
+    ``rng`` is rank 0's ``rng_state``. The loader has no state: its position is the step.
     """
 
-    loader: dict[str, Any] | None
     meter: dict[str, Any]
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
@@ -107,7 +105,6 @@ class RunState:
     distiller: Distiller
     step: TrainStep
     meter: Meter
-    loader: StatefulDataLoader
     progress: Progress
 
     @property
@@ -120,7 +117,6 @@ class RunState:
         """The content of ``state.pt``; ``generators``: the ``rng_state`` of every rank."""
         return SavedState(
             **vars(self.progress),
-            loader=self.loader.state_dict() if self.progress.step % len(self.loader) else None,
             meter=self.meter.state_dict(),
             **self.step.state_dict(),
             rng=generators[0],
@@ -137,11 +133,9 @@ class RunState:
                 raise CheckpointError(f"{checkpoint.path}: has no {name}, expected the moving average of the student")
             load_into(module, checkpoint.weights[name], checkpoint.path / name)
         try:
-            saved = SavedState(**checkpoint.state)
+            saved = SavedState(**{part.name: checkpoint.state[part.name] for part in fields(SavedState)})
             self.step.load_state_dict(checkpoint.state)
             self.meter.load_state_dict(saved.meter)
-            if saved.loader is not None:
-                self.loader.load_state_dict(saved.loader)
             self.progress = Progress(**{part.name: getattr(saved, part.name) for part in fields(Progress)})
             generators = [saved.rng, *saved.rng_of_other_ranks]
             if rank < len(generators):
