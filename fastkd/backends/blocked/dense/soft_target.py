@@ -16,11 +16,11 @@ MAX_ELEMENTS = 1 << 18  # of the logits, for torch's operations; a matrix of the
 
 
 def covers(student_logits: Tensor, teacher_logits: Tensor | None) -> bool:
-    """Whether there is a teacher, and the logits lie on a CPU and are few, or any number that the loops should serve."""
+    """Whether there is a teacher, and the logits lie on a CPU, and are few or for the loops."""
     if teacher_logits is None or student_logits.device.type != "cpu":
         return False
     elements = student_logits.numel()
-    return 0 < elements and (elements <= MAX_ELEMENTS or loops(elements) is not None)
+    return elements > 0 and (elements <= MAX_ELEMENTS or loops(elements) is not None)
 
 
 def computed(
