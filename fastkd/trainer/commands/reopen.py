@@ -15,7 +15,8 @@ from fastkd.trainer.models import cifar as cifar_nets
 from fastkd.trainer.models import small as nets
 from fastkd.trainer.models.build import build_model
 from fastkd.trainer.models.features import FeatureModel
-from fastkd.trainer.run.checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_into, read_checkpoint
+from fastkd.trainer.models.weights import load_into
+from fastkd.trainer.run.checkpoint import Checkpoint, CheckpointError, find_checkpoint, read_checkpoint
 
 
 @dataclass

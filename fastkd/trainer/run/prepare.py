@@ -60,9 +60,12 @@ def build_models(
     terms: Mapping[str, nn.Module | TermFunction] | None,
 ) -> tuple[Distiller, list[str]]:
     """The distiller on ``device``, checked against the data and ready for the first step; and lines for the user."""
-    distiller = build_distiller(config, data.sample, student=student, teacher=teacher, terms=terms).to(device)
+    lines: list[str] = []
+    distiller = build_distiller(
+        config, data.sample, student=student, teacher=teacher, terms=terms, tell=lines.append
+    ).to(device)
     check_fit(config, distiller, data.sample, data.loader.batch_sampler, data.train_set, data.eval_set)
-    return distiller, prepare(distiller, config, device, ranks, normalization_of(data.train_set))
+    return distiller, lines + prepare(distiller, config, device, ranks, normalization_of(data.train_set))
 
 
 def identify(config: TrainConfig, data: RunData, distiller: Distiller, objects: dict[str, Any]) -> Identity:

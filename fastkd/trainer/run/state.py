@@ -18,8 +18,9 @@ from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastkd.trainer.config import differences
+from fastkd.trainer.models.weights import load_into
 from fastkd.trainer.rng import mix_seed, restore_rng, rng_state, seed_everything
-from fastkd.trainer.run.checkpoint import EMA, LOSS, MANIFEST, STATE, STUDENT, Checkpoint, CheckpointError, load_into
+from fastkd.trainer.run.checkpoint import EMA, LOSS, MANIFEST, STATE, STUDENT, Checkpoint, CheckpointError
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.meter import Meter
 from fastkd.trainer.run.step import TrainStep
