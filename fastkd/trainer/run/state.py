@@ -10,6 +10,7 @@ A checkpoint is a folder ``step-00000123`` with
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -24,6 +25,8 @@ from fastkd.trainer.run.checkpoint import EMA, LOSS, MANIFEST, STATE, STUDENT, C
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.meter import Meter
 from fastkd.trainer.run.step import TrainStep
+from fastkd.trainer.strict_json import check_fields
+from fastkd.validate import check_number, check_type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class Identity:
     """What a run must have in common with the checkpoint that it resumes from.
 
     ``given_as_objects`` names the arguments of ``train`` that replaced what the config would build; the config does not
-    describe those.
+    describe those. ``classes`` are the names of the classes, None if the data have none.
     """
 
     config: dict[str, Any]
@@ -39,6 +42,7 @@ class Identity:
     train_samples: int
     labels_sha256: str | None
     teacher_sha256: str | None
+    classes: list[str] | None = None
 
     def check(self, checkpoint: Checkpoint) -> None:
         """CheckpointError when the data or the teacher are not those that the checkpoint was written with."""
@@ -86,19 +90,51 @@ class SavedState(Progress):
     rng_of_other_ranks: list[dict[str, Any]]
 
 
+_STATE_TYPES: dict[str, type | tuple[type, ...]] = {
+    **{name: int for name in ("step", "epoch", "metrics_bytes")},
+    **{name: dict for name in ("meter", "optimizer", "scaler", "rng")},
+    **{name: list for name in ("history", "rng_of_other_ranks")},
+    "seconds": (float, int),
+    "loader": (dict, type(None)),
+}
+
+
 def check_resumable(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
     """CheckpointError when the checkpoint lacks what resuming reads, or belongs to another config."""
-    state = checkpoint.state
-    rng = state["rng"] if isinstance(state.get("rng"), dict) else {}
-    for name, have, need in (
-        (MANIFEST, checkpoint.manifest, {part.name for part in fields(Identity)}),
-        (STATE, state, {part.name for part in fields(SavedState)}),
-        (STATE, rng, rng_state(torch.device("cpu")).keys()),
-    ):
-        if missing := sorted(need - have.keys()):
-            raise CheckpointError(f"{checkpoint.path / name}: lacks {', '.join(missing)}")
-    if changed := differences(checkpoint.manifest["config"], config):
+    state, manifest, file = checkpoint.state, checkpoint.manifest, checkpoint.path / STATE
+    needed = {part.name for part in fields(Identity)} - {"classes"}  # earlier versions did not save the classes
+    if missing := sorted(needed - manifest.keys()):
+        raise CheckpointError(f"{checkpoint.path / MANIFEST}: lacks {', '.join(missing)}")
+    try:
+        check_fields(state, _STATE_TYPES, str(file))
+        if unknown := sorted(map(str, state.keys() - _STATE_TYPES.keys())):
+            raise ValueError(f"{file}: has unknown fields: {', '.join(unknown)}"[:200])
+        _check_progress(checkpoint)
+        for rng in (state["rng"], *state["rng_of_other_ranks"]):
+            check_type(f"{file}: rng", rng, dict)
+            check_fields(rng, dict.fromkeys(rng_state(torch.device("cpu")), object), str(file))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+    if changed := differences(manifest["config"], config):
         raise CheckpointError(f"{checkpoint.path}: belongs to another config ({'; '.join(changed)})")
+
+
+def _check_progress(checkpoint: Checkpoint) -> None:
+    """TypeError or ValueError unless the saved progress agrees with itself and with the manifest."""
+    state, file = checkpoint.state, checkpoint.path / STATE
+    for name in ("step", "epoch", "metrics_bytes", "seconds"):
+        check_number(f"{file}: {name}", state[name], 0, 2**62)
+    for name in ("step", "epoch"):
+        if state[name] != checkpoint.manifest.get(name, state[name]):
+            raise ValueError(f"{file}: {name} is {state[name]}, {checkpoint.manifest[name]} in {MANIFEST}")
+    if len(state["history"]) != state["epoch"]:
+        raise ValueError(f"{file}: history has {len(state['history'])} records, expected one for each epoch")
+    for record in state["history"]:
+        check_type(f"{file}: history", record, dict)
+        for name, value in record.items():
+            check_type(f"{file}: history", name, str)
+            if not (isinstance(value, float) and not math.isfinite(value)):  # a loss that is not finite is recorded
+                check_number(f"{file}: history.{name}", value)
 
 
 @dataclass
@@ -136,10 +172,14 @@ class RunState:
         for name, module in self.modules.items():
             if name not in checkpoint.weights:
                 raise CheckpointError(f"{checkpoint.path}: has no {name}, expected the moving average of the student")
-            load_into(module, checkpoint.weights[name], checkpoint.path / name)
+            load_into(module, checkpoint.weights[name], checkpoint.path / name, cast=False)
         try:
             saved = SavedState(**checkpoint.state)
-            self.step.load_state_dict(checkpoint.state)
+            per_epoch, epochs = len(self.loader), checkpoint.manifest["config"]["epochs"]
+            if not saved.epoch * per_epoch <= saved.step <= min(saved.epoch + 1, epochs) * per_epoch:
+                raise ValueError(f"step {saved.step} is not in epoch {saved.epoch} of {epochs}, each of {per_epoch} steps")
+            _check_loader(saved.loader, saved.step % per_epoch)
+            self.step.load_state_dict(checkpoint.state, saved.step)
             self.meter.load_state_dict(saved.meter)
             if saved.loader is not None:
                 self.loader.load_state_dict(saved.loader)
@@ -149,5 +189,23 @@ class RunState:
                 restore_rng(generators[rank], self.step.device)
             else:
                 seed_everything(mix_seed(seed, rank, saved.step))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{checkpoint.path / STATE}: is not a training state ({error!r})") from error
+        # Libraries raise all kinds of exceptions on a state that is not theirs.
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            kind = "" if type(error) in (ValueError, TypeError) else f"{type(error).__name__}: "
+            raise CheckpointError(f"{checkpoint.path / STATE}: is not a training state ({kind}{reason})") from error
+
+
+def _check_loader(state: dict[str, Any] | None, position: int) -> None:
+    """ValueError unless ``state`` is a loader's after ``position`` batches of an epoch: the order of the data says more.
+
+    None stands for the beginning of an epoch. What a data set has saved of its own is not looked at.
+    """
+    if state is None:
+        if position:
+            raise ValueError(f"loader: got None, expected its state after {position} batches")
+        return
+    snapshot = state.get("_snapshot", {})
+    found = snapshot["_snapshot_step"] + state["_steps_since_snapshot"] if snapshot else state["_num_yielded"]
+    if found != position:
+        raise ValueError(f"loader: is at batch {str(found)[:20]} of an epoch, expected {position}")
