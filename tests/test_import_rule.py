@@ -20,7 +20,8 @@ ROOMS = [line.split() for line in """
     fastkd.functional
     fastkd.losses
     fastkd
-    fastkd.trainer.optim  fastkd.trainer.imports  fastkd.trainer.rng  fastkd.trainer.signals  fastkd.trainer.precision  fastkd.trainer.strict_json
+    fastkd.trainer.strict_json
+    fastkd.trainer.optim  fastkd.trainer.imports  fastkd.trainer.rng  fastkd.trainer.signals  fastkd.trainer.precision
     fastkd.trainer.data  fastkd.trainer.models
     fastkd.trainer.objective
     fastkd.trainer.config

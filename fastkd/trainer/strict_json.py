@@ -29,7 +29,7 @@ def read_json_object(file: Path, fields: Mapping[str, type | tuple[type, ...]] |
 
 
 def parse_json(data: bytes | str) -> Any:
-    """The value that ``data`` is the JSON of. ValueError if it is none, is nested deeply, or has integers of > 64 bits."""
+    """The value that ``data`` is the JSON of. ValueError for no JSON, deep nesting, or an integer of over 64 bits."""
     try:
         value = json.loads(data, parse_int=_int64)
     except RecursionError:
@@ -47,7 +47,7 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def check_fields(values: Mapping[str, Any], fields: Mapping[str, type | tuple[type, ...]], name: str) -> None:
-    """ValueError that begins with ``name`` unless ``values`` has all ``fields``, each of its types. A bool is no int."""
+    """ValueError with ``name`` unless ``values`` has all ``fields``, each of its types. A bool is no int."""
     if missing := sorted(fields.keys() - values.keys()):
         raise ValueError(f"{name}: lacks {', '.join(missing)}")
     for key, expected in fields.items():

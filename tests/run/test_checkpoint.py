@@ -222,7 +222,9 @@ def test_weights_that_are_missing_or_do_not_fit_raise_with_names(tmp_path):
     with pytest.raises(CheckpointError, match=r"nothing\.pt: no such weights file"):
         train(with_weights(tmp_path / "nothing.pt"))
     save_file(DropoutNet(width=10).state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match=r"other\.safetensors.*7 of .* shape \(body\.1\.weight: \(10, 16\) in .*, \(24, 16\)"):
+    with pytest.raises(
+        CheckpointError, match=r"other\.safetensors.*7 of .* shape \(body\.1\.weight: \(10, 16\) in .*, \(24, 16\)"
+    ):
         train(with_weights(tmp_path / "other.safetensors"))
     partial = DropoutNet(width=24).state_dict()
     partial["head.weight"] = partial.pop("fc.weight")

@@ -141,8 +141,8 @@ def _told_if_offline(config: ModelConfig, role: str) -> Iterator[None]:
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise OSError(
-            f"{role}.pretrained: the weights of {config.name!r} cannot be downloaded ({reason}); without a network give "
-            f"a local file: --{role}.weights FILE"
+            f"{role}.pretrained: the weights of {config.name!r} cannot be downloaded ({reason}); without a network "
+            f"give a local file: --{role}.weights FILE"
         ) from error
 
 

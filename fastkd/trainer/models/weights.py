@@ -76,7 +76,11 @@ def read_weights(path: Path) -> WeightsFile:
     content = load_tensors(path)
     found = _find_state_dict(content)
     if found is None:
-        held = f"a dict of {_listed('entries', list(map(str, content)))}" if isinstance(content, Mapping) else type(content).__name__
+        held = (
+            f"a dict of {_listed('entries', list(map(str, content)))}"
+            if isinstance(content, Mapping)
+            else type(content).__name__
+        )
         raise CheckpointError(f"{path}: holds no state dict (names to tensors), but {held}")
     keys, state = found
     for name, value in state.items():
@@ -110,7 +114,9 @@ def load_tensors(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         # Not torch's message, which advises to load the file in a way that executes what is in it.
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it needs {found[1]}; save the model's state_dict()" if found else "it is damaged or holds other objects"
+        reason = (
+            f"it needs {found[1]}; save the model's state_dict()" if found else "it is damaged or holds other objects"
+        )
         raise CheckpointError(f"{path}: cannot be read as tensors and plain types ({reason})") from None
     # torch.load raises half a dozen other kinds of exception on a damaged file.
     except Exception as error:
@@ -149,16 +155,22 @@ def load_into(
     ]
     if any(problems):
         hint = _classes_hint(module, state, shapes, role)
-        raise CheckpointError(f"{source}: does not fit {type(module).__name__}: {'; '.join(filter(None, problems))}{hint}")
+        raise CheckpointError(
+            f"{source}: does not fit {type(module).__name__}: {'; '.join(filter(None, problems))}{hint}"
+        )
     for name, value in state.items():
         # A buffer may hold infinities for good, such as an attention mask.
-        if value.is_floating_point() and not value.isfinite().all() and (value.isnan().any() or own[name].isfinite().all()):
+        if (
+            value.is_floating_point()
+            and not value.isfinite().all()
+            and (value.isnan().any() or own[name].isfinite().all())
+        ):
             raise CheckpointError(f"{source}: {name} has values that are not finite")
     module.load_state_dict(state)
 
 
 def _find_prefix(state: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """The prefix, made of ``WRAPPERS``, with which most of the names ``own`` are in ``state``; the shortest of equals."""
+    """The prefix, made of ``WRAPPERS``, with which most names of ``own`` are in ``state``; the shortest of equals."""
     prefixes = {""}
     for name in state:
         prefix = ""

@@ -195,10 +195,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """ValueError when a field is not what we write, or a file is not the one that the manifest describes."""
     file, files = path / MANIFEST, manifest["files"]
-    optional = {
-        **{"epoch": int, "train_samples": int, "versions": dict, "given_as_objects": list},
-        **{name: (str, type(None)) for name in ("labels_sha256", "teacher_sha256")},
-        **{"accuracy": (float, type(None)), "classes": (list, type(None))},
+    text_or_null, list_or_null = (str, type(None)), (list, type(None))
+    optional: dict[str, type | tuple[type, ...]] = {
+        "epoch": int, "train_samples": int, "versions": dict, "given_as_objects": list,
+        "labels_sha256": text_or_null, "teacher_sha256": text_or_null, "accuracy": (float, type(None)),
+        "classes": list_or_null, "normalization": list_or_null,
     }
     check_fields(manifest, {name: kind for name, kind in optional.items() if name in manifest}, str(file))
     for name in ("given_as_objects", "classes"):
@@ -206,6 +207,9 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
             raise ValueError(f"{file}: {name} is a list of something else than str")
     if not all(isinstance(version, str) for version in manifest.get("versions", {}).values()):
         raise ValueError(f"{file}: versions holds something else than str")
+    for part in manifest.get("normalization") or []:
+        if not isinstance(part, list) or not all(isinstance(value, float) for value in part):
+            raise ValueError(f"{file}: normalization is something else than lists of float")
     named = _NAME.fullmatch(path.name)
     if named and int(named[1]) != manifest["step"]:
         raise ValueError(f"{path}: is the checkpoint of step {manifest['step']} under another name; rename it")

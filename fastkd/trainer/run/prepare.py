@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastkd.trainer.config import TrainConfig
@@ -70,13 +70,24 @@ def build_models(
 
 def identify(config: TrainConfig, data: RunData, distiller: Distiller, objects: dict[str, Any]) -> Identity:
     """The run's identity; ``objects`` are the arguments of ``train`` that may replace what the config would build."""
+    normalization = normalization_of(data.train_set)
     return Identity(
         config=config.to_dict(),
         given_as_objects=[name for name, value in objects.items() if value is not None],
         train_samples=len(data.train_set),
         labels_sha256=labels_hash(data.train_set),
         teacher_sha256=None if distiller.teacher is None else weights_hash(distiller.teacher.model.model),
+        classes=names_of_classes(data.train_set),
+        normalization=None if normalization is None else [list(map(float, values)) for values in normalization],
     )
+
+
+def names_of_classes(dataset: Any) -> list[str] | None:
+    """The names of the classes of a dataset, or of the dataset of a Subset. None if it does not say."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    names = getattr(dataset, "classes", None)
+    return [str(name) for name in names] if isinstance(names, list | tuple) and names else None
 
 
 def prepare(

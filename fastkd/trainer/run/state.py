@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from fastkd.trainer.config import differences
+from fastkd.trainer.config import TrainConfig, differences
 from fastkd.trainer.models.weights import load_into
 from fastkd.trainer.rng import mix_seed, restore_rng, rng_state, seed_everything
 from fastkd.trainer.run.checkpoint import EMA, LOSS, MANIFEST, STATE, STUDENT, Checkpoint, CheckpointError
@@ -34,7 +34,8 @@ class Identity:
     """What a run must have in common with the checkpoint that it resumes from.
 
     ``given_as_objects`` names the arguments of ``train`` that replaced what the config would build; the config does not
-    describe those. ``classes`` are the names of the classes, None if the data have none.
+    describe those. ``classes`` are the names of the classes, ``normalization`` the means and the deviations of
+    the images' channels; each is None if the data do not say.
     """
 
     config: dict[str, Any]
@@ -43,6 +44,7 @@ class Identity:
     labels_sha256: str | None
     teacher_sha256: str | None
     classes: list[str] | None = None
+    normalization: list[list[float]] | None = None
 
     def check(self, checkpoint: Checkpoint) -> None:
         """CheckpointError when the data or the teacher are not those that the checkpoint was written with."""
@@ -91,9 +93,9 @@ class SavedState(Progress):
 
 
 _STATE_TYPES: dict[str, type | tuple[type, ...]] = {
-    **{name: int for name in ("step", "epoch", "metrics_bytes")},
-    **{name: dict for name in ("meter", "optimizer", "scaler", "rng")},
-    **{name: list for name in ("history", "rng_of_other_ranks")},
+    **dict.fromkeys(("step", "epoch", "metrics_bytes"), int),
+    **dict.fromkeys(("meter", "optimizer", "scaler", "rng"), dict),
+    **dict.fromkeys(("history", "rng_of_other_ranks"), list),
     "seconds": (float, int),
     "loader": (dict, type(None)),
 }
@@ -102,14 +104,11 @@ _STATE_TYPES: dict[str, type | tuple[type, ...]] = {
 def check_resumable(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
     """CheckpointError when the checkpoint lacks what resuming reads, or belongs to another config."""
     state, manifest, file = checkpoint.state, checkpoint.manifest, checkpoint.path / STATE
-    needed = {part.name for part in fields(Identity)} - {"classes"}  # earlier versions did not save the classes
+    needed = {part.name for part in fields(Identity)} - {"classes", "normalization"}  # of later versions
     if missing := sorted(needed - manifest.keys()):
         raise CheckpointError(f"{checkpoint.path / MANIFEST}: lacks {', '.join(missing)}")
     try:
         check_fields(state, _STATE_TYPES, str(file))
-        if unknown := sorted(map(str, state.keys() - _STATE_TYPES.keys())):
-            raise ValueError(f"{file}: has unknown fields: {', '.join(unknown)}"[:200])
-        _check_progress(checkpoint)
         for rng in (state["rng"], *state["rng_of_other_ranks"]):
             check_type(f"{file}: rng", rng, dict)
             check_fields(rng, dict.fromkeys(rng_state(torch.device("cpu")), object), str(file))
@@ -117,6 +116,10 @@ def check_resumable(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
         raise CheckpointError(str(error)) from error
     if changed := differences(manifest["config"], config):
         raise CheckpointError(f"{checkpoint.path}: belongs to another config ({'; '.join(changed)})")
+    try:
+        _check_progress(checkpoint)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _check_progress(checkpoint: Checkpoint) -> None:
@@ -127,6 +130,13 @@ def _check_progress(checkpoint: Checkpoint) -> None:
     for name in ("step", "epoch"):
         if state[name] != checkpoint.manifest.get(name, state[name]):
             raise ValueError(f"{file}: {name} is {state[name]}, {checkpoint.manifest[name]} in {MANIFEST}")
+    config, samples = TrainConfig.from_dict(checkpoint.manifest["config"]), checkpoint.manifest["train_samples"]
+    full, rest = divmod(samples, config.data.batch_size)
+    per_epoch, epochs = full + (rest > 0 and not config.data.drop_last), config.epochs
+    if not state["epoch"] * per_epoch <= state["step"] <= min(state["epoch"] + 1, epochs) * per_epoch:
+        raise ValueError(
+            f"{file}: step {state['step']} is not in epoch {state['epoch']} of {epochs}, each of {per_epoch} steps"
+        )
     if len(state["history"]) != state["epoch"]:
         raise ValueError(f"{file}: history has {len(state['history'])} records, expected one for each epoch")
     for record in state["history"]:
@@ -175,10 +185,7 @@ class RunState:
             load_into(module, checkpoint.weights[name], checkpoint.path / name, cast=False)
         try:
             saved = SavedState(**checkpoint.state)
-            per_epoch, epochs = len(self.loader), checkpoint.manifest["config"]["epochs"]
-            if not saved.epoch * per_epoch <= saved.step <= min(saved.epoch + 1, epochs) * per_epoch:
-                raise ValueError(f"step {saved.step} is not in epoch {saved.epoch} of {epochs}, each of {per_epoch} steps")
-            _check_loader(saved.loader, saved.step % per_epoch)
+            _check_loader(saved.loader, saved.step % len(self.loader))
             self.step.load_state_dict(checkpoint.state, saved.step)
             self.meter.load_state_dict(saved.meter)
             if saved.loader is not None:
@@ -197,7 +204,7 @@ class RunState:
 
 
 def _check_loader(state: dict[str, Any] | None, position: int) -> None:
-    """ValueError unless ``state`` is a loader's after ``position`` batches of an epoch: the order of the data says more.
+    """ValueError unless ``state`` is a loader's after ``position`` batches of an epoch.
 
     None stands for the beginning of an epoch. What a data set has saved of its own is not looked at.
     """

@@ -107,7 +107,7 @@ class TrainStep:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], steps: int) -> None:
-        """Take what ``state_dict`` returned after ``steps`` steps; KeyError, TypeError or ValueError for anything else."""
+        """Take what ``state_dict`` returned after ``steps`` steps. KeyError, TypeError or ValueError otherwise."""
         restore_optimizer(self.optimizer, state["optimizer"], steps)
         saved, own = state["scaler"], self.scaler.state_dict()
         fixed = own.keys() - {"scale", "_growth_tracker"}
