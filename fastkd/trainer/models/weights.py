@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,8 @@ def load_tensors(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         # timm's checkpoints hold their arguments. A namespace only keeps what it is given.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an error of ours says the same
             return torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: is truncated or corrupted ({error})") from error
