@@ -220,6 +220,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], s
         raise ValueError(f"its optimiser holds other parameters: {names}, expected {expected}")
     merged = [_check_group(group, own, steps) for group, own in zip(groups, current["param_groups"], strict=True)]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if missing := sorted(current["state"].keys() - moments.keys()):  # what there is before the first step
+        raise ValueError(f"optimizer.state: lacks the parameters {missing[:5]}")
     for index, entries in moments.items():
         check_type("optimizer.state", index, int)
         if not 0 <= index < len(parameters) or set(entries) != _MOMENTS[type(optimizer).__name__]:
@@ -240,6 +242,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], s
 
 def _check_group(group: dict[str, Any], own: dict[str, Any], steps: int) -> dict[str, Any]:
     """The settings of ``own``, and of the saved ``group`` what changes with the steps. The others must be the same."""
+    check_number("optimizer.lr", group["lr"], 0.0)
     for name, value in group.items():
         if name in ("lr", "max_lr_snapshot"):
             check_number(f"optimizer.{name}", value, 0.0)

@@ -60,7 +60,7 @@ def test_what_a_user_can_put_right_is_one_line_and_status_1(tmp_path, monkeypatc
         (["train", "digits-scratch", *FAST, "--resume"], "fastkd train: runs/digits_scratch: holds no run to resume"),
         (["train", "digits-scratch", *FAST, "--run-dir", "file"], "fastkd train: run_dir: got 'file', which is a file"),
         (["train", "digits-scratch", *FAST, "--run-dir", "file/run"], "fastkd train: [Errno 20]"),
-        (["train", "digits-scratch", *FAST, "--student.name", "nope"], "fastkd train: model.name: got 'nope'"),
+        (["train", "digits-scratch", *FAST, "--student.name", "nope"], "fastkd train: student.name: got 'nope'"),
     ):
         assert refused(*argv).startswith(message)
 

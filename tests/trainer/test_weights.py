@@ -159,7 +159,10 @@ BROKEN: dict[str, tuple[Callable[[State], Any], str]] = {
     "sparse": (as_sparse, r"fc\.weight is sparse, quantised or without values"),
     "no values": (changed("fc.weight", lambda x: x.to("meta")), r"cannot be read|without values"),
     "a whole model": (lambda s: {"model": Pickled(2, 2)}, r"it needs .*Pickled; save the model's state_dict\(\)"),
-    "no state dict": (lambda s: {"epoch": 3, "loss": 0.1}, r"holds no state dict .*, but a dict of 2 entries \(epoch, "),
+    "no state dict": (
+        lambda s: {"epoch": 3, "loss": 0.1},
+        r"holds no state dict .*, but a dict of 2 entries \(epoch, ",
+    ),
     "a list": (lambda s: [s], "holds no state dict .*, but list"),
     "names that are no text": (lambda s: dict(enumerate(s.values())), "names are of type int"),
     "other classes": (
@@ -195,7 +198,11 @@ def test_files_that_are_no_weights_are_refused_in_one_line(tmp_path: Path) -> No
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pt")
     (tmp_path / "text.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     (tmp_path / "cut.safetensors").write_bytes(write(trained(), tmp_path / "w.safetensors").read_bytes()[:-3])
-    for name, told in (("script.pt", "TorchScript archive; save"), ("text.pth", "cannot be read"), ("cut.saf", "trunc")):
+    for name, told in (
+        ("script.pt", "TorchScript archive; save"),
+        ("text.pth", "cannot be read"),
+        ("cut.saf", "trunc"),
+    ):
         with pytest.raises(CheckpointError, match=told) as caught:
             read_weights(next(tmp_path.glob(f"{name}*")))
         assert "\n" not in str(caught.value)

@@ -68,7 +68,9 @@ def train_command(arguments: list[str]) -> int:
     if not config.quiet and not result.already_finished and os.environ.get("RANK", "0") == "0":
         print(f"last accuracy {result.accuracy:.4f} in {result.seconds:.1f} s; checkpoint {result.path}")
         if result.best is not None:
-            print(f"best accuracy {result.best[0]:.4f}; checkpoint {result.best[1]} (--best for eval, export and probe)")
+            print(
+                f"best accuracy {result.best[0]:.4f}; checkpoint {result.best[1]} (--best for eval, export and probe)"
+            )
     return 0
 
 

@@ -197,9 +197,15 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     file, files = path / MANIFEST, manifest["files"]
     text_or_null, list_or_null = (str, type(None)), (list, type(None))
     optional: dict[str, type | tuple[type, ...]] = {
-        "epoch": int, "train_samples": int, "versions": dict, "given_as_objects": list,
-        "labels_sha256": text_or_null, "teacher_sha256": text_or_null, "accuracy": (float, type(None)),
-        "classes": list_or_null, "normalization": list_or_null,
+        "epoch": int,
+        "train_samples": int,
+        "versions": dict,
+        "given_as_objects": list,
+        "labels_sha256": text_or_null,
+        "teacher_sha256": text_or_null,
+        "accuracy": (float, type(None)),
+        "classes": list_or_null,
+        "normalization": list_or_null,
     }
     check_fields(manifest, {name: kind for name, kind in optional.items() if name in manifest}, str(file))
     for name in ("given_as_objects", "classes"):

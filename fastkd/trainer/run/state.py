@@ -130,7 +130,11 @@ def _check_progress(checkpoint: Checkpoint) -> None:
     for name in ("step", "epoch"):
         if state[name] != checkpoint.manifest.get(name, state[name]):
             raise ValueError(f"{file}: {name} is {state[name]}, {checkpoint.manifest[name]} in {MANIFEST}")
-    config, samples = TrainConfig.from_dict(checkpoint.manifest["config"]), checkpoint.manifest["train_samples"]
+    samples = checkpoint.manifest["train_samples"]
+    try:
+        config = TrainConfig.from_dict(checkpoint.manifest["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{checkpoint.path / MANIFEST}: its config is not valid ({error})") from error
     full, rest = divmod(samples, config.data.batch_size)
     per_epoch, epochs = full + (rest > 0 and not config.data.drop_last), config.epochs
     if not state["epoch"] * per_epoch <= state["step"] <= min(state["epoch"] + 1, epochs) * per_epoch:
