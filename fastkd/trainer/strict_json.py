@@ -21,7 +21,7 @@ def read_json_object(file: Path, fields: Mapping[str, type | tuple[type, ...]] |
     try:
         values = parse_json(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file}: is truncated or corrupted, expected JSON ({error})") from None
+        raise ValueError(f"{file}: is not JSON: truncated or corrupted ({error})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: holds {type(values).__name__}, expected an object")
     check_fields(values, fields or {}, str(file))

@@ -108,6 +108,7 @@ class Meter:
             check_number(f"meter.sums.{name}", value)
         for name in ("count", "skipped"):
             check_int(f"meter.{name}", state[name], 0)
+            check_number(f"meter.{name}", state[name], 0, 2**62)
         self.sums, self.count, self.skipped = dict(state["sums"]), state["count"], state["skipped"]
 
 

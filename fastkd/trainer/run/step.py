@@ -116,4 +116,5 @@ class TrainStep:
         if own:
             check_number("scaler.scale", saved["scale"], 0.0, exclusive=True)
             check_int("scaler.growth_tracker", saved["_growth_tracker"], 0)
+            check_number("scaler.growth_tracker", saved["_growth_tracker"], 0, 2**31)
         self.scaler.load_state_dict(saved)
