@@ -224,7 +224,7 @@ MUTATIONS = (flip, resize, swap, retype_tensor, retype_state, remove_from_state,
 
 
 @settings(
-    max_examples=EXAMPLES or 120,
+    max_examples=EXAMPLES or 80,
     deadline=None,
     database=None,
     derandomize=not EXAMPLES,
