@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from fastkd.trainer.commands.reopen import other_data, reopen
 from fastkd.trainer.commands.train import parse_json
 from fastkd.trainer.data.config import DataConfig
-from fastkd.trainer.data.datasets import build_datasets
+from fastkd.trainer.data.datasets import build_datasets, names_of_classes
 from fastkd.trainer.data.loader import eval_loader, first_images
 from fastkd.trainer.models.build import ModelConfig, build_model, count_parameters, torchvision_weights
 from fastkd.trainer.models.features import FeatureModel, measure_shapes
 from fastkd.trainer.precision import choose_device
 from fastkd.trainer.run.checkpoint import find_weights
 from fastkd.trainer.run.evaluate import evaluate
-from fastkd.trainer.run.prepare import names_of_classes
 
 
 @dataclass(frozen=True)

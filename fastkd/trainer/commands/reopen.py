@@ -11,7 +11,7 @@ from torch import nn
 
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.config import DataConfig
-from fastkd.trainer.data.datasets import DATASETS, build_datasets
+from fastkd.trainer.data.datasets import build_datasets, is_known_data, names_of_classes, without_download
 from fastkd.trainer.imports import current_name
 from fastkd.trainer.models import cifar as cifar_nets
 from fastkd.trainer.models import small as nets
@@ -19,7 +19,6 @@ from fastkd.trainer.models.build import ModelConfig, build_model
 from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.models.weights import load_into
 from fastkd.trainer.run.checkpoint import MANIFEST, Checkpoint, CheckpointError, find_checkpoint, read_checkpoint
-from fastkd.trainer.run.prepare import names_of_classes
 
 # An option of a timm or torchvision builder of this name may name a file or an address to load from.
 _LOADS = re.compile("weights|pretrained|checkpoint|path|file|url")
@@ -83,7 +82,7 @@ def reopen(
     elif eval_data is None and with_data:
         if "data" in given:
             raise CheckpointError(f"{checkpoint.path}: its data was given as objects; pass it as eval_data=...")
-        _check_trust(checkpoint.path, config.data.name, config.data.name in DATASETS, trust_code)
+        _check_trust(checkpoint.path, config.data.name, is_known_data(config.data.name), trust_code)
         train_data, eval_data = build_datasets(without_download(config.data))
     load_into(model, checkpoint.weights[checkpoint.deployed], weights, "student")
     return Reopened(checkpoint, config, model, train_data, eval_data, data or config.data)
@@ -95,11 +94,6 @@ def other_data(config: DataConfig, root: str) -> DataConfig:
     part = options.get("val", "val")
     part = part if (Path(root) / part).is_dir() else "."
     return replace(config, name="images", options={**options, "root": root, "train": part, "val": part})
-
-
-def without_download(config: DataConfig) -> DataConfig:
-    """The same data, which are not fetched if they are not there: for a config that came with a checkpoint."""
-    return replace(config, options={name: value for name, value in config.options.items() if name != "download"})
 
 
 def _build_student(config: ModelConfig, manifest: Path, trust_code: bool) -> nn.Module:

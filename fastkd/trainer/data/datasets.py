@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+
+from torch.utils.data import Subset
 
 from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.data.labels import labelled_subset
@@ -27,6 +30,11 @@ def build_datasets(config: DataConfig) -> tuple[Any, Any]:
     return built
 
 
+def is_known_data(name: str) -> bool:
+    """Whether ``name`` can build nothing but a data set of fastkd or torchvision."""
+    return name in DATASETS or name.startswith("torchvision:")
+
+
 def choose_data(config: DataConfig, train_data: Any, eval_data: Any) -> tuple[Any, Any]:
     """The given datasets or else the configured ones, the training set cut to its labelled subset."""
     if (train_data is None) != (eval_data is None):
@@ -35,3 +43,16 @@ def choose_data(config: DataConfig, train_data: Any, eval_data: Any) -> tuple[An
     if config.labelled is not None:
         train_set = labelled_subset(train_set, config.labelled, config.subset_seed)
     return train_set, eval_set
+
+
+def without_download(config: DataConfig) -> DataConfig:
+    """The same data, which are not fetched if they are not there: for a config that came with a checkpoint."""
+    return replace(config, options={name: value for name, value in config.options.items() if name != "download"})
+
+
+def names_of_classes(dataset: Any) -> list[str] | None:
+    """The names of the classes of a dataset, or of the dataset of a Subset. None if it does not say."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    names = getattr(dataset, "classes", None)
+    return [str(name) for name in names] if isinstance(names, list | tuple) and names else None

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.data.datasets import choose_data
+from fastkd.trainer.data.datasets import choose_data, names_of_classes
 from fastkd.trainer.data.labels import labels_hash, normalization_of
 from fastkd.trainer.data.loader import eval_loader, first_images, train_loader
 from fastkd.trainer.models.build import Normalization, check_normalization, trained_normalization
@@ -80,14 +80,6 @@ def identify(config: TrainConfig, data: RunData, distiller: Distiller, objects: 
         classes=names_of_classes(data.train_set),
         normalization=None if normalization is None else [list(map(float, values)) for values in normalization],
     )
-
-
-def names_of_classes(dataset: Any) -> list[str] | None:
-    """The names of the classes of a dataset, or of the dataset of a Subset. None if it does not say."""
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    names = getattr(dataset, "classes", None)
-    return [str(name) for name in names] if isinstance(names, list | tuple) and names else None
 
 
 def prepare(
