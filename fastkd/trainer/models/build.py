@@ -140,9 +140,10 @@ def _told_if_offline(config: ModelConfig, role: str) -> Iterator[None]:
         if not config.pretrained or not (isinstance(error, OSError) or type(error).__module__.startswith(network)):
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        flag = "fastkd eval FILE --model NAME" if role == "model" else f"--{role}.weights FILE"
         raise OSError(
             f"{role}.pretrained: the weights of {config.name!r} cannot be downloaded ({reason}); without a network "
-            f"give a local file: --{role}.weights FILE"
+            f"give a local file: {flag}"
         ) from error
 
 
