@@ -10,15 +10,26 @@ from fastkd.functional.dcd import dcd_loss
 from fastkd.functional.kd import kd_loss
 from fastkd.functional.pool import multiscale_pool
 from fastkd.functional.preview import preview_weight
-from fastkd.losses import CKDLoss, DCDLoss, KDLoss, MSDCRDLoss, PCKDLoss
+from fastkd.losses import (
+    CKDLoss,
+    DCDLoss,
+    InfoNCELoss,
+    KDLoss,
+    MSDCRDLoss,
+    PCKDLoss,
+    SupConLoss,
+    total_loss,
+)
 
 __version__ = "0.1.0"  # pyproject.toml reads this line
 __all__ = [
     "CKDLoss",
     "DCDLoss",
+    "InfoNCELoss",
     "KDLoss",
     "MSDCRDLoss",
     "PCKDLoss",
+    "SupConLoss",
     "ckd_loss",
     "dcd_loss",
     "info_nce_loss",
@@ -27,4 +38,5 @@ __all__ = [
     "multiscale_pool",
     "preview_weight",
     "sup_con_loss",
+    "total_loss",
 ]

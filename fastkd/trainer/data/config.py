@@ -17,6 +17,9 @@ class DataConfig:
             returns (training set, evaluation set), each a map-style dataset of (image, label).
         options: keyword arguments of the data set.
         labelled: keep this many training samples, balanced over the classes. None keeps all.
+        unlabelled: images without a label take part: their label is -1. With ``labelled``, these are the training
+            images that would otherwise be left out. Cross-entropy is the mean over the labelled rows of the global
+            batch. All other terms use every row, and where they need a label the teacher's prediction takes its place.
         subset_seed: the seed that the labelled samples are drawn with.
         batch_size: rows of a training batch, all ranks together.
         eval_batch_size: rows of an evaluation batch, per rank.
@@ -33,6 +36,7 @@ class DataConfig:
     name: str = "digits"
     options: dict[str, Any] = field(default_factory=dict)
     labelled: int | None = None
+    unlabelled: bool = False
     subset_seed: int = 0
     batch_size: int = 64
     eval_batch_size: int = 512
@@ -45,6 +49,7 @@ class DataConfig:
         check_type("data.options", self.options, dict)
         if self.labelled is not None:
             check_int("data.labelled", self.labelled, 1)
+        check_type("data.unlabelled", self.unlabelled, bool)
         check_seed("data.subset_seed", self.subset_seed)
         check_int("data.batch_size", self.batch_size, 1)
         check_int("data.eval_batch_size", self.eval_batch_size, 1)

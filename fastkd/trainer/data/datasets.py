@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import Subset
 
 from fastkd.trainer.data.config import DataConfig
-from fastkd.trainer.data.labels import labelled_subset
+from fastkd.trainer.data.labels import labelled_subset, without_other_labels
 from fastkd.trainer.imports import import_object
 
 # Named and not imported, so that a run on digits does not load torchvision.
@@ -36,12 +36,16 @@ def is_known_data(name: str) -> bool:
 
 
 def choose_data(config: DataConfig, train_data: Any, eval_data: Any) -> tuple[Any, Any]:
-    """The given datasets or else the configured ones, the training set cut to its labelled subset."""
+    """The given datasets or else the configured ones, the training set cut to its labelled subset.
+
+    With ``config.unlabelled`` it is whole, and the labels outside of that subset are -1.
+    """
     if (train_data is None) != (eval_data is None):
         raise ValueError("train_data, eval_data: got one of them, expected both or none")
     train_set, eval_set = build_datasets(config) if train_data is None else (train_data, eval_data)
     if config.labelled is not None:
-        train_set = labelled_subset(train_set, config.labelled, config.subset_seed)
+        choose = without_other_labels if config.unlabelled else labelled_subset
+        train_set = choose(train_set, config.labelled, config.subset_seed)
     return train_set, eval_set
 
 

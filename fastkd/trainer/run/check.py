@@ -17,6 +17,7 @@ from fastkd.trainer.models.features import FeatureModel, evaluating
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.evaluate import evaluate
 from fastkd.trainer.run.ranks import Ranks
+from fastkd.validate import NO_LABEL
 
 
 def check_fit(
@@ -41,7 +42,11 @@ def check_fit(
     if "ce" not in distiller.objective.weights:
         del labelled["train_data"]  # without cross-entropy its labels may mean anything
     for name, dataset in labelled.items():
-        largest = _largest_label(dataset)
+        smallest, largest = _range_of_labels(dataset) or (0, None)
+        if smallest == NO_LABEL and name == "train_data" and not config.data.unlabelled:
+            raise ValueError(
+                f"data.unlabelled: got False, but {name} has the label {NO_LABEL}, which stands for none; expected True"
+            )
         if largest is not None and largest >= classes:
             raise ValueError(
                 f"student.num_classes: the student has {classes} classes, but {name} has the label {largest}; expected "
@@ -71,8 +76,8 @@ def _classes_and_single_values(model: FeatureModel, image: Tensor) -> tuple[int,
     return logits.shape[1], single
 
 
-def _largest_label(dataset: Any) -> int | None:
-    """The largest label; None for a dataset that does not expose its labels, or changes them when it is read."""
+def _range_of_labels(dataset: Any) -> tuple[int, int] | None:
+    """The smallest and the largest label; None where labels are not exposed, or are changed when they are read."""
     whole = dataset
     while isinstance(whole, Subset):
         whole = whole.dataset
@@ -84,7 +89,7 @@ def _largest_label(dataset: Any) -> int | None:
         return None
     if labels.ndim != 1 or labels.numel() == 0 or labels.is_floating_point():
         return None
-    return int(labels.max())
+    return int(labels.min()), int(labels.max())
 
 
 def check_teacher(

@@ -178,7 +178,8 @@ def build_distiller(
         has = "needs a teacher but there is none" if wanted else "has no term that uses the teacher that is given"
         raise ValueError(f"teacher: objective.terms={config.objective.terms!r} {has}")
     if not wanted:
-        return Distiller(student_model, None, Objective(config.objective, shapes, shapes, terms))
+        alone = Objective(config.objective, shapes, shapes, terms, unlabelled=config.data.unlabelled)
+        return Distiller(student_model, None, alone)
     if teacher is None and config.teacher is not None and not (config.teacher.weights or config.teacher.pretrained):
         raise ValueError("teacher.weights: got None, expected trained weights (or pretrained=True, or a module)")
     teacher_model = _feature_model("teacher", config.teacher, teacher, optional, tell)
@@ -187,7 +188,8 @@ def build_distiller(
     teacher_shapes = measure_shapes(teacher_model, images, feature_map=maps)
     if shapes.classes != teacher_shapes.classes:
         raise ValueError(f"teacher: has {teacher_shapes.classes} classes, expected the student's {shapes.classes}")
-    return Distiller(student_model, teacher_model, Objective(config.objective, shapes, teacher_shapes, terms))
+    objective = Objective(config.objective, shapes, teacher_shapes, terms, unlabelled=config.data.unlabelled)
+    return Distiller(student_model, teacher_model, objective)
 
 
 def _check_nothing_shared(student: FeatureModel, teacher: FeatureModel) -> None:

@@ -105,7 +105,8 @@ class Meter:
         check_type("meter.sums", state["sums"], dict)
         for name, value in state["sums"].items():
             check_type("meter.sums", name, str)
-            check_number(f"meter.sums.{name}", value)
+            if not (isinstance(value, float) and not math.isfinite(value)):  # only the total is always finite
+                check_number(f"meter.sums.{name}", value)
         for name in ("count", "skipped"):
             check_int(f"meter.{name}", state[name], 0)
             check_number(f"meter.{name}", state[name], 0, 2**62)
