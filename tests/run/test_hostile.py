@@ -66,7 +66,7 @@ class Target:
 
     def build(self) -> tuple[Identity, RunState]:
         built: tuple[Distiller, list[str]] = build_models(
-            self.config, self.data, CPU, Ranks(), student=None, teacher=None, terms=None
+            self.config, self.data, CPU, Ranks(), resumed=True, student=None, teacher=None, terms=None
         )
         distiller = built[0]
         identity = identify(self.config, self.data, distiller, {"student": None, "teacher": None, "data": None})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,11 @@ from torch.utils.data import Subset
 
 from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.data.labels import labelled_subset, without_other_labels
+from fastkd.trainer.data.options import options_class
 from fastkd.trainer.imports import import_object
 
 # Named and not imported, so that a run on digits does not load torchvision.
+TORCHVISION = "fastkd.trainer.data.torchvision_sets:load_torchvision"
 DATASETS = {
     "digits": "fastkd.trainer.data.memory:load_digits",
     "images": "fastkd.trainer.data.images:load_images",
@@ -21,10 +24,22 @@ DATASETS = {
 
 def build_datasets(config: DataConfig) -> tuple[Any, Any]:
     """(training set, evaluation set) that ``config.name`` names, before the labelled subset is taken."""
-    name = DATASETS.get(config.name, config.name)
+    name, options = DATASETS.get(config.name, config.name), dict(config.options)
+    if name.startswith("torchvision:"):
+        name, options["name"] = TORCHVISION, name.removeprefix("torchvision:")
     if ":" not in name:
-        raise ValueError(f"data.name: got {name!r}, expected one of {sorted(DATASETS)} or 'package.module:callable'")
-    built = import_object(name, "data.name")(**config.options)
+        raise ValueError(
+            f"data.name: got {name!r}, expected one of {sorted(DATASETS)}, 'torchvision:NAME' or "
+            "'package.module:callable'"
+        )
+    load = import_object(name, "data.name")
+    if options_class(config.name) is not None and "root" not in options and config.name != "digits":
+        raise ValueError(f"data.options.root: is missing for {config.name!r}; give --data.options.root DIR")
+    try:
+        inspect.signature(load).bind(**options)
+    except TypeError as error:  # what a user's own data set takes
+        raise ValueError(f"data.options: {config.name!r}: {error}") from None
+    built = load(**options)
     if not isinstance(built, tuple) or len(built) != 2:
         raise TypeError(f"data.name: {name!r} returned {type(built).__name__}, expected (training set, eval set)")
     return built

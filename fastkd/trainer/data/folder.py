@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from fastkd.trainer.data.encoded import EXTENSIONS, ImageSamples
 
 class FolderImages(ImageSamples):
     """The images ``root/CLASS/anything/FILE``; the folders' alphabetical order numbers the classes."""
+
+    note: str | None = None  # what a user has to know about where the samples come from
 
     def find_samples(self) -> tuple[Tensor, list[str]]:
         if not self.root.is_dir():
@@ -29,6 +32,12 @@ class FolderImages(ImageSamples):
         # One array holds all names: a list of a million strings would be copied into every worker that reads it.
         self._names = np.array([os.fsencode(Path(path).relative_to(self.root)) for path, _ in samples])
         return torch.tensor([label for _, label in samples]), classes
+
+    def keep(self, chosen: Tensor) -> Self:
+        """Leave out all samples but the ``chosen`` ones; the classes and their numbers stay. Returns itself."""
+        self._names, self.labels = self._names[chosen.numpy()], self.labels[chosen]
+        self._broken = torch.zeros(len(chosen), dtype=torch.uint8).share_memory_()
+        return self
 
     def encoded(self, index: int) -> bytes:
         return self._path(index).read_bytes()

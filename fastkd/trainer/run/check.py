@@ -22,8 +22,10 @@ from fastkd.validate import NO_LABEL
 
 def check_fit(
     config: TrainConfig, distiller: Distiller, images: Tensor, batches: GlobalBatches, train_set: Any, eval_set: Any
-) -> None:
-    """Raise ValueError, before anything is written, for what would end the run in its first or last batch.
+) -> int:
+    """The number of the student's outputs.
+
+    Raises ValueError, before anything is written, for what would end the run in its first or last batch.
 
     That is a label that the student has no class for, as far as the datasets expose their labels, and a chunk of one
     row, of which batch norm would get a single value per channel. Called before ``prepare``, with images that the
@@ -42,7 +44,7 @@ def check_fit(
     if "ce" not in distiller.objective.weights:
         del labelled["train_data"]  # without cross-entropy its labels may mean anything
     for name, dataset in labelled.items():
-        smallest, largest = _range_of_labels(dataset) or (0, None)
+        smallest, largest = range_of_labels(dataset) or (0, None)
         if smallest == NO_LABEL and name == "train_data" and not config.data.unlabelled:
             raise ValueError(
                 f"data.unlabelled: got False, but {name} has the label {NO_LABEL}, which stands for none; expected True"
@@ -52,6 +54,16 @@ def check_fit(
                 f"student.num_classes: the student has {classes} classes, but {name} has the label {largest}; expected "
                 f"labels in [0, {classes})"
             )
+    return classes
+
+
+def check_outputs(outputs: int, names: list[str] | None) -> None:
+    """Raise ValueError for a student with more outputs than there are classes, where the data name their classes."""
+    if names is not None and outputs > len(names):
+        raise ValueError(
+            f"student.num_classes: the student has {outputs} outputs and the data have {len(names)} classes, expected "
+            f"as many; give --student.num-classes {len(names)}"
+        )
 
 
 def _classes_and_single_values(model: FeatureModel, image: Tensor) -> tuple[int, list[str]]:
@@ -76,7 +88,7 @@ def _classes_and_single_values(model: FeatureModel, image: Tensor) -> tuple[int,
     return logits.shape[1], single
 
 
-def _range_of_labels(dataset: Any) -> tuple[int, int] | None:
+def range_of_labels(dataset: Any) -> tuple[int, int] | None:
     """The smallest and the largest label; None where labels are not exposed, or are changed when they are read."""
     whole = dataset
     while isinstance(whole, Subset):
