@@ -16,6 +16,7 @@ usage: fastkd COMMAND ...
   recipes            the recipes there are, a line each
   train RECIPE ...   run a recipe, its own or package.module:function; every setting is a flag
   train --config FILE ...   run the settings of a YAML file, such as the config.yaml of a run
+  train RECIPE --seeds 0 1 2 ...   a run per seed, then mean and standard deviation
   train RECIPE --dry-run [--ranks N] ...   print what it comes to, with a memory estimate, and stop
   eval CHECKPOINT    accuracy of a checkpoint or of the newest one of a run folder
   export CHECKPOINT OUT   its student as .safetensors or .onnx, checked

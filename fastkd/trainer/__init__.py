@@ -9,6 +9,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastkd.trainer.callbacks import Callback
     from fastkd.trainer.commands.evaluate_checkpoint import EvalResult, evaluate_checkpoint
     from fastkd.trainer.config import TrainConfig
     from fastkd.trainer.data.config import DataConfig
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from fastkd.trainer.run.meter import NonFiniteLossError
 
 _HOME = {
+    "callbacks": ("Callback",),
     "commands.evaluate_checkpoint": ("EvalResult", "evaluate_checkpoint"),
     "config": ("TrainConfig",),
     "data.config": ("DataConfig",),
@@ -66,6 +68,7 @@ __all__ = [
     "BrokenImagesError",
     "CEConfig",
     "CKDConfig",
+    "Callback",
     "CheckpointError",
     "DCDConfig",
     "DataConfig",
@@ -108,7 +111,7 @@ def __getattr__(name: str) -> Any:
 def require_extras() -> None:
     """Raise ImportError that says what to install when a package of the ``train`` extra is missing."""
     needed = (
-        *("timm", "torchvision", "torchdata", "safetensors", "rich", "tensorboard", "tyro", "sklearn", "yaml"),
+        *("timm", "torchvision", "safetensors", "rich", "tensorboard", "tyro", "sklearn", "yaml"),
         *("matplotlib", "jinja2", "threadpoolctl", "numpy", "scipy", "PIL", "huggingface_hub"),
     )
     missing = [package for package in needed if importlib.util.find_spec(package) is None]

@@ -75,7 +75,7 @@ def test_top5_confusion_and_classes_are_counted() -> None:
     loader = eval_loader(data, DataConfig(eval_batch_size=16), torch.device("cpu"))
     values = evaluate(FeatureModel(Fixed()), loader, torch.device("cpu"), confusion=confusion)
     order = scores.flatten(1).argsort(1, descending=True)
-    assert values["accuracy"] == (order[:, 0] == labels).float().mean().item()
+    assert values["accuracy"] == (order[:, 0] == labels).double().mean().item()
     assert values["top5"] == pytest.approx((order[:, :5] == labels[:, None]).any(1).float().mean().item())
     for label in range(7):
         for found in range(7):

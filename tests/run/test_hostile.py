@@ -71,7 +71,7 @@ class Target:
         distiller = built[0]
         identity = identify(self.config, self.data, distiller, {"student": None, "teacher": None, "data": None})
         step = TrainStep(distiller, self.config, CPU, Ranks())
-        return identity, RunState(distiller, step, Meter(), self.data.loader, Progress())
+        return identity, RunState(distiller, step, Meter(), Progress())
 
     def copy(self) -> Path:
         """A run folder with a copy of the checkpoint and the records."""

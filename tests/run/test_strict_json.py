@@ -91,5 +91,4 @@ def test_a_forged_run_json_is_refused_by_the_report(tmp_path: Path, changes: dic
     with pytest.raises(ValueError, match=told):
         read_run(tmp_path, "run")
     (tmp_path / "run.json").write_text(json.dumps(info))
-    with pytest.raises(ValueError, match=r"metrics\.jsonl: is missing"):
-        read_run(tmp_path, "run")
+    assert read_run(tmp_path, "run").steps == []  # a run that has just begun

@@ -102,8 +102,12 @@ class Distiller(nn.Module):
         loss, terms = distiller(images, labels)
     """
 
-    def __init__(self, student: FeatureModel, teacher: FeatureModel | None, objective: Objective) -> None:
+    def __init__(
+        self, student: FeatureModel, teacher: FeatureModel | None, objective: Objective, classes: int = 0
+    ) -> None:
+        """``classes``: the width of the student's logits where it is known; the trainer counts per class then."""
         super().__init__()
+        self.classes = classes
         self.student = student
         self.teacher = None if teacher is None else FrozenModel(teacher)
         self.objective = objective
@@ -183,7 +187,7 @@ def build_distiller(
         raise ValueError(f"teacher: objective.terms={config.objective.terms!r} {has}")
     if not wanted:
         alone = Objective(config.objective, shapes, shapes, terms, unlabelled=config.data.unlabelled)
-        return Distiller(student_model, None, alone)
+        return Distiller(student_model, None, alone, shapes.classes)
     if teacher is None and config.teacher is not None and not (config.teacher.weights or config.teacher.pretrained):
         raise ValueError("teacher.weights: got None, expected trained weights (or pretrained=True, or a module)")
     teacher_model = _feature_model("teacher", config.teacher, teacher, optional, tell)
@@ -193,7 +197,7 @@ def build_distiller(
     if shapes.classes != teacher_shapes.classes:
         raise ValueError(f"teacher: has {teacher_shapes.classes} classes, expected the student's {shapes.classes}")
     objective = Objective(config.objective, shapes, teacher_shapes, terms, unlabelled=config.data.unlabelled)
-    return Distiller(student_model, teacher_model, objective)
+    return Distiller(student_model, teacher_model, objective, shapes.classes)
 
 
 def _check_nothing_shared(student: FeatureModel, teacher: FeatureModel) -> None:

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.datasets import build_datasets, choose_data, names_of_classes, without_download
 from fastkd.trainer.data.labels import labels_hash, normalization_of
-from fastkd.trainer.data.loader import eval_loader, first_images, train_loader
+from fastkd.trainer.data.loader import GlobalBatches, eval_loader, first_images, train_loader
 from fastkd.trainer.data.mix import BatchMix
 from fastkd.trainer.models.build import Normalization, check_normalization, trained_normalization
 from fastkd.trainer.objective.terms import TermFunction
@@ -30,16 +29,23 @@ from fastkd.trainer.run.state import Identity
 class RunData:
     """The data of a run: both datasets, this rank's loaders, and the images of a batch of two.
 
-    ``set_epoch`` tells ``loader`` the epoch before each pass. ``mix`` is what a batch of it goes through then.
+    ``set_epoch`` tells ``loader`` the epoch, and the batch to begin with, before each pass. ``mix`` is what a batch of
+    it goes through then.
     """
 
     train_set: Any
     eval_set: Any
-    loader: StatefulDataLoader
-    set_epoch: Callable[[int], None]
+    loader: DataLoader[Any]
+    set_epoch: Callable[[int, int], None]
     eval_loader: DataLoader[Any]
     sample: Tensor
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda images, labels: (images, labels)
+
+    @property
+    def batches(self) -> GlobalBatches:
+        """Which samples are in which batch of this rank."""
+        assert isinstance(self.loader.batch_sampler, GlobalBatches)
+        return self.loader.batch_sampler
 
 
 def open_data(config: TrainConfig, train_data: Any, eval_data: Any, device: torch.device, ranks: Ranks) -> RunData:
@@ -98,7 +104,7 @@ def build_models(
     distiller = build_distiller(
         config, data.sample, student=student, teacher=teacher, terms=terms, tell=told.append
     ).to(device)
-    outputs = check_fit(config, distiller, data.sample, data.loader.batch_sampler, data.train_set, data.eval_set)
+    outputs = check_fit(config, distiller, data.sample, data.batches, data.train_set, data.eval_set)
     if not resumed:
         check_outputs(outputs, names_of_classes(data.train_set))
     data.mix = BatchMix(config.data, outputs)

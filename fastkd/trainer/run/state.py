@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastkd.trainer.config import TrainConfig, differences
 from fastkd.trainer.models.weights import load_into
@@ -81,10 +80,9 @@ class Progress:
 class SavedState(Progress):
     """``state.pt``: plain types and tensors, which ``torch.load(weights_only=True)`` accepts.
 
-    ``loader`` is None between two epochs. ``rng`` is rank 0's ``rng_state``.
+    ``rng`` is rank 0's ``rng_state``. The loader has no state: its position is the step.
     """
 
-    loader: dict[str, Any] | None
     meter: dict[str, Any]
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
@@ -97,7 +95,6 @@ _STATE_TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("meter", "optimizer", "scaler", "rng"), dict),
     **dict.fromkeys(("history", "rng_of_other_ranks"), list),
     "seconds": (float, int),
-    "loader": (dict, type(None)),
 }
 
 
@@ -158,7 +155,6 @@ class RunState:
     distiller: Distiller
     step: TrainStep
     meter: Meter
-    loader: StatefulDataLoader
     progress: Progress
 
     @property
@@ -171,7 +167,6 @@ class RunState:
         """The content of ``state.pt``; ``generators``: the ``rng_state`` of every rank."""
         return SavedState(
             **vars(self.progress),
-            loader=self.loader.state_dict() if self.progress.step % len(self.loader) else None,
             meter=self.meter.state_dict(),
             **self.step.state_dict(),
             rng=generators[0],
@@ -188,12 +183,9 @@ class RunState:
                 raise CheckpointError(f"{checkpoint.path}: has no {name}, expected the moving average of the student")
             load_into(module, checkpoint.weights[name], checkpoint.path / name, cast=False)
         try:
-            saved = SavedState(**checkpoint.state)
-            _check_loader(saved.loader, saved.step % len(self.loader))
+            saved = SavedState(**{part.name: checkpoint.state[part.name] for part in fields(SavedState)})
             self.step.load_state_dict(checkpoint.state, saved.step)
             self.meter.load_state_dict(saved.meter)
-            if saved.loader is not None:
-                self.loader.load_state_dict(saved.loader)
             self.progress = Progress(**{part.name: getattr(saved, part.name) for part in fields(Progress)})
             generators = [saved.rng, *saved.rng_of_other_ranks]
             if rank < len(generators):
@@ -205,18 +197,3 @@ class RunState:
             reason = str(error).strip().partition("\n")[0]
             kind = "" if type(error) in (ValueError, TypeError) else f"{type(error).__name__}: "
             raise CheckpointError(f"{checkpoint.path / STATE}: is not a training state ({kind}{reason})") from error
-
-
-def _check_loader(state: dict[str, Any] | None, position: int) -> None:
-    """ValueError unless ``state`` is a loader's after ``position`` batches of an epoch.
-
-    None stands for the beginning of an epoch. What a data set has saved of its own is not looked at.
-    """
-    if state is None:
-        if position:
-            raise ValueError(f"loader: got None, expected its state after {position} batches")
-        return
-    snapshot = state.get("_snapshot", {})
-    found = snapshot["_snapshot_step"] + state["_steps_since_snapshot"] if snapshot else state["_num_yielded"]
-    if found != position:
-        raise ValueError(f"loader: is at batch {str(found)[:20]} of an epoch, expected {position}")
