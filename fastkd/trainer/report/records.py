@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +11,16 @@ from typing import Any
 
 from fastkd.trainer.run.checkpoint import MANIFEST, list_checkpoints
 from fastkd.trainer.run.log import CLASSES, METRICS, RUN, SEED_FOLDER, SPEED
+from fastkd.trainer.strict_json import check_fields, parse_json, read_json_object
+from fastkd.validate import check_int
 
-_RUN_KEYS = {
-    *("student", "teacher", "teacher_sha256", "train_samples", "eval_samples", "global_batch", "ranks", "steps"),
-    *("learning_rate", "loss_weights", "seed", "precision", "device", "versions", "given_as_objects", "config"),
+_RUN_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("student", "loss_weights", "versions", "config"), dict),
+    **dict.fromkeys(("train_samples", "eval_samples", "global_batch", "ranks", "steps", "seed"), int),
+    **dict.fromkeys(("learning_rate", "precision", "device"), str),
+    "teacher": (dict, type(None)),
+    "teacher_sha256": (str, type(None)),
+    "given_as_objects": list,
 }
 _NOT_A_QUANTITY = {"kind", "step", "epoch"}
 
@@ -136,11 +141,10 @@ def read_run(folder: Path, name: str) -> RecordedRun:
     """Read one run folder. ValueError that names the file if one is missing or cannot be understood."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such run folder")
-    info = _json_object(folder / RUN)
-    if missing := sorted(_RUN_KEYS - info.keys()):
-        raise ValueError(f"{folder / RUN}: lacks {', '.join(missing)}")
-    if missing := sorted({"epochs", "data", "optim"} - info["config"].keys()):
-        raise ValueError(f"{folder / RUN}: its config lacks {', '.join(missing)}")
+    info = _json_object(folder / RUN, _RUN_FIELDS)
+    check_fields(info["config"], {"epochs": int, "data": dict, "optim": dict}, f"{folder / RUN}: its config")
+    check_int(f"{folder / RUN}: steps", info["steps"], 1)
+    check_int(f"{folder / RUN}: config.epochs", info["config"]["epochs"], 1)
     manifest = _newest_manifest(folder)
     # A run that has just begun has not written its first record.
     begun = manifest is not None or (folder / METRICS).exists()
@@ -176,7 +180,7 @@ def read_metrics(file: Path) -> tuple[list[dict[str, Any]], bool]:
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line.decode())
+            record = parse_json(line)
         except ValueError:
             if number == len(lines):
                 return records, True
@@ -214,9 +218,8 @@ def _newest_manifest(folder: Path) -> dict[str, Any] | None:
     # A run that is going on may have replaced it by a newer one since.
     if not file.exists() and list_checkpoints(folder / "checkpoints")[-1:] != found[-1:]:
         return _newest_manifest(folder)
-    manifest = _json_object(file)
-    if not _is_count(manifest.get("step")) or "labels_sha256" not in manifest:
-        raise ValueError(f"{file}: has no step or no labels_sha256")
+    manifest = _json_object(file, {"step": int, "labels_sha256": (str, type(None)), "config": dict})
+    check_int(f"{file}: step", manifest["step"], 0)
     return manifest
 
 
@@ -236,15 +239,11 @@ def _classes(file: Path) -> dict[str, Any] | None:
     return found | {"classes": list(map(str, found["classes"]))}
 
 
-def _json_object(file: Path) -> dict[str, Any]:
-    data = _read(file)
+def _json_object(file: Path, fields: dict[str, Any] | None = None) -> dict[str, Any]:
     try:
-        values = json.loads(data.decode())
-    except ValueError as error:
-        raise ValueError(f"{file}: is not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: holds {type(values).__name__}, expected an object")
-    return values
+        return read_json_object(file, fields)
+    except FileNotFoundError:
+        raise ValueError(f"{file}: is missing") from None
 
 
 def _read(file: Path) -> bytes:

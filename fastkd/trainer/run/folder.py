@@ -28,6 +28,7 @@ from fastkd.trainer.run.log import CLASSES, METRICS, RUN, RunLog
 from fastkd.trainer.run.meter import check_finite
 from fastkd.trainer.run.ranks import Ranks
 from fastkd.trainer.run.state import Identity, RunState, check_resumable
+from fastkd.trainer.strict_json import read_json_object
 
 
 def open_run(config: TrainConfig) -> tuple[Path | None, Checkpoint | None]:
@@ -75,8 +76,8 @@ def open_run(config: TrainConfig) -> tuple[Path | None, Checkpoint | None]:
 def _begun_by_this_job(file: Path) -> bool:
     """Whether the torchrun job that restarts now is the one that began the run."""
     try:
-        return json.loads(file.read_bytes())["torchrun"] == os.environ.get("TORCHELASTIC_RUN_ID")
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json_object(file)["torchrun"] == os.environ.get("TORCHELASTIC_RUN_ID")
+    except (OSError, ValueError, KeyError):
         return False
 
 

@@ -20,6 +20,7 @@ from fastkd.trainer.optim import Schedule
 from fastkd.trainer.precision import choose_device
 from fastkd.trainer.rng import seed_everything
 from fastkd.trainer.run.check import check_teacher, report_broken
+from fastkd.trainer.run.checkpoint import best_checkpoint, list_checkpoints, read_manifest
 from fastkd.trainer.run.describe import changes, describe, header
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.evaluate import evaluate
@@ -58,6 +59,12 @@ class TrainResult:
     resumed_from: int | None
     already_finished: bool
     stopped_by: signal.Signals | None = None
+
+    @property
+    def best(self) -> tuple[float, Path] | None:
+        """Accuracy and path of the best checkpoint that was kept (``--best``). None if none was evaluated."""
+        best = None if self.path is None else best_checkpoint(list_checkpoints(self.path.parent))
+        return None if best is None else (read_manifest(best)["accuracy"], best)
 
 
 def train(

@@ -100,24 +100,30 @@ def build_models(
     terms: Mapping[str, nn.Module | TermFunction] | None,
 ) -> tuple[Distiller, list[str]]:
     """The distiller on ``device``, checked against the data and ready for the first step; and lines for the user."""
-    distiller = build_distiller(config, data.sample, student=student, teacher=teacher, terms=terms).to(device)
+    told: list[str] = []
+    distiller = build_distiller(
+        config, data.sample, student=student, teacher=teacher, terms=terms, tell=told.append
+    ).to(device)
     outputs = check_fit(config, distiller, data.sample, data.batches, data.train_set, data.eval_set)
     if not resumed:
         check_outputs(outputs, names_of_classes(data.train_set))
     data.mix = BatchMix(config.data, outputs)
     note = getattr(data.train_set, "note", None)
     lines = prepare(distiller, config, device, ranks, normalization_of(data.train_set))
-    return distiller, [*([note] if note else []), *lines]
+    return distiller, [*told, *([note] if note else []), *lines]
 
 
 def identify(config: TrainConfig, data: RunData, distiller: Distiller, objects: dict[str, Any]) -> Identity:
     """The run's identity; ``objects`` are the arguments of ``train`` that may replace what the config would build."""
+    normalization = normalization_of(data.train_set)
     return Identity(
         config=config.to_dict(),
         given_as_objects=[name for name, value in objects.items() if value is not None],
         train_samples=len(data.train_set),
         labels_sha256=labels_hash(data.train_set),
         teacher_sha256=None if distiller.teacher is None else weights_hash(distiller.teacher.model.model),
+        classes=names_of_classes(data.train_set),
+        normalization=None if normalization is None else [list(map(float, values)) for values in normalization],
     )
 
 
