@@ -1,8 +1,8 @@
 """Contrastive knowledge-distillation losses as fused, memory-linear kernels, and a thin trainer.
 
 The losses need PyTorch alone. Importing this package compiles nothing and never initialises CUDA. The trainer is in
-``fastkd.trainer`` and needs more packages (``pip install 'fastkd[train]'``). docs/architecture.md shows how all of it
-is built.
+``fastkd.trainer`` and needs the packages of the extra ``train`` (in a checkout, ``pip install '.[train]'``).
+docs/architecture.md shows how all of it is built.
 """
 
 from fastkd.functional.contrast import ckd_loss, info_nce_loss, masked_contrast_loss, sup_con_loss

@@ -29,6 +29,8 @@ _COMMANDS = {
     "probe": "fastkd.trainer.commands.linear_probe:probe_command",
     "report": "fastkd.trainer.report.page:report_command",
 }
+# Beside ``train``. The extra ``export`` is asked for where an ONNX file is written.
+_FURTHER_EXTRAS = {"demo": ("report",), "probe": ("report",), "report": ("report",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,14 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastkd: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     from fastkd import trainer
+    from fastkd.trainer.extras import MissingExtraError, require_extras
 
     try:
-        trainer.require_extras()
-    except ImportError as error:
-        print(f"fastkd: {error}", file=sys.stderr)
-        return 1
-    try:
+        require_extras("train", *_FURTHER_EXTRAS.get(command, ()), by="this command")
         return _run(command, arguments)
+    except MissingExtraError as error:
+        print(f"fastkd {command}: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         if not _is_users_mistake(error):
             raise

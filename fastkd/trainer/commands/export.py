@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastkd.trainer.commands.reopen import Reopened, reopen
 from fastkd.trainer.data.loader import collate, fetch
+from fastkd.trainer.extras import require_extras
 from fastkd.trainer.run.describe import versions
 
 SAMPLES = 8
@@ -48,7 +49,7 @@ def export(reopened: Reopened, out: str | Path, *, image_shape: tuple[int, ...] 
     Raises:
         ValueError: ``out`` ends otherwise, or there are neither data nor ``image_shape``.
         FileExistsError: ``out`` exists.
-        ImportError: the packages of ``pip install 'fastkd[export]'`` are missing, for ONNX.
+        ImportError: packages of the extra ``export`` are missing, for ONNX.
         ExportError: the outputs differ.
     """
     out = Path(out)
@@ -83,11 +84,9 @@ def _write_safetensors(model: nn.Module, path: Path, metadata: dict[str, str]) -
 
 
 def _write_onnx(model: nn.Module, path: Path, images: Tensor) -> float:
-    try:
-        import onnxruntime  # type: ignore[import-not-found,unused-ignore]
-        import onnxscript  # type: ignore[import-not-found,unused-ignore] # noqa: F401 (torch's exporter needs it)
-    except ImportError as error:
-        raise ImportError(f"export: missing {error.name}; run: pip install 'fastkd[export]'") from error
+    require_extras("export", by="the export to ONNX")  # torch's exporter imports onnx and onnxscript
+    import onnxruntime  # type: ignore[import-not-found,unused-ignore]
+
     logits = _Logits(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own deprecations

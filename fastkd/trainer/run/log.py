@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.extras import is_missing
 
 METRICS, SPEED, RUN = "metrics.jsonl", "speed.jsonl", "run.json"
 
@@ -39,7 +40,9 @@ class RunLog:
             self._file = (folder / METRICS).open("ab")
             self._file.truncate(size)
             self._file.seek(size)  # else its position, which is what is saved as its size, stays at the old end
-            if config.tensorboard:
+            if config.tensorboard and is_missing("tensorboard"):
+                self.print("tensorboard is not installed: no curves for it")
+            elif config.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
