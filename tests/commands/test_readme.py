@@ -103,9 +103,14 @@ def test_python_of_the_readme_and_of_the_how_tos_runs(tmp_path: Path, monkeypatc
         "teacher": teacher_fc,
         "labels": torch.arange(4),
         "epoch": 0,
-        **{"student_features": student, "student_logits": student_fc(student), "student_classifier": student_fc},
-        **{"teacher_features": teacher, "teacher_logits": teacher_fc(teacher), "teacher_classifier": teacher_fc},
-        **{"student_map": torch.randn(2, 512, 4, 4), "teacher_map": torch.randn(2, 2048, 4, 4)},
+        "student_features": student,
+        "student_logits": student_fc(student),
+        "student_classifier": student_fc,
+        "teacher_features": teacher,
+        "teacher_logits": teacher_fc(teacher),
+        "teacher_classifier": teacher_fc,
+        "student_map": torch.randn(2, 512, 4, 4),
+        "teacher_map": torch.randn(2, 2048, 4, 4),
     }
     embeddings = {"student": torch.randn(4, 8), "teacher": torch.randn(4, 8), "logit_scale": 10.0}
     first, functions, more = blocks("README.md", "python")
