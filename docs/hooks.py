@@ -91,4 +91,6 @@ class PlainMarkup(griffe.Extension):
             text = re.sub(r"^[ ]*\.\. code-block:: \w+\n", "", obj.docstring.value, flags=re.M)
             text = re.sub(r":\w+:`~?(fastkd\.\w+)`", r"[`\1`][\1]", text)
             text = re.sub(r":\w+:`~?([\w.]+)`", r"`\1`", text)
+            text = re.sub(r"^(\s*)>=", r"\1\\>=", text, flags=re.M)  # a line that begins with it is no quotation
+            text = re.sub(r"^Example:\n", "Examples:\n", text, flags=re.M)  # the only heading whose prompts are code
             obj.docstring.value = re.sub(r"(?<=\w)::\n", ":\n", text)

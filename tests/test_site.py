@@ -38,6 +38,7 @@ def test_the_api_has_every_public_name_and_no_markup_of_another_program(site: Pa
     main_names = re.findall(r"^::: ([\w.]+)", (ROOT / "docs" / "api" / "trainer.md").read_text(), re.MULTILINE)
     assert {name.removeprefix("fastkd.trainer.") for name in main_names} <= set(fastkd.trainer.__all__)
     assert [name for name in (*names, *main_names) if f'id="{name}"' not in pages] == []
+    assert "<blockquote>" not in pages  # what a prompt becomes that is not taken for code, and a line with >=
     assert re.findall(r".{20}(?::\w+:<code>|\.\. code-block).{20}", pages) == []
 
 
