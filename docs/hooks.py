@@ -3,6 +3,8 @@
 MkDocs calls the functions by their names. mkdocstrings loads ``PlainMarkup``.
 """
 
+import ast
+import fnmatch
 import html
 import json
 import posixpath
@@ -54,7 +56,7 @@ def markdown_of(notebook: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links between files of the repository become links between pages of the site."""
+    """Links between files become links between pages, and ``::: fastkd.*Loss`` all such names of ``fastkd.__all__``."""
     site_path = page.file.src_uri
     moved_back = {site: repository for repository, site in MOVED.items()}
     outside = site_path in moved_back or not (ROOT / "docs" / site_path).exists()
@@ -69,7 +71,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         # A file that is no page is named and not linked. What is nowhere stays, and MkDocs reports it.
         return text[1:-1] if (ROOT / place).exists() else match[0]
 
+    markdown = re.sub(r"^::: fastkd\.(\S*\*\S*)$", public_names, markdown, flags=re.M)
     return re.sub(r"(\[[^\]\n]*\])\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)", link, markdown)
+
+
+def public_names(match: re.Match[str]) -> str:
+    listed = re.search(r"^__all__ = (\[.*?\])", (ROOT / "fastkd" / "__init__.py").read_text(), flags=re.M | re.S)
+    assert listed
+    return "\n".join(f"::: fastkd.{name}" for name in fnmatch.filter(ast.literal_eval(listed[1]), match[1]))
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
