@@ -24,11 +24,12 @@ help:
 ## Creates .venv with everything pinned in constraints.txt, and installs fastkd editable with its extension.
 setup: .venv/.installed
 
+# Python compiles a module when it is first imported, and most modules of most packages never are.
 .venv/.installed: pyproject.toml setup.py constraints.txt fastkd/native.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fastkd needs Python >= 3.11, found $$($(PYTHON) --version 2>&1); run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,report,export,examples,docs,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[train,report,export,examples,docs,dev]'
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
