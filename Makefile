@@ -74,12 +74,12 @@ format: $(SETUP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Where the site goes: make docs SITE=/tmp/site.
+# Where the site goes: make docs SITE=/tmp/site. With --quiet, --strict would let warnings pass.
 SITE ?= site
 
 ## Builds the documentation as a site, whose first page is site/index.html. It needs no network.
 docs: $(SETUP)
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict --site-dir $(abspath $(SITE))
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir $(abspath $(SITE))
 
 ## Builds the source distribution and the wheel into dist/, and installs both under every Python that is here.
 dist: $(SETUP)
