@@ -83,6 +83,7 @@ docs: $(SETUP)
 
 ## Builds the source distribution and the wheel into dist/, and installs both under every Python that is here.
 dist: $(SETUP)
+	rm -rf dist
 	FASTKD_DIST=$(CURDIR)/dist $(PY) -m pytest -q -rs tests/test_packaging.py
 
 ## Measures time and memory of the losses on this machine's CPU, into bench/results.
