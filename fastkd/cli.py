@@ -35,6 +35,8 @@ _COMMANDS = {
     "probe": "fastkd.trainer.commands.linear_probe:probe_command",
     "report": "fastkd.trainer.report.page:report_command",
 }
+# Beside ``train``. The extra ``export`` is asked for where an ONNX file is written.
+_FURTHER_EXTRAS = {"demo": ("report",), "probe": ("report",), "report": ("report",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,16 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastkd: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     from fastkd import trainer
+    from fastkd.trainer.extras import MissingExtraError, require_extras
 
     try:
-        trainer.require_extras()
-    except ImportError as error:
-        print(f"fastkd: {error}", file=sys.stderr)
-        return 1
-    try:
+        require_extras("train", *_FURTHER_EXTRAS.get(command, ()), by="this command")
         status = _run(command, arguments)
         sys.stdout.flush()  # here, where a reader that went away is expected
         return status
+    except MissingExtraError as error:
+        print(f"fastkd {command}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"fastkd {command}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

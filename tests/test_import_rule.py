@@ -20,6 +20,7 @@ ROOMS = [line.split() for line in """
     fastkd.functional
     fastkd.losses
     fastkd
+    fastkd.trainer.extras
     fastkd.trainer.strict_json  fastkd.trainer.text
     fastkd.trainer.optim  fastkd.trainer.imports  fastkd.trainer.rng  fastkd.trainer.signals  fastkd.trainer.precision
     fastkd.trainer.callbacks

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastkd.trainer.commands.reopen import Reopened, reopen
 from fastkd.trainer.data.labels import normalization_of
 from fastkd.trainer.data.loader import collate, fetch
+from fastkd.trainer.extras import require_extras
 from fastkd.trainer.models.weights import save_tensors
 from fastkd.trainer.run.describe import versions
 
@@ -60,7 +61,7 @@ def export(
     Raises:
         ValueError: ``out`` ends otherwise, or there are neither data nor ``image_shape``.
         FileExistsError: ``out`` exists, and ``overwrite`` is False.
-        ImportError: the packages of ``pip install 'fastkd[export]'`` are missing, for ONNX.
+        ImportError: packages of the extra ``export`` are missing, for ONNX.
         ExportError: the outputs differ, or the file cannot be written.
     """
     out = Path(out)
@@ -98,11 +99,9 @@ def _write_safetensors(model: nn.Module, path: Path, metadata: dict[str, str]) -
 
 def _write_onnx(model: nn.Module, path: Path, images: Tensor, metadata: dict[str, str]) -> tuple[float, str]:
     """The largest error, and the sides of the images that the file takes, such as ``3 x H x W``."""
-    try:
-        import onnxruntime  # type: ignore[import-not-found,unused-ignore]
-        import onnxscript  # type: ignore[import-not-found,unused-ignore] # noqa: F401 (torch's exporter needs it)
-    except ImportError as error:
-        raise ImportError(f"export: missing {error.name}; run: pip install 'fastkd[export]'") from error
+    require_extras("export", by="the export to ONNX")  # torch's exporter imports onnx and onnxscript
+    import onnxruntime  # type: ignore[import-not-found,unused-ignore]
+
     logits = _Logits(model)
 
     def write(dynamic: bool) -> list[Any]:
