@@ -30,7 +30,8 @@ FASTKD_INLINE T squares(const T* x, int64_t D) {
   return sum;
 }
 
-// As unit_rows_quickly in numerics.py. Returns whether every norm was in the plain range; what is written holds only then.
+// As unit_rows_quickly in numerics.py. Returns whether every norm was in the plain range; what is written holds only
+// then.
 template <class T>
 FASTKD_INLINE bool unit_rows_loop(const T* x, T* units, T* inverse_norm, int64_t n, int64_t D, T shortest, T longest) {
   for (int64_t i = 0; i < n; ++i, x += D, units += D) {
@@ -52,9 +53,10 @@ FASTKD_INLINE double raw_rows_loop(T* grad, const T* rows, const T* inverse_norm
 #pragma omp simd reduction(+ : dot)
     for (int64_t d = 0; d < D; ++d) dot += grad[d] * rows[d];
     of_scale += dot;
-    const T along = inverse_norm ? dot : T(0), factor = inverse_norm ? inverse_norm[i] * scale : scale;
+    const T along = inverse_norm ? dot : T(0), inverse = inverse_norm ? inverse_norm[i] : T(1);
+    // One after the other: the product of inverse and scale can overflow where their results do not.
 #pragma omp simd
-    for (int64_t d = 0; d < D; ++d) grad[d] = (grad[d] - rows[d] * along) * factor;
+    for (int64_t d = 0; d < D; ++d) grad[d] = (grad[d] - rows[d] * along) * inverse * scale;
   }
   return of_scale;
 }
@@ -126,8 +128,20 @@ double to_raw_rows(const Tensor& grad, const Tensor& rows, const std::optional<T
   });
 }
 
+namespace {
+
+// at::full raises where a finite number is too large for its dtype.
+double rounded(double value, const Tensor& like) {
+  return like.scalar_type() == at::kFloat ? double(static_cast<float>(value)) : value;
+}
+
+}  // namespace
+
+Tensor number(double value, const Tensor& like) { return at::full({}, rounded(value, like), like.options()); }
+
 Tensor row_factors(const std::optional<Tensor>& weight, double factor, int64_t n, const Tensor& like) {
-  return weight ? (weight->to(like.scalar_type()) * factor).contiguous() : at::full({n}, factor, like.options());
+  if (!weight) return at::full({n}, rounded(factor, like), like.options());
+  return (weight->to(like.scalar_type()) * factor).contiguous();
 }
 
 void define_dense(pybind11::module_& module) {

@@ -18,6 +18,9 @@ at::Tensor transposed_product(const at::Tensor& x, const at::Tensor& w, int64_t 
 double to_raw_rows(const at::Tensor& grad, const at::Tensor& rows, const std::optional<at::Tensor>& inverse_norm,
                    double scale);
 
+// A 0-dim tensor in the dtype of `like`. A sum that is too large for float32 is infinite there, as in torch's operations.
+at::Tensor number(double value, const at::Tensor& like);
+
 // A factor for every row: the factor itself, or times the weights, in the dtype of `like`.
 at::Tensor row_factors(const std::optional<at::Tensor>& weight, double factor, int64_t n, const at::Tensor& like);
 

@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> dense_contrast(
     return rows(X.mutable_data_ptr<scalar_t>(), w.const_data_ptr<scalar_t>(), stats.mutable_data_ptr<scalar_t>(), n, N,
                 mask, !needs.empty());
   });
-  const Tensor total = at::full({}, sum, X.options());
+  const Tensor total = number(sum, X);
   if (needs.empty()) return {total, stats, {}};
 
   const Tensor& G = X;
@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> dense_contrast(
       of_scale = to_raw_rows(gradients[0], q, inverse_q, multiplier);
     }
   }
-  gradients[2] = at::full({}, of_scale, X.options());
+  gradients[2] = number(of_scale, X);
   return {total, stats, gradients};
 }
 

@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> dense_dual_softmax(
     gradients[side] = side ? transposed_product(G, a, min_linear) : product(G, b.t(), min_linear);
     of_scale = to_raw_rows(gradients[side], side ? b : a, inverse_norm->select(0, side), multiplier);
   }
-  gradients[2] = at::full({}, of_scale, U.options());
+  gradients[2] = number(of_scale, U);
   return {contrast, consistency, stats, gradients};
 }
 

@@ -27,6 +27,12 @@ FASTKD_INLINE T largest_of(const T* x, int64_t classes) {
   return largest;
 }
 
+// log(x / t), from x - t too: where they are almost equal, the difference of their logarithms would be rounding.
+template <class T>
+T log_ratio(T x, T t, T excess) {
+  return excess < 0 ? -std::log1p(-excess / x) : std::log1p(excess / t);
+}
+
 // The weighted sums of cross-entropy and KD. of_kd and of_ce: the gradients of the student's logits. They are written in
 // any case, of_ce only with labels, because they also hold a row's powers.
 template <class T>
@@ -36,17 +42,18 @@ FASTKD_INLINE std::pair<double, double> rows_loop(const T* x, const T* t, const 
   double ce = 0, kd = 0;
   for (int64_t i = 0; i < n; ++i, x += classes, t += classes, of_kd += classes) {
     const T largest_x = largest_of(x, classes), largest_t = largest_of(t, classes);
-    T total_x = 0, total_t = 0, difference = 0;
-#pragma omp simd reduction(+ : total_x, total_t, difference)
+    T total_x = 0, total_t = 0, excess = 0, difference = 0;
+#pragma omp simd reduction(+ : total_x, total_t, excess, difference)
     for (int64_t c = 0; c < classes; ++c) {
       const T log_p = (x[c] - largest_x) * to_powers, log_q = (t[c] - largest_t) * to_powers;
       const T p = power_of_two(log_p), q = power_of_two(log_q);
       of_kd[c] = p;
       total_x += p;
       total_t += q;
+      excess += p - q;
       difference += q * (log_q - log_p);
     }
-    kd += double(w[i]) * (difference / total_t * T(kLog2) + std::log(total_x) - std::log(total_t));
+    kd += double(w[i]) * (difference / total_t * T(kLog2) + log_ratio(total_x, total_t, excess));
     const T of_p = w[i] * T(options.temperature) / total_x, of_q = w[i] * T(options.temperature) / total_t;
 #pragma omp simd
     for (int64_t c = 0; c < classes; ++c) {
@@ -102,7 +109,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> dense_soft_target(
                 gradients.front().mutable_data_ptr<scalar_t>(), gradients.back().mutable_data_ptr<scalar_t>(),
                 x.size(0), x.size(1), options);
   });
-  return {at::full({}, ce, x.options()), at::full({}, kd, x.options()), gradients};
+  return {number(ce, x), number(kd, x), gradients};
 }
 
 }  // namespace

@@ -1,14 +1,15 @@
 // Loops over rows of few numbers, compiled for several kinds of processor.
 //
-// A loop is an always inlined template over float and double. FASTKD_LOOP names its instances: that for float exists once
-// for each instruction set, and the loader chooses. Reductions say so by a pragma, because their order matters.
+// A loop is an always inlined template over float and double. The instance for float is marked FASTKD_CLONES: it exists
+// once for each instruction set, and the loader chooses. Reductions say so by a pragma, because their order matters.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+// The loader of glibc chooses; musl's cannot, and has one instance, as other processors and compilers have.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
 #define FASTKD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define FASTKD_CLONES
@@ -21,8 +22,8 @@ namespace fastkd {
 FASTKD_INLINE float power_of_two(float x) {
   x = x < -127.0f ? -127.0f : x;
   x = x > 128.0f ? 128.0f : x;
-  const float rounded = (x + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: to the nearest integer
-  const float f = x - rounded;
+  const float shifted = x + 12582912.0f;  // 1.5 * 2^23: its last bits are x, rounded to an integer
+  const float f = x - (shifted - 12582912.0f);
   float p = 1.535336e-4f;  // the polynomial of degree 6 whose relative error over [-1/2, 1/2] is smallest, 2e-9
   p = p * f + 1.3398874e-3f;
   p = p * f + 9.618437e-3f;
@@ -30,7 +31,9 @@ FASTKD_INLINE float power_of_two(float x) {
   p = p * f + 2.40226479e-1f;
   p = p * f + 6.93147203e-1f;
   p = p * f + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(rounded) + 127) << 23;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits - 0x4b400000u + 127u) << 23;  // of any bits, because NaN is no integer
   float power;
   std::memcpy(&power, &bits, sizeof power);
   return p * power;

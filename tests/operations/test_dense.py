@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fastkd import dcd_loss, kd_loss, native
+from fastkd import dcd_loss, info_nce_loss, kd_loss, native
 from fastkd.backends.blocked import contrast as blocked_contrast
 from fastkd.backends.blocked import dense as few_rows
 from fastkd.backends.blocked import dual_softmax as blocked
@@ -15,7 +15,15 @@ from fastkd.backends.blocked.dense import dual_softmax as dense
 from fastkd.backends.blocked.dense import soft_target
 from fastkd.backends.inputs import ContrastRows, DualRows
 from fastkd.backends.masks import Mask
-from tests.helpers.checks import assert_close, embeddings, logits, terms_and_gradient, value_and_grads
+from fastkd.functional.kd import ce_kd_terms
+from tests.helpers.checks import (
+    assert_close,
+    embeddings,
+    logits,
+    relative_error,
+    terms_and_gradient,
+    value_and_grads,
+)
 
 SIDES = [None, (True, True), (True, False), (False, True)]
 
@@ -159,6 +167,50 @@ def test_a_label_that_is_none_makes_its_row_nan_among_few_logits(
     assert kd.isfinite()
     assert of_kd.isfinite().all()
     assert of_ce.isnan().any(dim=1).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("with_extension", [True, False])
+def test_a_loss_too_large_for_float32_is_infinite(with_extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not with_extension:
+        monkeypatch.setattr(native, "extension", lambda: None)
+    student, teacher, labels = logits(6, 5, dtype=torch.float32)
+    labels[:], weight = student.argmin(dim=1), torch.full((6,), 3e38)
+    for loss in (
+        *ce_kd_terms(1e37 * student, 1e37 * teacher, labels, sample_weight=weight, backend="blocked"),
+        info_nce_loss(student, -student, 30.0, sample_weight=weight, backend="blocked"),
+        dcd_loss(student, teacher, 30.0, alpha=1e300, backend="blocked"),
+    ):
+        assert loss.dtype == torch.float32
+        assert loss.item() == float("inf")
+
+
+@pytest.mark.parametrize("with_extension", [True, False])
+def test_a_gradient_that_has_vanished_is_zero_for_short_rows_and_a_large_scale(
+    with_extension: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_extension:
+        monkeypatch.setattr(native, "extension", lambda: None)
+    query = 1e-9 * embeddings(8, 4, dtype=torch.float32)[0]
+    for grad in value_and_grads(lambda *x: info_nce_loss(*x, 1e30, backend="blocked"), query, query):
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("with_extension", [True, False])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_kd_of_logits_that_almost_agree_keeps_its_digits(
+    with_extension: bool, sign: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_extension:
+        monkeypatch.setattr(native, "extension", lambda: None)
+    student, teacher, _ = logits(32, 500, dtype=torch.float32)
+    student = teacher + 0.03 * sign * student
+    loss, expected = (
+        kd_loss(x, t, 20.0, backend=backend)
+        for x, t, backend in ((student, teacher, "blocked"), (student.double(), teacher.double(), "reference"))
+    )
+    assert relative_error(loss, expected) < 2e-3  # the difference of two logarithms would leave 1e-2
+    far = kd_loss(teacher, 100 * teacher, 1.0, backend="blocked")  # sums of powers that differ in their magnitude
+    assert_close(far, kd_loss(teacher.double(), 100 * teacher.double(), 1.0, backend="reference"), torch.float32)
 
 
 @pytest.mark.parametrize("upstream", [(1.0, 1.0), (0.3, -2.0)])

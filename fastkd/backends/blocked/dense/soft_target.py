@@ -66,8 +66,10 @@ def _computed(
     Z[:2].mul_(1 / (temperature * LOG_2))
     E = Z.exp2()
     sums = E.sum(dim=2)
-    logs = sums.log()
-    losses = torch.linalg.vecdot(E[1], Z[1].sub_(Z[0])).div_(sums[1]).mul_(LOG_2).add_(logs[0]).sub_(logs[1])
+    # log(sums[0] / sums[1]), from their difference: where they are almost equal, their logarithms would be rounding.
+    excess = torch.sub(E[0], E[1]).sum(dim=1)
+    ratio = (excess.abs() / torch.where(excess < 0, sums[0], sums[1])).log1p_().copysign_(excess)
+    losses = torch.linalg.vecdot(E[1], Z[1].sub_(Z[0])).div_(sums[1]).mul_(LOG_2).add_(ratio)
     kd, ce = losses.dot(w).mul_(temperature**2), w.new_zeros(())
     gradients = []
     if needs_grad:
@@ -75,11 +77,11 @@ def _computed(
         gradients.append(E[0].sub_(E[1]))
     if labels is not None:
         labels = labels[:, None]
-        label = labels.clamp(0, classes - 1)
+        label, log_total = labels.clamp(0, classes - 1), sums[2, :, None].log()
         w = w[:, None].where(label == labels, torch.nan)
-        losses = (largest - x.gather(1, label)).add_(logs[2, :, None])
+        losses = (largest - x.gather(1, label)).add_(log_total)
         if label_smoothing > 0:
-            of_all = (largest - x.mean(dim=1, keepdim=True)).add_(logs[2, :, None])
+            of_all = (largest - x.mean(dim=1, keepdim=True)).add_(log_total)
             losses = losses.mul_(1 - label_smoothing).add_(of_all.mul_(label_smoothing))
         ce = losses[:, 0].dot(w[:, 0])
         if needs_grad:
