@@ -24,16 +24,17 @@ class FileState(NamedTuple):
 def open_regular(path: str | Path) -> int:
     """The descriptor of a regular file, or of what a link to one leads to.
 
-    Nothing blocks: a named pipe that nobody writes would otherwise be opened for ever.
+    Anything else is not even opened: a named pipe may keep its reader waiting, and opening a device may start it.
 
     Raises:
         OSError: there is no such file, or it is a pipe, a socket, a device or a folder.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    if stat.S_ISREG(os.stat(path).st_mode):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):  # it may have been replaced in between
+            return descriptor
         os.close(descriptor)
-        raise OSError("is not a regular file")
-    return descriptor
+    raise OSError("is not a regular file")
 
 
 def read_regular(path: str | Path, most: int) -> bytes:

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-VALUES = frozenset(
-    "BININT BININT1 BININT2 LONG1 BINSTRING SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES".split()
-)
+VALUES = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"})
+BYTES = frozenset({"BINBYTES", "SHORT_BINBYTES", "BINSTRING", "SHORT_BINSTRING"})
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 IGNORED = frozenset({"PROTO", "FRAME"})
@@ -58,10 +57,13 @@ def read_pickle(content: bytes) -> Any:
         del stack[len(stack) - count :]
         return taken
 
+    argument: Any
     for opcode, argument, _ in pickletools.genops(content):
         name = opcode.name
         if name in VALUES:
-            stack.append(argument.encode("latin-1") if name.endswith("BINSTRING") else argument)
+            stack.append(argument)
+        elif name in BYTES:
+            stack.append(argument.encode("latin-1") if isinstance(argument, str) else argument)
         elif name in CONSTANTS:
             stack.append(CONSTANTS[name])
         elif name in ("EMPTY_LIST", "EMPTY_TUPLE"):
@@ -132,4 +134,3 @@ def _extend(target: Any, values: list[Any]) -> None:
     if not isinstance(target, dict) or len(values) % 2 or not all(isinstance(key, str | bytes) for key in keys):
         raise ValueError(f"adds {len(values)} values to {type(target).__name__}")
     target.update(zip(keys, values[1::2], strict=True))
-
