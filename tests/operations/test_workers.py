@@ -1,0 +1,163 @@
+"""Workers that cannot start, interrupts, a process that ends and a fork: tiles are computed, and nobody waits for ever."""
+
+import concurrent.futures.thread
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastkd import dcd_loss
+from fastkd.backends.blocked import tiles
+from tests.helpers.checks import embeddings, value_and_grads
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tiles, "MIN_PARALLEL_ROWS", 600)
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+
+
+def compute() -> tuple[Tensor, ...]:
+    return value_and_grads(lambda *x: dcd_loss(*x, 4.0, backend="blocked"), *embeddings(1200, 8, dtype=torch.float32))
+
+
+def started_after(count: int, fail: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call ``fail`` in the place of every start of a thread but the first ``count``."""
+    start, calls = threading.Thread.start, []
+
+    def failing(thread: threading.Thread) -> None:
+        calls.append(thread)
+        if len(calls) > count:
+            fail()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", failing)
+
+
+def no_thread() -> None:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_workers_that_cannot_start_leave_the_work_to_the_caller(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, before = compute(), threading.active_count()
+    with monkeypatch.context() as patches:
+        started_after(count, no_thread, patches)
+        actual = compute()
+    assert threading.active_count() == before
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    assert all(torch.equal(a, e) for a, e in zip(compute(), expected, strict=True))
+
+
+class Interrupted(BaseException):
+    """What a handler of a signal raises."""
+
+
+@pytest.mark.parametrize("where", ["first start", "second start", "barrier"])
+def test_an_interrupt_while_workers_start_reaches_the_caller(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, before, main = compute(), threading.active_count(), threading.main_thread()
+
+    def interrupt() -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patches:
+        if where == "barrier":
+            wait = threading.Barrier.wait
+            patches.setattr(
+                threading.Barrier,
+                "wait",
+                lambda *args: interrupt() if threading.current_thread() is main else wait(*args),
+            )
+        else:
+            started_after(int(where == "second start"), interrupt, patches)
+        with pytest.raises(Interrupted):
+            compute()
+    assert threading.active_count() == before
+    assert all(torch.equal(a, e) for a, e in zip(compute(), expected, strict=True))
+
+
+def test_an_error_of_a_handler_is_not_taken_for_a_missing_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handler() -> None:
+        raise RuntimeError("time is up")
+
+    started_after(1, handler, monkeypatch)
+    with pytest.raises(RuntimeError, match="time is up"):
+        compute()
+
+
+def test_signals_at_any_moment_leave_nothing_waiting() -> None:
+    expected = compute()
+
+    def handler(*_: Any) -> None:
+        raise Interrupted
+
+    old = signal.signal(signal.SIGALRM, handler)
+    interrupted = 0
+    try:
+        for attempt in range(40):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0005 * (1 + attempt))
+                compute()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupted:
+                interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert interrupted > 0
+    assert all(torch.equal(a, e) for a, e in zip(compute(), expected, strict=True))
+
+
+def test_after_the_main_thread_has_ended_the_caller_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = compute()
+    monkeypatch.setattr(concurrent.futures.thread, "_shutdown", True)
+    assert all(torch.equal(a, e) for a, e in zip(compute(), expected, strict=True))
+
+
+@pytest.mark.slow
+def test_losses_are_computed_in_threads_and_handlers_that_outlive_the_main_thread() -> None:
+    program = """
+        import atexit, threading, time, torch
+        from fastkd import dcd_loss
+        torch.set_num_threads(2)
+        rows = torch.randn(4096, 4), torch.randn(4096, 4)
+        def late(): print(dcd_loss(*rows, 4.0).item())
+        late()
+        def wait():
+            while threading.main_thread().is_alive(): time.sleep(0.01)
+            time.sleep(0.1)
+            late()
+        threading.Thread(target=wait).start()
+        atexit.register(late)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    assert len(done.stdout.split()) == 3 and len(set(done.stdout.split())) == 1, done.stdout + done.stderr
+    assert not done.stderr
+
+
+def test_a_forked_process_computes_whoever_held_the_lock() -> None:
+    expected = compute()[0]
+    torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork
+    with tiles._thread_count_lock:
+        child = os.fork()
+        if child == 0:
+            try:
+                tiles.worker_count = lambda *_: 2
+                os._exit(0 if torch.equal(compute()[0], expected) else 1)
+            finally:
+                os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    torch.set_num_threads(2)
