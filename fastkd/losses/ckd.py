@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from fastkd import backends
 from fastkd.distributed.group import Group, check_group
 from fastkd.functional.contrast import ckd_loss
-from fastkd.validate import check_number
+from fastkd.validate import check_temperature
 
 
 class CKDLoss(nn.Module):
@@ -20,11 +20,11 @@ class CKDLoss(nn.Module):
     Source: arXiv 2404.14109, eq. 5-7.
 
     Args:
-        temperature: divides the cosines; > 0. The paper uses 1.
+        temperature: divides the cosines; in [1e-4, 1e4]. The paper uses 1.
         group, backend: see :class:`fastkd.DCDLoss`.
 
     Raises:
-        TypeError, ValueError: ``temperature`` is not a number > 0, or ``group`` or ``backend`` is unknown.
+        TypeError, ValueError: ``temperature`` is not a number in [1e-4, 1e4], or ``group`` or ``backend`` is unknown.
 
     Example:
         >>> import torch
@@ -36,7 +36,7 @@ class CKDLoss(nn.Module):
 
     def __init__(self, temperature: float = 1.0, *, group: Group = None, backend: str | None = None) -> None:
         super().__init__()
-        check_number("temperature", temperature, minimum=0, exclusive=True)
+        check_temperature(temperature)
         check_group(group)
         backends.check_name(backend)
         self.temperature = temperature

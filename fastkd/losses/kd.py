@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from fastkd import backends
 from fastkd.functional.kd import kd_loss
-from fastkd.validate import check_number
+from fastkd.validate import check_temperature
 
 
 class KDLoss(nn.Module):
@@ -20,11 +20,11 @@ class KDLoss(nn.Module):
     Source: arXiv 1503.02531, section 2.
 
     Args:
-        temperature: divides the logits; > 0. The DCD paper's recipes use 4.
+        temperature: divides the logits; in [1e-4, 1e4]. The DCD paper's recipes use 4.
         backend: see :func:`fastkd.kd_loss`.
 
     Raises:
-        TypeError, ValueError: ``temperature`` is not a number > 0, or ``backend`` is unknown.
+        TypeError, ValueError: ``temperature`` is not a number in [1e-4, 1e4], or ``backend`` is unknown.
 
     Example:
         >>> import torch
@@ -36,7 +36,7 @@ class KDLoss(nn.Module):
 
     def __init__(self, temperature: float = 4.0, *, backend: str | None = None) -> None:
         super().__init__()
-        check_number("temperature", temperature, minimum=0, exclusive=True)
+        check_temperature(temperature)
         backends.check_name(backend)
         self.temperature = temperature
         self.backend = backend
