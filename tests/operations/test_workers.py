@@ -3,9 +3,6 @@
 import concurrent.futures.thread
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -125,28 +122,6 @@ def test_after_the_main_thread_has_ended_the_caller_computes(monkeypatch: pytest
     expected = compute()
     monkeypatch.setattr(concurrent.futures.thread, "_shutdown", True)
     assert all(torch.equal(a, e) for a, e in zip(compute(), expected, strict=True))
-
-
-@pytest.mark.slow
-def test_losses_are_computed_in_threads_and_handlers_that_outlive_the_main_thread() -> None:
-    program = """
-        import atexit, threading, time, torch
-        from fastkd import dcd_loss
-        torch.set_num_threads(2)
-        rows = torch.randn(4096, 4), torch.randn(4096, 4)
-        def late(): print(dcd_loss(*rows, 4.0).item())
-        late()
-        def wait():
-            while threading.main_thread().is_alive(): time.sleep(0.01)
-            time.sleep(0.1)
-            late()
-        threading.Thread(target=wait).start()
-        atexit.register(late)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
-    assert not done.stderr
-    first, *others = done.stdout.split()
-    assert others == [first, first]
 
 
 def test_a_forked_process_computes_whoever_held_the_lock() -> None:

@@ -1,0 +1,407 @@
+"""Random cases of every loss, module and backend against the float64 definition: ``make fuzz CASES=10000``.
+
+A case that differs is shrunk and printed. The exit status is 1 if there was one. With ``--triton`` the kernels run too,
+in Triton's interpreter, which needs TRITON_INTERPRET=1.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fastkd import CKDLoss, DCDLoss, KDLoss, MSDCRDLoss, PCKDLoss, ckd_loss, dcd_loss, kd_loss, multiscale_pool
+from fastkd.backends.blocked import gemm, sums, tiles
+from fastkd.backends.blocked import multiscale_pool as pool
+from fastkd.backends.blocked.dense import contrast as dense_contrast
+from fastkd.backends.blocked.dense import dual_softmax as dense_dual_softmax
+from fastkd.backends.blocked.dense import soft_target as dense_soft_target
+from fastkd.functional.kd import ce_kd_terms
+from fastkd.functional.preview import preview_weight
+from fastkd.numerics import accumulation_dtype
+from tests.helpers.checks import CONSISTENCIES, TOLERANCES, assert_close, embeddings, logits, value_and_grads
+from tests.helpers.contract import OPERATIONS, Case, Size
+from tests.helpers.pool_cases import feature_map
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = ("contiguous", "transposed", "sliced", "every second")
+ROWS = ("plain", "nearly equal", "zero rows", "long", "short", "student is teacher")
+# Limits by which the blocked backend chooses its ways, and what they may be in a case beside what they are.
+LIMITS: dict[tuple[Any, str], tuple[float, ...]] = {
+    (tiles, "MAX_ROWS"): (1, 3, 16),
+    (tiles, "MIN_PARALLEL_ROWS"): (1, 9),
+    (sums, "MAX_TRANSPOSED"): (2,),
+    (sums, "BLOCK_ELEMENTS"): (1, 50),
+    (sums, "MAX_PART"): (1, 5),
+    (sums, "MAX_SHARED_SCALE"): (0.0,),
+    (dense_dual_softmax, "MAX_SHARED_SCALE"): (0.0,),
+    (dense_dual_softmax, "MAX_ROWS"): (0,),
+    (dense_contrast, "MAX_ELEMENTS"): (0,),
+    (dense_soft_target, "MAX_ELEMENTS"): (0,),
+    (gemm, "MIN_LINEAR"): (0, 1 << 62),
+    (pool, "BLOCK_ELEMENTS"): (1, 100),
+    (pool, "MATRIX_ELEMENTS"): (0, 300),
+    (pool, "LONG_SUM"): (1, 20),
+}
+ROUNDINGS = 8  # how many roundings of the largest intermediate value a result may keep where the terms cancel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a case is made of."""
+
+    n: int
+    N: int
+    D: int
+    seed: int
+    dtype: torch.dtype
+    backend: str
+    scale: float
+    rows: str
+    is_weighted: bool
+    layout: str
+    threads: int
+    limits: tuple[float | None, ...]
+    option: int
+
+    def size(self) -> Size:
+        weight = torch.rand(self.n, generator=self.generator()).mul(2).sub(0.3).clamp_min(0)
+        noise = 1e-4 if self.rows == "nearly equal" else 1.4
+        return Size(
+            n=self.n, N=self.N, D=self.D, dtype=self.dtype, scale=self.scale, seed=self.seed, noise=noise,
+            weight=weight if self.is_weighted else None,
+        )  # fmt: skip
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+
+@st.composite
+def plans(draw: st.DrawFn, backends: Sequence[str]) -> Plan:
+    backend = draw(st.sampled_from(backends))
+    most = 40 if backend == "triton" else 150
+    side = st.one_of(st.integers(1, 12), st.integers(1, most))
+    # The kernels compute no float64, and the interpreter multiplies bfloat16 wrongly.
+    dtypes = (torch.float32, torch.float16) if backend == "triton" else DTYPES
+    return Plan(
+        n=draw(side), N=draw(side), D=draw(side), seed=draw(st.integers(0, 9999)), dtype=draw(st.sampled_from(dtypes)),
+        backend=backend, scale=10 ** (draw(st.integers(-20, 30)) / 10), rows=draw(st.sampled_from(ROWS)),
+        is_weighted=draw(st.booleans()), layout=draw(st.sampled_from(LAYOUTS)), threads=draw(st.integers(1, 4)),
+        limits=tuple(draw(st.sampled_from((None, *values))) for values in LIMITS.values()),
+        option=draw(st.integers(0, 99)),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def limited(plan: Plan) -> Iterator[None]:
+    """Within it the blocked backend has the threads and the limits of the plan."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patches:
+        for (module, name), value in zip(LIMITS, plan.limits, strict=True):
+            if value is not None:
+                if name == "MAX_ROWS" and value:  # eight tiles a side say as much as a hundred
+                    value = max(value, max(plan.n, plan.N) // 8)
+                patches.setattr(module, name, value)
+        torch.set_num_threads(plan.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values with other strides, differentiably."""
+    if x.ndim == 4 and layout == "transposed":
+        return x.contiguous(memory_format=torch.channels_last)
+    if x.ndim < 2 or layout == "contiguous":
+        return x
+    if layout == "transposed":
+        return x.T.contiguous().T
+    if layout == "sliced":
+        return F.pad(x, (1, 2))[..., 1:-2]
+    return torch.stack([x, x], dim=1).flatten(0, 1)[::2]
+
+
+def similarity_case(name: str, plan: Plan) -> tuple[Case, list[float]]:
+    """A case of the table of operations, or of ``dcd_loss`` with other options, and what its results are made of."""
+    size = plan.size()
+    if name.startswith(("raw", "self")) or not name.startswith("dcd"):
+        case = OPERATIONS[name](size)
+    else:
+        options = {"alpha": (0.0, 0.5, 3.0)[plan.option % 3], "consistency": CONSISTENCIES[plan.option % 2]}
+
+        def compute(backend: str, first: Tensor, second: Tensor, scale: Tensor) -> Tensor:
+            return dcd_loss(first, second, scale, sample_weight=size.weight, backend=backend, **options)
+
+        rows = embeddings(size.n, size.D, size.seed, size.dtype, size.noise)
+        case = Case(compute, (*rows, size.logit_scale), largest=size.scale, is_unit=True)
+    *rows, scale = case.inputs
+    rows = [changed(x, plan, rows[-1], can_be_any_length=case.is_unit) for x in rows]
+    lengths = [x.double().norm(dim=1) for x in rows]
+    longest = [1.0 if case.is_unit else x.max().item() for x in lengths]
+    if not case.is_unit:  # a scale at which the logits are as large as the plan says
+        scale = (scale.double() / max(longest[0] * longest[-1], 1e-3)).to(scale.dtype)
+    largest = scale.item() * longest[0] * longest[-1]
+    weight = 1.0 if size.weight is None else max(1e-3, size.weight.max().item())
+    alpha = 4.0 if name.startswith("dcd") else 1.0
+    of_rows = [
+        scale.item() * other / (x[x > 0].min().item() if case.is_unit and (x > 0).any() else 1.0)
+        for x, other in zip(lengths, reversed(longest), strict=True)
+    ]
+    natural = [alpha * weight * (1 + largest) * x for x in (1.0, *of_rows, largest / scale.item())]
+    return dataclasses.replace(case, inputs=(*rows, scale)), natural
+
+
+def changed(x: Tensor, plan: Plan, teacher: Tensor, *, can_be_any_length: bool) -> Tensor:
+    """Rows as hard as the plan says."""
+    if plan.rows == "student is teacher":
+        return teacher.clone() if teacher.shape == x.shape else x
+    if plan.rows == "nearly equal":
+        return (x[:1].double() + 1e-3 * x.double()).to(x.dtype)
+    if plan.rows == "zero rows":
+        return x * (torch.arange(len(x)) % 3 != 0)[:, None]
+    exponent = 3 if x.dtype == torch.float16 or not can_be_any_length else 12
+    return x * 10.0 ** {"long": min(exponent, 2 if x.dtype == torch.float16 else 12), "short": -exponent}.get(
+        plan.rows, 0
+    )
+
+
+def logits_case(name: str, plan: Plan) -> tuple[Case, list[float]]:
+    """KD, and cross-entropy with it, at a random temperature; CKD."""
+    size = plan.size()
+    student, teacher, labels = logits(size.n, size.D, size.seed, size.dtype)
+    size_of_logits = {"long": 100.0, "short": 1e-3}.get(plan.rows, 1.0)
+    student, teacher = (x * size_of_logits for x in (student, teacher))
+    if plan.rows == "student is teacher":
+        student = teacher.clone()
+    weight, temperature = size.weight, (0.5, 1.0, 4.0, 20.0)[plan.option % 4]
+    smoothing = (0.0, 0.1, 1.0)[plan.option % 3]
+
+    def compute(backend: str, student: Tensor, teacher: Tensor) -> Tensor:
+        options = {"sample_weight": weight, "backend": backend}
+        if name == "kd":
+            return kd_loss(student, teacher, temperature, **options)
+        if name == "ckd":
+            return ckd_loss(student, teacher, 1 / plan.scale, **options)
+        ce, kd = ce_kd_terms(student, teacher, labels, temperature, label_smoothing=smoothing, **options)
+        return 0.3 * ce - 2.0 * kd
+
+    most = max(x.abs().max().item() for x in (student.double(), teacher.double()))
+    heaviest = 1.0 if weight is None else max(1e-3, weight.max().item())
+    if name == "ckd":
+        scale, shortest = plan.scale, student.double().norm(dim=1).min().item()
+        natural = [heaviest * (1 + scale), heaviest * (1 + scale) * scale / max(shortest, 1e-9), 0.0]
+    else:
+        error = heaviest * (1 + most / temperature)  # of a logarithm of a probability
+        natural = [2 * temperature**2 * error + 0.3 * (1 + most), 2 * temperature * error + 0.3 * (1 + most), 0.0]
+    return Case(compute, (student, teacher), (labels,), frozen=(1,), is_unit=name == "ckd"), natural
+
+
+def pool_case(name: str, plan: Plan) -> tuple[Case, list[float]]:
+    generator = plan.generator()
+
+    def draw(most: int) -> int:
+        return int(torch.randint(1, most + 1, (1,), generator=generator))
+
+    height, width = 1 + plan.n % 30, 1 + plan.N % 30
+    windows = [(draw(height), draw(width)) for _ in range(1 + plan.option % 3)]
+    strides = [(draw(6), draw(6)) for _ in windows]
+    normalize = name == "pool of unit rows"
+    x = feature_map(1 + plan.option % 4, 1 + plan.D % 40, height, width, dtype=plan.dtype, seed=plan.seed)
+    x = x * {"long": 100.0, "short": 1e-3}.get(plan.rows, 1.0) + {"nearly equal": 3.0}.get(plan.rows, 0.0)
+
+    def compute(backend: str, features: Tensor) -> Tensor:
+        dtype = accumulation_dtype(features.dtype)
+        out = multiscale_pool(features, windows, strides, normalize=normalize, dtype=dtype, backend=backend)
+        return (out * torch.arange(out.numel()).view(out.shape).cos()).sum() / out[..., 0].numel()
+
+    most = x.double().abs().max().item()
+    rows = multiscale_pool(x.double(), windows, strides, backend="reference")
+    lengths = rows.norm(dim=2)
+    nearest = lengths.min().clamp_min(1e-9).item()
+    error = 1 + most / nearest * x.shape[1] ** 0.5 if normalize else 1.0
+    natural = [error * x.shape[1] * (1.0 if normalize else most), error * (1 / nearest if normalize else 1.0)]
+    return Case(compute, (x,)), natural
+
+
+def module_case(name: str, plan: Plan) -> tuple[Case, list[float]]:
+    """The weighted sum of a module's terms, of its inputs and of its parameters."""
+    B, width, classes = min(plan.n, 24), 1 + plan.D % 12, 2 + plan.N % 9
+    generator = plan.generator()
+
+    def rows(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    labels = torch.randint(classes, (B,), generator=generator)
+    temperature = (0.1, 0.5, 4.0)[plan.option % 3]
+    makers: dict[str, Callable[[str], nn.Module]] = {
+        "DCDLoss": lambda backend: DCDLoss(width, 5, 4, logit_bias=plan.option % 2 == 0, backend=backend),
+        "CKDLoss": lambda backend: CKDLoss(temperature, backend=backend),
+        "KDLoss": lambda backend: KDLoss(temperature, backend=backend),
+        "PCKDLoss": lambda backend: PCKDLoss(width, 5, temperature=temperature, hidden_dim=6, backend=backend),
+        "MSDCRDLoss": lambda backend: MSDCRDLoss(
+            width, 5, temperature=temperature, positives=("index", "label")[plan.option % 2], backend=backend
+        ),
+    }
+    if name == "DCDLoss":
+        inputs = [rows(B, width), rows(B, 5)]
+    elif name == "PCKDLoss":
+        inputs = [
+            rows(B, width),
+            rows(B, 5),
+            rows(B, classes),
+            rows(B, classes),
+            rows(classes, width),
+            rows(classes, 5),
+        ]
+    elif name == "MSDCRDLoss":
+        side, B = 1 + plan.N % 5, min(B, 6)
+        inputs = [rows(B, width, side, side), rows(B, 5, side + plan.option % 2, side)]
+        chosen = rows(10_000, classes)
+    else:
+        inputs = [rows(B, classes), rows(B, classes)]
+    made = makers[name]("reference")
+    names = [key for key, _ in made.named_parameters()]
+    with torch.no_grad():
+        values = [(rows(*x.shape) / max(1, x.shape[-1]) ** 0.5) if x.ndim else x.double() for x in made.parameters()]
+
+    def compute(backend: str, *given: Tensor) -> Tensor:
+        module, data = makers[name](backend), given[: len(inputs)]
+        parameters = dict(zip(names, given[len(inputs) :], strict=True))
+        if name == "PCKDLoss":
+            arguments = (*data[:4], labels, (data[4], None), (data[5], None), 3)
+        elif name == "MSDCRDLoss":  # labels that no rounding changes
+            arguments = (*data, lambda samples: chosen[: len(samples)].to(samples.dtype))
+        else:
+            arguments = data
+        terms = torch.func.functional_call(module, parameters, arguments)
+        return sum(weight * term for weight, term in zip((1.0, 0.7, 1.3, 0.4), terms.values(), strict=False))
+
+    given = tuple(x.to(plan.dtype) for x in (*inputs, *values))
+    # The teacher's side gets no gradient.
+    return Case(compute, given), sensitivities(compute, given, generator)
+
+
+def sensitivities(compute: Callable[..., Tensor], given: tuple[Tensor, ...], generator: torch.Generator) -> list[float]:
+    """How much the loss and each gradient change for relative changes of the inputs, in float64; at least 0.1."""
+    step = 1e-5
+    exact = [x.double() for x in given]
+    moved = [x * (1 + step * torch.randn(x.shape, generator=generator, dtype=torch.float64)) for x in exact]
+    before, after = (value_and_grads(lambda *x: compute("reference", *x), *x) for x in (exact, moved))
+    return [(a - b).norm().item() / step + b.norm().item() + 0.1 for a, b in zip(after, before, strict=True)]
+
+
+def preview_case(name: str, plan: Plan) -> tuple[Case, list[float]]:
+    ce = torch.rand(plan.n, generator=plan.generator(), dtype=torch.float64) * (plan.option % 7)
+    weights = torch.arange(plan.n).double().cos()
+
+    def compute(backend: str, ce: Tensor) -> Tensor:
+        return (preview_weight(ce, 1.0 + plan.option / 30) * weights).sum() + 0 * ce.sum()
+
+    return Case(compute, (ce.to(plan.dtype),)), [math.sqrt(plan.n), 1.0]
+
+
+MODULES = ("DCDLoss", "CKDLoss", "KDLoss", "PCKDLoss", "MSDCRDLoss")
+CASES: dict[str, Callable[[str, Plan], tuple[Case, list[float]]]] = {
+    **{
+        name: logits_case
+        if name in ("kd", "ce and kd", "ckd")
+        else pool_case
+        if name.startswith("pool")
+        else similarity_case
+        for name in OPERATIONS
+    },
+    "preview": preview_case,
+    **dict.fromkeys(MODULES, module_case),
+}
+
+
+def check(name: str, plan: Plan) -> None:
+    """The case of a plan against the definition, by the suite's one comparison."""
+    case, natural = CASES[name](name, plan)
+    dtype, accumulation = plan.dtype, accumulation_dtype(plan.dtype)
+    exact, low = case.exact(), case.results("reference")
+    is_rounded = case.is_unit and plan.backend == "triton"
+    if is_rounded:  # the kernels multiply unit rows in the inputs' dtype
+        units = [F.normalize(x.float(), dim=1).to(x.dtype) if x.ndim == 2 else x for x in case.inputs]
+        low = case.results("reference", *units)
+    given = [x.clone() for x in case.inputs]
+    with limited(plan):
+        actual = value_and_grads(
+            lambda *x: case.compute(plan.backend, *(laid_out(part, plan.layout) for part in x)), *given
+        )
+    assert all(torch.equal(x, y) for x, y in zip(given, case.inputs, strict=True)), "an input was changed"
+    is_module = name in MODULES
+    of_loss = dtype if is_rounded or is_module else accumulation
+    for place, (a, e, of_torch, size) in enumerate(zip(actual, exact, low, natural, strict=True)):
+        judged = of_loss if place == 0 else dtype
+        rounding = torch.finfo(dtype if is_rounded or is_module else accumulation).eps
+        floor = max(1e-5, ROUNDINGS * rounding / TOLERANCES[judged] * size)
+        try:
+            assert_close(a, e, judged, of_torch, floor)
+        except AssertionError as error:
+            what = "the loss" if place == 0 else f"the gradient of input {place - 1}"
+            raise AssertionError(f"{what}: {error} (floor {floor:.3g})") from None
+
+
+def fuzz(name: str, cases: int, seed: int, backends: Sequence[str]) -> tuple[int, Plan | None, str]:
+    """How many cases were tried, the smallest plan that differs, and how."""
+    tried, found, how = 0, None, ""
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=cases, database=None, deadline=None, report_multiple_bugs=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink), verbosity=hypothesis.Verbosity.quiet,
+    )  # fmt: skip
+    @hypothesis.given(plan=plans(backends))
+    def run(plan: Plan) -> None:
+        nonlocal tried, found, how
+        tried += 1
+        try:
+            check(name, plan)
+        except Exception as error:
+            found, how = plan, f"{type(error).__name__}: {error}"
+            if not isinstance(error, AssertionError):
+                how += "\n" + "".join(traceback.format_tb(error.__traceback__)[-3:])
+            raise
+
+    with contextlib.suppress(Exception):
+        run()
+    return tried, found, how
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=1000, help="of all losses together")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--losses", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--triton", action="store_true", help="also run the kernels in Triton's interpreter")
+    options = parser.parse_args(arguments)
+    backends = ("blocked", "blocked", "blocked", "reference", *(("triton",) if options.triton else ()))
+    total, failed = 0, 0
+    for place, name in enumerate(options.losses):
+        each = (options.cases + place) // len(options.losses)
+        started = time.perf_counter()
+        tried, found, how = fuzz(name, max(1, each), options.seed, backends) if each or place == 0 else (0, None, "")
+        total, failed = total + tried, failed + (found is not None)
+        state = "ok" if found is None else f"DIFFERS\n  {how}\n  {found}"
+        print(f"{name:24} {tried:6} cases {time.perf_counter() - started:7.1f} s  {state}", flush=True)
+    print(f"{total} cases of {len(options.losses)} losses, {failed} of which differ from the definition")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
