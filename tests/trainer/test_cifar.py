@@ -90,21 +90,27 @@ def test_a_pickle_that_names_code_is_refused_before_it_runs(tmp_path: Path) -> N
     assert not (tmp_path / "ran").exists()
 
 
+def array(shape: bytes, dtype: bytes, content: bytes) -> bytes:
+    """The opcodes of an array; ``shape`` and ``dtype`` are opcodes that leave these on the stack."""
+    made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+    return made + b"(K\x01" + shape + dtype + b"\x89T" + len(content).to_bytes(4, "little") + content + b"tb"
+
+
 def rebuilt(dtype: bytes) -> bytes:
-    """A pickle whose dtype is made by ``dtype``, opcodes that leave it on the stack."""
-    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
-    array += b"(K\x01K\x01M\x00\x0c\x86" + dtype + b"\x89T\x00\x0c\x00\x00" + b"A" * PIXELS + b"tb"
-    return b"\x80\x02}(U\x04data" + array + b"U\x0bfine_labels](K\x01eu."
+    """A test set of one image."""
+    return b"\x80\x02}(U\x04data" + array(b"K\x01M\x00\x0c\x86", dtype, b"A" * PIXELS) + b"U\x0bfine_labels](K\x01eu."
 
 
 U1 = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R"
+# The flags of this object dtype are cleared: numpy takes the bytes of its arrays for addresses, and follows them.
+POINTERS = U1.replace(b"u1", b"O8") + b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        # An object array whose dtype's flags are cleared: numpy would follow pointers that the file has chosen.
-        rebuilt(U1.replace(b"u1", b"O8") + b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"),
+        rebuilt(U1).replace(b"](K\x01e", b"](" + array(b"K\x02\x85", POINTERS, b"A" * 16) + b"e"),
+        rebuilt(POINTERS),
         rebuilt(U1.replace(b"u1", b"O8")),
         rebuilt(U1)[:-1],
         rebuilt(U1).replace(b"M\x00\x0c\x86", b"M\x01\x0c\x86"),
