@@ -42,7 +42,8 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
 
     An image that cannot be decoded is replaced by the next one that can, together with its label. The replacement
     depends on the index alone, so that a resumed run sees the same images. A broken image is counted once, however
-    often it comes up and whichever worker process finds it.
+    often it comes up and whichever worker process finds it. Broken are also files of other formats than FORMATS, and
+    images that are larger than MAX_BYTES and MAX_PIXELS allow.
 
     Args:
         root: the folder. A subclass says how the images lie in it.
