@@ -55,7 +55,7 @@ soak: $(SETUP)
 ## Runs random cases of every loss against the definition, and shrinks one that differs: CASES=10000, ARGS="--triton".
 fuzz: $(SETUP)
 	OMP_WAIT_POLICY=passive $(if $(findstring --triton,$(ARGS)),TRITON_INTERPRET=1) \
-		$(PY) -m tests.helpers.fuzz --cases $(or $(CASES),1000) $(ARGS)
+		$(PY) -m tests.robustness.fuzz --cases $(or $(CASES),1000) $(ARGS)
 
 # The tests in Triton's interpreter need its variable, and the others must not have it.
 ## Runs all tests.

@@ -4,7 +4,7 @@ import pytest
 
 from fastkd.backends.blocked import sums
 from fastkd.backends.blocked.dense import contrast as dense_contrast
-from tests.helpers import fuzz
+from tests.robustness import fuzz
 
 
 def test_random_cases_of_every_loss_agree_with_the_definition(capsys: pytest.CaptureFixture[str]) -> None:
