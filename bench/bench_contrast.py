@@ -55,7 +55,7 @@ def on_cpu(eager: Loss, ours: Loss, peer: Callable[[], Loss] | None = None) -> P
 LOSSES: dict[str, Providers] = {
     "sup_con_loss": on_cpu(
         lambda a, b, labels: eager_sup_con(a, b, SCALE, labels, normalize=False),
-        lambda a, _, labels: sup_con_loss(a, labels, SCALE, backend="blocked"),
+        lambda a, _, labels: sup_con_loss(a, labels, SCALE, normalize=False, backend="blocked"),
         sup_con_peer,
     ),
     "info_nce_loss": on_cpu(

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastkd import ckd_loss, dcd_loss, info_nce_loss, kd_loss, masked_contrast_loss, multiscale_pool, sup_con_loss
 from fastkd.functional.dcd import dcd_terms
 from fastkd.functional.kd import ce_kd_terms
+from fastkd.validate import Backend
 
 Loss = Callable[..., Tensor]
 Providers = dict[str, Callable[[], Loss]]
@@ -162,7 +163,7 @@ def on_backend(loss: Loss, backend: str) -> Loss:
 _dcd_contrast = partial(dcd_loss, alpha=0.0)  # InfoNCE
 
 
-def _dcd_bounded(student: Tensor, teacher: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
+def _dcd_bounded(student: Tensor, teacher: Tensor, logit_scale: Tensor, backend: Backend) -> Tensor:
     """As ``DCDLoss`` calls it: the module bounds the scale, so the kernels need no running maximum."""
     contrast, consistency = dcd_terms(student, teacher, logit_scale, max_scale=10.0, backend=backend)
     return contrast + consistency
@@ -174,7 +175,7 @@ def _pool_providers(normalize: bool) -> Providers:
     def eager_pooled(features: Tensor, _: Tensor) -> Tensor:
         return eager_pool(features, *POOL_SCALES[features.shape[2]], normalize=normalize)
 
-    def pooled(features: Tensor, _: Tensor, backend: str) -> Tensor:
+    def pooled(features: Tensor, _: Tensor, backend: Backend) -> Tensor:
         return multiscale_pool(features, *POOL_SCALES[features.shape[2]], normalize=normalize, backend=backend)
 
     return {

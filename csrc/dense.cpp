@@ -1,11 +1,14 @@
-// dual_softmax of few rows on a CPU. It makes the calls of dense/dual_softmax.py of the blocked backend in their order,
-// and so gives its bits; between them there is no Python, which takes as long as they do. The legend is there.
+// What the operations of few rows on a CPU share: products, unit rows, the way back to the raw rows. The operations are
+// those of the blocked backend's dense/*.py, where their legends are. Here every element-wise step is part of a loop
+// that runs over a row once: with few rows, starting torch's operations takes as long as what they do.
 #include "dense.h"
 #include "module.h"
+#include "simd.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -17,6 +20,80 @@ namespace {
 
 bool suits_linear(const Tensor& x, int64_t columns, int64_t min_linear) {
   return x.numel() * columns >= min_linear && x.scalar_type() == at::kFloat;
+}
+
+template <class T>
+FASTKD_INLINE T squares(const T* x, int64_t D) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < D; ++d) sum += x[d] * x[d];
+  return sum;
+}
+
+// As unit_rows_quickly in numerics.py. Returns whether every norm was in the plain range; what is written holds only then.
+template <class T>
+FASTKD_INLINE bool unit_rows_loop(const T* x, T* units, T* inverse_norm, int64_t n, int64_t D, T shortest, T longest) {
+  for (int64_t i = 0; i < n; ++i, x += D, units += D) {
+    const T norm = std::sqrt(squares(x, D));
+    if (!(norm > shortest && norm < longest)) return false;
+    inverse_norm[i] = 1 / norm;
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) units[d] = x[d] / norm;  // exact where a row has one number
+  }
+  return true;
+}
+
+// As to_raw_rows; inverse_norm may be null.
+template <class T>
+FASTKD_INLINE double raw_rows_loop(T* grad, const T* rows, const T* inverse_norm, int64_t n, int64_t D, T scale) {
+  double of_scale = 0;
+  for (int64_t i = 0; i < n; ++i, grad += D, rows += D) {
+    T dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t d = 0; d < D; ++d) dot += grad[d] * rows[d];
+    of_scale += dot;
+    const T along = inverse_norm ? dot : T(0), factor = inverse_norm ? inverse_norm[i] * scale : scale;
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) grad[d] = (grad[d] - rows[d] * along) * factor;
+  }
+  return of_scale;
+}
+
+FASTKD_CLONES bool unit_rows(const float* x, float* u, float* r, int64_t n, int64_t D, float shortest, float longest) {
+  return unit_rows_loop(x, u, r, n, D, shortest, longest);
+}
+bool unit_rows(const double* x, double* u, double* r, int64_t n, int64_t D, double shortest, double longest) {
+  return unit_rows_loop(x, u, r, n, D, shortest, longest);
+}
+FASTKD_CLONES double raw_rows(float* grad, const float* rows, const float* inverse_norm, int64_t n, int64_t D,
+                              float scale) {
+  return raw_rows_loop(grad, rows, inverse_norm, n, D, scale);
+}
+double raw_rows(double* grad, const double* rows, const double* inverse_norm, int64_t n, int64_t D, double scale) {
+  return raw_rows_loop(grad, rows, inverse_norm, n, D, scale);
+}
+
+// Unit rows of the sides, [sides, n, D], and their inverse norms [sides, n, 1]; nothing where a norm is not between the
+// bounds. The sides are contiguous and of one shape, in float or double.
+std::optional<std::pair<Tensor, Tensor>> unit_rows_of(const std::vector<Tensor>& sides, double shortest,
+                                                      double longest) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;  // nothing here is differentiated
+  const int64_t n = sides.at(0).size(0), D = sides[0].size(1), count = static_cast<int64_t>(sides.size());
+  const Tensor units = at::empty({count, n, D}, sides[0].options());
+  const Tensor inverse_norm = at::empty({count, n, 1}, sides[0].options());
+  for (int64_t side = 0; side < count; ++side) {
+    const Tensor& x = sides[side];
+    TORCH_CHECK_VALUE(x.is_contiguous() && x.dim() == 2 && x.sizes() == sides[0].sizes() && x.device().is_cpu() &&
+                          x.scalar_type() == units.scalar_type(),
+                      "unit_rows: expected contiguous rows of one shape and dtype on a CPU");
+    const bool is_plain = AT_DISPATCH_FLOATING_TYPES(units.scalar_type(), "unit_rows", [&] {
+      return unit_rows(x.const_data_ptr<scalar_t>(), units.mutable_data_ptr<scalar_t>() + side * n * D,
+                       inverse_norm.mutable_data_ptr<scalar_t>() + side * n, n, D, scalar_t(shortest),
+                       scalar_t(longest));
+    });
+    if (!is_plain) return std::nullopt;
+  }
+  return std::make_pair(units, inverse_norm);
 }
 
 }  // namespace
@@ -41,99 +118,21 @@ Tensor transposed_product(const Tensor& x, const Tensor& w, int64_t min_linear) 
   return suits_linear(x, w.size(1), min_linear) ? product(x.t().contiguous(), w.t(), min_linear) : at::mm(x.t(), w);
 }
 
-Tensor log_one_plus_power(const Tensor& x) {
-  const Tensor y = x * kLog2;
-  return at::logaddexp(y, at::zeros_like(y));
+double to_raw_rows(const Tensor& grad, const Tensor& rows, const std::optional<Tensor>& inverse_norm, double scale) {
+  return AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "to_raw_rows", [&] {
+    return raw_rows(grad.mutable_data_ptr<scalar_t>(), rows.const_data_ptr<scalar_t>(),
+                    inverse_norm ? inverse_norm->const_data_ptr<scalar_t>() : nullptr, grad.size(0),
+                    grad.size(1), scalar_t(scale));
+  });
 }
 
-namespace {
-
-constexpr double kMaxSharedScale = 40.0;
-
-using Result = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
-
-// w, k: what a row's contrast and its consistency are multiplied by. needs: whose gradients are wanted; empty: nobody's.
-// The last of the results are these gradients, [1 or 2, n, D], and that of the scale.
-Result dense_dual_softmax(const Tensor& units, const Tensor& scale, Tensor w, Tensor k, bool is_swapped,
-                          Tensor inverse_norm, const std::vector<bool>& needs, int64_t min_linear) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;  // nothing here is differentiated
-  TORCH_CHECK_VALUE(units.dim() == 3 && units.size(0) == 2, "dense_dual_softmax: expected units [2, n, D]");
-  const Tensor a = units.select(0, 0), b = units.select(0, 1);
-  const double multiplier = scale.item<double>();
-  const bool is_bounded = std::abs(multiplier) <= kMaxSharedScale;
-  const bool is_double = units.scalar_type() == at::kDouble;
-  const Tensor X = product(a, b, min_linear, multiplier / kLog2);
-  Tensor positive = X.diagonal().clone();
-  X.fill_diagonal_((is_double ? std::numeric_limits<double>::lowest() : double(std::numeric_limits<float>::lowest())) / 4);
-  const int64_t n = X.size(0);
-  const Tensor matrices = at::empty({3, n, n}, X.options());
-  const Tensor U = matrices.select(0, 0), V = matrices.select(0, 1), W = matrices.select(0, 2);
-  V.copy_(X.t());
-  Tensor out = W;
-  at::sub_out(out, X, V);
-  Tensor of_positive, maxima;
-  out = U;
-  if (is_bounded) {
-    at::exp2_out(out, X);
-    V.exp2_();
-    of_positive = positive.exp2();
-  } else {
-    maxima = at::stack({X.amax(1), V.amax(1)});
-    at::sub_out(out, X, maxima.select(0, 0).unsqueeze(1));
-    U.exp2_();
-    V.sub_(maxima.select(0, 1).unsqueeze(1)).exp2_();
-    of_positive = (positive - maxima).exp2_();
-  }
-  W.mul_(U);
-  const Tensor sums = matrices.sum(2), others = sums.slice(0, 0, 2);
-  Tensor losses;
-  if (is_bounded) {
-    losses = (others / of_positive).log1p_();
-  } else {
-    losses = log_one_plus_power((maxima - positive).add_(others.log2()));
-  }
-  const Tensor t = (others + of_positive).reciprocal_();
-  const Tensor missing = others.mul_(t);
-  const Tensor means = sums.slice(0, 2).mul_(t.slice(0, 0, 1)).mul_(kLog2);
-  const Tensor stats = at::cat({losses + positive.mul_(kLog2), means, losses});
-  const Tensor E = stats.select(0, 2), la = stats.select(0, 3), lc = stats.select(0, 4);
-  const Tensor contrast = w.dot(is_swapped ? lc : la), consistency = k.dot((E - la).add_(lc));
-  if (needs.empty()) return {contrast, consistency, stats, {}};
-
-  const Tensor kE = k * E;
-  Tensor x = is_swapped ? k + w : k, r = is_swapped ? kE.neg() : w - kE;
-  const Tensor diagonal = at::addcmul(kE, missing.select(0, 1), x).addcmul_(missing.select(0, 0), r - k).neg_();
-  const Tensor to_p = t.select(0, 0), to_q = t.select(0, 1);
-  k = k * to_p;
-  r = r.mul_(to_p);
-  x = x * to_q;
-  const Tensor& G = W.mul_((k * kLog2).unsqueeze(1)).addcmul_(U, r.unsqueeze(1));
-  if (is_bounded) {
-    G.addcmul_(U, x).addcmul_(V, k, -1);
-  } else {
-    G.add_(V.mul_(x.unsqueeze(1)).addcmul_(U, k.unsqueeze(1), -1).t());
-  }
-  G.diagonal().copy_(diagonal);
-  Tensor grads, rows = units;
-  if (needs[0] && needs[1]) {
-    grads = at::stack({product(G, b.t(), min_linear), transposed_product(G, a, min_linear)});
-  } else {
-    const int64_t side = needs[0] ? 0 : 1;
-    grads = (needs[0] ? product(G, b.t(), min_linear) : transposed_product(G, a, min_linear)).unsqueeze(0);
-    rows = units.slice(0, side, side + 1);
-    inverse_norm = inverse_norm.slice(0, side, side + 1);
-  }
-  const Tensor dots = at::linalg_vecdot(grads, rows);
-  grads.addcmul_(rows, dots.unsqueeze(2), -1).mul_(inverse_norm * scale);
-  return {contrast, consistency, stats, {grads, dots.select(0, 0).sum()}};
+Tensor row_factors(const std::optional<Tensor>& weight, double factor, int64_t n, const Tensor& like) {
+  return weight ? (weight->to(like.scalar_type()) * factor).contiguous() : at::full({n}, factor, like.options());
 }
-
-}  // namespace
 
 void define_dense(pybind11::module_& module) {
   namespace py = pybind11;
-  module.def("dense_dual_softmax", &dense_dual_softmax, py::arg("units"), py::arg("scale"), py::arg("w"), py::arg("k"),
-             py::arg("is_swapped"), py::arg("inverse_norm"), py::arg("needs"), py::arg("min_linear"),
+  module.def("unit_rows", &unit_rows_of, py::arg("sides"), py::arg("shortest"), py::arg("longest"),
              py::call_guard<py::gil_scoped_release>());
 }
 

@@ -3,6 +3,8 @@
 
 #include <ATen/ATen.h>
 
+#include <optional>
+
 namespace fastkd {
 
 constexpr double kLog2 = 0.69314718055994530942;
@@ -11,7 +13,12 @@ constexpr double kLog2 = 0.69314718055994530942;
 at::Tensor product(const at::Tensor& x, const at::Tensor& w, int64_t min_linear, double scale = 1.0);
 at::Tensor transposed_product(const at::Tensor& x, const at::Tensor& w, int64_t min_linear);
 
-// log(1 + 2^x)
-at::Tensor log_one_plus_power(const at::Tensor& x);
+// Turns the gradient of the rows that were multiplied, [n, D], into that of the raw rows, in place, and returns its share
+// in the gradient of the scale. Without inverse norms the rows were multiplied as they are.
+double to_raw_rows(const at::Tensor& grad, const at::Tensor& rows, const std::optional<at::Tensor>& inverse_norm,
+                   double scale);
+
+// A factor for every row: the factor itself, or times the weights, in the dtype of `like`.
+at::Tensor row_factors(const std::optional<at::Tensor>& weight, double factor, int64_t n, const at::Tensor& like);
 
 }  // namespace fastkd

@@ -1,10 +1,11 @@
-// soft_target of few logits on a CPU. It makes the calls of dense/soft_target.py of the blocked backend in their order,
-// and so gives its bits; between them there is no Python, which takes as long as they do. The legend is there.
+// soft_target of few logits on a CPU. The legend is in dense/soft_target.py of the blocked backend.
 #include "dense.h"
 #include "module.h"
+#include "simd.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 
+#include <algorithm>
 #include <limits>
 
 namespace fastkd {
@@ -12,54 +13,96 @@ namespace {
 
 using at::Tensor;
 
+// The options of both losses; labels may be null.
+struct Options {
+  const int64_t* labels;
+  double temperature, label_smoothing;
+};
+
+template <class T>
+FASTKD_INLINE T largest_of(const T* x, int64_t classes) {
+  T largest = x[0];
+#pragma omp simd reduction(max : largest)
+  for (int64_t c = 0; c < classes; ++c) largest = x[c] > largest ? x[c] : largest;
+  return largest;
+}
+
+// The weighted sums of cross-entropy and KD. of_kd and of_ce: the gradients of the student's logits. They are written in
+// any case, of_ce only with labels, because they also hold a row's powers.
+template <class T>
+FASTKD_INLINE std::pair<double, double> rows_loop(const T* x, const T* t, const T* w, T* of_kd, T* of_ce, int64_t n,
+                                                  int64_t classes, Options options) {
+  const T to_powers = T(1 / (options.temperature * kLog2)), smoothing = T(options.label_smoothing);
+  double ce = 0, kd = 0;
+  for (int64_t i = 0; i < n; ++i, x += classes, t += classes, of_kd += classes) {
+    const T largest_x = largest_of(x, classes), largest_t = largest_of(t, classes);
+    T total_x = 0, total_t = 0, difference = 0;
+#pragma omp simd reduction(+ : total_x, total_t, difference)
+    for (int64_t c = 0; c < classes; ++c) {
+      const T log_p = (x[c] - largest_x) * to_powers, log_q = (t[c] - largest_t) * to_powers;
+      const T p = power_of_two(log_p), q = power_of_two(log_q);
+      of_kd[c] = p;
+      total_x += p;
+      total_t += q;
+      difference += q * (log_q - log_p);
+    }
+    kd += double(w[i]) * (difference / total_t * T(kLog2) + std::log(total_x) - std::log(total_t));
+    const T of_p = w[i] * T(options.temperature) / total_x, of_q = w[i] * T(options.temperature) / total_t;
+#pragma omp simd
+    for (int64_t c = 0; c < classes; ++c) {
+      of_kd[c] = of_p * of_kd[c] - of_q * power_of_two((t[c] - largest_t) * to_powers);
+    }
+    if (!options.labels) continue;
+
+    const int64_t given = options.labels[i], label = std::min(std::max(given, int64_t(0)), classes - 1);
+    const T weight = given == label ? w[i] : std::numeric_limits<T>::quiet_NaN();
+    T total = 0, mean = 0;
+#pragma omp simd reduction(+ : total, mean)
+    for (int64_t c = 0; c < classes; ++c) {
+      const T p = power_of_two((x[c] - largest_x) * T(1 / kLog2));
+      of_ce[c] = p;
+      total += p;
+      mean += x[c];
+    }
+    const T log_total = std::log(total);
+    T loss = largest_x - x[label] + log_total;
+    if (smoothing > 0) loss = loss * (1 - smoothing) + (largest_x - mean / T(classes) + log_total) * smoothing;
+    ce += double(weight) * loss;
+    const T of_powers = weight / total, of_all = weight * (smoothing / T(classes));
+#pragma omp simd
+    for (int64_t c = 0; c < classes; ++c) of_ce[c] = of_ce[c] * of_powers - of_all;
+    of_ce[label] -= weight * (1 - smoothing);
+    of_ce += classes;
+  }
+  return {ce, kd * options.temperature * options.temperature};
+}
+
+FASTKD_CLONES std::pair<double, double> rows(const float* x, const float* t, const float* w, float* of_kd, float* of_ce,
+                                             int64_t n, int64_t classes, Options options) {
+  return rows_loop(x, t, w, of_kd, of_ce, n, classes, options);
+}
+std::pair<double, double> rows(const double* x, const double* t, const double* w, double* of_kd, double* of_ce,
+                               int64_t n, int64_t classes, Options options) {
+  return rows_loop(x, t, w, of_kd, of_ce, n, classes, options);
+}
+
 std::tuple<Tensor, Tensor, std::vector<Tensor>> dense_soft_target(
     const Tensor& student_logits, const Tensor& teacher_logits, const std::optional<Tensor>& labels,
-    const std::optional<Tensor>& weight, double temperature, double label_smoothing, double factor, bool needs_grad) {
+    const std::optional<Tensor>& weight, double temperature, double label_smoothing, double factor) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;  // nothing here is differentiated
   TORCH_CHECK_VALUE(student_logits.dim() == 2, "dense_soft_target: expected logits [B, C]");
   const auto dtype = student_logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const Tensor x = student_logits.to(dtype), t = teacher_logits.to(dtype);
-  const int64_t n = x.size(0), classes = x.size(1);
-  Tensor w = weight ? weight->to(dtype) * factor : at::full({n}, factor, x.options());
-  const Tensor largest = x.amax(1, true);
-  const Tensor Z = at::empty({labels ? 3 : 2, n, classes}, x.options());
-  const Tensor Z_x = Z.select(0, 0), Z_t = Z.select(0, 1);
-  Tensor out = Z_x;
-  at::sub_out(out, x, largest);
-  out = Z_t;
-  at::sub_out(out, t, t.amax(1, true));
-  if (labels) {
-    out = Z.select(0, 2);
-    at::mul_out(out, Z_x, at::scalar_tensor(1 / kLog2, at::kDouble));
-  }
-  Z.slice(0, 0, 2).mul_(1 / (temperature * kLog2));
-  const Tensor E = Z.exp2(), E_x = E.select(0, 0), E_t = E.select(0, 1);
-  const Tensor sums = E.sum(2), logs = sums.log();
-  Tensor losses = at::linalg_vecdot(E_t, Z_t.sub_(Z_x)).div_(sums.select(0, 1)).mul_(kLog2);
-  losses.add_(logs.select(0, 0)).sub_(logs.select(0, 1));
-  const Tensor kd = losses.dot(w).mul_(temperature * temperature);
-  std::vector<Tensor> gradients;
-  if (needs_grad) {
-    E.slice(0, 0, 2).mul_((w * temperature / sums.slice(0, 0, 2)).unsqueeze(2));
-    gradients.push_back(E_x.sub_(E_t));
-  }
-  if (!labels) return {at::zeros({}, x.options()), kd, gradients};
-
-  const Tensor given = labels->unsqueeze(1), label = given.clamp(0, classes - 1);
-  w = w.unsqueeze(1).where(label == given, std::numeric_limits<double>::quiet_NaN());
-  const Tensor log_sum = logs.select(0, 2).unsqueeze(1);
-  losses = (largest - x.gather(1, label)).add_(log_sum);
-  if (label_smoothing > 0) {
-    const Tensor of_all = (largest - x.mean(1, true)).add_(log_sum);
-    losses.mul_(1 - label_smoothing).add_(of_all.mul_(label_smoothing));
-  }
-  const Tensor ce = losses.squeeze(1).dot(w.squeeze(1));
-  if (needs_grad) {
-    const Tensor grad = E.select(0, 2).mul_(w / sums.select(0, 2).unsqueeze(1));
-    if (label_smoothing > 0) grad.sub_(w * (label_smoothing / classes));
-    gradients.push_back(grad.scatter_add_(1, label, w * (label_smoothing - 1)));
-  }
-  return {ce, kd, gradients};
+  const Tensor x = student_logits.to(dtype).contiguous(), t = teacher_logits.to(dtype).contiguous();
+  const Tensor w = row_factors(weight, factor, x.size(0), x), given = labels ? labels->contiguous() : Tensor();
+  std::vector<Tensor> gradients{at::empty_like(x)};
+  if (labels) gradients.push_back(at::empty_like(x));
+  const Options options{labels ? given.const_data_ptr<int64_t>() : nullptr, temperature, label_smoothing};
+  const auto [ce, kd] = AT_DISPATCH_FLOATING_TYPES(dtype, "dense_soft_target", [&] {
+    return rows(x.const_data_ptr<scalar_t>(), t.const_data_ptr<scalar_t>(), w.const_data_ptr<scalar_t>(),
+                gradients.front().mutable_data_ptr<scalar_t>(), gradients.back().mutable_data_ptr<scalar_t>(),
+                x.size(0), x.size(1), options);
+  });
+  return {at::full({}, ce, x.options()), at::full({}, kd, x.options()), gradients};
 }
 
 }  // namespace
@@ -68,7 +111,7 @@ void define_dense_soft_target(pybind11::module_& module) {
   namespace py = pybind11;
   module.def("dense_soft_target", &dense_soft_target, py::arg("student_logits"), py::arg("teacher_logits"),
              py::arg("labels"), py::arg("weight"), py::arg("temperature"), py::arg("label_smoothing"),
-             py::arg("factor"), py::arg("needs_grad"), py::call_guard<py::gil_scoped_release>());
+             py::arg("factor"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastkd

@@ -16,6 +16,8 @@ PYBIND11_MODULE(_native, module) {
 #endif
   fastkd::define_dense(module);
   fastkd::define_dense_contrast(module);
+  fastkd::define_dense_dual_softmax(module);
   fastkd::define_dense_soft_target(module);
+  fastkd::define_dual_softmax_tiles(module);
   fastkd::define_launcher(module);
 }

@@ -1,9 +1,13 @@
 """The command line: chooses the command, and tells a user's mistake in one line."""
 
+import os
 import pkgutil
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+
+from fastkd import __version__
 
 USAGE = """\
 usage: fastkd COMMAND ...
@@ -11,13 +15,14 @@ usage: fastkd COMMAND ...
   demo               train a teacher and students on scikit-learn's digits, write a report
   recipes            the recipes there are, a line each
   train RECIPE ...   run a recipe, its own or package.module:function; every setting is a flag
+  train --config FILE ...   run the settings of a YAML file, such as the config.yaml of a run
   train RECIPE --dry-run [--ranks N] ...   print what it comes to, with a memory estimate, and stop
   eval CHECKPOINT    accuracy of a checkpoint or of the newest one of a run folder
   export CHECKPOINT OUT   its student as .safetensors or .onnx, checked
   probe CHECKPOINT   linear probe of its frozen features on other data
   report RUN ...     an HTML page about a run, or several compared, from their folders
 
-fastkd COMMAND --help describes each.
+fastkd COMMAND --help describes each; fastkd --version says which fastkd this is.
 """
 # Named and not imported: a command loads what it needs. Its function's parameters are its flags.
 _COMMANDS = {
@@ -32,10 +37,17 @@ _COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` (default: the process's) and return the exit status, 2 for an unknown command."""
+    """Run the command line ``argv`` (default: the process's) and return the exit status.
+
+    It is 0 when all went well, 1 for a mistake that the user can put right, 2 for an unknown command, and 128 and the
+    number of a signal that ended it.
+    """
     command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE, end="")
+        return 0
+    if command in ("-V", "--version"):
+        print(f"fastkd {__version__}")
         return 0
     if command not in _COMMANDS:
         print(f"fastkd: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
@@ -48,7 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastkd: {error}", file=sys.stderr)
         return 1
     try:
-        return _run(command, arguments)
+        status = _run(command, arguments)
+        sys.stdout.flush()  # here, where a reader that went away is expected
+        return status
+    except KeyboardInterrupt:
+        print(f"fastkd {command}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # fastkd eval RUN | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:
         if not _is_users_mistake(error):
             raise

@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Collection
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,13 +12,17 @@ from torch.autograd import forward_ad
 
 from fastkd.numerics import accumulation_dtype
 
-CONSISTENCIES = ("student||teacher", "teacher||student")
+Backend = Literal["reference", "blocked", "triton"]
+Consistency = Literal["student||teacher", "teacher||student"]
+Positives = Literal["index", "label"]
+CONSISTENCIES, POSITIVES = get_args(Consistency), get_args(Positives)
+NO_LABEL = -1  # the label of a row without one, where such rows are accepted
 LARGEST = sys.float_info.max  # the largest finite float
 
 
 def check_rows(name: str, x: Tensor, shape: str = "[n, D]", *, may_be_empty: bool = False) -> None:
     """A matrix with at least one column, and one row unless it may be empty."""
-    _check_floating(name, x)
+    check_floating(name, x)
     if x.ndim != 2:
         raise ValueError(f"{name}: got shape {list(x.shape)}, expected {shape}")
     if x.shape[1] == 0 or (x.shape[0] == 0 and not may_be_empty):
@@ -27,23 +31,39 @@ def check_rows(name: str, x: Tensor, shape: str = "[n, D]", *, may_be_empty: boo
 
 
 def check_pair(
-    name: str, first: Tensor, other_name: str, second: Tensor, shape: str, *, may_be_empty: bool = False
+    name: str,
+    first: Tensor,
+    other_name: str,
+    second: Tensor,
+    shape: str,
+    *,
+    may_be_empty: bool = False,
+    may_differ_in_dtype: bool = False,
 ) -> None:
-    """Two such matrices of one shape, dtype and device."""
+    """Two such matrices of one shape and device, and of one dtype unless that may differ."""
     # The shapes come first: of two unequal inputs, one of which is empty, they tell more.
     for argument, value in ((name, first), (other_name, second)):
-        _check_floating(argument, value)
+        check_floating(argument, value)
         if value.ndim != 2:
             raise ValueError(f"{argument}: got shape {list(value.shape)}, expected {shape}")
     if first.shape != second.shape:
         raise ValueError(f"{other_name}: got shape {list(second.shape)}, expected that of {name}, {list(first.shape)}")
     check_rows(name, first, shape, may_be_empty=may_be_empty)
-    _check_same_kind(name, first, other_name, second)
+    _check_same_kind(name, first, other_name, second, may_differ_in_dtype=may_differ_in_dtype)
+
+
+def check_student_and_teacher(
+    name: str, student: Tensor, other_name: str, teacher: Tensor, shape: str, *, may_be_empty: bool = False
+) -> Tensor:
+    """Two such matrices of one shape and device. Returns the teacher's in the student's dtype."""
+    options = {"may_be_empty": may_be_empty, "may_differ_in_dtype": True}
+    check_pair(name, student, other_name, teacher, shape, **options)
+    return teacher.to(student.dtype)
 
 
 def check_vector(name: str, x: Tensor, *, may_be_empty: bool = False) -> None:
     """A number for every sample, at least one unless it may be empty."""
-    _check_floating(name, x)
+    check_floating(name, x)
     if x.ndim != 1 or (len(x) == 0 and not may_be_empty):
         raise ValueError(f"{name}: got shape {list(x.shape)}, expected [B]{'' if may_be_empty else ', B >= 1'}")
 
@@ -57,14 +77,16 @@ def check_query_and_key(query: Tensor, key: Tensor, *, may_be_empty: bool = Fals
     _check_same_kind("query", query, "key", key)
 
 
-def _check_same_kind(name: str, first: Tensor, other_name: str, second: Tensor) -> None:
-    if first.dtype != second.dtype:
+def _check_same_kind(
+    name: str, first: Tensor, other_name: str, second: Tensor, *, may_differ_in_dtype: bool = False
+) -> None:
+    if first.dtype != second.dtype and not may_differ_in_dtype:
         raise TypeError(f"{other_name}: got {second.dtype}, expected the dtype of {name}, {first.dtype}")
     if first.device != second.device:
         raise ValueError(f"{other_name}: got device {second.device}, expected that of {name}, {first.device}")
 
 
-def _check_floating(name: str, value: Tensor) -> None:
+def check_floating(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     check_float_dtype(name, value.dtype)
@@ -120,11 +142,16 @@ def check_bool(name: str, value: bool) -> None:
 
 
 def check_no_tangent(*inputs: Tensor) -> None:
-    """The streaming operations have no forward-mode derivative; without this, the tangent would silently be zero."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    """The streaming operations have no forward-mode derivative; without this, the tangent would silently be zero.
+
+    Nor can torch.func's transforms look into them.
+    """
+    if torch.compiler.is_compiling():
         return
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        raise NotImplementedError("forward-mode differentiation: use backend='reference', which has it")
+    is_transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    is_dual = forward_ad._current_level >= 0
+    if is_transformed or (is_dual and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)):
+        raise NotImplementedError("torch.func and forward-mode differentiation: use backend='reference'")
 
 
 def check_scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
@@ -137,6 +164,23 @@ def check_scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
     if _may_read(logit_scale) and logit_scale.item() <= 0:
         raise ValueError(f"logit_scale: got {logit_scale.item()}, expected a positive multiplier, exp(tau)")
     return logit_scale
+
+
+def one_scale(logit_scale: Tensor | float | None, temperature: Tensor | float | None, like: Tensor) -> Tensor | float:
+    """The multiplier of the similarities, of which either itself or its inverse is given; not yet checked by itself."""
+    if (logit_scale is None) == (temperature is None):
+        got = "neither" if temperature is None else "both"
+        raise TypeError(f"logit_scale, temperature: got {got}, expected one of them (logit_scale = 1 / temperature)")
+    if temperature is None:
+        assert logit_scale is not None
+        return logit_scale
+    if not isinstance(temperature, Tensor):
+        check_temperature(temperature)
+        return 1 / temperature
+    _check_scalar_tensor("temperature", temperature, like)
+    if _may_read(temperature):
+        check_temperature(temperature.item())
+    return temperature.reciprocal()
 
 
 def check_temperature(temperature: Any) -> None:
@@ -158,7 +202,7 @@ def check_bias(logit_bias: Tensor | float, like: Tensor) -> Tensor:
 
 
 def _check_scalar_tensor(name: str, value: Tensor, like: Tensor) -> None:
-    _check_floating(name, value)
+    check_floating(name, value)
     if value.ndim != 0:
         raise ValueError(f"{name}: got shape {list(value.shape)}, expected a float or a 0-dim tensor")
     if value.device != like.device:
@@ -168,7 +212,7 @@ def _check_scalar_tensor(name: str, value: Tensor, like: Tensor) -> None:
 def check_weight(sample_weight: Tensor | None, like: Tensor) -> Tensor | None:
     if sample_weight is None:
         return None
-    _check_floating("sample_weight", sample_weight)
+    check_floating("sample_weight", sample_weight)
     n = like.shape[0]
     if sample_weight.shape != (n,):
         raise ValueError(f"sample_weight: got shape {list(sample_weight.shape)}, expected [{n}], one weight per row")
@@ -188,7 +232,7 @@ def check_not_negative(name: str, x: Tensor, what: str) -> Tensor:
     return x
 
 
-def check_row_labels(name: str, labels: Tensor, rows: Tensor) -> None:
+def check_row_labels(name: str, labels: Tensor | None, rows: Tensor) -> None:
     """An int64 for every row."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name}: got {type(labels).__name__}, expected a torch.Tensor")
@@ -201,14 +245,15 @@ def check_row_labels(name: str, labels: Tensor, rows: Tensor) -> None:
         raise ValueError(f"{name}: got device {labels.device}, expected {rows.device}")
 
 
-def check_labels(labels: Tensor, logits: Tensor) -> None:
-    """Class indices: an int64 in [0, C) for every row of the logits."""
+def check_labels(labels: Tensor, logits: Tensor, *, unlabelled: bool = False) -> None:
+    """Class indices: an int64 in [0, C) for every row of the logits; ``unlabelled``: or NO_LABEL."""
     check_row_labels("labels", labels, logits)
     if _may_read(labels) and labels.shape[0] > 0:
         classes = logits.shape[1]
         for label in labels.aminmax():
-            if not 0 <= label.item() < classes:
-                raise ValueError(f"labels: got {label.item()}, expected class indices in [0, {classes})")
+            if not (NO_LABEL if unlabelled else 0) <= label.item() < classes:
+                expected = f"class indices in [0, {classes})" + (f", or {NO_LABEL} for none" if unlabelled else "")
+                raise ValueError(f"labels: got {label.item()}, expected {expected}")
 
 
 def check_positive_index(
@@ -234,7 +279,7 @@ def check_positive_index(
 
 def check_feature_map(name: str, value: Tensor) -> None:
     """[B, C, H, W], of which B alone may be 0."""
-    _check_floating(name, value)
+    check_floating(name, value)
     if value.ndim != 4:
         raise ValueError(f"{name}: got shape {list(value.shape)}, expected [B, C, H, W]")
     if 0 in value.shape[1:]:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
-from fastkd.demo.config import LABELLED, TEST_IMAGES, TRAIN_IMAGES, DemoConfig
+from fastkd.demo.config import LABELLED, SCRATCH_PASSES, STEPS, TEST_IMAGES, TRAIN_IMAGES, DemoConfig, objective_of
 from fastkd.demo.costs import ROUNDS
 from fastkd.demo.results import display_name
 from fastkd.trainer.config import TrainConfig
@@ -26,13 +26,20 @@ def describe_settings(config: DemoConfig, first: TrainConfig, teacher: int, stud
         "teacher": f"convolutional network, {teacher:,} parameters, {config.teacher_epochs} epochs on all "
         f"{TRAIN_IMAGES:,} training images with labels; one teacher for all students",
         "student": f"A convolutional network of {student:,} parameters",
-        "labelled images": f"{LABELLED} of the training images, balanced over the digits; a method sees no others",
-        "seed": "the initial weights, the order of the data and which images are labelled",
+        "labels": f"{LABELLED} of the training images have one, balanced over the digits; cross-entropy uses these "
+        "images alone",
+        "images": f"the distillation terms use all {TRAIN_IMAGES:,} training images, without labels; where PCKD needs "
+        "one, an image without a label has the teacher's prediction. The student from scratch sees the "
+        f"{LABELLED} labelled images alone",
+        "seed": "the initial weights, the order of the data and which images have a label",
         "first seed": "0",
-        "schedule": f"{config.epochs} epochs, batch {first.data.batch_size}, SGD with momentum {optim.momentum:g}, "
+        "schedule": f"{STEPS * config.epochs} steps of {first.data.batch_size} images for every student: "
+        f"{config.epochs} passes over all images, or {SCRATCH_PASSES * config.epochs} over the labelled ones; SGD with "
+        f"momentum {optim.momentum:g}, "
         f"learning rate {optim.lr:g} falling to zero as a cosine, weight decay {optim.weight_decay:g}",
-        "objectives": ", ".join(f"{display_name(method)}: {method}" for method in config.methods)
+        "objectives": ", ".join(f"{display_name(method)}: {objective_of(method).terms}" for method in config.methods)
         + "; CE is part of each, every term has weight 1 unless written",
+        "DCD, scale e": "an ablation: exp(tau) stays at e, as in the authors' code for ImageNet",
         "KD": f"temperature {objective.kd.temperature:g}",
         "DCD": f"{dcd.embed_dim} dimensions, alpha {dcd.alpha:g}, consistency {consistency}, tau starts at 1"
         + ("" if dcd.max_scale is None else f", exp(tau) at most {dcd.max_scale:g}"),
@@ -44,7 +51,7 @@ def describe_settings(config: DemoConfig, first: TrainConfig, teacher: int, stud
         "MSDCRD": ("three scales of the teacher's map" if msdcrd.windows is None else f"windows {msdcrd.windows}")
         + f", temperature {msdcrd.temperature:g}, positives by {msdcrd.positives}, samples and channels of weights "
         f"{msdcrd.sample_term_weight:g} and {msdcrd.feature_weight:g}",
-        "accuracy": "on the test images after the last epoch",
+        "accuracy": "on the test images after the last step",
         "cost of a step": "forward, backward and update of one batch, after the runs: one process, one thread, the "
         f"methods in turn, the median of {ROUNDS} steps. Memory: the most that torch's allocator holds at once during "
         "a step, without weights and optimiser state",

@@ -15,10 +15,19 @@ from rich.console import Console
 from rich.progress import track
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from fastkd.demo.config import LABELLED, TEST_IMAGES, TRAIN_IMAGES, DemoConfig, student_config, teacher_config
+from fastkd.demo.config import (
+    BASELINE,
+    LABELLED,
+    STEPS,
+    TEST_IMAGES,
+    TRAIN_IMAGES,
+    DemoConfig,
+    student_config,
+    teacher_config,
+)
 from fastkd.demo.costs import Cost, measure_costs
 from fastkd.demo.describe import describe_environment, describe_settings, usable_cores
-from fastkd.demo.results import BASELINE, Results, Run, Teacher, console_table, verdicts, write_report
+from fastkd.demo.results import Results, Run, Teacher, console_table, verdicts, write_report
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.datasets import build_datasets
 from fastkd.trainer.run.loop import train
@@ -51,7 +60,7 @@ def run_demo(config: DemoConfig) -> Path:
             teacher = pool.submit(train_one, teacher_config(config, folder)).result()
             console.print(
                 f"teacher: {teacher.accuracies[-1]:.2f} % of {TEST_IMAGES} test images in {teacher.seconds:.1f} s; now "
-                f"{len(jobs)} students, {LABELLED} labelled images each, {config.epochs} epochs, {workers} at a time"
+                f"{len(jobs)} students, {LABELLED} labels each, {STEPS * config.epochs} steps, {workers} at a time"
             )
             students = collect({key: pool.submit(train_one, job) for key, job in jobs.items()}, console)
             drawn = {"teacher": teacher} | {method: students[method, 0] for method in config.methods}
@@ -78,8 +87,8 @@ def run_demo(config: DemoConfig) -> Path:
 class Trained:
     """What a training process sends back: plain numbers on the test set."""
 
-    accuracies: list[float]  # after every epoch, in percent
-    scale: list[float]  # exp(tau) after every epoch, empty without DCD
+    accuracies: list[float]  # of every evaluation, in percent
+    scale: list[float]  # exp(tau) at every evaluation, empty without DCD
     seconds: float
     parameters: int
     logits: np.ndarray  # [n, C]
@@ -93,7 +102,7 @@ def train_one(config: TrainConfig) -> Trained:
     with torch.no_grad():
         output = result.distiller.student(test.images)
     return Trained(
-        accuracies=[100 * epoch["accuracy"] for epoch in result.history],
+        accuracies=[100 * epoch["accuracy"] for epoch in result.history if "accuracy" in epoch],
         scale=[epoch["dcd/scale"] for epoch in result.history if "dcd/scale" in epoch],
         seconds=result.seconds,
         parameters=result.parameters,
@@ -134,7 +143,9 @@ def gather(
     workers: int,
 ) -> Results:
     """What the report shows, made of what the processes returned."""
-    first = student_config(config, Path(), config.methods[0], 0)
+    # The first that is distilled, if any is: the student from scratch has other data.
+    configs = [student_config(config, Path(), method, 0) for method in config.methods]
+    first = next((config for config in configs if config.data.unlabelled), configs[0])
     _, test = build_datasets(first.data)
     reference = class_correlation(teacher.logits)
     runs = [

@@ -8,17 +8,20 @@ import numpy as np
 from matplotlib.colors import to_hex
 from matplotlib.patheffects import withStroke
 
+from fastkd.demo.config import STEPS
 from fastkd.trainer.report.style import INK, PALETTE, PAPER, drawing, to_svg
 
 CLASS_COLOURS = tuple(to_hex(colour) for colour in matplotlib.colormaps["tab10"](range(10)))
-Curves = Mapping[str, Sequence[Sequence[float]]]  # method -> one curve per seed, one value per epoch
+EXTRA = {"dcd-e": "#16aeb8"}  # beyond the palette; drawn in dashes, as an ablation
+DASHES = (0, (4, 1.5))
+Curves = Mapping[str, Sequence[Sequence[float]]]  # method -> one curve per seed, one value per STEPS steps
 
 
 def colour_of(methods: Sequence[str]) -> dict[str, str]:
     """One colour per method, the same in every figure. The usual methods keep theirs whichever subset is run."""
     order = ["ce", "kd", "dcd", "dcd+kd", "100*ckd", "pckd", "msdcrd", "msdcrd+kd"]
-    order += [method for method in methods if method not in order]
-    return {method: PALETTE[order.index(method) % len(PALETTE)] for method in methods}
+    order += [method for method in methods if method not in order and method not in EXTRA]
+    return {method: EXTRA.get(method) or PALETTE[order.index(method) % len(PALETTE)] for method in methods}
 
 
 def plain(text: str) -> str:
@@ -39,38 +42,44 @@ def draw_bands(
     The band ends at ``low`` and ``high``, which the quantity cannot pass.
     """
     for index, (method, seeds) in enumerate(curves.items()):
-        values = np.asarray(seeds, dtype=float)  # [seeds, epochs]
-        epochs = np.arange(1, values.shape[1] + 1)
+        values = np.asarray(seeds, dtype=float)  # [seeds, evaluations]
+        steps = STEPS * np.arange(1, values.shape[1] + 1)
         mean = values.mean(0)
-        marker = "o" if len(epochs) == 1 else None
+        marker = "o" if len(steps) == 1 else None
         # The first lines are the broadest, so that lines on top of one another can be told apart.
         width = 1.3 + 1.6 * (1 - index / len(curves))
-        axis.plot(epochs, mean, color=colours[method], linewidth=width, marker=marker, label=plain(names[method]))
+        style = {"color": colours[method], "linestyle": DASHES if method in EXTRA else "-"}
+        axis.plot(steps, mean, linewidth=width, marker=marker, label=plain(names[method]), **style)
         if len(values) > 1:
             spread = values.std(0, ddof=1)
             below, above = np.clip(mean - spread, low, high), np.clip(mean + spread, low, high)
-            axis.fill_between(epochs, below, above, color=colours[method], alpha=0.9 / max(5, len(curves)), linewidth=0)
-    axis.set_xlabel("epoch")
+            axis.fill_between(steps, below, above, color=colours[method], alpha=0.9 / max(5, len(curves)), linewidth=0)
+    axis.set_xlabel("step")
+
+
+def legend_below(axis: Any) -> None:
+    """A legend of three columns below the axes, where it hides no curve."""
+    axis.figure.legend(loc="outside lower center", ncols=3, columnspacing=1.2, handlelength=1.6)
 
 
 def learning_curves(curves: Curves, names: Mapping[str, str], teacher_accuracy: float) -> str:
-    """The test accuracy (%) over epochs."""
-    with drawing(3.6) as axis:
+    """The test accuracy (%) over steps."""
+    with drawing(4.4) as axis:
         draw_bands(axis, curves, names, colour_of(list(curves)), low=0.0, high=100.0)
         axis.axhline(teacher_accuracy, color=INK, linewidth=1, linestyle=(0, (5, 3)), label="teacher")
         lowest = min(np.asarray(seeds).mean(0)[-1] for seeds in curves.values())
-        # The first epochs are near chance. Shown whole, they would flatten everything that differs.
+        # The first steps are near chance. Shown whole, they would flatten everything that differs.
         axis.set_ylim(max(0.0, lowest - 22), min(101.0, max(teacher_accuracy, lowest) + 1.5))
         axis.set_ylabel("test accuracy (%)")
-        axis.legend(loc="lower right", ncols=2)
+        legend_below(axis)
         ends = ", ".join(f"{names[method]} {np.asarray(seeds)[:, -1].mean():.1f} %" for method, seeds in curves.items())
         return to_svg(
-            axis, "curves", f"Test accuracy over epochs. Last epoch: {ends}; teacher {teacher_accuracy:.1f} %."
+            axis, "curves", f"Test accuracy over steps. At the end: {ends}; teacher {teacher_accuracy:.1f} %."
         )
 
 
 def accuracy_dots(accuracy: Mapping[str, Sequence[float]], names: Mapping[str, str], teacher_accuracy: float) -> str:
-    """The last-epoch test accuracy (%): a dot per seed, and their mean with one standard deviation on either side."""
+    """The test accuracy (%) at the end: a dot per seed, and their mean with one standard deviation on either side."""
     colours = colour_of(list(accuracy))
     with drawing(0.9 + 0.55 * len(accuracy)) as axis:
         for row, (method, seeds) in enumerate(accuracy.items()):
@@ -90,24 +99,24 @@ def accuracy_dots(accuracy: Mapping[str, Sequence[float]], names: Mapping[str, s
         axis.set_ylim(len(accuracy) - 0.5, -0.85)
         axis.grid(axis="y", visible=False)
         axis.tick_params(axis="y", length=0)
-        axis.set_xlabel("test accuracy after the last epoch (%)")
+        axis.set_xlabel("test accuracy after the last step (%)")
         means = ", ".join(f"{names[method]} {np.mean(seeds):.2f} %" for method, seeds in accuracy.items())
         return to_svg(axis, "accuracy", f"Accuracy of every seed. Means: {means}; teacher {teacher_accuracy:.2f} %.")
 
 
 def scale_curves(curves: Curves, names: Mapping[str, str], colours: Mapping[str, str], max_scale: float | None) -> str:
-    """The logit scale exp(tau) over epochs, with tau on the right-hand axis. A dashed line is the cap on the scale."""
-    with drawing(3.2) as axis:
+    """The logit scale exp(tau) over steps, with tau on the right-hand axis. A dashed line is the cap on the scale."""
+    with drawing(3.6) as axis:
         draw_bands(axis, curves, names, colours, low=1e-3, high=max_scale)
         values = np.concatenate([np.ravel(seeds) for seeds in curves.values()])
         if max_scale is not None:
             axis.axhline(max_scale, color=INK, linewidth=1, linestyle=(0, (5, 3)), label=f"cap ({max_scale:g})")
             values = np.append(values, max_scale)
-        # The epochs are logarithmic, because the scale often reaches its cap within the first tenth of them.
-        epochs = max(len(seed) for seeds in curves.values() for seed in seeds)
+        # The steps are logarithmic, because the scale often reaches its cap within the first tenth of them.
+        steps = STEPS * max(2, *(len(seed) for seeds in curves.values() for seed in seeds))
         axis.set_xscale("log")
-        axis.set_xlim(0.9, max(epochs, 2) * 1.08)
-        axis.set_xticks(*labelled_ticks(1, max(epochs, 2), (1, 2, 5)))
+        axis.set_xlim(0.9 * STEPS, 1.08 * steps)
+        axis.set_xticks(*labelled_ticks(STEPS, steps, (1, 2, 5)))
         axis.set_yscale("log")
         axis.set_ylim(values.min() / 1.25, values.max() * 1.25)
         axis.set_yticks(*labelled_ticks(*axis.get_ylim(), (1, 2, 3, 4, 6, 8)))
@@ -116,9 +125,9 @@ def scale_curves(curves: Curves, names: Mapping[str, str], colours: Mapping[str,
         right = axis.secondary_yaxis("right", functions=(np.log, np.exp))
         right.set_yscale("linear")
         right.set_ylabel("τ", rotation=0, labelpad=8)
-        axis.legend(loc="lower right")
+        legend_below(axis)
         ends = ", ".join(f"{names[method]} {np.asarray(seeds)[:, -1].mean():.2f}" for method, seeds in curves.items())
-        return to_svg(axis, "scale", f"Logit scale over epochs. Last epoch: {ends}.")
+        return to_svg(axis, "scale", f"Logit scale over steps. At the end: {ends}.")
 
 
 def labelled_ticks(low: float, high: float, digits: Sequence[int]) -> tuple[list[float], list[str]]:

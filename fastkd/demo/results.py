@@ -14,14 +14,15 @@ from rich.table import Table
 from scipy import stats  # type: ignore[import-untyped]
 
 from fastkd.demo import figures
+from fastkd.demo.config import BASELINE
 from fastkd.demo.costs import Cost
 from fastkd.trainer.report.style import render_page, write_atomically
 
-BASELINE = "ce"
 NAMES = {
     "ce": "From scratch",
     "kd": "KD",
     "dcd": "DCD",
+    "dcd-e": "DCD, scale e",
     "dcd+kd": "DCD + KD",
     "100*ckd": "CKD",
     "pckd": "PCKD",
@@ -45,14 +46,14 @@ class Run:
 
     method: str  # objective as the trainer names it: "ce", "dcd+kd", "100*ckd"
     seed: int
-    seconds: float  # wall clock of the training, evaluation after every epoch included
-    curve: list[float]  # test accuracy after every epoch, in percent
-    scale: list[float]  # logit scale exp(tau) after every epoch; empty where the method has none
+    seconds: float  # wall clock of the training, its evaluations included
+    curve: list[float]  # test accuracy after every STEPS steps, in percent
+    scale: list[float]  # logit scale exp(tau) after every STEPS steps; empty where the method has none
     correlation_gap: list[list[float]]  # [C, C] |teacher's - student's| correlation of the class logits, test images
 
     @property
     def accuracy(self) -> float:
-        """The test accuracy after the last epoch, in percent. No epoch is picked by its accuracy."""
+        """The test accuracy after the last step, in percent. No step is picked by its accuracy."""
         return self.curve[-1]
 
 
@@ -94,7 +95,7 @@ class Results:
         return (self.costs[method].peak_bytes - self.costs[BASELINE].peak_bytes) / 1024
 
     def accuracies(self, method: str) -> list[float]:
-        """The last-epoch test accuracy of every seed, in percent."""
+        """The test accuracy of every seed after the last step, in percent."""
         return [run.accuracy for run in self.of(method)]
 
 

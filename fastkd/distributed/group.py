@@ -11,11 +11,12 @@ The backward itself communicates nothing. Only in ring mode does it pass the emb
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-Group = dist.ProcessGroup | str | None
+Group = dist.ProcessGroup | Literal["local"] | None
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

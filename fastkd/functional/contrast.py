@@ -17,6 +17,9 @@ from fastkd.distributed.agree import agreeing, eagerly, kind_of
 from fastkd.distributed.group import Group, resolve_group
 from fastkd.ops.contrast import weighted_sum
 from fastkd.validate import (
+    POSITIVES,
+    Backend,
+    Positives,
     check_bool,
     check_choice,
     check_no_tangent,
@@ -26,11 +29,11 @@ from fastkd.validate import (
     check_row_labels,
     check_rows,
     check_scale,
+    check_student_and_teacher,
     check_temperature,
     check_weight,
+    one_scale,
 )
-
-POSITIVES = ("index", "label")
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,13 @@ class ContrastInputs:
 def info_nce_loss(
     query: Tensor,
     key: Tensor,
-    logit_scale: Tensor | float,
+    logit_scale: Tensor | float | None = None,
     *,
+    temperature: Tensor | float | None = None,
     normalize: bool = True,
     sample_weight: Tensor | None = None,
     group: Group = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     r"""InfoNCE with in-batch negatives: key i is the positive of query i, and all other keys are its negatives.
 
@@ -68,10 +72,10 @@ def info_nce_loss(
 
     Args:
         query, key: [n, D], both in float64, float32, bf16 or fp16.
-        logit_scale: the positive multiplier (an inverse temperature). A float, or a 0-dim tensor that may need a
-            gradient.
-        normalize: L2-normalise the rows first. The default is True, because the contrastive methods that use this form
-            compare cosines. Rows no longer than 1e-12 count as the zero vector and get no gradient.
+        logit_scale: the positive multiplier. A float, or a 0-dim tensor that may need a gradient.
+        temperature: its inverse, of the same types. One of the two is given.
+        normalize: L2-normalise the rows first, so that cosines are compared. Rows no longer than 1e-12 count as the
+            zero vector and get no gradient.
         sample_weight, group, backend: as for :func:`dcd_loss`.
 
     Returns:
@@ -79,7 +83,8 @@ def info_nce_loss(
         for :func:`dcd_loss`.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype, or query and key differ in dtype.
+        TypeError: an argument has the wrong type or dtype, query and key differ in dtype, or not exactly one of
+            ``logit_scale`` and ``temperature`` is given.
         ValueError: shapes or devices do not fit, there are no rows, a number is out of range, or an option is unknown
             or not available here.
 
@@ -87,15 +92,14 @@ def info_nce_loss(
         >>> import torch
         >>> from fastkd import info_nce_loss
         >>> query, key = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
-        >>> info_nce_loss(query, key, logit_scale=1 / 0.07).backward()
+        >>> info_nce_loss(query, key, temperature=0.07).backward()
     """
 
     def check(may_be_empty: bool) -> ContrastInputs:
         check_pair("query", query, "key", key, "[n, D]", may_be_empty=may_be_empty)
         check_bool("normalize", normalize)
-        return ContrastInputs(
-            query, key, check_scale(logit_scale, query), check_weight(sample_weight, query), normalize
-        )
+        scale = check_scale(one_scale(logit_scale, temperature, query), query)
+        return ContrastInputs(query, key, scale, check_weight(sample_weight, query), normalize)
 
     process_group = resolve_group(group)
     return eagerly(process_group, _mean)("info_nce_loss", check, process_group, backend)
@@ -108,7 +112,7 @@ def ckd_loss(
     *,
     sample_weight: Tensor | None = None,
     group: Group = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     r"""CKD, contrast on logits: the teacher's logits of a sample against the student's logits of all samples.
 
@@ -122,8 +126,8 @@ def ckd_loss(
     Source: arXiv 2404.14109, eq. 5-7.
 
     Args:
-        student_logits, teacher_logits: [B, C] of the same samples, both in float64, float32, bf16 or fp16. The teacher
-            gets no gradient.
+        student_logits, teacher_logits: [B, C] of the same samples, in float64, float32, bf16 or fp16. The teacher's are
+            cast to the student's dtype, and get no gradient.
         temperature: divides the cosines; in [1e-4, 1e4].
         sample_weight, group, backend: as for :func:`dcd_loss`.
 
@@ -132,7 +136,7 @@ def ckd_loss(
         for :func:`dcd_loss`.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype, or the logits differ in dtype.
+        TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not fit, there are no rows, a number is out of range, or an option is unknown
             or not available here.
 
@@ -144,13 +148,13 @@ def ckd_loss(
     """
 
     def check(may_be_empty: bool) -> ContrastInputs:
-        check_pair(
+        teacher = check_student_and_teacher(
             "student_logits", student_logits, "teacher_logits", teacher_logits, "[B, C]", may_be_empty=may_be_empty
         )
         check_temperature(temperature)
         scale = check_scale(1 / temperature, student_logits)
         weight = check_weight(sample_weight, student_logits)
-        return ContrastInputs(teacher_logits.detach(), student_logits, scale, weight, normalize=True)
+        return ContrastInputs(teacher.detach(), student_logits, scale, weight, normalize=True)
 
     process_group = resolve_group(group)
     return eagerly(process_group, _mean)("ckd_loss", check, process_group, backend)
@@ -159,13 +163,14 @@ def ckd_loss(
 def sup_con_loss(
     features: Tensor,
     labels: Tensor,
-    logit_scale: Tensor | float,
+    logit_scale: Tensor | float | None = None,
     *,
+    temperature: Tensor | float | None = None,
     exclude_self: bool = True,
-    normalize: bool = False,
+    normalize: bool = True,
     sample_weight: Tensor | None = None,
     group: Group = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     r"""Supervised contrast: every row is an anchor, and the rows of its label are its positives.
 
@@ -179,12 +184,10 @@ def sup_con_loss(
     Args:
         features: [n, D] in float64, float32, bf16 or fp16.
         labels: [n], int64, any values.
-        logit_scale: the positive multiplier (an inverse temperature). A float, or a 0-dim tensor that may need a
-            gradient.
+        logit_scale: the positive multiplier. A float, or a 0-dim tensor that may need a gradient.
+        temperature: its inverse, of the same types. One of the two is given.
         exclude_self: ``False`` counts row i among A_i and P_i.
-        normalize: L2-normalise the rows first. The default is False, unlike in :func:`info_nce_loss`, because PCKD
-            contrasts products with class centres whose lengths carry meaning. Pass ``True`` for the paper's loss. Rows
-            no longer than 1e-12 then count as the zero vector and get no gradient.
+        normalize: as for :func:`info_nce_loss`. ``False`` is for rows whose lengths carry meaning.
         sample_weight: [n], >= 0, of the anchors. The mean still divides by the number of anchors with a positive.
         group, backend: as for :func:`dcd_loss`.
 
@@ -194,7 +197,8 @@ def sup_con_loss(
         positive.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
+        TypeError: an argument has the wrong type or dtype, or not exactly one of ``logit_scale`` and ``temperature`` is
+            given.
         ValueError: shapes or devices do not fit, there are no rows, a number is out of range, or an option is unknown
             or not available here.
 
@@ -202,7 +206,7 @@ def sup_con_loss(
         >>> import torch
         >>> from fastkd import sup_con_loss
         >>> features, labels = torch.randn(8, 16, requires_grad=True), torch.arange(8) % 3
-        >>> sup_con_loss(features, labels, logit_scale=10.0, normalize=True).backward()
+        >>> sup_con_loss(features, labels, temperature=0.1).backward()
     """
 
     def check(may_be_empty: bool) -> ContrastInputs:
@@ -210,7 +214,8 @@ def sup_con_loss(
         check_row_labels("labels", labels, features)
         check_bool("exclude_self", exclude_self)
         check_bool("normalize", normalize)
-        scale, weight = check_scale(logit_scale, features), check_weight(sample_weight, features)
+        scale = check_scale(one_scale(logit_scale, temperature, features), features)
+        weight = check_weight(sample_weight, features)
         if exclude_self:
             return ContrastInputs(features, None, scale, weight, normalize, labels, by_label=True)
         return ContrastInputs(features, features, scale, weight, normalize, labels, labels, by_label=True)
@@ -222,16 +227,17 @@ def sup_con_loss(
 def masked_contrast_loss(
     query: Tensor,
     key: Tensor,
-    logit_scale: Tensor | float,
-    query_labels: Tensor,
-    key_labels: Tensor,
+    logit_scale: Tensor | float | None = None,
+    query_labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
     positive_index: Tensor | None = None,
     *,
-    positives: str = "index",
+    temperature: Tensor | float | None = None,
+    positives: Positives = "index",
     normalize: bool = True,
     sample_weight: Tensor | None = None,
     group: Group = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     r"""InfoNCE without false negatives: keys of the query's label are no negatives.
 
@@ -247,15 +253,14 @@ def masked_contrast_loss(
 
     Args:
         query, key: [n, D] and [N, D], both in float64, float32, bf16 or fp16.
-        logit_scale: the positive multiplier (an inverse temperature). A float, or a 0-dim tensor that may need a
-            gradient.
-        query_labels, key_labels: [n] and [N], int64, any values.
+        logit_scale: the positive multiplier. A float, or a 0-dim tensor that may need a gradient.
+        temperature: its inverse, of the same types. One of the two is given.
+        query_labels, key_labels: [n] and [N], int64, any values. They must be given.
         positive_index: [n], int64, in [0, N): rows of this rank's ``key``. With ``None`` query i's positive is key i,
             and n = N. On CUDA, and under torch.compile, another value makes the loss NaN, because raising would wait
             for the device.
         positives: ``"index"``, or ``"label"``, which takes no ``positive_index``.
-        normalize: L2-normalise the rows first. The default is True, because MSDCRD compares cosines. Rows no longer
-            than 1e-12 count as the zero vector and get no gradient.
+        normalize: as for :func:`info_nce_loss`.
         sample_weight: [n], as for :func:`dcd_loss`.
         group, backend: as for :func:`dcd_loss`.
 
@@ -264,7 +269,8 @@ def masked_contrast_loss(
         for :func:`dcd_loss`.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype, or query and key differ in dtype.
+        TypeError: an argument has the wrong type or dtype, query and key differ in dtype, or not exactly one of
+            ``logit_scale`` and ``temperature`` is given.
         ValueError: shapes or devices do not fit, there are no rows, an index or a number is out of range, an option is
             unknown or not available here, or ``positive_index`` comes with ``positives="label"``.
 
@@ -282,7 +288,8 @@ def masked_contrast_loss(
         check_row_labels("query_labels", query_labels, query)
         check_row_labels("key_labels", key_labels, key)
         check_bool("normalize", normalize)
-        scale, weight = check_scale(logit_scale, query), check_weight(sample_weight, query)
+        scale = check_scale(one_scale(logit_scale, temperature, query), query)
+        weight = check_weight(sample_weight, query)
         if by_label and positive_index is not None:
             raise ValueError("positive_index: got a tensor with positives='label', expected None")
         if not by_label:

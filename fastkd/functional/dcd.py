@@ -7,6 +7,7 @@ inputs, autocast or not). Gradients come back in the inputs' dtypes. Inputs are 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,13 +21,16 @@ from fastkd.numerics import weighted_sum
 from fastkd.ops.dual_softmax import means
 from fastkd.validate import (
     CONSISTENCIES,
+    Backend,
+    Consistency,
     check_bias,
     check_choice,
     check_no_tangent,
     check_number,
-    check_pair,
     check_scale,
+    check_student_and_teacher,
     check_weight,
+    one_scale,
     scale_bound,
 )
 
@@ -34,14 +38,15 @@ from fastkd.validate import (
 def dcd_loss(
     student: Tensor,
     teacher: Tensor,
-    logit_scale: Tensor | float,
+    logit_scale: Tensor | float | None = None,
     logit_bias: Tensor | float | None = None,
     *,
+    temperature: Tensor | float | None = None,
     alpha: float = 0.5,
-    consistency: str = "student||teacher",
+    consistency: Consistency = "student||teacher",
     sample_weight: Tensor | None = None,
     group: Group = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     r"""The contrastive part of DCD: each student against all teachers, and the consistency of both directions.
 
@@ -63,10 +68,12 @@ def dcd_loss(
     included.
 
     Args:
-        student, teacher: embeddings [n, D] of the same n samples, after the projection heads; both in float64, float32,
-            bf16 or fp16. Rows no longer than 1e-12 count as the zero vector and get no gradient.
+        student, teacher: embeddings [n, D] of the same n samples, after the projection heads, in float64, float32, bf16
+            or fp16. The teacher's are cast to the student's dtype. Rows no longer than 1e-12 count as the zero vector
+            and get no gradient.
         logit_scale: the positive multiplier itself, ``exp(tau)``, already clamped. A float, or a 0-dim tensor that may
             need a gradient. The sign of a tensor is checked on a CPU only, and not under torch.compile.
+        temperature: its inverse, of the same types. One of the two is given.
         logit_bias: accepted for the paper's interface and for old checkpoints. It cancels in every softmax above, so it
             changes nothing, and its gradient is exactly zero.
         alpha: weight of the consistency term; >= 0.
@@ -85,7 +92,8 @@ def dcd_loss(
         that is not finite. It can be differentiated once, backwards; with ``"reference"`` also twice, and forwards.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype, or student and teacher differ in dtype.
+        TypeError: an argument has the wrong type or dtype, or not exactly one of ``logit_scale`` and ``temperature`` is
+            given.
         ValueError: shapes or devices do not fit, there are no rows, a number is out of range, or an option is unknown
             or not available here. What one rank raises, and what differs between ranks, is raised on all ranks.
 
@@ -97,8 +105,8 @@ def dcd_loss(
         >>> loss.backward()
     """
     contrast_mean, consistency_mean = dcd_terms(
-        student, teacher, logit_scale, logit_bias, alpha=alpha, consistency=consistency, sample_weight=sample_weight,
-        group=group, backend=backend,
+        student, teacher, logit_scale, logit_bias, temperature=temperature, alpha=alpha, consistency=consistency,
+        sample_weight=sample_weight, group=group, backend=backend,
     )  # fmt: skip
     return contrast_mean + consistency_mean
 
@@ -106,43 +114,53 @@ def dcd_loss(
 def dcd_terms(
     student: Tensor,
     teacher: Tensor,
-    logit_scale: Tensor | float,
+    logit_scale: Tensor | float | None = None,
     logit_bias: Tensor | float | None = None,
     *,
+    temperature: Tensor | float | None = None,
+    project: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     alpha: float = 0.5,
-    consistency: str = "student||teacher",
+    consistency: Consistency = "student||teacher",
     sample_weight: Tensor | None = None,
     max_scale: float = math.inf,
     group: Group = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The two summands of :func:`dcd_loss`: mean contrast, and alpha times mean consistency.
 
     max_scale: an upper bound of logit_scale that the caller guarantees. Up to 40 it lets a backend that must not read
-    logit_scale from the device drop the running maxima; it does not clamp.
+    logit_scale from the device drop the running maxima; it does not clamp. project: makes the embeddings of what came
+    as ``student`` and ``teacher``. What it raises is raised on all ranks.
     """
     process_group = resolve_group(group)
     return eagerly(process_group, _terms)(
-        process_group, student, teacher, logit_scale, logit_bias, alpha, consistency, sample_weight, max_scale, backend
-    )
+        process_group, student, teacher, logit_scale, logit_bias, temperature, project, alpha, consistency,
+        sample_weight, max_scale, backend,
+    )  # fmt: skip
 
 
 def _terms(
     group: ProcessGroup | None,
     student: Tensor,
     teacher: Tensor,
-    logit_scale: Tensor | float,
+    logit_scale: Tensor | float | None,
     logit_bias: Tensor | float | None,
+    temperature: Tensor | float | None,
+    project: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
     alpha: float,
-    consistency: str,
+    consistency: Consistency,
     sample_weight: Tensor | None,
     max_scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Both terms over the rows of all ranks; this rank's part of them if there are several."""
     with agreeing(group, "dcd_loss") as ranks:
-        check_pair("student", student, "teacher", teacher, "[n, D]", may_be_empty=ranks.several)
-        scale = check_scale(logit_scale, student)
+        if project is not None:
+            student, teacher = project(student, teacher)
+        empty = ranks.several
+        teacher = check_student_and_teacher("student", student, "teacher", teacher, "[n, D]", may_be_empty=empty)
+        multiplier = one_scale(logit_scale, temperature, student)
+        scale = check_scale(multiplier, student)
         check_number("alpha", alpha, minimum=0)
         check_choice("consistency", consistency, CONSISTENCIES)
         weight = check_weight(sample_weight, student)
@@ -159,7 +177,7 @@ def _terms(
         check_no_tangent(student, teacher, scale)
         part = ranks.part_per_row(student.shape[0])
         contrast, divergence = means(
-            student, teacher, scale, weight, consistency=consistency, scale_bound=scale_bound(logit_scale, max_scale),
+            student, teacher, scale, weight, consistency=consistency, scale_bound=scale_bound(multiplier, max_scale),
             backend=backend, factors=(part, alpha * part), peers=ranks.peers,
         )  # fmt: skip
     if bias is not None:

@@ -7,7 +7,15 @@ from fastkd import backends
 from fastkd.backends import reference
 from fastkd.numerics import weighted_sum
 from fastkd.ops.soft_target import weighted_sums
-from fastkd.validate import check_labels, check_no_tangent, check_number, check_pair, check_temperature, check_weight
+from fastkd.validate import (
+    Backend,
+    check_labels,
+    check_no_tangent,
+    check_number,
+    check_student_and_teacher,
+    check_temperature,
+    check_weight,
+)
 
 
 def kd_loss(
@@ -16,7 +24,7 @@ def kd_loss(
     temperature: float = 4.0,
     *,
     sample_weight: Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     r"""Hinton's knowledge distillation on logits.
 
@@ -31,7 +39,8 @@ def kd_loss(
     Source: arXiv 1503.02531, section 2. The DCD paper's recipes use temperature 4.
 
     Args:
-        student_logits, teacher_logits: [B, C], both in float64, float32, bf16 or fp16. The teacher gets no gradient.
+        student_logits, teacher_logits: [B, C], in float64, float32, bf16 or fp16. The teacher's are cast to the
+            student's dtype, and get no gradient.
         temperature: divides the logits; in [1e-4, 1e4].
         sample_weight: [B], as for :func:`dcd_loss`.
         backend: as for :func:`dcd_loss`; ``"reference"`` takes memory linear in B here.
@@ -40,7 +49,7 @@ def kd_loss(
         The loss, 0-dim, in float64 for float64 inputs and in float32 otherwise.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype, or the logits differ in dtype.
+        TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not fit, there are no rows, a number is out of range, a weight is negative,
             or ``backend`` is unknown or not available here.
 
@@ -50,7 +59,8 @@ def kd_loss(
         >>> student_logits, teacher_logits = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
         >>> kd_loss(student_logits, teacher_logits, temperature=4.0).backward()
     """
-    check_pair("student_logits", student_logits, "teacher_logits", teacher_logits, "[B, C]")
+    logits = "student_logits", student_logits, "teacher_logits", teacher_logits
+    teacher_logits = check_student_and_teacher(*logits, "[B, C]")
     return _soft_target_means(student_logits, teacher_logits, None, temperature, 0.0, sample_weight, backend)[1]
 
 
@@ -62,7 +72,7 @@ def ce_kd_terms(
     *,
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Cross-entropy with the labels and :func:`kd_loss`, in one read of the logits.
 
@@ -86,7 +96,8 @@ def ce_kd_terms(
         TypeError, ValueError: as for :func:`kd_loss`; or ``labels`` are not int64, do not fit the logits or are out of
             range, or ``label_smoothing`` is out of range.
     """
-    check_pair("student_logits", student_logits, "teacher_logits", teacher_logits, "[B, C]")
+    logits = "student_logits", student_logits, "teacher_logits", teacher_logits
+    teacher_logits = check_student_and_teacher(*logits, "[B, C]")
     check_labels(labels, student_logits)
     check_number("label_smoothing", label_smoothing, minimum=0, maximum=1)
     return _soft_target_means(

@@ -9,6 +9,7 @@ from fastkd import backends
 from fastkd.backends import reference
 from fastkd.ops.multiscale_pool import pooled
 from fastkd.validate import (
+    Backend,
     check_bool,
     check_feature_map,
     check_float_dtype,
@@ -27,7 +28,7 @@ def multiscale_pool(
     *,
     normalize: bool = False,
     dtype: torch.dtype | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     r"""The averages of all windows of all scales of a feature map, in one read of the map; one row per window.
 
@@ -77,9 +78,9 @@ def multiscale_pool(
     check_windows(sides, steps, features)
     check_bool("normalize", normalize)
     out_dtype = features.dtype if dtype is None else check_float_dtype("dtype", dtype)
-    backend = backends.resolve(backend, "multiscale_pool", features)
-    if backend == "reference":
+    chosen = backends.resolve(backend, "multiscale_pool", features)
+    if chosen == "reference":
         with torch.autocast(features.device.type, enabled=False):
             return reference.multiscale_pool(features, sides, steps, normalize, out_dtype)
     check_no_tangent(features)
-    return pooled(features, sides, steps, normalize, out_dtype, backend)
+    return pooled(features, sides, steps, normalize, out_dtype, chosen)

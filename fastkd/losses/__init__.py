@@ -1,13 +1,15 @@
 """One nn.Module per method, with the method's heads and learnable parameters.
 
 Every module returns a dict of named terms, each 0-dim in float32 (float64 for float64 inputs). Their sum is the loss of
-the method. The weights between methods belong to the caller.
+the method (:func:`total_loss`). The weights between methods belong to the caller.
 """
 
+from fastkd.losses.base import total_loss
 from fastkd.losses.ckd import CKDLoss
+from fastkd.losses.contrast import InfoNCELoss, SupConLoss
 from fastkd.losses.dcd import DCDLoss
 from fastkd.losses.kd import KDLoss
 from fastkd.losses.msdcrd import MSDCRDLoss
 from fastkd.losses.pckd import PCKDLoss
 
-__all__ = ["CKDLoss", "DCDLoss", "KDLoss", "MSDCRDLoss", "PCKDLoss"]
+__all__ = ["CKDLoss", "DCDLoss", "InfoNCELoss", "KDLoss", "MSDCRDLoss", "PCKDLoss", "SupConLoss", "total_loss"]

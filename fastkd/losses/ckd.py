@@ -1,14 +1,15 @@
 """Contrastive knowledge distillation on logits (arXiv 2404.14109)."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastkd import backends
 from fastkd.distributed.group import Group, check_group
 from fastkd.functional.contrast import ckd_loss
-from fastkd.validate import check_temperature
+from fastkd.losses.base import LossModule
+from fastkd.validate import Backend, check_temperature
 
 
-class CKDLoss(nn.Module):
+class CKDLoss(LossModule):
     r"""Contrast of logits as a module: :func:`fastkd.ckd_loss` at a fixed temperature.
 
     .. code-block:: text
@@ -34,7 +35,7 @@ class CKDLoss(nn.Module):
         >>> (100 * terms["ckd"]).backward()
     """
 
-    def __init__(self, temperature: float = 1.0, *, group: Group = None, backend: str | None = None) -> None:
+    def __init__(self, temperature: float = 1.0, *, group: Group = None, backend: Backend | None = None) -> None:
         super().__init__()
         check_temperature(temperature)
         check_group(group)
@@ -48,7 +49,8 @@ class CKDLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """Returns ``{"ckd": loss}``, 0-dim. The teacher gets no gradient.
 
-        student_logits, teacher_logits: [B, C], both in float64, float32, bf16 or fp16. sample_weight: [B], >= 0.
+        student_logits, teacher_logits: [B, C], in float64, float32, bf16 or fp16; the teacher's are cast to the
+        student's dtype. sample_weight: [B], >= 0.
         """
         loss = ckd_loss(
             student_logits,

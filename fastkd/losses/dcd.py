@@ -8,10 +8,21 @@ from torch import Tensor, nn
 from fastkd import backends
 from fastkd.distributed.group import Group, check_group
 from fastkd.functional.dcd import dcd_terms
-from fastkd.validate import CONSISTENCIES, check_choice, check_int, check_number, check_temperature, check_type
+from fastkd.losses.base import LossModule
+from fastkd.losses.inputs import check_layer_input, check_width
+from fastkd.validate import (
+    CONSISTENCIES,
+    Backend,
+    Consistency,
+    check_choice,
+    check_int,
+    check_number,
+    check_temperature,
+    check_type,
+)
 
 
-class DCDLoss(nn.Module):
+class DCDLoss(LossModule):
     r"""The DCD loss with its two projection heads and its learnable temperature.
 
     .. code-block:: text
@@ -55,12 +66,12 @@ class DCDLoss(nn.Module):
 
     Example:
         >>> import torch
-        >>> from fastkd import DCDLoss
+        >>> from fastkd import DCDLoss, total_loss
         >>> dcd = DCDLoss(student_dim=8, teacher_dim=16)
         >>> terms = dcd(torch.randn(6, 8), torch.randn(6, 16))
         >>> list(terms)
         ['contrast', 'consistency']
-        >>> sum(terms.values()).backward()
+        >>> total_loss(terms).backward()
     """
 
     def __init__(
@@ -70,14 +81,14 @@ class DCDLoss(nn.Module):
         embed_dim: int = 128,
         *,
         alpha: float = 0.5,
-        consistency: str = "student||teacher",
+        consistency: Consistency = "student||teacher",
         max_scale: float | None = 10.0,
         min_scale: float | None = None,
         learnable: bool = True,
         temperature: float = 0.07,
         logit_bias: bool = False,
         group: Group = None,
-        backend: str | None = None,
+        backend: Backend | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("student_dim", student_dim), ("teacher_dim", teacher_dim), ("embed_dim", embed_dim)):
@@ -137,15 +148,16 @@ class DCDLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """Returns ``{"contrast": ..., "consistency": ...}``, 0-dim, alpha applied. Their sum is the DCD loss.
 
-        student_features: [n, student_dim]; teacher_features: [n, teacher_dim], both in the dtype of the parameters
-        unless autocast converts. sample_weight: [n], >= 0.
+        student_features: [n, student_dim] in the dtype of the parameters, unless autocast converts. teacher_features:
+        [n, teacher_dim], cast to that dtype. sample_weight: [n], >= 0.
         """
         self.project_tau()
         contrast, consistency = dcd_terms(
-            self.student_head(student_features),
-            self.teacher_head(teacher_features),
+            student_features,
+            teacher_features,
             self.tau.exp(),
             self.logit_bias,
+            project=self._embed,
             alpha=self.alpha,
             consistency=self.consistency,
             sample_weight=sample_weight,
@@ -154,6 +166,18 @@ class DCDLoss(nn.Module):
             backend=self.backend,
         )
         return {"contrast": contrast, "consistency": consistency}
+
+    def _embed(self, student_features: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Both sides' projections [n, embed_dim], after checks that name the features as they came."""
+        check_width("student_features", student_features, self.student_head.in_features)
+        check_width("teacher_features", teacher_features, self.teacher_head.in_features)
+        if len(student_features) != len(teacher_features):
+            expected = f"those of student_features, {len(student_features)}"
+            raise ValueError(f"teacher_features: got {len(teacher_features)} rows, expected {expected}")
+        teacher_features = teacher_features.to(self.teacher_head.weight.dtype)
+        check_layer_input("student_features", student_features, self.student_head)
+        check_layer_input("teacher_features", teacher_features, self.teacher_head)
+        return self.student_head(student_features), self.teacher_head(teacher_features)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, consistency={self.consistency!r}, max_scale={self.max_scale}"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastkd.validate import check_float_dtype, check_number
+from fastkd.validate import check_float_dtype, check_floating, check_number
 
 Classifier = nn.Linear | tuple[Tensor, Tensor | None]
 
@@ -14,6 +14,14 @@ def check_part_weights(**weights: float) -> None:
         check_number(name, value, minimum=0)
     if not any(weights.values()):
         raise ValueError(f"{', '.join(weights)}: got 0 for all, expected one part at least")
+
+
+def check_width(name: str, x: Tensor, width: int) -> None:
+    """Checks that ``x`` is a matrix of floats with ``width`` columns, before a layer of the module sees it."""
+    check_floating(name, x)
+    if x.ndim != 2 or x.shape[1] != width:
+        pooled = "; average a map over its positions first" if x.ndim > 2 else ""
+        raise ValueError(f"{name}: got shape {list(x.shape)}, expected [n, {width}]{pooled}")
 
 
 def check_layer_input(name: str, x: Tensor, layer: nn.Module) -> None:

@@ -1,13 +1,14 @@
 """Hinton's knowledge distillation (arXiv 1503.02531)."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastkd import backends
 from fastkd.functional.kd import kd_loss
-from fastkd.validate import check_temperature
+from fastkd.losses.base import LossModule
+from fastkd.validate import Backend, check_temperature
 
 
-class KDLoss(nn.Module):
+class KDLoss(LossModule):
     r"""Hinton's knowledge distillation as a module: :func:`fastkd.kd_loss` at a fixed temperature.
 
     .. code-block:: text
@@ -34,7 +35,7 @@ class KDLoss(nn.Module):
         >>> terms["kd"].backward()
     """
 
-    def __init__(self, temperature: float = 4.0, *, backend: str | None = None) -> None:
+    def __init__(self, temperature: float = 4.0, *, backend: Backend | None = None) -> None:
         super().__init__()
         check_temperature(temperature)
         backends.check_name(backend)
@@ -46,7 +47,8 @@ class KDLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """Returns ``{"kd": loss}``, 0-dim.
 
-        student_logits, teacher_logits: [B, C], both in float64, float32, bf16 or fp16. sample_weight: [B], >= 0.
+        student_logits, teacher_logits: [B, C], in float64, float32, bf16 or fp16; the teacher's are cast to the
+        student's dtype. sample_weight: [B], >= 0.
         """
         loss = kd_loss(
             student_logits, teacher_logits, self.temperature, sample_weight=sample_weight, backend=self.backend

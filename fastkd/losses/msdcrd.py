@@ -12,11 +12,15 @@ from torch.distributed import ProcessGroup
 from fastkd import backends
 from fastkd.distributed.agree import Agreement, agreeing, eagerly
 from fastkd.distributed.group import Group, check_group, resolve_group
-from fastkd.functional.contrast import POSITIVES, masked_contrast_loss
+from fastkd.functional.contrast import masked_contrast_loss
 from fastkd.functional.pool import multiscale_pool
+from fastkd.losses.base import LossModule
 from fastkd.losses.inputs import Classifier, check_layer_input, check_part_weights, weight_and_bias
 from fastkd.numerics import NORM_EPS, accumulation_dtype
 from fastkd.validate import (
+    POSITIVES,
+    Backend,
+    Positives,
     check_choice,
     check_feature_map,
     check_int,
@@ -29,7 +33,7 @@ from fastkd.validate import (
 MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens that are looked for in front of a square grid
 
 
-class MSDCRDLoss(nn.Module):
+class MSDCRDLoss(LossModule):
     r"""MSDCRD: contrast of local samples of the feature maps at several scales, by sample and by channel.
 
     .. code-block:: text
@@ -77,13 +81,13 @@ class MSDCRDLoss(nn.Module):
 
     Example:
         >>> import torch
-        >>> from fastkd import MSDCRDLoss
+        >>> from fastkd import MSDCRDLoss, total_loss
         >>> student_map = torch.randn(4, 8, 7, 7, requires_grad=True)
         >>> teacher_map, teacher_fc = torch.randn(4, 16, 7, 7), torch.nn.Linear(16, 10)
         >>> terms = MSDCRDLoss(student_channels=8, teacher_channels=16)(student_map, teacher_map, teacher_fc)
         >>> list(terms)
         ['sample', 'feature']
-        >>> sum(terms.values()).backward()
+        >>> total_loss(terms).backward()
     """
 
     def __init__(
@@ -94,13 +98,13 @@ class MSDCRDLoss(nn.Module):
         windows: Sequence[int | None] | None = None,
         strides: Sequence[int] | None = None,
         temperature: float = 0.1,
-        positives: str = "index",
+        positives: Positives = "index",
         sample_term_weight: float = 1.0,
         feature_weight: float = 1.0,
         student_prefix_tokens: int | None = None,
         teacher_prefix_tokens: int | None = None,
         group: Group = None,
-        backend: str | None = None,
+        backend: Backend | None = None,
     ) -> None:
         super().__init__()
         check_int("student_channels", student_channels, minimum=1)

@@ -14,14 +14,23 @@ from fastkd.distributed.group import Group, check_group, resolve_group
 from fastkd.functional.contrast import sup_con_loss
 from fastkd.functional.kd import kd_loss
 from fastkd.functional.preview import weights_by_difficulty
+from fastkd.losses.base import LossModule
 from fastkd.losses.inputs import Classifier, check_layer_input, check_part_weights, weight_and_bias
 from fastkd.numerics import accumulation_dtype, unit_rows
-from fastkd.validate import check_int, check_labels, check_number, check_pair, check_rows, check_temperature
+from fastkd.validate import (
+    Backend,
+    check_int,
+    check_labels,
+    check_number,
+    check_rows,
+    check_student_and_teacher,
+    check_temperature,
+)
 
 MAX_LOG_THRESHOLD = 700.0  # beyond it, exp overflows a float; no sample is that hard
 
 
-class PCKDLoss(nn.Module):
+class PCKDLoss(LossModule):
     r"""PCKD: contrast of the samples' relations to the class centres, alignment of centres and features, and KD.
 
     .. code-block:: text
@@ -67,14 +76,14 @@ class PCKDLoss(nn.Module):
 
     Example:
         >>> import torch
-        >>> from fastkd import PCKDLoss
+        >>> from fastkd import PCKDLoss, total_loss
         >>> student_fc, teacher_fc = torch.nn.Linear(8, 10), torch.nn.Linear(16, 10)
         >>> f_s, f_t, labels = torch.randn(6, 8), torch.randn(6, 16), torch.arange(6)
         >>> pckd = PCKDLoss(student_dim=8, teacher_dim=16)
         >>> terms = pckd(f_s, f_t, student_fc(f_s), teacher_fc(f_t), labels, student_fc, teacher_fc, epoch=0)
         >>> list(terms)
         ['category', 'feature', 'kd']
-        >>> sum(terms.values()).backward()
+        >>> total_loss(terms).backward()
     """
 
     def __init__(
@@ -91,7 +100,7 @@ class PCKDLoss(nn.Module):
         preview_base: float = 1.005,
         hidden_dim: int | None = None,
         group: Group = None,
-        backend: str | None = None,
+        backend: Backend | None = None,
     ) -> None:
         super().__init__()
         hidden_dim = min(16 * teacher_dim, 4096) if hidden_dim is None else hidden_dim
@@ -163,7 +172,7 @@ class PCKDLoss(nn.Module):
     ) -> dict[str, Tensor]:
         with agreeing(group, "PCKDLoss") as ranks:
             logits = "student_logits", student_logits, "teacher_logits", teacher_logits
-            check_pair(*logits, "[B, C]", may_be_empty=ranks.several)
+            teacher_logits = check_student_and_teacher(*logits, "[B, C]", may_be_empty=ranks.several)
             check_labels(labels, student_logits)
             check_number("epoch", epoch, minimum=0)
             self._check_features("student_features", student_features, self.student_dim, student_logits)
@@ -193,6 +202,7 @@ class PCKDLoss(nn.Module):
                 torch.cat([own, other.to(own.dtype)]),
                 torch.cat([labels, labels]),
                 self.relation_scale,
+                normalize=False,  # the lengths of relations carry meaning
                 sample_weight=torch.cat([preview, preview]),
                 group=self.group,
                 backend=self.backend,

@@ -10,6 +10,7 @@ numbers per column. For that the upstream gradients must be equal on all ranks, 
 ``backward`` on its loss.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -73,11 +74,11 @@ def _needed(needs: tuple[bool, bool, bool], options: _Options) -> tuple[bool, bo
 
 def forward(
     exchange: Exchange | Alone, rows: DualRows, gathered: Tensor | None, weight: Tensor | None, options: _Options
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]:
     """The weighted sums of contrast and consistency, the statistics of the rank's rows, and gradients, if any.
 
-    The gradients are those of the needed sides of (a, b), [1 or 2, n, D], and of the scale, for upstream gradients
-    of 1. A backend gives them where they cost less now than later.
+    The gradients are those of a and b (empty where not needed) and of the scale, for upstream gradients of 1. A backend
+    gives them where they cost less now than later.
     """
     state = options.module.Forward(rows)
     for cols, block in exchange.columns(rows.units, gathered):
@@ -241,11 +242,9 @@ class DualSoftmax(torch.autograd.Function):
         options, needs = ctx.options, ctx.needs_input_grad[:3]
         # They serve where both sums have one upstream gradient, as in a loss that is their sum.
         if gradients and grad_contrast.item() == grad_consistency.item():
-            sides = iter(gradients[0])
-            pair = [next(sides) * grad_contrast if needed else units for needed in _needed(needs, options)]
-            grads = [x.to(student.dtype) for x in options.pair(*pair)]
-            grads.append((gradients[1] * grad_contrast).to(logit_scale.dtype))
-            return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 4
+            dtypes = student.dtype, student.dtype, logit_scale.dtype
+            found = zip((*options.pair(*gradients[:2]), gradients[2]), needs, dtypes, strict=True)
+            return *((x * grad_contrast).to(dtype) if need else None for x, need, dtype in found), *[None] * 4
         with computing(units):
             if ctx.numbers is None:
                 numbers = options.module.numbers(stats)

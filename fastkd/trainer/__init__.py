@@ -108,7 +108,7 @@ def __getattr__(name: str) -> Any:
 def require_extras() -> None:
     """Raise ImportError that says what to install when a package of the ``train`` extra is missing."""
     needed = (
-        *("timm", "torchvision", "torchdata", "safetensors", "rich", "tensorboard", "tyro", "sklearn"),
+        *("timm", "torchvision", "torchdata", "safetensors", "rich", "tensorboard", "tyro", "sklearn", "yaml"),
         *("matplotlib", "jinja2", "threadpoolctl", "numpy", "scipy", "PIL", "huggingface_hub"),
     )
     missing = [package for package in needed if importlib.util.find_spec(package) is None]

@@ -8,7 +8,10 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from fastkd.trainer.data.config import DataConfig, check_seed
+from fastkd.trainer.data.options import with_defaults
 from fastkd.trainer.imports import current_name
 from fastkd.trainer.models.build import ModelConfig
 from fastkd.trainer.objective.config import ObjectiveConfig
@@ -21,8 +24,11 @@ from fastkd.validate import check_choice, check_int, check_number, check_type
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "resume_or_start", "keep", "max_skipped", "tensorboard", "progress", "quiet", "device"),
     *("log_every", "save_every_steps", "save_every_epochs", "chunks", "teacher.weights", "teacher.min_accuracy"),
-    *("data.options.root", "data.options.max_broken", "data.eval_batch_size"),
+    *("data.options.root", "data.options.max_broken", "data.options.download", "data.eval_batch_size"),
 )
+
+# Settings that the data decide where they are None; what they decided is saved.
+FROM_THE_DATA = ("student.num_classes", "teacher.num_classes")
 
 # Settings that earlier versions saved under another name: the old path, and the name of the field now.
 RENAMED = {"objective.msdcrd.sample_weight": "sample_term_weight"}
@@ -40,19 +46,34 @@ class TrainConfig:
             run_dir="runs/student",
         )
 
-    ``student`` / ``teacher`` may be None when modules are given to ``train`` instead. ``run_dir`` is the run folder;
-    None writes nothing. ``resume`` goes on with the run in it. So does ``resume_or_start`` if there is a run, and so
-    does a restart by torchrun. A checkpoint is written at the start, at the end, on SIGTERM, every ``save_every_steps``
-    steps and every ``save_every_epochs`` epochs (0: not); the last ``keep`` and the best stay. ``log_every`` is in
-    steps, ``eval_every`` in epochs (the last epoch is always evaluated). ``device`` is ``auto`` (CUDA when present) or
-    a torch device. ``progress`` shows a bar on terminals; ``quiet`` prints nothing.
-
-    ``chunks`` splits each rank's batch into this many pieces to save activation memory; the gradient stays exact.
-    ``ema`` is the decay of a moving average of the student, which is then evaluated in its place. ``max_skipped`` is
-    how many steps whose loss or gradient is not finite are left out before the run ends with an error.
-
-    ``channels_last`` is the memory layout of both models and their input. ``compile`` runs both models through
-    ``torch.compile``. ``sync_batchnorm`` normalises with the rows of all ranks; it needs several ranks on CUDA.
+    Attributes:
+        student: the model that is trained. None if a module is given to ``train`` instead.
+        teacher: the trained model that it learns from. None if there is none, or if a module is given to ``train``.
+        data: what it is trained on.
+        objective: the loss.
+        optim: the optimiser and the learning rate.
+        epochs: passes over the training set.
+        seed: of the weights, the order of the data and the augmentation.
+        precision: what the models are computed in. Weights and losses stay in fp32.
+        channels_last: the memory layout of both models and their input, which GPUs compute convolutions faster in.
+        compile: run both models through ``torch.compile``.
+        sync_batchnorm: normalise with the rows of all ranks. Needs several ranks on CUDA.
+        device: ``auto`` (CUDA where there is one) or a device of torch, such as ``cpu`` or ``cuda:1``.
+        run_dir: the folder that the run is written to. None writes nothing.
+        resume: go on with the run in ``run_dir``. A restart by torchrun does so by itself.
+        resume_or_start: go on with the run in ``run_dir`` if there is one, else begin it.
+        chunks: split each rank's batch into this many pieces, to save activation memory. The gradient stays exact.
+        ema: decay of a moving average of the student, which is then evaluated in its place.
+        max_skipped: so many steps whose loss or gradient is not finite are left out. One more ends the run.
+        save_every_steps: write a checkpoint every so many steps. 0: not. One is written at the start, at the end and
+            when a signal stops the run, in any case.
+        save_every_epochs: write a checkpoint every so many epochs. 0: not.
+        keep: so many of the last checkpoints stay, and the best.
+        log_every: write a record every so many steps.
+        eval_every: evaluate every so many epochs, and after the last.
+        tensorboard: write curves for TensorBoard.
+        progress: show a bar on terminals.
+        quiet: print nothing.
     """
 
     student: ModelConfig | None = None
@@ -94,11 +115,17 @@ class TrainConfig:
         ):
             check_type(name, part, kind)
         for name, model in (("student", self.student), ("teacher", self.teacher)):
+            if isinstance(model, torch.nn.Module):  # which would fill the screen
+                kind = type(model).__name__
+                raise TypeError(
+                    f"{name}: got a module ({kind}), expected a ModelConfig; or train(config, {name}=module)"
+                )
             check_type(name, model, (ModelConfig, type(None)))
         if self.student is not None:
             check_choice("student.dtype", self.student.dtype, ("fp32",))
             if self.student.min_accuracy is not None:
                 raise ValueError(f"student.min_accuracy: got {self.student.min_accuracy}, expected None")
+        self._check_mix()
         check_seed("seed", self.seed)
         check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
         check_type("device", self.device, str)
@@ -113,6 +140,17 @@ class TrainConfig:
             if getattr(self, name) and self.run_dir is None:
                 raise ValueError(f"run_dir: got None with {name}=True, expected the folder of the run to resume")
 
+    def _check_mix(self) -> None:
+        """Mixed batches have class probabilities, and no labels of single samples."""
+        readers = {"pckd": True, "msdcrd": self.objective.msdcrd.positives == "label"}
+        for name in ("mixup", "cutmix"):
+            term = next((term for term in self.objective.weights if readers.get(term, False)), None)
+            if getattr(self.data, name) and term is not None:
+                got = getattr(self.data, name)
+                raise ValueError(f"data.{name}: got {got} with the term {term!r}, which reads labels; expected 0")
+            if getattr(self.data, name) and self.data.unlabelled:
+                raise ValueError(f"data.{name}: got {getattr(self.data, name)} with data.unlabelled, expected 0")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, lists and scalars."""
         return _plain(dataclasses.asdict(self))
@@ -123,19 +161,39 @@ class TrainConfig:
         return _build(cls, values, "config")
 
 
-def differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
-    """``name: saved -> current`` of every setting that differs and is not in ``FREE_TO_CHANGE``."""
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """``name: saved -> current`` of every setting that differs and is not in ``FREE_TO_CHANGE``.
+
+    A setting that the saved config lacks, because an earlier version wrote it, has its default.
+    """
+    return _differences(_complete(TrainConfig, saved, ""), _complete(TrainConfig, current, ""), "")
+
+
+def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str) -> list[str]:
     found = []
-    saved = {RENAMED.get(prefix + key, key): value for key, value in saved.items()}
     for key in sorted({*saved, *current}):
-        if prefix + key in FREE_TO_CHANGE:
+        if prefix + key in FREE_TO_CHANGE or (prefix + key in FROM_THE_DATA and current.get(key) is None):
             continue
         old, new = (_renamed(source.get(key)) for source in (saved, current))
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{key}.")
+            found += _differences(old, new, f"{prefix}{key}.")
         elif old != new:
             found.append(f"{prefix}{key}: {old!r} -> {new!r}")
     return found
+
+
+def _complete(kind: Any, values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """``values`` for the dataclass ``kind`` with present names, and with the defaults of the settings that it lacks."""
+    values = {RENAMED.get(prefix + key, key): value for key, value in values.items()}
+    for part in dataclasses.fields(kind):
+        if part.default is not dataclasses.MISSING:
+            values.setdefault(part.name, _plain(part.default))
+        nested = _nested(typing.get_type_hints(kind)[part.name])
+        if nested is not None and isinstance(values.get(part.name), dict):
+            values[part.name] = _complete(nested, values[part.name], f"{prefix}{part.name}.")
+    if kind is DataConfig:
+        values["options"] = with_defaults(values.get("name"), values.get("options"))
+    return values
 
 
 def _renamed(value: Any) -> Any:
@@ -161,6 +219,12 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"config: got {value!r} of type {type(value).__name__}, expected numbers, strings, lists and dicts")
 
 
+def _nested(hint: Any) -> Any:
+    """The dataclass that a field of this type holds, None if it holds none."""
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((member for member in members if dataclasses.is_dataclass(member)), None)
+
+
 def _build(kind: Any, values: Any, name: str) -> Any:
     """The dataclass ``kind`` out of ``values``, its dataclass fields built in turn."""
     if not isinstance(values, dict):
@@ -172,9 +236,7 @@ def _build(kind: Any, values: Any, name: str) -> Any:
         raise ValueError(f"{name}: got unknown fields {unknown}, expected some of {sorted(hints)}")
     arguments = {}
     for key, value in values.items():
-        hint = hints[key]
-        members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        nested = next((member for member in members if dataclasses.is_dataclass(member)), None)
+        nested = _nested(hints[key])
         if nested is not None and value is not None:
             value = _build(nested, value, f"{name}.{key}")
         elif isinstance(value, list):

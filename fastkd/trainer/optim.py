@@ -20,13 +20,23 @@ class OptimConfig:
         OptimConfig(lr=0.1, schedule="step", milestones=(30, 60, 90))
         OptimConfig(name="lamb", lr=8e-3, reference_batch=2048, lr_rule="sqrt", warmup_epochs=5)
 
-    ``name``: SGD, or LARS for large batches (with ``momentum``, ``nesterov``); AdamW, or LAMB for large batches (with
-    ``betas``). ``lr`` is the peak. With ``reference_batch`` it is the peak for a batch of this size, and is multiplied
-    by global batch / reference_batch, or by the root of this quotient (``lr_rule``). The first ``warmup_epochs`` rise
-    linearly to the peak; then ``schedule`` is a cosine to ``min_lr``, steps (times ``gamma`` at each of ``milestones``,
-    in epochs) or constant. ``weight_decay``, and the layer-wise rates of LARS and LAMB, reach weights of two or more
-    dimensions only, never biases, norms or tau. ``trust_coefficient`` belongs to LARS. ``clip_norm`` bounds the norm of
-    all gradients together.
+    Attributes:
+        name: SGD, or LARS for large batches; AdamW, or LAMB for large batches.
+        lr: the peak of the learning rate.
+        reference_batch: ``lr`` is the peak for a batch of this size, and grows with the global batch. None: for any.
+        lr_rule: with ``reference_batch``, times the quotient of the batches (``linear``) or its root (``sqrt``).
+        momentum: of SGD and LARS.
+        nesterov: Nesterov's momentum, of SGD and LARS.
+        betas: decays of the moments of AdamW and LAMB.
+        weight_decay: of weights with two or more dimensions; never of biases, norms or tau. The layer-wise rates of
+            LARS and LAMB reach these alone, too.
+        trust_coefficient: of LARS.
+        schedule: after the warm-up a cosine to ``min_lr``, steps (``gamma`` at each of ``milestones``) or constant.
+        warmup_epochs: the first epochs, in which the learning rate rises linearly to the peak. Fewer than all epochs.
+        min_lr: where the cosine ends.
+        milestones: with ``schedule`` step, the epochs at which the learning rate falls.
+        gamma: what it is multiplied by there.
+        clip_norm: bound of the norm of all gradients together. None: unbounded.
     """
 
     name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
@@ -95,7 +105,10 @@ class Schedule:
         self.total = steps_per_epoch * epochs
         self.warmup = round(config.warmup_epochs * steps_per_epoch)
         if self.warmup >= self.total > 0:
-            raise ValueError(f"optim.warmup_epochs: got {config.warmup_epochs}, expected less than epochs={epochs}")
+            raise ValueError(
+                f"optim.warmup_epochs: got {config.warmup_epochs}, expected less than epochs={epochs} "
+                "(--optim.warmup-epochs 0 leaves it out)"
+            )
         self.milestones = [milestone * steps_per_epoch for milestone in config.milestones]
         self.peak = config.lr
         self.rule = f"lr {config.lr:g}"

@@ -15,6 +15,11 @@ def choose_device(name: str, precision: str = "fp32") -> torch.device:
         raise ValueError(f"device: got {name!r}, expected 'auto' or a torch device ({error})") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: got {name!r}, but torch sees no CUDA device")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, NotImplementedError, AssertionError) as error:  # mps on Linux, xla without its package
+        reason = str(error).split(".")[0].strip()
+        raise ValueError(f"device: got {name!r}, which is not there ({reason}); expected auto, cpu or cuda") from None
     if device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise ValueError("precision: got 'bf16', which this CUDA device does not support; use 'fp16' or 'fp32'")
     return device

@@ -1,4 +1,4 @@
-"""A request to stop that comes as a signal: SIGTERM, or SIGUSR1, which SLURM sends before the time is up."""
+"""A request to stop that comes as a signal: Ctrl-C, SIGTERM, or SIGUSR1, which SLURM sends before the time is up."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
     """While it is entered, a signal only sets ``signal`` to its number; on leaving, the earlier handlers come back.
+
+    A second Ctrl-C does what it did before, and usually ends the process at once. Where Ctrl-C is ignored, as in a
+    background job of a shell, it stays ignored.
 
     Outside the main thread, where Python allows no handlers, ``signal`` stays 0.
     """
@@ -23,7 +26,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            for number in SIGNALS[:-1] if ignored else SIGNALS:
                 self._before[number] = signal.signal(number, self._take)
         return self
 
@@ -33,6 +37,8 @@ class StopRequest:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[signal.SIGINT])
 
 
 def leave_signals_to_main(worker: int) -> None:
@@ -40,7 +46,7 @@ def leave_signals_to_main(worker: int) -> None:
 
     torchrun, timeout and scancel signal the whole process group, and a worker that dies takes the run with it.
     """
-    for number in (*SIGNALS, signal.SIGINT):
+    for number in SIGNALS:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
     # The main process itself ends its workers by SIGTERM, and would wait for one that ignored that for ever.

@@ -1,6 +1,7 @@
 """The demo end to end, as short as it gets; and what holds its comparison fair."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -8,15 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fastkd.demo import digits as demo
-from fastkd.demo.config import DemoConfig, folder_name, student_config
+from fastkd.demo.config import STEPS, DemoConfig, folder_name, objective_of, student_config
 from fastkd.demo.describe import command_line
 from fastkd.demo.results import display_name
+from fastkd.trainer.data.datasets import choose_data
+from fastkd.trainer.data.loader import train_loader
 from tests.helpers.pages import read_page
 
 pytestmark = pytest.mark.slow
-METHODS = ("ce", "dcd", "100*ckd", "pckd", "msdcrd+kd")
+METHODS = ("ce", "dcd-e", "100*ckd", "pckd", "msdcrd+kd")
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +31,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return demo.run_demo(DemoConfig(methods=METHODS, seeds=2, epochs=2, teacher_epochs=1, workers=2, out=out))
 
 
+def last_epoch(path: Path) -> list[dict[str, Any]]:
+    """The last record of an epoch in a run's metrics."""
+    return [line for line in map(json.loads, path.read_text().splitlines()) if line["kind"] == "epoch"][-1:]
+
+
 def last_accuracies(folder: Path) -> dict[tuple[str, int], float]:
-    """(method, seed) -> last-epoch accuracy in percent, read from the trainer's own run folders."""
+    """(method, seed) -> accuracy after the last step in percent, read from the trainer's own run folders."""
     found = {}
     for path in folder.glob("*-seed*/metrics.jsonl"):
         name, _, seed = path.parent.name.rpartition("-seed")
         method = next(method for method in METHODS if folder_name(method) == name)
-        epochs = [line for line in map(json.loads, path.read_text().splitlines()) if line["kind"] == "epoch"]
-        found[method, int(seed)] = 100 * epochs[-1]["accuracy"]
+        found[method, int(seed)] = 100 * last_epoch(path)[0]["accuracy"]
     return found
 
 
@@ -48,12 +56,17 @@ def test_values_and_curves_come_from_the_runs(finished: Path) -> None:
         values = [accuracies[row["method"], seed] for seed in range(2)]
         assert row["accuracy_mean"] == pytest.approx(np.mean(values))
         assert row["accuracy_std"] == pytest.approx(np.std(values, ddof=1))
-        assert f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" in page.text
+        assert f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" in page.words
         assert display_name(row["method"]) in page.text
 
     for run in saved["runs"]:
         assert len(run["scale"]) == (2 if "dcd" in run["method"] else 0)
         assert len(run["curve"]) == 2
+    scales = [value for run in saved["runs"] for value in run["scale"]]
+    assert scales == pytest.approx([math.e] * 4)  # two seeds, two evaluations: it is fixed
+    steps = {line["step"] for path in finished.parent.glob("*-seed0/metrics.jsonl") for line in last_epoch(path)}
+    assert steps == {2 * STEPS}  # from scratch, too
+    assert "chosen after a trial that had seen test accuracy" in page.words
 
 
 def test_users_files_stay_and_latest_leads_to_the_report(finished: Path) -> None:
@@ -77,12 +90,25 @@ def test_a_folder_of_the_users_called_latest_stays(tmp_path: Path) -> None:
 
 
 def test_methods_differ_in_nothing_but_the_objective() -> None:
-    configs = [student_config(DemoConfig(), Path("runs"), method, 3) for method in METHODS]
-    same = [replace(c, objective=configs[0].objective, teacher=None, run_dir=None) for c in configs]
+    scratch, *configs = [student_config(DemoConfig(), Path("runs"), method, 3) for method in METHODS]
+    same = [replace(c, objective=scratch.objective, teacher=None, run_dir=None) for c in configs]
     assert all(config == same[0] for config in same)
-    assert {config.data.subset_seed for config in configs} == {3}
-    assert configs[0].teacher is None
-    assert all(config.teacher is not None for config in configs[1:])
+    assert all(config.teacher is not None for config in configs)
+    # From scratch: the same labelled images alone, in as many steps, with as many evaluations.
+    passes = scratch.epochs // same[0].epochs
+    expected = replace(same[0], epochs=scratch.epochs, eval_every=passes, data=replace(same[0].data, unlabelled=False))
+    assert replace(scratch, run_dir=None) == expected
+    (whole, _), (few, _) = (choose_data(config.data, None, None) for config in (same[0], scratch))
+    assert torch.equal(whole.images[whole.labels >= 0], few.images)
+    loaders = [train_loader(data, same[0].data, 3, torch.device("cpu"))[0] for data in (whole, few)]
+    assert len(loaders[0]) == STEPS == passes * len(loaders[1])
+
+
+def test_the_ablation_is_dcd_with_its_scale_at_e() -> None:
+    ablation, plain = objective_of("dcd-e"), objective_of("dcd")
+    assert replace(ablation.dcd, learnable=True, temperature=plain.dcd.temperature) == plain.dcd
+    assert ablation.weights == plain.weights
+    assert 1 / ablation.dcd.temperature == pytest.approx(math.e)
 
 
 def test_correlation_of_a_constant_logit_is_finite() -> None:

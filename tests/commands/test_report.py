@@ -60,7 +60,7 @@ def with_accuracies(results: report.Results, accuracies: dict[str, list[float]])
 def test_page_holds_every_figure_and_number(tmp_path: Path) -> None:
     results = synthetic()
     page = read_page(report.write_report(results, tmp_path))
-    text = page.text
+    text = page.words
     # Curves, dots and scale; a map and an embedding of every method, and an embedding of the teacher.
     assert len(page.pictures) == 3 + len(METHODS) + 1 + len(METHODS)
     for heading in ("Learning curves", "seed by seed", "Temperature of the contrast", "Correlation", "Features in two"):
@@ -135,7 +135,7 @@ def test_identical_runs_of_one_epoch_still_draw(tmp_path: Path) -> None:
     results = synthetic(epochs=1)
     zeros = np.zeros((10, 10)).tolist()
     runs = [replace(run, curve=[100.0], correlation_gap=zeros) for run in results.runs]
-    assert "100.00 ± 0.00" in read_page(report.write_report(replace(results, runs=runs), tmp_path)).text
+    assert "100.00 ± 0.00" in read_page(report.write_report(replace(results, runs=runs), tmp_path)).words
 
 
 def test_methods_without_a_baseline_or_a_scale(tmp_path: Path) -> None:

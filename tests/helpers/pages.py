@@ -13,6 +13,7 @@ class Page(HTMLParser):
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.text = file.read_text()
+        self.words = re.sub(r"<[^>]*>", "", self.text)
         self.open: list[str] = []
         self.tags: list[str] = []
         self.ids: list[str] = []

@@ -208,6 +208,8 @@ def test_forward_mode_raises_instead_of_giving_a_zero_tangent(name: str) -> None
     tangent = torch.arange(first.numel()).view(first.shape).double().sin()
     with pytest.raises(NotImplementedError, match="forward-mode differentiation: use backend='reference'"):
         torch.func.jvp(lambda x: case.compute("blocked", x, *others), (first,), (tangent,))
+    with pytest.raises(NotImplementedError, match=r"torch\.func and .*: use backend='reference'"):
+        torch.func.grad(lambda x: case.compute("blocked", x, *others))(first)
     _, derivative = torch.func.jvp(lambda x: case.compute("reference", x, *others), (first,), (tangent,))
     assert derivative.abs() > 0
 

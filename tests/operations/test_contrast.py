@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkd import info_nce_loss, masked_contrast_loss, sup_con_loss
+from fastkd import dcd_loss, info_nce_loss, masked_contrast_loss, sup_con_loss
 from fastkd.backends import reference
 from fastkd.backends.masks import Mask
 from fastkd.ops.contrast import contrast
@@ -17,10 +17,43 @@ from tests.helpers.contract import always_in_tiles
 BACKENDS = ("reference", "blocked")
 
 
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_temperature_is_the_inverse_of_the_scale(tensor: bool) -> None:
+    query, key = embeddings(9, 6)
+    labels = torch.arange(9) % 3
+    temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True) if tensor else 0.2
+    for loss in (
+        lambda **options: dcd_loss(query, key, **options),
+        lambda **options: info_nce_loss(query, key, **options),
+        lambda **options: sup_con_loss(query, labels, **options),
+        lambda **options: masked_contrast_loss(query, key, query_labels=labels, key_labels=labels, **options),
+    ):
+        found, expected = loss(temperature=temperature), loss(logit_scale=5.0)
+        assert_close(found, expected, torch.float64)
+        if tensor:
+            (grad,) = torch.autograd.grad(found, temperature)
+            scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+            (of_scale,) = torch.autograd.grad(loss(logit_scale=scale), scale)
+            assert_close(grad, -25 * of_scale, torch.float64)
+
+
+def test_every_contrast_compares_cosines_unless_told_otherwise() -> None:
+    query, key = embeddings(9, 6)
+    labels = torch.arange(9) % 3
+    longer = query * torch.arange(1, 10, dtype=torch.float64)[:, None]
+    for loss in (
+        lambda x, **options: info_nce_loss(x, key, 5.0, **options),
+        lambda x, **options: sup_con_loss(x, labels, 5.0, **options),
+        lambda x, **options: masked_contrast_loss(x, key, 5.0, labels, labels, **options),
+    ):
+        assert_close(loss(longer), loss(query), torch.float64)
+        assert abs(loss(longer, normalize=False) - loss(query, normalize=False)) > 1e-3
+
+
 def test_queries_without_positives_count_for_nothing_and_stay_keys() -> None:
     features = embeddings(5, 6)[0].requires_grad_()
     labels = torch.tensor([0, 0, 1, 1, 2])
-    loss = sup_con_loss(features, labels, 3.0, backend="blocked")
+    loss = sup_con_loss(features, labels, 3.0, normalize=False, backend="blocked")
     x = 3.0 * features.detach() @ features.detach().T
     x.fill_diagonal_(-torch.inf)
     rows = [x[i].logsumexp(0) - x[i, j] for i, j in ((0, 1), (1, 0), (2, 3), (3, 2))]
@@ -99,7 +132,7 @@ def test_labels_are_sorted_once_in_tiles_and_never_for_few_rows(
     labels, key_labels = torch.arange(20) % 5, torch.arange(20) % 4
     with always_in_tiles() if in_tiles else contextlib.nullcontext():
         if loss == "sup_con":
-            sup_con_loss(query, labels, 3.0, backend="blocked").backward()
+            sup_con_loss(query, labels, 3.0, normalize=False, backend="blocked").backward()
         else:
             positives = loss.split()[-1]
             masked_contrast_loss(query, key, 3.0, labels, key_labels, positives=positives, backend="blocked").backward()
@@ -127,7 +160,7 @@ def test_the_two_sums_of_nearly_equal_rows_are_rounded_alike(D: int, tiled: bool
     rows /= rows.norm(dim=2, keepdim=True).mean(1, keepdim=True)
 
     def losses(dtype: torch.dtype, backend: str) -> Tensor:
-        options = {"exclude_self": False, "backend": backend}
+        options = {"exclude_self": False, "normalize": False, "backend": backend}
         return torch.stack([sup_con_loss(batch.to(dtype), labels, 1000.0, **options) for batch in rows])
 
     with always_in_tiles() if tiled else contextlib.nullcontext():

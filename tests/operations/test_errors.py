@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,7 +10,9 @@ import torch
 from fastkd import (
     CKDLoss,
     DCDLoss,
+    InfoNCELoss,
     KDLoss,
+    SupConLoss,
     ckd_loss,
     dcd_loss,
     info_nce_loss,
@@ -20,7 +22,9 @@ from fastkd import (
     preview_weight,
     sup_con_loss,
 )
+from fastkd.backends import BACKENDS
 from fastkd.functional.kd import ce_kd_terms
+from fastkd.validate import Backend
 
 S, T = torch.randn(4, 3), torch.randn(4, 3)
 K6, L4, L6 = torch.randn(6, 3), torch.tensor([0, 1, 0, 1]), torch.arange(6)
@@ -44,6 +48,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "DCDLoss": (DCDLoss, {"student_dim": 3, "teacher_dim": 3}),
     "KDLoss": (KDLoss, {}),
     "CKDLoss": (CKDLoss, {}),
+    "InfoNCELoss": (InfoNCELoss, {}),
+    "SupConLoss": (SupConLoss, {}),
 }
 # Of two inputs of one shape: the names of both.
 PAIRED = {
@@ -148,8 +154,24 @@ ROWS: dict[str, list[Row]] = {
     "kd_loss": [],
     "KDLoss": [],
     "CKDLoss": [],
+    "InfoNCELoss": [
+        ({"normalize": 1}, TypeError, "normalize: got int, expected a bool"),
+    ],
+    "SupConLoss": [
+        ({"temperature": "1"}, TypeError, "temperature: got '1'"),
+        ({"exclude_self": 1}, TypeError, "exclude_self: got int, expected a bool"),
+    ],
 }  # fmt: skip
 
+ROWS["info_nce_loss"].append(({"key": T.double()}, TypeError, "key: got torch.float64"))
+for name in ("dcd_loss", "info_nce_loss", "masked_contrast_loss", "sup_con_loss"):
+    ROWS[name] += [
+        ({"temperature": 0.5}, TypeError, "logit_scale, temperature: got both, expected one of them"),
+        ({"logit_scale": None}, TypeError, "logit_scale, temperature: got neither, expected one of them"),
+        ({"logit_scale": None, "temperature": -1.0}, ValueError, "temperature: got -1.0, expected a finite number >"),
+        ({"logit_scale": None, "temperature": torch.tensor(-1.0)}, ValueError, "temperature: got -1.0, expected a"),
+        ({"logit_scale": None, "temperature": torch.ones(2)}, ValueError, r"temperature: got shape \[2\]"),
+    ]
 for name, (first, second) in PAIRED.items():
     shape = f"{second}: got shape"
     ROWS[name] += [
@@ -157,7 +179,6 @@ for name, (first, second) in PAIRED.items():
         ({second: None}, TypeError, f"{second}: got NoneType"),
         ({first: S.long(), second: T.long()}, TypeError, f"{first}: got torch.int64"),
         ({first: S.to(torch.complex64)}, TypeError, f"{first}: got torch.complex64"),
-        ({second: T.double()}, TypeError, f"{second}: got torch.float64"),
         ({first: S[0], second: T[0]}, ValueError, rf"{first}: got shape \[3\]"),
         ({second: T.view(2, 2, 3)}, ValueError, rf"{shape} \[2, 2, 3\]"),
         ({second: T[:, :2]}, ValueError, rf"{shape} \[4, 2\], expected that of {first}, \[4, 3\]"),
@@ -212,3 +233,7 @@ def test_a_bad_argument_is_named(name: str, changed: dict[str, Any], error: type
 def test_the_local_group_is_one_process(name: str) -> None:
     function, arguments = CALLS[name]
     assert function(**arguments, group="local").item() == function(**arguments).item()
+
+
+def test_the_types_of_the_options_name_what_there_is() -> None:
+    assert set(get_args(Backend)) == set(BACKENDS)

@@ -53,7 +53,10 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
         lambda case, s, t, **options: ckd_loss(s, t, case["temperature"].item(), **options),
         ("student_logits", "teacher_logits"),
     ),
-    "sup_con": (lambda case, z, **options: sup_con_loss(z, case["labels"], case["scale"].item(), **options), ("z",)),
+    "sup_con": (
+        lambda case, z, **options: sup_con_loss(z, case["labels"], case["scale"].item(), normalize=False, **options),
+        ("z",),
+    ),
     "masked": (masked, ("query", "key")),
 }
 

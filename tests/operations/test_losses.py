@@ -7,7 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkd import CKDLoss, DCDLoss, KDLoss, ckd_loss, dcd_loss, kd_loss
+from fastkd import (
+    CKDLoss,
+    DCDLoss,
+    InfoNCELoss,
+    KDLoss,
+    SupConLoss,
+    ckd_loss,
+    dcd_loss,
+    info_nce_loss,
+    kd_loss,
+    sup_con_loss,
+    total_loss,
+)
+from fastkd.functional.kd import ce_kd_terms
 from tests.helpers.checks import CONSISTENCIES, assert_close, logits, value_and_grads
 
 
@@ -45,6 +58,82 @@ def test_defaults_are_the_papers() -> None:
     assert {name for name, _ in module.named_parameters()} == {
         "tau", "student_head.weight", "student_head.bias", "teacher_head.weight", "teacher_head.bias",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_modules_of_contrast_are_the_functional_losses(normalize: bool) -> None:
+    query, key = torch.randn(5, 7), torch.randn(5, 7)
+    labels, weight = torch.arange(5) % 2, torch.rand(5)
+    options = {"normalize": normalize, "group": "local", "backend": "reference"}
+    terms = InfoNCELoss(0.2, **options)(query, key, weight)
+    assert list(terms) == ["info_nce"]
+    expected = info_nce_loss(query, key, 5.0, normalize=normalize, sample_weight=weight, backend="reference")
+    assert_close(terms["info_nce"], expected, torch.float32)
+    for exclude_self in (True, False):
+        terms = SupConLoss(0.2, exclude_self=exclude_self, **options)(query, labels, weight)
+        assert list(terms) == ["sup_con"]
+        same = {"exclude_self": exclude_self, "normalize": normalize, "sample_weight": weight}
+        expected = sup_con_loss(query, labels, 5.0, backend="reference", **same)
+        assert_close(terms["sup_con"], expected, torch.float32)
+    assert (InfoNCELoss().temperature, SupConLoss().temperature) == (0.07, 0.1)
+
+
+def test_the_total_is_the_sum_of_the_terms() -> None:
+    one, other = (torch.tensor(value, requires_grad=True) for value in (2.0, 3.0))
+    total = total_loss({"one": one, "other": other})
+    assert total.item() == 5.0
+    total.backward()
+    assert (one.grad, other.grad) == (1.0, 1.0)
+    with pytest.raises(ValueError, match="terms: got none"):
+        total_loss({})
+
+
+S6, T9 = features()
+Error = type[Exception]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "error", "message"),
+    [
+        (S6[:, :5], T9, ValueError, r"student_features: got shape \[12, 5\], expected \[n, 6\]$"),
+        (S6, T9[:, :8], ValueError, r"teacher_features: got shape \[12, 8\], expected \[n, 9\]$"),
+        (
+            S6,
+            T9[:, :, None, None],
+            ValueError,
+            r"teacher_features: got shape \[12, 9, 1, 1\], expected .* average a map",
+        ),
+        (S6, T9[:7], ValueError, "teacher_features: got 7 rows, expected those of student_features, 12"),
+        (
+            S6.half(),
+            T9,
+            TypeError,
+            "student_features: got torch.float16, expected the dtype of the module's parameters",
+        ),
+        (S6, T9.long(), TypeError, "teacher_features: got torch.int64"),
+        (S6, None, TypeError, "teacher_features: got NoneType, expected a torch.Tensor"),
+        (S6.to("meta"), T9, ValueError, "student_features: got device meta"),
+    ],
+)
+def test_features_are_checked_before_the_heads(student: Tensor, teacher: Tensor, error: Error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        DCDLoss(6, 9, 4)(student, teacher)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_teacher_is_cast_to_the_students_dtype(dtype: torch.dtype) -> None:
+    student, teacher, labels = torch.randn(9, 5, requires_grad=True), torch.randn(9, 5).to(dtype), torch.arange(9) % 5
+    module = DCDLoss(5, 5, 4)
+    for loss in (
+        lambda t: KDLoss()(student, t)["kd"],
+        lambda t: CKDLoss()(student, t)["ckd"],
+        lambda t: dcd_loss(student, t, 3.0),
+        lambda t: ce_kd_terms(student, t, labels)[1],
+        lambda t: total_loss(module(student, t)),
+    ):
+        found, expected = loss(teacher), loss(teacher.float())
+        assert found.item() == expected.item()
+        assert found.dtype == torch.float32
 
 
 def test_every_parameter_gets_a_gradient_and_moves() -> None:

@@ -47,7 +47,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("info_nce", {}),
     ("info_nce", {"normalize": False}),
     ("sup_con", {}),
-    ("sup_con", {"normalize": True}),
+    ("sup_con", {"normalize": False}),
     ("sup_con", {"exclude_self": False}),
     ("ckd", {}),
     ("masked", {}),

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.traffic import CountedBytes
-from fastkd import CKDLoss, MSDCRDLoss, PCKDLoss, preview_weight
+from fastkd import CKDLoss, DCDLoss, MSDCRDLoss, PCKDLoss, preview_weight
 from tests.ranks.rank_programs import part
 
 CLASSES, D_S, D_T = 4, 5, 6
@@ -26,6 +26,8 @@ class Student(nn.Module):
         self.loss: nn.Module
         if name == "ckd":
             self.loss = CKDLoss(0.5, **options)
+        elif name == "dcd":
+            self.loss = DCDLoss(D_S, width, **options)
         elif name == "pckd":
             self.loss = PCKDLoss(D_S, width, hidden_dim=7, **options)
         else:
@@ -41,6 +43,8 @@ class Student(nn.Module):
             student_map = self.body(x).unflatten(1, (7, 7)).permute(0, 3, 1, 2)
             return self.loss(student_map, t, teacher)
         x, t = self.body(x.mean(dim=1)), t.mean(dim=(2, 3))
+        if self.name == "dcd":
+            return self.loss(x, t)
         logits, teacher_logits = 4 * self.classifier(x), nn.functional.linear(t, *teacher)
         if self.name == "ckd":
             return self.loss(logits, teacher_logits)

@@ -112,6 +112,7 @@ def test_local_preview_weights_compare_with_their_own_mean() -> None:
         ("pckd", {"labels": torch.full((3,), 9)}, r"labels: got 9, .* \(on rank 1 of 2\)"),
         ("pckd", {"temperature": 2.0}, "group: the ranks disagree: module"),
         ("msdcrd", {"teacher": torch.zeros(3, 2, 7, 7).double()}, r"teacher_map: got shape .* \(on rank 1 of 2\)"),
+        ("dcd", {"teacher": torch.zeros(3, 5, 7, 7).double()}, r"teacher_features: got shape .* \(on rank 1 of 2\)"),
         ("msdcrd", {"positives": "label"}, "group: the ranks disagree: module"),
         ("msdcrd", {"teacher": torch.zeros(3, 6, 5, 5).double()}, "group: the ranks disagree: grid"),
         (

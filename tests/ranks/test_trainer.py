@@ -51,6 +51,14 @@ def test_every_method_takes_the_same_steps_on_ranks(terms: str) -> None:
     check_same_run(succeeded(run(2, changes)), succeeded(run(1, changes))[0])
 
 
+@pytest.mark.parametrize(("terms", "epochs"), [(None, 3), ("pckd", 2)])
+def test_few_labels_give_the_same_steps_on_ranks_and_chunks(terms: str | None, epochs: int) -> None:
+    """8 of 46 samples have a label, so that some ranks, some chunks and some batches have none."""
+    changes = {"quiet": True, "terms": terms, "epochs": epochs, "data": {"labelled": 8, "unlabelled": True}}
+    expected = succeeded(run(1, changes))[0]
+    check_same_run(succeeded(run(3, {**changes, "chunks": 2})), expected)
+
+
 @pytest.mark.parametrize(("world_size", "chunks"), [(1, 3), (2, 2), (3, 8)])
 def test_chunks_take_the_same_steps_with_negatives_of_the_whole_batch(
     world_size: int, chunks: int, one_process: dict[str, Any]

@@ -58,7 +58,7 @@ def trained(rank: int, changes: dict[str, Any], stop_at: int | None = None, bad_
         return {"stop": torch.zeros(())}
 
     config = TrainConfig(
-        data=DataConfig(batch_size=8, drop_last=changes.pop("drop_last", False)),
+        data=DataConfig(batch_size=8, **{"drop_last": False, **changes.pop("data", {})}),
         objective=ObjectiveConfig(terms=f"{terms or 'dcd+kd'}+stop"),
         optim=OptimConfig(lr=0.05, clip_norm=1.0),
         **{"epochs": 3, "device": "cpu", "log_every": 1, "tensorboard": False, "progress": False, **changes},

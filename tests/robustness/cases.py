@@ -8,7 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastkd import CKDLoss, DCDLoss, KDLoss, MSDCRDLoss, PCKDLoss, ckd_loss, dcd_loss, kd_loss, multiscale_pool
+from fastkd import (
+    CKDLoss,
+    DCDLoss,
+    InfoNCELoss,
+    KDLoss,
+    MSDCRDLoss,
+    PCKDLoss,
+    SupConLoss,
+    ckd_loss,
+    dcd_loss,
+    kd_loss,
+    multiscale_pool,
+)
 from fastkd.functional.kd import ce_kd_terms
 from fastkd.functional.preview import preview_weight
 from fastkd.numerics import accumulation_dtype
@@ -165,6 +177,8 @@ def module_case(name: str, plan: Plan) -> tuple[Case, list[float]]:
         "DCDLoss": lambda backend: DCDLoss(width, 5, 4, logit_bias=plan.option % 2 == 0, backend=backend),
         "CKDLoss": lambda backend: CKDLoss(temperature, backend=backend),
         "KDLoss": lambda backend: KDLoss(temperature, backend=backend),
+        "InfoNCELoss": lambda backend: InfoNCELoss(temperature, backend=backend),
+        "SupConLoss": lambda backend: SupConLoss(temperature, exclude_self=plan.option % 2 == 0, backend=backend),
         "PCKDLoss": lambda backend: PCKDLoss(width, 5, temperature=temperature, hidden_dim=6, backend=backend),
         "MSDCRDLoss": lambda backend: MSDCRDLoss(
             width, 5, temperature=temperature, positives=("index", "label")[plan.option % 2], backend=backend
@@ -200,7 +214,7 @@ def module_case(name: str, plan: Plan) -> tuple[Case, list[float]]:
         elif name == "MSDCRDLoss":  # labels that no rounding changes
             arguments = (*data, lambda samples: chosen[: len(samples)].to(samples.dtype))
         else:
-            arguments = data
+            arguments = (data[0], labels) if name == "SupConLoss" else data
         terms = torch.func.functional_call(module, parameters, arguments)
         return sum(weight * term for weight, term in zip((1.0, 0.7, 1.3, 0.4), terms.values(), strict=False))
 
@@ -231,7 +245,7 @@ def preview_case(name: str, plan: Plan) -> tuple[Case, list[float]]:
     return Case(compute, (ce.to(plan.dtype),)), [math.sqrt(plan.n), 1.0]
 
 
-MODULES = ("DCDLoss", "CKDLoss", "KDLoss", "PCKDLoss", "MSDCRDLoss")
+MODULES = ("DCDLoss", "CKDLoss", "KDLoss", "InfoNCELoss", "SupConLoss", "PCKDLoss", "MSDCRDLoss")
 CASES: dict[str, Callable[[str, Plan], tuple[Case, list[float]]]] = {
     **{
         name: logits_case

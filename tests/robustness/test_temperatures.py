@@ -8,7 +8,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastkd import CKDLoss, DCDLoss, KDLoss, MSDCRDLoss, PCKDLoss, ckd_loss, kd_loss
+from fastkd import (
+    CKDLoss,
+    DCDLoss,
+    InfoNCELoss,
+    KDLoss,
+    MSDCRDLoss,
+    PCKDLoss,
+    SupConLoss,
+    ckd_loss,
+    dcd_loss,
+    info_nce_loss,
+    kd_loss,
+    masked_contrast_loss,
+    sup_con_loss,
+)
 from fastkd.functional.kd import ce_kd_terms
 from tests.helpers.checks import logits
 
@@ -49,6 +63,27 @@ LOSSES: dict[str, Terms] = {
         lambda s, t, y, temperature, backend: sum(ce_kd_terms(s, t, y, temperature, backend=backend))
     ),
     "ckd_loss": _on_logits(lambda s, t, y, temperature, backend: ckd_loss(s, t, temperature, backend=backend)),
+    "dcd_loss": _on_logits(
+        lambda s, t, y, temperature, backend: dcd_loss(s, t, temperature=temperature, backend=backend)
+    ),
+    "dcd_loss, a tensor": _on_logits(
+        lambda s, t, y, temperature, backend: dcd_loss(
+            s, t, temperature=torch.tensor(temperature, dtype=torch.float64), backend=backend
+        )
+    ),
+    "info_nce_loss": _on_logits(
+        lambda s, t, y, temperature, backend: info_nce_loss(s, t, temperature=temperature, backend=backend)
+    ),
+    "masked_contrast_loss": _on_logits(
+        lambda s, t, y, temperature, backend: masked_contrast_loss(
+            s, t, query_labels=y, key_labels=y, temperature=temperature, backend=backend
+        )
+    ),
+    "sup_con_loss": _on_logits(
+        lambda s, t, y, temperature, backend: sup_con_loss(s, y, temperature=temperature, backend=backend)
+    ),
+    "InfoNCELoss": _module(InfoNCELoss, lambda module, s, t: module(s, t)),
+    "SupConLoss": _module(SupConLoss, lambda module, s, t: module(s, torch.arange(9) % 3)),
     "KDLoss": _module(KDLoss, lambda module, s, t: module(s, t)),
     "CKDLoss": _module(CKDLoss, lambda module, s, t: module(s, t)),
     "DCDLoss": _module(lambda **x: DCDLoss(5, 5, 4, learnable=False, **x), lambda module, s, t: module(s, t)),

@@ -124,17 +124,17 @@ def test_after_the_main_thread_has_ended_the_caller_computes(monkeypatch: pytest
     assert all(torch.equal(a, e) for a, e in zip(compute(), expected, strict=True))
 
 
-def test_a_forked_process_computes_whoever_held_the_lock() -> None:
-    expected = compute()[0]
-    torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork
+def test_a_forked_process_has_workers_whoever_held_the_lock() -> None:
+    like, seen = torch.zeros(1200, 1), []
+    rounds = tiles.pair_rounds(tiles.blocks(len(like), like.device))
     with tiles._thread_count_lock:
         child = os.fork()
-        if child == 0:
-            signal.alarm(30)  # ends it if it waits
+        if child == 0:  # no mathematics: OpenMP's own threads do not survive a fork
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)  # ends it if it waits
             try:
-                tiles.worker_count = lambda *_: 2
-                os._exit(0 if torch.equal(compute()[0], expected) else 1)
+                tiles.for_each_tile(rounds, lambda *_: seen.append(threading.get_ident()), like, buffers=1)
+                os._exit(0 if seen and threading.get_ident() not in seen else 1)
             finally:
                 os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    torch.set_num_threads(2)

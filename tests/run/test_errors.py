@@ -216,7 +216,7 @@ def test_a_config_survives_json(tmp_path):
 def test_a_resumed_run_may_find_its_data_elsewhere_but_not_other_data():
     def saved(chunks=1, **data):
         options = {"root": data.pop("root", "/a"), "image_size": data.pop("image_size", 224)}
-        return TrainConfig(chunks=chunks, data=DataConfig(options=options, **data)).to_dict()
+        return TrainConfig(chunks=chunks, data=DataConfig(name="images", options=options, **data)).to_dict()
 
     assert differences(saved(), saved(chunks=2, root="/b", eval_batch_size=7)) == []
     assert differences(saved(), saved(image_size=32)) == ["data.options.image_size: 224 -> 32"]

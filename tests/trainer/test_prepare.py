@@ -22,9 +22,9 @@ from fastkd.trainer import (
     evaluate_checkpoint,
     train,
 )
-from fastkd.trainer.data.images import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.trainer.data.labels import normalization_of
 from fastkd.trainer.data.loader import eval_loader
+from fastkd.trainer.data.options import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.trainer.models.build import torchvision_weights, trained_normalization
 from fastkd.trainer.models.features import ModelOutput, measure_shapes
 from fastkd.trainer.run.check import check_teacher

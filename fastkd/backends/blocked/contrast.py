@@ -31,6 +31,7 @@ from fastkd.backends.blocked.sums import (
     row_blocks,
     row_weights,
     to_raw_rows,
+    unit_rows_of,
 )
 from fastkd.backends.blocked.tiles import Tile, Workspace, blocks, for_each_tile, pair_rounds, rectangle_rounds
 from fastkd.backends.inputs import ContrastRows, ContrastUpstream
@@ -42,7 +43,7 @@ def rows(raw_rows: tuple[Tensor, ...], normalize: bool) -> list[tuple[Tensor, Te
     """Of each side, contiguous rows in the accumulation dtype; if asked, unit rows with their inverse norms [n, 1]."""
     first, last = raw_rows[0], raw_rows[-1]
     if normalize and len(raw_rows) == 2 and first.shape == last.shape and len(row_blocks(first)) == 1:
-        units, inverse_norm = unit_rows_quickly(torch.stack(raw_rows).to(accumulation_dtype(first.dtype)))
+        units, inverse_norm = unit_rows_of(raw_rows)
         return list(zip(units.unbind(), inverse_norm.unbind(), strict=True))
     return [_rows(x, normalize) for x in raw_rows]
 

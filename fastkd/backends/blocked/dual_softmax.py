@@ -27,15 +27,17 @@ from fastkd.backends.blocked.sums import (
     row_weights,
     shares_exponentials,
     to_raw_rows,
+    unit_rows_of,
 )
 from fastkd.backends.blocked.tiles import Tile, Workspace, blocks, for_each_tile, pair_rounds, rectangle_rounds
 from fastkd.backends.inputs import DualRows, DualUpstream
-from fastkd.numerics import accumulation_dtype, unit_rows_quickly, weighted_sum
+from fastkd.native import extension
+from fastkd.numerics import weighted_sum
 
 
 def units(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The unit rows of both sides in the accumulation dtype, [2, n, D], and their inverse norms [2, n, 1]."""
-    return unit_rows_quickly(torch.stack([a, b]).to(accumulation_dtype(a.dtype)))
+    return unit_rows_of((a, b))
 
 
 class _Pass:
@@ -47,6 +49,8 @@ class _Pass:
         self._scaled_a, self._scaled_b = (x * (scale / LOG_2) for x in (self._a, self._b))
         self._shared = shares_exponentials(self._a, scale, rows.scale_bound)
         self._blocks = blocks(len(self._a), self._a.device)
+        # Its loops go through a pair of tiles once; torch's operations take a pass each.
+        self._native = extension() if self._shared and scale.device.type == "cpu" else None
 
     def _for_each_pair(self, tile: Tile, buffers: int) -> None:
         for_each_tile(pair_rounds(self._blocks), tile, self._a, buffers)
@@ -77,6 +81,10 @@ class TiledForward(_Pass):
         U, V = workspace(rows, cols)
         p, q = self._p, self._q
         X = product(self._scaled_a[rows], self._b[cols])
+        if self._native is not None and rows != cols:
+            Y = product(self._scaled_b[rows], self._a[cols])
+            self._native.dual_softmax_pair_sums(X, Y, p.total, p.weighted, q.total, rows.start, cols.start)
+            return
         ones_rows, ones_cols = X.new_ones(len(X)), X.new_ones(X.shape[1])
         torch.exp2(X, out=U)
         if rows == cols:
@@ -160,6 +168,11 @@ class _Factors:
         self._k, self._r, self._x = k * to_p, (wp - k * E) * to_p, (wq + k) * to_q
         self._k_of_d = self._k * LOG_2
 
+    @property
+    def of_rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All factors, in the order in which the extension takes them."""
+        return self._r, self._x, self._k, self._k_of_d
+
     def exponentials(
         self, X: Tensor, Y: Tensor, rows: slice, columns: slice, U: Tensor, V: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -214,23 +227,31 @@ class TiledBackward(_Pass):
         U, V, G, scratch = workspace(rows, cols)
         X = product(self._scaled_a[rows], self._b[cols])
         Y = scratch.copy_(X.T) if rows == cols else product(self._scaled_b[rows], self._a[cols])
+        if self._native is not None and rows != cols:
+            self._native.dual_softmax_pair_gradients(X, Y, G, scratch, *self._factors.of_rows, rows.start, cols.start)
+            self._add(rows, cols, G, scratch)
+            return
         p, q, p_t, q_t = self._factors.exponentials(X, Y, rows, cols, U, V)
         d = X.sub_(Y)
         self._factors.gradient(p, p_t, q_t, d, rows, cols, G)
         if rows == cols:
             G.fill_diagonal_(0)
-        if self._grad_a is not None:
-            self._grad_a.add_rows(rows, cols, G)
-        if self._grad_b is not None:
-            self._grad_b.add_cols(rows, cols, G)
-        if rows == cols:
+            self._add(rows, cols, G)
             return
         # The mirrored tile: rows and columns, p and its transpose change places.
-        self._factors.gradient(p_t.T, p.T, q.T, d.neg_().T, cols, rows, G.T)
+        mirrored = self._factors.gradient(p_t.T, p.T, q.T, d.neg_().T, cols, rows, scratch.T).T
+        self._add(rows, cols, G, mirrored)
+
+    def _add(self, rows: slice, cols: slice, G: Tensor, mirrored: Tensor | None = None) -> None:
+        """Add what a tile gives, and what the mirrored one, [rows, cols] too, gives."""
         if self._grad_a is not None:
-            self._grad_a.add_cols(rows, cols, G)
+            self._grad_a.add_rows(rows, cols, G)
+            if mirrored is not None:
+                self._grad_a.add_cols(rows, cols, mirrored)
         if self._grad_b is not None:
-            self._grad_b.add_rows(rows, cols, G)
+            self._grad_b.add_cols(rows, cols, G)
+            if mirrored is not None:
+                self._grad_b.add_rows(rows, cols, mirrored)
 
     def add(self, block: Tensor, cols: slice) -> None:
         """Add columns [2, m, D] of other ranks; ``cols``: their places among all columns."""

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastkd.backends.blocked.gemm import product
 from fastkd.backends.inputs import ContrastRows
+from fastkd.native import extension
+from fastkd.numerics import MAX_PLAIN_NORM, MIN_PLAIN_NORM, accumulation_dtype, unit_rows_quickly
 
 # exp(+-40) summed over any number of rows stays inside float32, so no maximum has to be subtracted.
 MAX_SHARED_SCALE = 40.0
@@ -102,6 +104,18 @@ def row_blocks(x: Tensor) -> list[slice]:
     """Parts of the rows for row-wise steps, small enough for the cache."""
     size = max(1, BLOCK_ELEMENTS // x.shape[1])
     return [slice(start, start + size) for start in range(0, len(x), size)]
+
+
+def unit_rows_of(sides: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Unit rows of sides of one shape, [sides, n, D], and their inverse norms, in the accumulation dtype."""
+    native = extension()
+    if native is not None and all(
+        x.is_contiguous() and x.dtype == accumulation_dtype(x.dtype) and x.is_cpu for x in sides
+    ):
+        found = native.unit_rows(sides, MIN_PLAIN_NORM, MAX_PLAIN_NORM)
+        if found is not None:
+            return found
+    return unit_rows_quickly(torch.stack(sides).to(accumulation_dtype(sides[0].dtype)))
 
 
 def to_raw_rows(grad: Tensor, rows: Tensor, inverse_norm: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastkd.trainer.commands.memory import memory_of
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.data.datasets import choose_data
+from fastkd.trainer.data.datasets import choose_data, without_download
 from fastkd.trainer.data.loader import first_images
 from fastkd.trainer.models.build import ModelConfig, build_model, count_parameters, torchvision_weights
 from fastkd.trainer.objective.config import describe_terms
@@ -24,6 +24,7 @@ from fastkd.trainer.optim import Schedule
 from fastkd.trainer.precision import DTYPES
 from fastkd.trainer.run.checkpoint import CheckpointError, find_checkpoint
 from fastkd.trainer.run.distiller import Distiller, build_distiller
+from fastkd.trainer.run.prepare import with_classes
 
 MIB = 2**20
 LEFT_OUT = (
@@ -38,9 +39,9 @@ def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
     Raises:
         ValueError: training would refuse the config: a model is unknown, terms do not fit it, or a batch is too small.
     """
+    config, samples, shape, unreadable = _data(config)
     if config.student is None:
         raise ValueError("student: got None, expected a model")
-    samples, shape, unreadable = _data(config)
     fewest, rows = config.data.batch_size // world_size, -(-config.data.batch_size // world_size)
     if fewest == 0:
         raise ValueError(f"data.batch_size: got {config.data.batch_size}, expected at least a row for each rank")
@@ -75,20 +76,22 @@ def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
     return [*lines, *LEFT_OUT]
 
 
-def _data(config: TrainConfig) -> tuple[int | None, tuple[int, ...], str]:
-    """The number of training samples, the shape of an image, and why the data cannot be read here.
+def _data(config: TrainConfig) -> tuple[TrainConfig, int | None, tuple[int, ...], str]:
+    """The config with the data's classes, the number of training samples, an image's shape, why they cannot be read.
 
     The number is None in that case, and the reason is empty otherwise.
     """
     side = 32 if config.data.name == "cifar" else int(config.data.options.get("image_size", 224))
-    shape = (3, side, side) if config.data.name in ("images", "cifar") else None
+    named = config.data.name in ("images", "cifar") or config.data.name.startswith("torchvision:")
+    shape = (3, side, side) if named else None
     try:
-        train_set, _ = choose_data(config.data, None, None)
+        train_set, eval_set = choose_data(without_download(config.data), None, None)
     except (ValueError, OSError) as error:
         if shape is None:
             raise
-        return None, shape, str(error)
-    return len(train_set), shape or tuple(first_images(train_set).shape[1:]), ""
+        return config, None, shape, str(error)
+    config = with_classes(config, train_set, eval_set, None)
+    return config, len(train_set), shape or tuple(first_images(train_set).shape[1:]), ""
 
 
 def build_bare(config: TrainConfig, images: Tensor) -> Distiller:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.data.datasets import DATASETS, build_datasets
+from fastkd.trainer.data.datasets import build_datasets, is_known_data, without_download
 from fastkd.trainer.imports import current_name
 from fastkd.trainer.models import cifar as cifar_nets
 from fastkd.trainer.models import small as nets
@@ -63,8 +63,8 @@ def reopen(
     if eval_data is None and with_data:
         if "data" in given:
             raise CheckpointError(f"{checkpoint.path}: its data was given as objects; pass it as eval_data=...")
-        _check_trust(checkpoint.path, config.data.name, config.data.name in DATASETS, trust_code)
-        train_data, eval_data = build_datasets(config.data)
+        _check_trust(checkpoint.path, config.data.name, is_known_data(config.data.name), trust_code)
+        train_data, eval_data = build_datasets(without_download(config.data))
     load_into(model, checkpoint.weights[checkpoint.deployed], checkpoint.path / checkpoint.deployed)
     return Reopened(checkpoint, config, model, train_data, eval_data)
 

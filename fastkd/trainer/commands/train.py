@@ -1,73 +1,150 @@
-"""``fastkd train`` and ``fastkd recipes``: a recipe's settings as flags."""
+"""``fastkd train`` and ``fastkd recipes``: a recipe's settings as flags, or those of a file."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import inspect
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
 from fastkd.trainer.commands.dry_run import plan
+from fastkd.trainer.commands.messages import errors_in_one_line
+from fastkd.trainer.commands.reopen import is_known_model
 from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.data.options import options_class
 from fastkd.trainer.imports import import_object
 from fastkd.trainer.models.build import ModelConfig
+from fastkd.trainer.objective.config import describe_terms
+from fastkd.trainer.objective.objective import needs
 from fastkd.trainer.recipes import RECIPES, summary
+from fastkd.trainer.run.checkpoint import CheckpointError, find_checkpoint, read_manifest
+from fastkd.trainer.run.config_file import read_config
 from fastkd.trainer.run.loop import train
 
 PARTS = ("student", "teacher", "data")
 _NOTE = """
 
-Beside the flags below: --student.options '{"width": 8}' (teacher, data too) replaces all options, as JSON;
---teacher.name NAME gives a teacher to a recipe that has none; --dry-run [--ranks N] prints what the settings come to
-and stops."""
+Another --student.name (teacher, data too) drops the recipe's options, layers and weights of that model.
+--student.options '{"width": 8}' (teacher, data too) replaces all options, as JSON. --teacher.name NAME gives a teacher
+to a recipe that has none. Run `fastkd train RECIPE --help-verbose` for what each flag does."""
+_USAGE = """\
+usage: fastkd train RECIPE [flags]           every setting of the recipe is a flag
+       fastkd train RECIPE --config FILE     settings of a YAML file on top of the recipe's, and flags on top of both
+       fastkd train --config FILE            a file with all settings, such as RUN/config.yaml
+
+`fastkd train RECIPE --help` lists the flags of a recipe. RECIPE is package.module:function, or one of
+"""
+Options = TypeVar("Options")
+
+
+@dataclass(kw_only=True)
+class Flags(Generic[Options]):
+    """The flags of ``fastkd train``: all settings, and what is to be done with them.
+
+    Attributes:
+        settings: of the run.
+        options: of the data set.
+        config: take settings from this YAML file. Flags beside it have the last word.
+        no_teacher: train without the recipe's teacher and without the terms that need one.
+        dry_run: print what the settings come to, with a memory estimate, and stop.
+        ranks: with --dry-run, the number of processes of the run.
+    """
+
+    settings: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    options: Annotated[Options, tyro.conf.arg(name="data.options")]
+    config: str | None = None
+    no_teacher: tyro.conf.FlagCreatePairsOff[bool] = False
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    ranks: int | None = None
 
 
 def recipes_command() -> None:
     """The recipes there are; ``fastkd train NAME --help`` says all of one, ``--dry-run`` what it comes to."""
-    width = max(map(len, RECIPES))
-    for name in RECIPES:
-        print(f"{name:<{width}}  {summary(name)}")
+    print("\n".join(_recipe_lines()))
 
 
 def train_command(arguments: list[str]) -> int:
     """Run ``fastkd train`` with these arguments and return the exit status."""
+    if arguments[:1] in ([], ["-h"], ["--help"]):
+        print(_USAGE + "\n".join(f"  {line}" for line in _recipe_lines()))
+        return 0
     # The user's own recipes, models and datasets usually lie in the current folder, which a console script lacks.
     sys.path.insert(0, os.getcwd())
-    given, arguments = _flags_of_ours(arguments)
-    name = arguments[0] if arguments else ""
-    if ":" in name or name in RECIPES:  # parsers for the other recipes would take seconds
-        recipe = RECIPES.get(name) or import_object(name, "recipe")
-        configs = {name: _with_models(_call(name, recipe), given)}
-        descriptions = {name: inspect.cleandoc(recipe.__doc__ or "") + _NOTE}
-    else:
-        configs = {name: recipe() for name, recipe in RECIPES.items()}
-        descriptions = {name: summary(name) for name in RECIPES}
-    # AvoidSubcommands: an optional teacher is --teacher.name ..., not a further subcommand.
-    config = tyro.cli(
-        tyro.extras.subcommand_type_from_defaults(configs, descriptions=descriptions),
-        prog="fastkd train",
-        description="Run a recipe. `fastkd train RECIPE --help` describes it and its flags.",
-        args=arguments,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    if given["dry_run"]:
-        ranks = given["ranks"] or os.environ.get("WORLD_SIZE", "1")
-        if not ranks.isdecimal() or int(ranks) == 0:
-            raise ValueError(f"--ranks: got {ranks!r}, expected a number of ranks")
-        print("\n".join(plan(config, int(ranks))))
+    flags = parse_flags(arguments)
+    config = flags.settings
+    if flags.dry_run:
+        ranks = flags.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+        print("\n".join(plan(config, ranks)))
         return 0
+    _check_teacher_is_there(config)
     result = train(config)
+    speaks = not config.quiet and os.environ.get("RANK", "0") == "0"
     if result.stopped_by is not None:
+        if speaks and result.path is not None:
+            again = [argument for argument in arguments if argument != "--resume"]
+            print(f"go on with: {shlex.join(['fastkd', 'train', *again, '--resume'])}")
         return 128 + result.stopped_by  # what a shell reports for a process that a signal ended
-    if not config.quiet and not result.already_finished and os.environ.get("RANK", "0") == "0":
+    if speaks and not result.already_finished:
         print(f"accuracy {result.accuracy:.4f} in {result.seconds:.1f} s; checkpoint {result.path}")
     return 0
+
+
+def parse_flags(arguments: list[str]) -> Flags[Any]:
+    """What a command line says, after ``fastkd train``: a recipe or a file, and flags on top.
+
+    Raises ValueError or TypeError for settings that are wrong; SystemExit for flags that cannot be read.
+    """
+    name = "" if arguments[0].startswith("-") else arguments[0]
+    given, rest = _flags_that_come_first(arguments[1:] if name else arguments)
+    config, text = _recipe(name) if name else (TrainConfig(), "The settings of a file.")
+    if given["config"] is not None:
+        config = read_config(given["config"], config)
+    elif not name:
+        raise ValueError(f"got {arguments[0]!r}, expected a recipe first (fastkd recipes lists them), or --config FILE")
+    if given["no_teacher"]:
+        config = _without_teacher(config)
+    config = _with_parts(config, given)
+    kind = options_class(config.data.name)
+    given_options, options = config.data.options, config.data.options
+    if kind is not None:
+        required = [field.name for field in fields(kind) if field.name == "root" and "root" not in given_options]
+        options = kind(**given_options | dict.fromkeys(required, ""))
+        for field in required:
+            object.__setattr__(options, field, tyro.MISSING)  # tyro asks for it
+    without = replace(config, data=replace(config.data, options={}))  # they have flags of their own
+    generic: Any = Flags
+    with errors_in_one_line(rest, _names_of_flags(without, options)):
+        flags: Flags[Any] = tyro.cli(
+            generic[kind or dict[str, Any]],
+            prog=f"fastkd train {name}".strip(),
+            description=text + _NOTE,
+            args=rest,
+            default=Flags(settings=without, options=options),
+            compact_help=True,
+            # AvoidSubcommands: an optional teacher is --teacher.name ..., not a further subcommand.
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    chosen = flags.options
+    if kind is not None:
+        defaults = {field.name: field.default for field in fields(kind)}
+        chosen = {
+            name: getattr(flags.options, name)
+            for name, default in defaults.items()
+            if name in given_options or getattr(flags.options, name) != default
+        }
+    flags.settings = replace(flags.settings, data=replace(flags.settings.data, options=chosen))
+    if flags.ranks is not None and (flags.ranks < 1 or not flags.dry_run):
+        raise ValueError(f"--ranks: got {flags.ranks}, expected a number of ranks, with --dry-run")
+    return flags
 
 
 def parse_json(flag: str, text: str) -> dict[str, Any]:
@@ -81,38 +158,91 @@ def parse_json(flag: str, text: str) -> dict[str, Any]:
     return values
 
 
-def _flags_of_ours(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The flags that are no setting of a recipe's config, and the arguments for tyro."""
+def _names_of_flags(config: TrainConfig, options: Any) -> list[str]:
+    """The flags that a mistyped one may mean."""
+
+    def flat(values: dict[str, Any], prefix: str) -> list[str]:
+        found = []
+        for name, value in values.items():
+            deeper = isinstance(value, dict)
+            found += flat(value, f"{prefix}{name}.") if deeper else [prefix + name]
+        return found
+
+    model = {part.name: None for part in fields(ModelConfig)}
+    options = options if isinstance(options, dict) else vars(options)
+    known = {"student": model, "teacher": model, "data.options": options, "help": None}
+    own = {part.name: None for part in fields(Flags)[2:]}
+    names = flat(config.to_dict() | own, "") + flat(known, "")
+    return sorted({f"--{name.replace('_', '-')}" for name in names})
+
+
+def _recipe_lines() -> list[str]:
+    width = max(map(len, RECIPES))
+    return [f"{name:<{width}}  {summary(name)}" for name in RECIPES]
+
+
+def _flags_that_come_first(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The flags that decide which others there are, and the arguments for tyro."""
     parser = argparse.ArgumentParser(prog="fastkd train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--dry-run", action="store_true")
-    if "--dry-run" in arguments:
-        parser.add_argument("--ranks")
+    parser.add_argument("--config")
+    parser.add_argument("--no-teacher", dest="no_teacher", action="store_true")
+    parser.add_argument("--teacher.weights")
     for part in PARTS:
         parser.add_argument(f"--{part}.name")
         parser.add_argument(f"--{part}.options")
     known, rest = parser.parse_known_args(arguments)
     given = vars(known)
-    # tyro reads the names too, where the recipe has such a part.
-    return given, rest + [f"--{part}.name={given[f'{part}.name']}" for part in PARTS if given[f"{part}.name"]]
+    # tyro reads these too, where the recipe has such a part.
+    again = [f"{part}.name" for part in PARTS] + ["teacher.weights"]
+    return given, rest + [f"--{name}={given[name]}" for name in again if given[name]]
 
 
-def _call(name: str, recipe: Callable[[], Any]) -> TrainConfig:
-    """The recipe's TrainConfig. TypeError when it gives something else."""
+def _recipe(name: str) -> tuple[TrainConfig, str]:
+    """The config of a recipe, and what it says of itself."""
+    if ":" not in name and name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, 3)
+        meant = f"did you mean {' or '.join(near)}?" if near else "expected a recipe or package.module:function;"
+        raise ValueError(f"got the recipe {name!r}, {meant} `fastkd recipes` lists them")
+    recipe: Callable[[], Any] = RECIPES.get(name) or import_object(name, "recipe")
     if not callable(recipe):
         raise TypeError(f"recipe: {name!r} is of type {type(recipe).__name__}, expected a function")
     config = recipe()
     if not isinstance(config, TrainConfig):
         raise TypeError(f"recipe: {name!r} returned {type(config).__name__}, expected a TrainConfig")
-    return config
+    return config, inspect.cleandoc(recipe.__doc__ or "")
 
 
-def _with_models(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
-    """The config with the options given as JSON, and with a model that the recipe lacks and a name was given for."""
+def _without_teacher(config: TrainConfig) -> TrainConfig:
+    """The config without its teacher and without the terms that need one. Says what is left of the loss."""
+    left = {
+        name: weight
+        for name, weight in config.objective.weights.items()
+        if not needs("teacher", replace(config.objective, terms=f"0*ce + {name}" if name != "ce" else "ce"))
+    }
+    left = left or {"ce": 1.0}
+    dropped = [name for name in config.objective.weights if name not in left]
+    if os.environ.get("RANK", "0") == "0":
+        what = f"leaves out {', '.join(dropped)}; the loss is" if dropped else "the loss stays"
+        print(f"--no-teacher: {what} {describe_terms(left)}")
+    terms = " + ".join(f"{weight!r}*{name}" for name, weight in left.items())
+    terms = terms if "ce" in left else f"0*ce + {terms}"
+    return replace(config, teacher=None, objective=replace(config.objective, terms=terms))
+
+
+def _with_parts(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
+    """The config with the names and the options that were given; another name drops the options of the old one."""
     for part in PARTS:
         name, options = given[f"{part}.name"], given[f"{part}.options"]
         current = getattr(config, part)
+        if part == "teacher" and given["teacher.weights"] is not None and current is None:
+            current = _model_of_run(given["teacher.weights"], name)
         if current is None and name is not None:
             current = ModelConfig(name=name)
+        elif current is not None and name not in (None, current.name):
+            of_the_old: dict[str, Any] = {"options": {}}
+            if part != "data":
+                of_the_old |= dict.fromkeys(("classifier", "feature_map", "weights", "normalization"))
+            current = replace(current, name=name, **of_the_old)
         if options is not None:
             flag = f"--{part}.options"
             if current is None:
@@ -120,3 +250,32 @@ def _with_models(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
             current = replace(current, options=parse_json(flag, options))
         config = replace(config, **{part: current})
     return config
+
+
+def _model_of_run(path: str, name: str | None) -> ModelConfig | None:
+    """The model that a run trained, if ``path`` is one and its model has this name, or no name was given."""
+    if not Path(path).is_dir():
+        if name is None:
+            what = "is not a run folder" if Path(path).exists() else "is not there"
+            raise ValueError(f"--teacher.weights: got {path!r}, which {what}, expected a run, or --teacher.name too")
+        return None
+    try:
+        saved = TrainConfig.from_dict(read_manifest(find_checkpoint(path))["config"]).student
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its config is not valid ({error})") from None
+    if saved is None or (name is None and not is_known_model(saved.name)):
+        raise ValueError(f"--teacher.weights: {path!r} does not say which model it is of, expected --teacher.name too")
+    return saved.without_weights() if name in (None, saved.name) else None
+
+
+def _check_teacher_is_there(config: TrainConfig) -> None:
+    """Raise ValueError that names the recipe to run first, if the teacher is another recipe's run and not there."""
+    weights = None if config.teacher is None else config.teacher.weights
+    if weights is None or Path(weights).exists() or config.resume:
+        return
+    first = next((name for name, recipe in RECIPES.items() if recipe().run_dir == weights), None)
+    if first is not None:
+        raise ValueError(
+            f"teacher.weights: {weights} is not there; first: fastkd train {first}, or --teacher.weights FILE, or "
+            "--no-teacher"
+        )

@@ -69,14 +69,17 @@ def shift_and_flip(images: Tensor, most: int) -> Tensor:
     return padded[torch.arange(B)[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
-def load_cifar(root: str, *, classes: int = 100, augment: bool = True) -> tuple[CifarImages, CifarImages]:
+def load_cifar(
+    root: str, *, classes: int = 100, augment: bool = True, download: bool = False
+) -> tuple[CifarImages, CifarImages]:
     """(training set, test set) of CIFAR-100 or CIFAR-10 in ``root``, unpacked from the published archives.
 
     Both layouts are read: ``cifar-100-binary`` (C version), and ``cifar-100-python`` without running any code that its
-    pickles name. ``root`` may be that folder or the one that holds it.
+    pickles name. ``root`` may be that folder or the one that holds it. ``download`` fetches the archive into ``root``
+    if neither is there, and compares its checksum.
 
     Raises:
-        ValueError: files are missing, or do not hold what the layout says.
+        ValueError: files are missing, cannot be downloaded, or do not hold what the layout says.
     """
     check_choice("data.options.classes", str(classes), ("10", "100"))
     check_type("data.options.augment", augment, bool)
@@ -90,8 +93,28 @@ def load_cifar(root: str, *, classes: int = 100, augment: bool = True) -> tuple[
                     images, labels = zip(*(read(place / name, classes) for name in names), strict=True)
                     sets.append(CifarImages(torch.cat(images), torch.cat(labels), classes, augment=shown))
                 return sets[0], sets[1]
+    if download:
+        _download(root, classes)
+        return load_cifar(root, classes=classes, augment=augment)
     expected = " or ".join(LAYOUTS[kind, classes][0] for kind in ("binary", "python"))
-    raise ValueError(f"data.options.root: found no CIFAR-{classes} in {root}, expected the folder {expected}")
+    raise ValueError(
+        f"data.options.root: found no CIFAR-{classes} in {root}, expected the folder {expected}, or "
+        "--data.options.download"
+    )
+
+
+def _download(root: str, classes: int) -> None:
+    """Fetch and unpack the archive of the python layout, whose checksum torchvision knows."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    kind = CIFAR100 if classes == 100 else CIFAR10
+    try:
+        download_and_extract_archive(kind.url, root, filename=kind.filename, md5=kind.tgz_md5)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"data.options.download: cannot fetch {kind.url} ({error}); unpack it in {root} yourself"
+        ) from None
 
 
 def _read_binary(path: Path, classes: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ class FolderImages(ImageSamples):
     Links are followed. A folder that is reached twice raises ValueError: its images would count twice, under the labels
     of two classes or in a loop without end.
     """
+
+    note: str | None = None  # what a user has to know about where the samples come from
 
     def find_samples(self) -> tuple[Tensor, list[str]]:
         if not self.root.is_dir():
@@ -40,6 +43,12 @@ class FolderImages(ImageSamples):
         above = len(os.path.join(self.root, ""))
         self._names = np.array([os.fsencode(path[above:]) for paths in found for path in paths])
         return torch.tensor([label for label, paths in enumerate(found) for _ in paths]), classes
+
+    def keep(self, chosen: Tensor) -> Self:
+        """Leave out all samples but the ``chosen`` ones; the classes and their numbers stay. Returns itself."""
+        self._names, self.labels = self._names[chosen.numpy()], self.labels[chosen]
+        self._broken = torch.zeros(len(chosen), dtype=torch.uint8).share_memory_()
+        return self
 
     def encoded(self, index: int) -> bytes:
         return read_regular(self._path(index), MAX_BYTES)

@@ -1,89 +1,103 @@
-"""Loads images on disk, from one folder per class or from WebDataset shards, with ImageNet's usual augmentation."""
+"""Loads images on disk, from one folder per class or from WebDataset shards, with timm's augmentation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchvision.transforms import v2
 
-from fastkd.trainer.data.encoded import ImageSamples, Normalization
+from fastkd.trainer.data.encoded import ImageSamples
 from fastkd.trainer.data.folder import FolderImages
+from fastkd.trainer.data.options import ImagesOptions, TransformOptions
 from fastkd.trainer.data.shards import ShardImages
-from fastkd.validate import check_choice, check_int, check_number, check_type
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Transform = Callable[[Any], Tensor]
 
 
-def load_images(
-    root: str,
-    *,
-    format: str = "folder",
-    train: str = "train",
-    val: str = "val",
-    image_size: int = 224,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    crop: float = 0.875,
-    min_scale: float = 0.08,
-    color_jitter: float = 0.0,
-    randaugment: int = 0,
-    augment: bool = True,
-    max_broken: int = 100,
-) -> tuple[ImageSamples, ImageSamples]:
-    """(training set, validation set) in ``root/train`` and ``root/val``.
+def load_images(root: str, **options: Any) -> tuple[ImageSamples, ImageSamples]:
+    """(training set, evaluation set) in ``root/train`` and ``root/val``, with the options of ``ImagesOptions``.
 
-    Args:
-        root: the folder that holds both parts.
-        format: ``"folder"`` (``FolderImages``: one folder per class) or ``"shards"`` (``ShardImages``: WebDataset).
-        train, val: the names of the two parts.
-        image_size: height and width of the images that come out.
-        mean, std: normalise the student's input. A teacher that was trained with other values gets its own.
-        crop: a validation image is the middle of the picture, this fraction of its shorter side.
-        min_scale: a training image covers at least this fraction of the picture's area.
-        color_jitter: strength of random changes of brightness, contrast and saturation. 0 makes none.
-        randaugment: RandAugment operations per training image. 0 makes none.
-        augment: False makes the training images like those for validation, for a linear probe.
-        max_broken: see ``ImageSamples``.
+    A ``root`` with neither of the two, but with a folder for each class, is split: see ``val_fraction``.
 
     Raises:
         ValueError: a folder is missing or empty, or the classes differ between training and validation.
     """
-    check_choice("data.options.format", format, ("folder", "shards"))
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != 3:
-            raise ValueError(f"data.options.{name}: got {values}, expected three numbers")
-        for value in values:
-            check_number(f"data.options.{name}", value, 0.0, exclusive=name == "std")
-    check_int("data.options.image_size", image_size, 1)
-    check_number("data.options.crop", crop, 0.0, 1.0, exclusive=True)
-    check_number("data.options.min_scale", min_scale, 0.0, 1.0, exclusive=True)
-    check_number("data.options.color_jitter", color_jitter, 0.0)
-    check_int("data.options.randaugment", randaugment, 0)
-    check_type("data.options.augment", augment, bool)
-    plain: list[Any] = [v2.Resize(round(image_size / crop), antialias=True), v2.CenterCrop(image_size)]
-    augmented = [v2.RandomResizedCrop(image_size, scale=(min_scale, 1.0), antialias=True), v2.RandomHorizontalFlip()]
-    if color_jitter:
-        augmented.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
-    if randaugment:
-        augmented.append(v2.RandAugment(randaugment))
-    normalization: Normalization = tuple(mean), tuple(std)
-    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*normalization)]
-    kind = FolderImages if format == "folder" else ShardImages
+    chosen = ImagesOptions(root=root, **options)
+    folder, normalization = Path(root), (tuple(chosen.mean), tuple(chosen.std))
+    kind = FolderImages if chosen.format == "folder" else ShardImages
+    parts = {chosen.train: training_transform(chosen), chosen.val: evaluation_transform(chosen)}
+    if chosen.format == "folder" and folder.is_dir() and not any((folder / part).is_dir() for part in parts):
+        whole, held_out = (FolderImages(folder, steps, normalization, chosen.max_broken) for steps in parts.values())
+        train, val = split_by_class(whole.labels, chosen.val_fraction, chosen.split_seed)
+        whole.note = (
+            f"{root}: has neither {chosen.train}/ nor {chosen.val}/; {len(val)} of its {len(whole)} images, "
+            f"{chosen.val_fraction:.0%} of every class, are kept for evaluation (--data.options.val-fraction)"
+        )
+        return whole.keep(train), held_out.keep(val)
     train_set, eval_set = (
-        kind(Path(root) / part, v2.Compose([*steps, *to_tensor]), normalization, max_broken)
-        for part, steps in ((train, augmented if augment else plain), (val, plain))
+        kind(folder / part, steps, normalization, chosen.max_broken) for part, steps in parts.items()
     )
     # Shards do not name their classes. A class that the validation set has no image of is unknown there.
-    same = (
-        set(eval_set.classes) <= set(train_set.classes) if format == "shards" else train_set.classes == eval_set.classes
-    )
-    if not same:
-        differing = sorted(set(train_set.classes) ^ set(eval_set.classes))
+    ours, theirs = train_set.classes, eval_set.classes
+    if not (set(theirs) <= set(ours) if chosen.format == "shards" else ours == theirs):
+        differing = sorted(set(ours) ^ set(theirs))
         raise ValueError(
-            f"data.options.root: {train} has {len(train_set.classes)} classes, {val} has {len(eval_set.classes)}; in "
+            f"data.options.root: {chosen.train} has {len(ours)} classes, {chosen.val} has {len(theirs)}; in "
             f"one only: {differing[:5]}"
         )
     return train_set, eval_set
+
+
+def split_by_class(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """(the samples for training, those for evaluation), of which every class gives ``fraction``, at least one.
+
+    Of a class with a single sample nothing is held out. Depends on the labels and ``seed`` alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        (members,) = torch.where(labels == label)
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return torch.where(~held_out)[0], torch.where(held_out)[0]
+
+
+def evaluation_transform(options: TransformOptions) -> Transform:
+    """The middle of a picture, resized and normalised."""
+    size = options.image_size
+    steps = [v2.Resize(round(size / options.crop), antialias=True), v2.CenterCrop(size)]
+    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(options.mean, options.std)]
+    return v2.Compose([*steps, *to_tensor])
+
+
+def training_transform(options: TransformOptions) -> Transform:
+    """timm's augmentation with these options. It draws from Python's, numpy's and torch's global generators."""
+    if not options.augment:
+        return evaluation_transform(options)
+    from timm.data.transforms_factory import (
+        transforms_imagenet_train,  # takes a second, which evaluation need not wait for
+    )
+
+    jitter: Any = options.color_jitter or None  # timm takes None, though its annotation does not say so
+    policy = options.auto_augment or (f"rand-m9-n{options.randaugment}" if options.randaugment else None)
+    try:
+        return transforms_imagenet_train(
+            options.image_size,
+            scale=(options.min_scale, 1.0),
+            ratio=(1 / options.max_aspect, options.max_aspect),
+            hflip=options.flip,
+            color_jitter=jitter,
+            force_color_jitter=options.color_jitter > 0,
+            auto_augment=policy,
+            interpolation="bilinear",
+            mean=tuple(options.mean),
+            std=tuple(options.std),
+            re_prob=options.erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, ValueError, KeyError) as error:  # timm's, of a policy that it cannot read
+        raise ValueError(f"data.options.auto_augment: got {policy!r}, expected a policy of timm's ({error})") from None

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 from fastkd.trainer.data.memory import TensorImages
+from fastkd.validate import NO_LABEL
 
 
 def labelled_subset(dataset: Any, count: int, seed: int) -> Any:
@@ -25,7 +26,64 @@ def labelled_subset(dataset: Any, count: int, seed: int) -> Any:
         >>> train_set, test_set = load_digits()
         >>> few = labelled_subset(train_set, 200, seed=0)  # 20 of each digit
     """
+    chosen = _balanced(labels_of(dataset), count, seed)
+    if type(dataset) is TensorImages:  # a subclass may change what it returns
+        return TensorImages(dataset.images[chosen], dataset.labels[chosen])
+    return Subset(dataset, chosen.tolist())
+
+
+def without_other_labels(dataset: Any, count: int, seed: int) -> Any:
+    """``dataset`` in which the samples of ``labelled_subset(dataset, count, seed)`` alone keep their labels.
+
+    The label of every other sample is -1. Raises what ``labelled_subset`` raises.
+    """
     labels = labels_of(dataset)
+    keeps = torch.zeros(len(labels), dtype=torch.bool)
+    keeps[_balanced(labels, count, seed)] = True
+    if type(dataset) is TensorImages:  # a subclass may change what it returns
+        return TensorImages(dataset.images, labels.masked_fill(~keeps, NO_LABEL))
+    return PartlyLabelled(dataset, keeps)
+
+
+class PartlyLabelled(Dataset[Any]):
+    """``dataset`` with the label -1 for every sample outside of ``keeps`` [N]; other attributes are the dataset's."""
+
+    def __init__(self, dataset: Any, keeps: Tensor) -> None:
+        self.dataset = dataset
+        self.keeps = keeps
+        self.labels = labels_of(dataset).masked_fill(~keeps, NO_LABEL)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("dataset", "keeps", "labels"):  # not there yet while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __len__(self) -> int:
+        return len(self.keeps)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image, label = self.dataset[index]
+        return image, label if self.keeps[index] else _none_like(label)
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        if not hasattr(self.dataset, "__getitems__"):
+            return [self[index] for index in indices]
+        batch = self.dataset.__getitems__(indices)
+        kept = self.keeps[torch.as_tensor(indices)]
+        if isinstance(batch, list):  # samples, and no batch: as torch's Subset gives them
+            return [
+                (image, label if keep else _none_like(label)) for (image, label), keep in zip(batch, kept, strict=True)
+            ]
+        images, labels = batch
+        return images, labels.masked_fill(~kept, NO_LABEL)
+
+
+def _none_like(label: Any) -> Any:
+    return torch.full_like(label, NO_LABEL) if isinstance(label, Tensor) else NO_LABEL
+
+
+def _balanced(labels: Tensor, count: int, seed: int) -> Tensor:
+    """The indices of ``count`` samples, in order: drawn without replacement, as equally many per class as possible."""
     if count > len(labels):
         raise ValueError(f"data.labelled: got {count}, expected at most the {len(labels)} training samples")
     generator = torch.Generator().manual_seed(seed)
@@ -36,10 +94,7 @@ def labelled_subset(dataset: Any, count: int, seed: int) -> Any:
     for label in shuffled.unique():
         members = shuffled == label
         rank[members] = torch.arange(int(members.sum()))
-    chosen = order[torch.argsort(rank, stable=True)[:count]].sort().values
-    if isinstance(dataset, TensorImages):
-        return TensorImages(dataset.images[chosen], dataset.labels[chosen])
-    return Subset(dataset, chosen.tolist())
+    return order[torch.argsort(rank, stable=True)[:count]].sort().values
 
 
 def labels_of(dataset: Any) -> Tensor:

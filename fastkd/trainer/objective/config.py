@@ -19,6 +19,9 @@ from fastkd.validate import check_number, check_type
 class CEConfig:
     """Cross-entropy with the labels.
 
+    Attributes:
+        label_smoothing: this share of a label is spread over all classes.
+
     Example:
         >>> config = ObjectiveConfig(terms="ce", ce=CEConfig(label_smoothing=0.1))
     """
@@ -33,6 +36,9 @@ class CEConfig:
 class KDConfig:
     """The options of ``fastkd.losses.KDLoss``: Hinton's loss at this temperature.
 
+    Attributes:
+        temperature: divides the logits.
+
     Example:
         >>> config = ObjectiveConfig(terms="0.5*kd", kd=KDConfig(temperature=2.0))
     """
@@ -46,6 +52,15 @@ class KDConfig:
 @dataclass(kw_only=True, frozen=True)
 class DCDConfig:
     """The options of ``fastkd.losses.DCDLoss``: see there.
+
+    Attributes:
+        embed_dim: width of the shared space of student and teacher.
+        alpha: weight of the consistency term.
+        consistency: the direction of its KL divergence. The first is the paper's, the other the authors' code's.
+        max_scale: upper bound of the logit scale. None sets no bound.
+        min_scale: lower bound of the logit scale.
+        learnable: train the logit scale. If not, it stays at ``1 / temperature``.
+        temperature: fixes the scale where it is not learnt, and is unused otherwise.
 
     Example:
         >>> config = ObjectiveConfig(terms="dcd", dcd=DCDConfig(embed_dim=64, max_scale=20.0))
@@ -67,6 +82,9 @@ class DCDConfig:
 class CKDConfig:
     """The options of ``fastkd.losses.CKDLoss``: see there.
 
+    Attributes:
+        temperature: divides the logits.
+
     Example:
         >>> config = ObjectiveConfig(terms="ckd", ckd=CKDConfig(temperature=0.5))
     """
@@ -80,6 +98,16 @@ class CKDConfig:
 @dataclass(kw_only=True, frozen=True)
 class PCKDConfig:
     """The options of ``fastkd.losses.PCKDLoss``: see there. It contains KD; ``kd_weight=0`` leaves KD out.
+
+    Attributes:
+        temperature: divides the logits of its KD.
+        relation_scale: multiplies the products of relations.
+        category_weight: weight of the contrast of relations.
+        center_weight: weight of the alignment of class centres.
+        feature_weight: weight of the alignment of features.
+        kd_weight: weight of its KD.
+        preview_base: the preview's threshold is this number to the power of the epoch.
+        hidden_dim: width of the hidden layer of its heads. None chooses it.
 
     Example:
         >>> config = ObjectiveConfig(terms="pckd", pckd=PCKDConfig(kd_weight=0.0))
@@ -102,7 +130,14 @@ class PCKDConfig:
 class MSDCRDConfig:
     """The options of ``fastkd.losses.MSDCRDLoss``: see there.
 
-    ``windows=None`` means three scales of the teacher's map.
+    Attributes:
+        windows: the scales, each the side of a square window, or None for the whole map. None means three scales of
+            the teacher's map.
+        strides: the distance of the windows, per scale. None means half of the window.
+        temperature: divides the cosines.
+        positives: the teacher's features of the same sample, or of all samples of its label.
+        sample_term_weight: weight of the contrast of samples.
+        feature_weight: weight of the contrast of channels.
 
     Example:
         >>> config = ObjectiveConfig(terms="msdcrd", msdcrd=MSDCRDConfig(windows=(1, 2), positives="label"))
@@ -138,6 +173,15 @@ class ObjectiveConfig:
 
         ObjectiveConfig(terms="dcd+kd")
         ObjectiveConfig(terms="0.5*kd + 2*dcd", kd=KDConfig(temperature=2.0))
+
+    Attributes:
+        terms: the sum, such as ``"0.5*kd + dcd"``, of ce, kd, dcd, ckd, pckd, msdcrd and terms of your own.
+        ce: options of cross-entropy.
+        kd: options of KD.
+        dcd: options of DCD.
+        ckd: options of CKD.
+        pckd: options of PCKD.
+        msdcrd: options of MSDCRD.
     """
 
     terms: str = "ce+kd+dcd"

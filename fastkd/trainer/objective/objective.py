@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastkd.trainer.models.features import ModelOutput, ModelShapes
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.objective.terms import TERMS, CallableTerm, TermFunction
+from fastkd.validate import NO_LABEL
 
 # Names of other values in the same record.
 _RESERVED = {"kind", "step", "epoch", "lr", "loss", "accuracy", "eval_loss", "grad_norm"}
@@ -34,6 +36,8 @@ class Objective(nn.Module):
         student, teacher: the models' shapes, from ``measure_shapes``; without a teacher, the student's for both.
         terms: the user's own terms by name: modules (their parameters are trained) or plain functions. They may be
             named, with a weight, in ``config.terms``; one that is not named there is an error.
+        unlabelled: labels may be -1, which means none. Terms with an attribute ``unlabelled`` are told, and get the
+            labels as they are. For all others the teacher's most probable class takes the place of -1.
 
     Raises ValueError for a name that neither ``TERMS`` nor ``terms`` has, or that means something else in a record or
     in ``nn.ModuleDict``.
@@ -51,8 +55,11 @@ class Objective(nn.Module):
         student: ModelShapes,
         teacher: ModelShapes,
         terms: Mapping[str, nn.Module | TermFunction] | None = None,
+        *,
+        unlabelled: bool = False,
     ) -> None:
         super().__init__()
+        self.unlabelled = unlabelled
         self.weights = dict(config.weights)
         given = dict(terms or {})
         unused = sorted(set(given) - set(self.weights))
@@ -71,6 +78,9 @@ class Objective(nn.Module):
                 known = sorted({*TERMS, *given})
                 raise ValueError(f"objective.terms: got {name!r} in {config.terms!r}, expected terms among {known}")
         self.terms = nn.ModuleDict(built)
+        for term in built.values():
+            if hasattr(term, "unlabelled"):
+                setattr(term, "unlabelled", unlabelled)  # noqa: B010 (its type is the term's own)
         self._pairs = [
             (name, other)
             for name, term in built.items()
@@ -89,12 +99,18 @@ class Objective(nn.Module):
         """
         total: Tensor | None = None
         named = {}
+        classes = labels  # with the teacher's where there is none
+        if self.unlabelled and labels.ndim != 1:
+            raise ValueError("data.unlabelled: got class probabilities as labels (mixup), expected classes")
+        if self.unlabelled and teacher is not None:
+            classes = torch.where(labels == NO_LABEL, teacher.logits.argmax(dim=1), labels)
         together: dict[str, Mapping[str, Tensor]] = {}
         for pair in self._pairs:
             values = self.terms[pair[0]].fused(self.terms[pair[1]], student, teacher, labels)  # type: ignore[operator]
             together.update(zip(pair, values or (), strict=False))
         for name, term in self.terms.items():
-            values = together[name] if name in together else term(student, teacher, labels)
+            given = labels if hasattr(term, "unlabelled") else classes
+            values = together[name] if name in together else term(student, teacher, given)
             if not isinstance(values, Mapping) or not values:
                 raise TypeError(
                     f"terms: {name!r} returned {'an empty dict' if values == {} else type(values).__name__}, expected "

@@ -5,6 +5,8 @@ weights. These attributes, of its class or of a user's module or function, say m
 
     needs_teacher, needs_features   whether it reads them; True by default
     needs_maps                      whether it reads the last feature maps; False by default
+    unlabelled                      a term that has it is told whether labels may be -1; it then gets them as they are,
+                                    and not with the teacher's classes in their place
     spans_ranks                     whether it returns this rank's part of a loss over the global batch, which contains
                                     the weight W n / N; by default False, and the objective multiplies by it
 
@@ -23,12 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd.distributed.agree import agreeing
+from fastkd.distributed.group import resolve_group
 from fastkd.functional.kd import ce_kd_terms
 from fastkd.losses import CKDLoss, DCDLoss, KDLoss, MSDCRDLoss, PCKDLoss
 from fastkd.numerics import accumulation_dtype
 from fastkd.trainer.models.features import ModelOutput, ModelShapes
 from fastkd.trainer.objective.config import ObjectiveConfig
-from fastkd.validate import check_labels
+from fastkd.validate import NO_LABEL, check_labels
 
 # Where cross-entropy and KD together are one read of the logits; on a CPU torch's own cross-entropy is as fast.
 ONE_READ_DEVICES = {"cuda"}
@@ -37,19 +41,32 @@ TermFunction = Callable[[ModelOutput, ModelOutput | None, Tensor], Mapping[str, 
 
 
 class CETerm(nn.Module):
-    """Cross-entropy of the student's logits with the labels, the mean over the batch."""
+    """Cross-entropy of the student's logits with the labels, the mean over the batch.
+
+    With ``unlabelled`` it is the mean over the labelled rows of the global batch, and zero if there are none.
+    """
 
     needs_teacher = False
     needs_features = False
+    unlabelled = False
 
     def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:
         super().__init__()
         self.label_smoothing = config.ce.label_smoothing
 
+    @property
+    def spans_ranks(self) -> bool:
+        """The number of labelled rows is known to no rank alone, so that the mean is taken over the ranks here."""
+        return self.unlabelled
+
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
         if labels.ndim == 1:  # not class probabilities
-            check_labels(labels, student.logits)
+            check_labels(labels, student.logits, unlabelled=self.unlabelled)
         logits = student.logits.to(accumulation_dtype(student.logits.dtype))
+        if self.unlabelled:
+            options: Any = {"ignore_index": NO_LABEL, "label_smoothing": self.label_smoothing, "reduction": "sum"}
+            ranks = agreeing(resolve_group(None), "ce")
+            return {"ce": ranks.mean_over(F.cross_entropy(logits, labels, **options), (labels != NO_LABEL).sum())}
         return {"ce": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
 
 
@@ -93,8 +110,8 @@ class KDTerm(LossTerm):
 
         None where the two must be computed one after the other, or where one read is no faster.
         """
-        if student.logits.device.type not in ONE_READ_DEVICES or labels.ndim != 1:  # class probabilities
-            return None
+        if student.logits.device.type not in ONE_READ_DEVICES or labels.ndim != 1 or ce.unlabelled:
+            return None  # class probabilities have ndim 2
         assert teacher is not None
         logits = one_dtype(student.logits, teacher.logits)
         ce_value, kd_value = ce_kd_terms(*logits, labels, self.loss.temperature, label_smoothing=ce.label_smoothing)

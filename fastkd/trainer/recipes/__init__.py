@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.recipes import cifar, digits, imagenet
+from fastkd.trainer.recipes import cifar, digits, imagenet, images
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "images": images.images,
+    "images-kd": images.images_kd,
     "digits": digits.digits,
     "digits-scratch": digits.digits_scratch,
     "digits-teacher": digits.digits_teacher,

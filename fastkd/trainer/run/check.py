@@ -17,12 +17,15 @@ from fastkd.trainer.models.features import FeatureModel, evaluating
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.evaluate import evaluate
 from fastkd.trainer.run.ranks import Ranks
+from fastkd.validate import NO_LABEL
 
 
 def check_fit(
     config: TrainConfig, distiller: Distiller, images: Tensor, batches: GlobalBatches, train_set: Any, eval_set: Any
-) -> None:
-    """Raise ValueError, before anything is written, for what would end the run in its first or last batch.
+) -> int:
+    """The number of the student's outputs.
+
+    Raises ValueError, before anything is written, for what would end the run in its first or last batch.
 
     That is a label that the student has no class for, as far as the datasets expose their labels, and a chunk of one
     row, of which batch norm would get a single value per channel. Called before ``prepare``, with images that the
@@ -41,12 +44,26 @@ def check_fit(
     if "ce" not in distiller.objective.weights:
         del labelled["train_data"]  # without cross-entropy its labels may mean anything
     for name, dataset in labelled.items():
-        largest = _largest_label(dataset)
+        smallest, largest = range_of_labels(dataset) or (0, None)
+        if smallest == NO_LABEL and name == "train_data" and not config.data.unlabelled:
+            raise ValueError(
+                f"data.unlabelled: got False, but {name} has the label {NO_LABEL}, which stands for none; expected True"
+            )
         if largest is not None and largest >= classes:
             raise ValueError(
                 f"student.num_classes: the student has {classes} classes, but {name} has the label {largest}; expected "
                 f"labels in [0, {classes})"
             )
+    return classes
+
+
+def check_outputs(outputs: int, names: list[str] | None) -> None:
+    """Raise ValueError for a student with more outputs than there are classes, where the data name their classes."""
+    if names is not None and outputs > len(names):
+        raise ValueError(
+            f"student.num_classes: the student has {outputs} outputs and the data have {len(names)} classes, expected "
+            f"as many; give --student.num-classes {len(names)}"
+        )
 
 
 def _classes_and_single_values(model: FeatureModel, image: Tensor) -> tuple[int, list[str]]:
@@ -71,8 +88,8 @@ def _classes_and_single_values(model: FeatureModel, image: Tensor) -> tuple[int,
     return logits.shape[1], single
 
 
-def _largest_label(dataset: Any) -> int | None:
-    """The largest label; None for a dataset that does not expose its labels, or changes them when it is read."""
+def range_of_labels(dataset: Any) -> tuple[int, int] | None:
+    """The smallest and the largest label; None where labels are not exposed, or are changed when they are read."""
     whole = dataset
     while isinstance(whole, Subset):
         whole = whole.dataset
@@ -84,7 +101,7 @@ def _largest_label(dataset: Any) -> int | None:
         return None
     if labels.ndim != 1 or labels.numel() == 0 or labels.is_floating_point():
         return None
-    return int(labels.max())
+    return int(labels.min()), int(labels.max())
 
 
 def check_teacher(

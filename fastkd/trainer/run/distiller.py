@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping
 from typing import Self
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.imports import import_object
 from fastkd.trainer.models.build import ModelConfig, Normalization, build_model
-from fastkd.trainer.models.features import FeatureModel, ModelOutput, measure_shapes
+from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShapes, measure_shapes
 from fastkd.trainer.objective.objective import Objective, needs
 from fastkd.trainer.objective.terms import TermFunction
 from fastkd.trainer.run.accumulate import in_chunks, recomputed
@@ -169,22 +171,26 @@ def build_distiller(
     student_model = _feature_model("student", config.student, student, optional)
     if student_model is None:
         raise ValueError("student: got None, expected config.student or a module")
-    shapes = measure_shapes(student_model, images, feature_map=maps)
+    shapes = _measured("student", student_model, images, maps)
     wanted = needs("teacher", config.objective, terms)
     if wanted != (config.teacher is not None or teacher is not None):
-        has = "needs a teacher but there is none" if wanted else "has no term that uses the teacher that is given"
+        has = "needs a teacher but there is none; give --teacher.name and --teacher.weights, or --no-teacher"
+        if not wanted:
+            has = "has no term that uses the teacher that is given; leave it out with --no-teacher"
         raise ValueError(f"teacher: objective.terms={config.objective.terms!r} {has}")
     if not wanted:
-        return Distiller(student_model, None, Objective(config.objective, shapes, shapes, terms))
+        alone = Objective(config.objective, shapes, shapes, terms, unlabelled=config.data.unlabelled)
+        return Distiller(student_model, None, alone)
     if teacher is None and config.teacher is not None and not (config.teacher.weights or config.teacher.pretrained):
         raise ValueError("teacher.weights: got None, expected trained weights (or pretrained=True, or a module)")
     teacher_model = _feature_model("teacher", config.teacher, teacher, optional)
     assert teacher_model is not None
     _check_nothing_shared(student_model, teacher_model)
-    teacher_shapes = measure_shapes(teacher_model, images, feature_map=maps)
+    teacher_shapes = _measured("teacher", teacher_model, images, maps)
     if shapes.classes != teacher_shapes.classes:
         raise ValueError(f"teacher: has {teacher_shapes.classes} classes, expected the student's {shapes.classes}")
-    return Distiller(student_model, teacher_model, Objective(config.objective, shapes, teacher_shapes, terms))
+    objective = Objective(config.objective, shapes, teacher_shapes, terms, unlabelled=config.data.unlabelled)
+    return Distiller(student_model, teacher_model, objective)
 
 
 def _check_nothing_shared(student: FeatureModel, teacher: FeatureModel) -> None:
@@ -194,6 +200,40 @@ def _check_nothing_shared(student: FeatureModel, teacher: FeatureModel) -> None:
     if shared:
         more = f" and {len(shared) - 5} more" if len(shared) > 5 else ""
         raise ValueError(f"teacher: shares parameters with the student, expected its own: {shared[:5]}{more}")
+
+
+def takes_classes(config: ModelConfig) -> bool:
+    """Whether the builder of this model has an argument ``num_classes``. Those of timm and torchvision have it."""
+    source = config.name.rpartition(":")[0]
+    if source in ("timm", "torchvision", ""):
+        return True
+    return "num_classes" in inspect.signature(import_object(config.name, "model.name")).parameters
+
+
+def _built(role: str, config: ModelConfig) -> nn.Module:
+    """The model. What is wrong with its settings is told by the names of ``role``'s flags."""
+    try:
+        return build_model(config)
+    except (ValueError, TypeError) as error:
+        if not isinstance(error, TypeError) or "argument" not in str(error):
+            raise type(error)(str(error).replace("model.", f"{role}.", 1)) from error
+        raise ValueError(
+            f"{role}.options: {config.name!r} with {config.options}: {error}; set all of them with "
+            f"--{role}.options '{{...}}'"
+        ) from error
+
+
+def _measured(role: str, model: FeatureModel, images: Tensor, maps: bool) -> ModelShapes:
+    """The model's shapes. ValueError for images that it cannot take."""
+    try:
+        return measure_shapes(model, images, feature_map=maps)
+    except RuntimeError as error:
+        shape = " x ".join(map(str, images.shape[1:]))
+        raise ValueError(
+            f"{role}: {type(model.model).__name__} cannot take the data's images of {shape} "
+            f"({' '.join(str(error).split())}); other channels: --{role}.options '{{\"in_chans\": {images.shape[1]}}}' "
+            "with a timm model"
+        ) from error
 
 
 def _feature_model(
@@ -207,7 +247,7 @@ def _feature_model(
         return module if isinstance(module, FeatureModel) else FeatureModel(module, **names, optional=optional)
     if config is None:
         return None
-    model = build_model(config)
+    model = _built(role, config)
     if config.weights is not None:
         load_into(model, load_weights(config.weights), config.weights)
     return FeatureModel(model, **names, optional=optional)

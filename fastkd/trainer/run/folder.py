@@ -18,6 +18,7 @@ from fastkd.trainer.run.checkpoint import (
     list_checkpoints,
     read_checkpoint,
 )
+from fastkd.trainer.run.config_file import CONFIG, write_config
 from fastkd.trainer.run.log import METRICS, RUN, RunLog
 from fastkd.trainer.run.meter import check_finite
 from fastkd.trainer.run.ranks import Ranks
@@ -39,7 +40,7 @@ def open_run(config: TrainConfig) -> tuple[Path | None, Checkpoint | None]:
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and _begun_by_this_job(folder / RUN)
     if not config.resume and not (there and (config.resume_or_start or restarted)):
         if there:
-            raise CheckpointError(f"{folder}: already holds a run; resume it (resume=True) or choose another run_dir")
+            raise CheckpointError(f"{folder}: already holds a run; resume it (--resume) or choose another --run-dir")
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"run_dir: got {config.run_dir!r}, which is a file, expected a folder")
         # The folder is created with its first file, so that a failed start leaves nothing.
@@ -140,6 +141,7 @@ class RunFolder:
             temporary = self.path / (RUN + ".tmp")
             temporary.write_text(json.dumps(self.info, indent=1) + "\n")
             os.replace(temporary, self.path / RUN)
+            write_config(self.path / CONFIG, self.info["config"], self.identity.given_as_objects)
 
     def _write(self, generators: list[dict[str, Any]], accuracy: float | None) -> Path:
         assert self._checkpoints is not None

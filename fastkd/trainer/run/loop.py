@@ -23,7 +23,7 @@ from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.evaluate import evaluate
 from fastkd.trainer.run.folder import RunFolder, open_run
 from fastkd.trainer.run.meter import Clock, Meter, NonFiniteLossError
-from fastkd.trainer.run.prepare import build_models, identify, open_data
+from fastkd.trainer.run.prepare import build_models, identify, open_data, with_classes
 from fastkd.trainer.run.ranks import join_ranks
 from fastkd.trainer.run.state import Progress, RunState
 from fastkd.trainer.run.step import TrainStep
@@ -95,8 +95,13 @@ def train(
     # What is trained: data, models, schedule.
     seed_everything(config.seed)
     data = open_data(config, train_data, eval_data, device, ranks)
+    saved = None if checkpoint is None else checkpoint.manifest["config"]
+    config = with_classes(config, data.train_set, data.eval_set, saved)
     initial = config if checkpoint is None else without_initial_weights(config)
-    distiller, prepared = build_models(initial, data, device, ranks, student=student, teacher=teacher, terms=terms)
+    resumed = checkpoint is not None
+    distiller, prepared = build_models(
+        initial, data, device, ranks, resumed=resumed, student=student, teacher=teacher, terms=terms
+    )
     per_epoch = len(data.loader)
     total = per_epoch * config.epochs
     schedule = Schedule(
@@ -161,6 +166,7 @@ def train(
                     lr = schedule(progress.step)
                     rows = data.loader.batch_sampler.rows(progress.step % per_epoch)
                     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                    images, labels = data.mix(images, labels)
                     meter.add(progress.step + 1, *step(images, labels, ranks.weight(len(labels), rows), lr))
                     clock.images += rows
                     progress.step += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,23 +13,24 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.data.datasets import choose_data
+from fastkd.trainer.data.datasets import build_datasets, choose_data, names_of_classes, without_download
 from fastkd.trainer.data.labels import labels_hash, normalization_of
 from fastkd.trainer.data.loader import eval_loader, first_images, train_loader
+from fastkd.trainer.data.mix import BatchMix
 from fastkd.trainer.models.build import Normalization, check_normalization, trained_normalization
 from fastkd.trainer.objective.terms import TermFunction
 from fastkd.trainer.precision import DTYPES
-from fastkd.trainer.run.check import check_fit
-from fastkd.trainer.run.distiller import Distiller, build_distiller, weights_hash
+from fastkd.trainer.run.check import check_fit, check_outputs, range_of_labels
+from fastkd.trainer.run.distiller import Distiller, build_distiller, takes_classes, weights_hash
 from fastkd.trainer.run.ranks import Ranks
 from fastkd.trainer.run.state import Identity
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunData:
     """The data of a run: both datasets, this rank's loaders, and the images of a batch of two.
 
-    ``set_epoch`` tells ``loader`` the epoch before each pass.
+    ``set_epoch`` tells ``loader`` the epoch before each pass. ``mix`` is what a batch of it goes through then.
     """
 
     train_set: Any
@@ -38,15 +39,47 @@ class RunData:
     set_epoch: Callable[[int], None]
     eval_loader: DataLoader[Any]
     sample: Tensor
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda images, labels: (images, labels)
 
 
 def open_data(config: TrainConfig, train_data: Any, eval_data: Any, device: torch.device, ranks: Ranks) -> RunData:
     """The given datasets, or the configured ones, with their loaders."""
+    if config.data.options.get("download") and ranks.world_size > 1:  # by one rank alone; then they all read it
+        ranks.on_main(lambda: build_datasets(config.data) and None)
+        config = replace(config, data=without_download(config.data))
     train_set, eval_set = choose_data(config.data, train_data, eval_data)
     place = (ranks.rank, ranks.world_size)
     loader, set_epoch = train_loader(train_set, config.data, config.seed, device, *place)
     evaluation = eval_loader(eval_set, config.data, device, *place)
     return RunData(train_set, eval_set, loader, set_epoch, evaluation, first_images(train_set))
+
+
+def with_classes(config: TrainConfig, train_set: Any, eval_set: Any, saved: dict[str, Any] | None) -> TrainConfig:
+    """The config with ``num_classes`` from the data, for models of whose classes it says nothing.
+
+    A resumed run, whose ``saved`` config is given, has the models that it began with. Left as they are: models of
+    others that have no argument ``num_classes``, and teachers with published weights.
+    """
+    classes = count_classes(train_set, eval_set)
+    for role in ("student", "teacher"):
+        model: Any = getattr(config, role)
+        if model is None or model.num_classes is not None or "num_classes" in model.options:
+            continue
+        if saved is not None:
+            chosen = (saved.get(role) or {}).get("num_classes")
+        else:
+            chosen = classes if takes_classes(model) and not (role == "teacher" and model.pretrained) else None
+        config = replace(config, **{role: replace(model, num_classes=chosen)})
+    return config
+
+
+def count_classes(train_set: Any, eval_set: Any) -> int | None:
+    """As many as the training set names, else the largest label and one. None if it tells neither."""
+    names = names_of_classes(train_set)
+    if names is not None:
+        return len(names)
+    largest = [found[1] for found in map(range_of_labels, (train_set, eval_set)) if found is not None]
+    return max(largest) + 1 if largest and max(largest) > 0 else None
 
 
 def build_models(
@@ -55,14 +88,20 @@ def build_models(
     device: torch.device,
     ranks: Ranks,
     *,
+    resumed: bool,
     student: nn.Module | None,
     teacher: nn.Module | None,
     terms: Mapping[str, nn.Module | TermFunction] | None,
 ) -> tuple[Distiller, list[str]]:
     """The distiller on ``device``, checked against the data and ready for the first step; and lines for the user."""
     distiller = build_distiller(config, data.sample, student=student, teacher=teacher, terms=terms).to(device)
-    check_fit(config, distiller, data.sample, data.loader.batch_sampler, data.train_set, data.eval_set)
-    return distiller, prepare(distiller, config, device, ranks, normalization_of(data.train_set))
+    outputs = check_fit(config, distiller, data.sample, data.loader.batch_sampler, data.train_set, data.eval_set)
+    if not resumed:
+        check_outputs(outputs, names_of_classes(data.train_set))
+    data.mix = BatchMix(config.data, outputs)
+    note = getattr(data.train_set, "note", None)
+    lines = prepare(distiller, config, device, ranks, normalization_of(data.train_set))
+    return distiller, [*([note] if note else []), *lines]
 
 
 def identify(config: TrainConfig, data: RunData, distiller: Distiller, objects: dict[str, Any]) -> Identity:

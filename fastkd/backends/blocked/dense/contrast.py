@@ -5,20 +5,20 @@ the negatives of query i, or, with positives by label, not in D_i. m: the row's 
 bounded. ``t``: the factors per row that make U the softmax p.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from fastkd.backends.blocked.dense import loops
 from fastkd.backends.blocked.gemm import min_linear, product, transposed_product
-from fastkd.backends.blocked.sums import LOG_2, are_bounded, log_one_plus_power
+from fastkd.backends.blocked.sums import LOG_2, are_bounded, log_one_plus_power, to_raw_rows
 from fastkd.backends.inputs import ContrastRows, ContrastUpstream
 from fastkd.backends.masks import Mask
-from fastkd.native import extension
 
 # The losses, two numbers per query, and what makes the gradient G of the logits from the losses' upstream gradients.
 Losses = tuple[Tensor, tuple[Tensor, Tensor], Callable[[Tensor], Tensor]]
-Result = tuple[Tensor, Tensor, tuple[Tensor, ...]]
+Result = tuple[Tensor, Tensor, Sequence[Tensor]]
 MAX_ELEMENTS = 1 << 20  # of the matrix: 4 MiB in float32
 
 
@@ -31,7 +31,7 @@ def covers(rows: ContrastRows) -> bool:
 class Forward:
     """As the tiles' ``Forward``. It has ``gradients`` if they were asked for."""
 
-    gradients: tuple[Tensor, ...] = ()
+    gradients: Sequence[Tensor] = ()
     kept: tuple[Tensor, ...] = ()
 
     def __init__(self, rows: ContrastRows) -> None:
@@ -68,20 +68,19 @@ class Backward:
 def computed(rows: ContrastRows, weight: Tensor | None, factor: float, needs: tuple[bool, bool] | None) -> Result:
     """The sum of the weighted losses times ``factor``, two numbers per query, and the gradients if ``needs`` names any.
 
-    The gradients are those of the raw queries and keys, empty where not needed, and of the scale. The extension makes
-    the same calls without Python between them.
+    The gradients are those of the raw queries and keys, empty where not needed, and of the scale. Among few rows the
+    extension computes them, in loops that run over a row once.
     """
-    scale, native = rows.scale, extension()
-    w = scale.new_full(rows.queries.shape[:1], factor) if weight is None else weight.to(scale.dtype) * factor
-    is_bounded = are_bounded(rows.queries, rows.queries if rows.keys is None else rows.keys, rows)
-    if native is None:
-        return _computed(rows, w, is_bounded, needs)
-    mask = rows.mask
-    total, stats, gradients = native.dense_contrast(
-        rows.queries, rows.keys, scale, mask.query_labels, mask.key_labels, mask.positive_index, mask.by_label,
-        mask.exclude_self, is_bounded, w, *rows.inverse_norms, needs or (), min_linear(),
-    )  # fmt: skip
-    return total, stats, tuple(gradients)
+    q, k, mask, scale = rows.queries, rows.queries if rows.keys is None else rows.keys, rows.mask, rows.scale
+    is_bounded = are_bounded(q, k, rows)
+    native = loops(len(q) * len(k))
+    if native is not None:
+        return native.dense_contrast(
+            q, rows.keys, scale, mask.query_labels, mask.key_labels, mask.positive_index, mask.by_label,
+            mask.exclude_self, is_bounded, weight, factor, *rows.inverse_norms, needs or (), min_linear(),
+        )  # fmt: skip
+    w = scale.new_full(q.shape[:1], factor) if weight is None else weight.to(scale.dtype) * factor
+    return _computed(rows, w, is_bounded, needs)
 
 
 def _computed(rows: ContrastRows, w: Tensor, is_bounded: bool, needs: tuple[bool, bool] | None) -> Result:
@@ -164,22 +163,19 @@ def _exponentials(X: Tensor, is_bounded: bool) -> Tensor | None:
     return maximum
 
 
-def _of_inputs(rows: ContrastRows, G: Tensor, need_query: bool, need_key: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _of_inputs(rows: ContrastRows, G: Tensor, need_query: bool, need_key: bool) -> list[Tensor]:
     """Gradients of the raw queries and keys, and of the scale. G is overwritten."""
-    q, empty = rows.queries, G.new_empty(0)
+    q, (inverse_q, inverse_k) = rows.queries, rows.inverse_norms
+    gradients = [G.new_empty(0), G.new_empty(0), G.new_empty(())]
     if rows.keys is None:
-        grad, grad_scale = _raw(product(G.add_(G.T.contiguous()), q.T), q, rows, 0)
-        return grad, empty, grad_scale / 2  # G_ij is in the sums of row i and of row j
-    grad_q = grad_k = empty
+        gradients[0] = product(G.add_(G.T.contiguous()), q.T)
+        # G_ij is in the sums of row i and of row j.
+        gradients[2] = to_raw_rows(gradients[0], q, inverse_q, rows.scale)[1] / 2
+        return gradients
     if need_key:
-        grad_k, grad_scale = _raw(transposed_product(G, q), rows.keys, rows, 1)
+        gradients[1] = transposed_product(G, q)
+        gradients[2] = to_raw_rows(gradients[1], rows.keys, inverse_k, rows.scale)[1]
     if need_query:
-        grad_q, grad_scale = _raw(product(G, rows.keys.T), q, rows, 0)
-    return grad_q, grad_k, grad_scale
-
-
-def _raw(grad: Tensor, units: Tensor, rows: ContrastRows, side: int) -> tuple[Tensor, Tensor]:
-    dots, inverse_norm = torch.linalg.vecdot(grad, units), rows.inverse_norms[side]
-    if inverse_norm is None:
-        return grad.mul_(rows.scale), dots.sum()
-    return grad.addcmul_(units, dots[:, None], value=-1).mul_(inverse_norm * rows.scale), dots.sum()
+        gradients[0] = product(G, rows.keys.T)
+        gradients[2] = to_raw_rows(gradients[0], q, inverse_q, rows.scale)[1]
+    return gradients

@@ -5,15 +5,17 @@ zeros in the diagonals. m, m': the row's maxima without its positive, or 0 where
 transposed. ``W_ij = U_ij (X_ij - Y_ij)``. ``t``: the factors per row that make U and V the softmaxes p and q.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from fastkd.backends.blocked.dense import loops
 from fastkd.backends.blocked.gemm import min_linear, product, transposed_product
-from fastkd.backends.blocked.sums import LOG_2, MAX_SHARED_SCALE, log_one_plus_power
+from fastkd.backends.blocked.sums import LOG_2, MAX_SHARED_SCALE, log_one_plus_power, to_raw_rows
 from fastkd.backends.inputs import DualRows, DualUpstream
-from fastkd.native import extension
 
-Result = tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]
+Result = tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]
 MAX_ROWS = 1024  # of a matrix, four of which then take 16 MiB in float32
 
 
@@ -25,7 +27,7 @@ def covers(rows: DualRows) -> bool:
 class Forward:
     """As the tiles' ``Forward``. It has ``gradients`` if they were asked for."""
 
-    gradients: tuple[Tensor, ...] = ()
+    gradients: Sequence[Tensor] = ()
 
     def __init__(self, rows: DualRows) -> None:
         self._rows = rows
@@ -38,11 +40,9 @@ class Forward:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As the tiles'."""
         rows = self._rows
-        if weight is None:
-            w, k = (rows.scale.new_full((rows.columns,), factor) for factor in factors)
-        else:
-            w, k = (weight.to(rows.scale.dtype) * factor for factor in factors)
-        contrast, consistency, stats, self.gradients = computed(rows, w, k, is_swapped, rows.inverse_norm, rows.needs)
+        contrast, consistency, stats, self.gradients = computed(
+            rows, weight, factors, is_swapped, rows.inverse_norm, rows.needs
+        )
         return contrast, consistency, stats
 
 
@@ -61,32 +61,31 @@ class Backward:
         _, weight, *grads, is_swapped, factors = self._upstream
         ones = rows.scale.new_ones(rows.columns) if weight is None else weight.to(rows.scale.dtype)
         w, k = (ones * (grad.to(ones.dtype) * factor) for grad, factor in zip(grads, factors, strict=True))
-        found, grad_scale = computed(rows, w, k, is_swapped, inverse_norm, self._needs)[3]
-        sides, empty = iter(found), found.new_empty(0, dtype=dtype)
-        grad_a, grad_b = (next(sides).to(dtype, copy=True) if need else empty for need in self._needs)
-        return grad_a, grad_b, grad_scale
+        grad_a, grad_b, grad_scale = _computed(rows, w, k, is_swapped, inverse_norm, self._needs)[3]
+        return grad_a.to(dtype), grad_b.to(dtype), grad_scale
 
 
 def computed(
     rows: DualRows,
-    w: Tensor,
-    k: Tensor,
+    weight: Tensor | None,
+    factors: tuple[float, float],
     is_swapped: bool,
     inverse_norm: Tensor | None,
     needs: tuple[bool, bool] | None,
 ) -> Result:
-    """The sums of contrast and consistency, the numbers of every row, and the gradients that are needed, if any.
+    """The sums of contrast and consistency, the numbers of every row, and the gradients if any are needed.
 
-    w, k: what a row's contrast and its consistency are multiplied by, [n]. The gradients are those of the needed sides'
-    raw rows, [1 or 2, n, D], and of the scale. The extension makes the same calls without Python between them.
+    The gradients are those of the raw rows of a and b, empty where not needed, and of the scale. Among few rows the
+    extension computes them, in loops that run over a row once.
     """
-    native, given = extension(), needs if inverse_norm is not None else None
-    if native is None:
-        return _computed(rows, w, k, is_swapped, inverse_norm, given)
-    *found, gradients = native.dense_dual_softmax(
-        rows.units, rows.scale, w, k, is_swapped, w if inverse_norm is None else inverse_norm, given or (), min_linear()
-    )
-    return *found, tuple(gradients)
+    native, given = loops(rows.columns**2), needs if inverse_norm is not None else None
+    if native is not None:
+        *found, gradients = native.dense_dual_softmax(
+            rows.units, inverse_norm, rows.scale, weight, factors, is_swapped, given or (), min_linear()
+        )
+        return *found, gradients
+    ones = rows.scale.new_ones(rows.columns) if weight is None else weight.to(rows.scale.dtype)
+    return _computed(rows, ones * factors[0], ones * factors[1], is_swapped, inverse_norm, given)
 
 
 def _computed(
@@ -97,6 +96,7 @@ def _computed(
     inverse_norm: Tensor | None,
     needs: tuple[bool, bool] | None,
 ) -> Result:
+    """As ``computed``; w, k: what a row's contrast and its consistency are multiplied by, [n]."""
     a, b = rows.units.unbind()
     scale = rows.scale.item()
     is_bounded = abs(scale) <= MAX_SHARED_SCALE
@@ -142,13 +142,9 @@ def _computed(
     else:
         G.add_(V.mul_(x[:, None]).addcmul_(U, k[:, None], value=-1).T)
     G.diagonal().copy_(diagonal)
-    units = rows.units
-    if needs[0] and needs[1]:
-        grads = torch.stack([product(G, b.T), transposed_product(G, a)])
-    elif needs[0]:
-        grads, units, inverse_norm = product(G, b.T)[None], units[:1], inverse_norm[:1]
-    else:
-        grads, units, inverse_norm = transposed_product(G, a)[None], units[1:], inverse_norm[1:]
-    dots = torch.linalg.vecdot(grads, units)
-    grads.addcmul_(units, dots[:, :, None], value=-1).mul_(inverse_norm * rows.scale)
-    return contrast, consistency, stats, (grads, dots[0].sum())
+    gradients = [G.new_empty(0), G.new_empty(0), G.new_empty(())]
+    for side, need in reversed([*enumerate(needs)]):  # the scale's gradient is that of the first side that is needed
+        if need:
+            gradients[side] = transposed_product(G, a) if side else product(G, b.T)
+            gradients[2] = to_raw_rows(gradients[side], rows.units[side], inverse_norm[side], rows.scale)[1]
+    return contrast, consistency, stats, gradients

@@ -7,8 +7,8 @@ temperature, and, where there are labels, of the student at temperature 1. ``E =
 import torch
 from torch import Tensor
 
+from fastkd.backends.blocked.dense import loops
 from fastkd.backends.blocked.sums import LOG_2
-from fastkd.native import extension
 from fastkd.numerics import accumulation_dtype
 
 Result = tuple[Tensor, Tensor, list[Tensor]]
@@ -37,13 +37,11 @@ def computed(
     """The weighted sums of cross-entropy and KD times ``factor``, and the gradients if they are needed.
 
     These are the student's, for an upstream gradient of 1: KD's, and then the cross-entropy's where there are labels.
-    The extension makes the same calls without Python between them.
+    Among few logits the extension computes them, in loops that run over a row once, whether needed or not.
     """
-    native = extension()
-    of_few = _computed if native is None else native.dense_soft_target
-    arguments = student_logits, teacher_logits, labels, weight, temperature, label_smoothing, factor, needs_grad
-    ce, kd, gradients = of_few(*arguments)
-    return ce, kd, gradients
+    arguments = student_logits, teacher_logits, labels, weight, temperature, label_smoothing, factor
+    native = loops(student_logits.numel())
+    return _computed(*arguments, needs_grad) if native is None else native.dense_soft_target(*arguments)
 
 
 def _computed(
