@@ -12,7 +12,7 @@ SETUP := $(if $(filter command,$(origin BIN) $(origin PY)),,setup)
 WORKERS ?= 2
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup ext ext-cuda demo demo-ddp soak fuzz test test-fast lint format bench bench-scale aot gpu-test gpu-bench has-gpu clean
+.PHONY: help setup ext ext-cuda demo demo-ddp soak fuzz test test-fast lint format docs dist bench bench-scale aot gpu-test gpu-bench has-gpu clean
 
 .DEFAULT_GOAL := setup
 
@@ -24,11 +24,12 @@ help:
 ## Creates .venv with everything pinned in constraints.txt, and installs fastkd editable with its extension.
 setup: .venv/.installed
 
+# Python compiles a module when it is first imported, and most modules of most packages never are.
 .venv/.installed: pyproject.toml setup.py constraints.txt fastkd/native.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fastkd needs Python >= 3.11, found $$($(PYTHON) --version 2>&1); run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,export,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[train,report,export,examples,docs,dev]'
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
@@ -78,6 +79,18 @@ format: $(SETUP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Where the site goes: make docs SITE=/tmp/site. With --quiet, --strict would let warnings pass.
+SITE ?= site
+
+## Builds the documentation as a site, whose first page is site/index.html. It needs no network.
+docs: $(SETUP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir $(abspath $(SITE))
+
+## Builds the source distribution and the wheel into dist/, and installs both under every Python that is here.
+dist: $(SETUP)
+	rm -rf dist
+	FASTKD_DIST=$(CURDIR)/dist $(PY) -m pytest -q -rs tests/test_packaging.py
+
 ## Measures time and memory of the losses on this machine's CPU, into bench/results.
 bench: $(SETUP)
 	$(PY) -m bench
@@ -108,4 +121,4 @@ has-gpu:
 
 ## Removes .venv, everything built or cached, and runs/.
 clean:
-	rm -rf .venv build fastkd/_native.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks runs
+	rm -rf .venv build dist site fastkd/_native.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks runs

@@ -139,7 +139,14 @@ def extension() -> dict[str, Any]:
     else:
         del flags["nvcc"]
     headers = [*map(str, Path("csrc").glob("*.h"))]
-    built = kind("fastkd._native", sources, depends=headers, define_macros=macros, extra_compile_args=flags)
+    built = kind(
+        "fastkd._native",
+        sources,
+        depends=headers,
+        define_macros=macros,
+        extra_compile_args=flags,
+        extra_link_args=["-s"] if sys.platform == "linux" else [],  # without a symbol table
+    )
     return {"ext_modules": [built], "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)}}
 
 

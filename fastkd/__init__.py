@@ -1,8 +1,9 @@
 """Contrastive knowledge-distillation losses as fused, memory-linear kernels, and a thin trainer.
 
 The losses need PyTorch alone. Importing this package compiles nothing and never initialises CUDA. The trainer is in
-``fastkd.trainer`` and needs more packages (``pip install 'fastkd[train]'``). docs/architecture.md shows how all of it
-is built. Names are imported on first use, so that ``fastkd --help`` need not wait for PyTorch.
+``fastkd.trainer`` and needs the packages of the extra ``train`` (in a checkout, ``pip install '.[train]'``).
+docs/architecture.md shows how all of it is built. Names are imported on first use, so that ``fastkd --help`` need not
+wait for PyTorch.
 """
 
 from __future__ import annotations

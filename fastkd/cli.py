@@ -16,6 +16,7 @@ usage: fastkd COMMAND ...
   recipes            the recipes there are, a line each
   train RECIPE ...   run a recipe, its own or package.module:function; every setting is a flag
   train --config FILE ...   run the settings of a YAML file, such as the config.yaml of a run
+  train RECIPE --seeds 0 1 2 ...   a run per seed, then mean and standard deviation
   train RECIPE --dry-run [--ranks N] ...   print what it comes to, with a memory estimate, and stop
   eval CHECKPOINT    accuracy of a checkpoint or of the newest one of a run folder
   export CHECKPOINT OUT   its student as .safetensors or .onnx, checked
@@ -34,6 +35,8 @@ _COMMANDS = {
     "probe": "fastkd.trainer.commands.linear_probe:probe_command",
     "report": "fastkd.trainer.report.page:report_command",
 }
+# Beside ``train``. The extra ``export`` is asked for where an ONNX file is written.
+_FURTHER_EXTRAS = {"demo": ("report",), "probe": ("report",), "report": ("report",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,16 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastkd: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     from fastkd import trainer
+    from fastkd.trainer.extras import MissingExtraError, require_extras
 
     try:
-        trainer.require_extras()
-    except ImportError as error:
-        print(f"fastkd: {error}", file=sys.stderr)
-        return 1
-    try:
+        require_extras("train", *_FURTHER_EXTRAS.get(command, ()), by="this command")
         status = _run(command, arguments)
         sys.stdout.flush()  # here, where a reader that went away is expected
         return status
+    except MissingExtraError as error:
+        print(f"fastkd {command}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"fastkd {command}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -11,8 +11,9 @@ import pytest
 import fastkd
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "bench/NOTES.md")
-FOLDERS = ("fastkd", "kernels", "bench", "tests", "csrc", "docs", ".ci")
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "bench/NOTES.md", "examples/README.md", *PAGES)
+FOLDERS = ("fastkd", "kernels", "bench", "tests", "csrc", "docs", "examples", ".ci")
 
 
 def in_backticks(text: str) -> list[str]:

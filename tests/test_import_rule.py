@@ -20,7 +20,10 @@ ROOMS = [line.split() for line in """
     fastkd.functional
     fastkd.losses
     fastkd
+    fastkd.trainer.extras
+    fastkd.trainer.strict_json  fastkd.trainer.text
     fastkd.trainer.optim  fastkd.trainer.imports  fastkd.trainer.rng  fastkd.trainer.signals  fastkd.trainer.precision
+    fastkd.trainer.callbacks
     fastkd.trainer.data  fastkd.trainer.models
     fastkd.trainer.objective
     fastkd.trainer.config

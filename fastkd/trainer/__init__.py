@@ -5,10 +5,13 @@ Names are imported on first use, so that ``fastkd.trainer`` itself needs nothing
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastkd.trainer.extras import require_extras
+
 if TYPE_CHECKING:
+    from fastkd.trainer.callbacks import Callback
     from fastkd.trainer.commands.evaluate_checkpoint import EvalResult, evaluate_checkpoint
     from fastkd.trainer.config import TrainConfig
     from fastkd.trainer.data.config import DataConfig
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from fastkd.trainer.run.meter import NonFiniteLossError
 
 _HOME = {
+    "callbacks": ("Callback",),
     "commands.evaluate_checkpoint": ("EvalResult", "evaluate_checkpoint"),
     "config": ("TrainConfig",),
     "data.config": ("DataConfig",),
@@ -66,6 +70,7 @@ __all__ = [
     "BrokenImagesError",
     "CEConfig",
     "CKDConfig",
+    "Callback",
     "CheckpointError",
     "DCDConfig",
     "DataConfig",
@@ -101,16 +106,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    require_extras()
+    require_extras("train", by=__name__)
     return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-
-
-def require_extras() -> None:
-    """Raise ImportError that says what to install when a package of the ``train`` extra is missing."""
-    needed = (
-        *("timm", "torchvision", "torchdata", "safetensors", "rich", "tensorboard", "tyro", "sklearn", "yaml"),
-        *("matplotlib", "jinja2", "threadpoolctl", "numpy", "scipy", "PIL", "huggingface_hub"),
-    )
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ImportError(f"fastkd.trainer: missing {', '.join(missing)}; run: pip install 'fastkd[train]'")

@@ -20,11 +20,12 @@ from fastkd.validate import check_choice, check_int, check_number, check_type
 
 # What may differ between a run and its resumption: nothing that changes what it computes. The teacher's file and the
 # data may have moved, because hashes of the weights and of the labels are compared. ``chunks`` only changes the order
-# of sums; it may differ so that fewer GPUs can take over.
+# of sums; it may differ so that fewer GPUs can take over. With more epochs the schedule follows the new total.
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "resume_or_start", "keep", "max_skipped", "tensorboard", "progress", "quiet", "device"),
     *("log_every", "save_every_steps", "save_every_epochs", "chunks", "teacher.weights", "teacher.min_accuracy"),
     *("data.options.root", "data.options.max_broken", "data.options.download", "data.eval_batch_size"),
+    *("data.num_workers", "epochs", "track"),
 )
 
 # Settings that the data decide where they are None; what they decided is saved.
@@ -72,6 +73,7 @@ class TrainConfig:
         log_every: write a record every so many steps.
         eval_every: evaluate every so many epochs, and after the last.
         tensorboard: write curves for TensorBoard.
+        track: send the records to ``wandb`` (Weights & Biases) or ``mlflow`` too. None sends nothing.
         progress: show a bar on terminals.
         quiet: print nothing.
     """
@@ -100,6 +102,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 1
     tensorboard: bool = True
+    track: Literal["wandb", "mlflow"] | None = None
     progress: bool = True
     quiet: bool = False
 
@@ -129,6 +132,8 @@ class TrainConfig:
         check_seed("seed", self.seed)
         check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
         check_type("device", self.device, str)
+        if self.track is not None:
+            check_choice("track", self.track, ("wandb", "mlflow"))
         if self.ema is not None:
             check_number("ema", self.ema, 0.0, 1.0, exclusive=True)
         for name in (

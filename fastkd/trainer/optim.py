@@ -203,3 +203,74 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group the learning rate ``lr``."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+# What each optimiser keeps per parameter, and what may change in its groups from step to step.
+_MOMENTS = {
+    "SGD": {"momentum_buffer"},
+    "Lars": {"momentum_buffer"},
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "Lamb": {"exp_avg", "exp_avg_sq"},
+}
+_CHANGING = ("lr", "step", "max_lr_snapshot")
+_HOW_IT_RUNS = ("foreach", "fused", "capturable", "differentiable")
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], steps: int) -> None:
+    """Give ``optimizer`` the ``saved`` state of the same optimiser after ``steps`` steps, checked first.
+
+    torch checks neither shapes nor dtypes, and its fused updates write past the end of a moment that is too short. How
+    the update runs (fused or not) stays as it is.
+
+    Raises ValueError or TypeError for another optimiser's state, or another model's.
+    """
+    current = optimizer.state_dict()
+    groups, moments = saved["param_groups"], saved["state"]
+    check_type("optimizer.param_groups", groups, list)
+    check_type("optimizer.state", moments, dict)
+    names, expected = ([group["names"] for group in each] for each in (groups, current["param_groups"]))
+    if names != expected:
+        raise ValueError(f"its optimiser holds other parameters: {names}, expected {expected}")
+    merged = [_check_group(group, own, steps) for group, own in zip(groups, current["param_groups"], strict=True)]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if missing := sorted(current["state"].keys() - moments.keys()):  # what there is before the first step
+        raise ValueError(f"optimizer.state: lacks the parameters {missing[:5]}")
+    for index, entries in moments.items():
+        check_type("optimizer.state", index, int)
+        if not 0 <= index < len(parameters) or set(entries) != _MOMENTS[type(optimizer).__name__]:
+            raise ValueError(f"optimizer.state: parameter {index} of {len(parameters)} has {sorted(map(str, entries))}")
+        for name, value in entries.items():
+            check_type(f"optimizer.{name}", value, torch.Tensor)
+            if name == "step":
+                _check_counter("optimizer.step", value, steps)
+            elif value.shape != parameters[index].shape or value.dtype != parameters[index].dtype:
+                raise ValueError(
+                    f"optimizer.{name}: got {value.dtype} {list(value.shape)} for parameter {index}, expected "
+                    f"{parameters[index].dtype} {list(parameters[index].shape)}"
+                )
+            elif value.layout != torch.strided or value.is_meta or bool(value.isnan().any()):
+                raise ValueError(f"optimizer.{name}: is NaN for parameter {index}")
+    optimizer.load_state_dict({"state": moments, "param_groups": merged})
+
+
+def _check_group(group: dict[str, Any], own: dict[str, Any], steps: int) -> dict[str, Any]:
+    """The settings of ``own``, and of the saved ``group`` what changes with the steps. The others must be the same."""
+    check_number("optimizer.lr", group["lr"], 0.0)
+    for name, value in group.items():
+        if name in ("lr", "max_lr_snapshot"):
+            check_number(f"optimizer.{name}", value, 0.0)
+        elif name == "step":
+            _check_counter("optimizer.step", value, steps)
+        elif name not in _HOW_IT_RUNS and (isinstance(value, torch.Tensor) or _plain(value) != _plain(own.get(name))):
+            raise ValueError(f"optimizer.{name}: got {str(value)[:80]}, expected {own.get(name)}")
+    return {**own, **{name: group[name] for name in _CHANGING if name in group}}
+
+
+def _check_counter(name: str, value: Any, steps: int) -> None:
+    if isinstance(value, torch.Tensor) and value.ndim == 0 and value.is_floating_point() and not value.is_meta:
+        value = value.item()
+    check_number(name, value, 0, steps)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

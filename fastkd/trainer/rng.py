@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from fastkd.validate import check_choice, check_int, check_number, check_type
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -31,13 +34,29 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any], device: torch.device) -> None:
-    """Set the generators to what ``rng_state`` returned."""
+    """Set the generators to what ``rng_state`` returned; TypeError or ValueError for anything else.
+
+    Everything is checked first: numpy, for one, takes any position and reads there.
+    """
+    version, words, gauss = state["python"]
+    kind, keys, index, has_gauss, cached = state["numpy"]
+    for name in ("torch", "cuda"):
+        check_type(f"rng.{name}", state[name], Tensor if name == "torch" else (Tensor, type(None)))
+    check_type("rng.python", gauss, (float, type(None)))
+    for word in (version, *words):
+        check_int("rng.python", word, 0)
+    check_choice("rng.numpy", kind, ("MT19937",))
+    check_type("rng.numpy", keys, Tensor)
+    if keys.dtype != torch.int64 or keys.shape != (624,) or not 0 <= int(keys.min()) <= int(keys.max()) < 2**32:
+        raise ValueError(f"rng.numpy: got {keys.dtype} {list(keys.shape)}, expected 624 words of 32 bits")
+    for number, largest in ((index, 624), (has_gauss, 1)):
+        check_int("rng.numpy", number, 0)
+        check_number("rng.numpy", number, 0, largest)
+    check_number("rng.numpy", cached)
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
-    version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    kind, keys, index, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), index, has_gauss, cached))  # noqa: NPY002
 
 

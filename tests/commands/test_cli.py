@@ -1,7 +1,6 @@
 """The command line, called as the console script calls it."""
 
 import ast
-import inspect
 import re
 import subprocess
 import sys
@@ -11,8 +10,9 @@ import pytest
 
 import fastkd
 from fastkd.cli import main
-from fastkd.trainer import RECIPES, require_extras
+from fastkd.trainer import RECIPES
 from fastkd.trainer.commands.train import parse_flags
+from fastkd.trainer.extras import EXTRAS
 
 FAST = ["--epochs", "1", "--optim.warmup-epochs", "0", "--device", "cpu", "--no-tensorboard"]
 
@@ -143,37 +143,61 @@ def test_the_package_runs_as_a_module():
 
 @pytest.mark.slow
 def test_the_list_of_commands_imports_nothing_heavy():
-    heavy = ("torch", "numpy", "fastkd.trainer", "timm", "torchdata", "tyro")
+    heavy = ("torch", "numpy", "fastkd.trainer", "timm", "tyro")
     code = f"import sys, fastkd.cli; fastkd.cli.main([]); print([m for m in {heavy} if m in sys.modules])"
     assert run_python("-c", code).stdout.splitlines()[-1] == "[]"
 
 
-def test_every_package_that_the_trainer_imports_is_checked_for():
+def imported_by(rooms: tuple[str, ...]) -> set[str]:
+    """The packages that fastkd's rooms import, in functions too, beside Python's own, torch and fastkd."""
     folder = Path(__file__).parents[2] / "fastkd"
-    imported = {
-        (node.module if isinstance(node, ast.ImportFrom) else name.name).split(".")[0]
-        for room in ("trainer", "demo")
+    nodes = [
+        node
+        for room in rooms
         for file in (folder / room).rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in node.names
-    }
-    known = set(inspect.getsource(require_extras).replace('"', " ").split())
-    imported -= {"onnxruntime", "onnxscript"}  # an extra of their own, asked for where it is needed
-    assert {"timm", "jinja2", "rich"} <= imported
-    assert imported - set(sys.stdlib_module_names) - {"fastkd", "torch"} <= known
+    ]
+    names = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    found = {"tensorboard" if name == "torch.utils.tensorboard" else name.split(".")[0] for name in names}
+    return found - set(sys.stdlib_module_names) - {"fastkd", "torch"}
+
+
+def test_the_extras_hold_what_is_imported_and_no_more():
+    # torch's exporter imports onnx and onnxscript.
+    known = {package for packages in EXTRAS.values() for package in packages} - {"onnx", "onnxscript"}
+    assert imported_by(("trainer", "demo")) == known
 
 
 @pytest.mark.slow
-def test_missing_extras_say_what_to_install():
-    code = (
-        "import importlib.util as u, sys; find = u.find_spec\n"
-        "u.find_spec = lambda n, *a: None if n in ('timm', 'tyro') else find(n, *a)\n"
-        "from fastkd.cli import main; print(main(['train', 'digits']))\n"
-        "from fastkd.trainer import train"
-    )
-    done = run_python("-c", code)
-    assert done.stdout.strip() == "1"
-    message = "fastkd.trainer: missing timm, tyro; run: pip install 'fastkd[train]'"
-    assert done.stderr.startswith(f"fastkd: {message}")
-    assert done.stderr.strip().endswith(f"ImportError: {message}")
+def test_training_needs_the_extra_train_alone_and_commands_say_what_they_lack(tmp_path):
+    code = """if True:
+        import sys, torch
+        from importlib import util
+        from torch import nn
+        from fastkd.cli import main
+        from fastkd.trainer import FeatureModel, OptimConfig, TensorImages, TrainConfig, extras, train
+
+        others = sum((packages for name, packages in extras.EXTRAS.items() if name != "train"), ())
+        find, absent = util.find_spec, [*others]
+        util.find_spec = lambda name, *rest: None if name in absent else find(name, *rest)
+        data = TensorImages(torch.randn(64, 1, 4, 4), torch.arange(64) % 4)
+        net = lambda: FeatureModel(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), "3")
+        config = TrainConfig(run_dir="run", optim=OptimConfig(warmup_epochs=0), epochs=1, device="cpu")
+        train(config, student=net(), teacher=net(), train_data=data, eval_data=data)
+        assert not {*others} & {*sys.modules}, {*others} & {*sys.modules}
+        print(main(["report", "run"]), main(["demo"]), main(["train", "digits-teacher", "--device", "cpu"]))
+        absent[:] = "timm", "tyro"
+        print(main(["train", "digits"]))
+        from fastkd.trainer import evaluate
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.endswith("1 1 1\n1\n"), done.stderr
+    lines = done.stderr.splitlines()
+    packages = "matplotlib, jinja2, sklearn, scipy, threadpoolctl, tensorboard"
+    install = "in a checkout of fastkd, run: pip install"
+    assert f"fastkd report: this command needs {packages}; {install} '.[report]'" in lines
+    assert f"fastkd demo: this command needs {packages}; {install} '.[report]'" in lines
+    assert f"fastkd train: the data set digits needs {packages}; {install} '.[report]'" in lines
+    assert f"fastkd train: this command needs timm, tyro; {install} '.[train]'" in lines
+    assert lines[-1].endswith(f"fastkd.trainer needs timm, tyro; {install} '.[train]'")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastkd.cli import main
@@ -42,6 +42,21 @@ def test_safetensors_hold_the_weights_and_where_they_come_from(run, tmp_path, ca
     content = out.read_bytes()
     assert "exists already" in refused("export", run.path, out)
     assert out.read_bytes() == content
+    out.write_bytes(b"an older file")
+    assert main(["export", str(run.path), str(out), "--overwrite"]) == 0
+    assert len(out.read_bytes()) == len(content)
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_the_old_file(run, tmp_path, monkeypatch, refused):
+    def full(*_args: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    out = tmp_path / "student.safetensors"
+    out.write_bytes(b"an older file")
+    monkeypatch.setattr("fastkd.trainer.commands.export.save_tensors", full)
+    assert "student.safetensors: cannot be written (Error while" in refused("export", run.path, out, "--overwrite")
+    assert out.read_bytes() == b"an older file"
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 
 @pytest.mark.slow
@@ -49,13 +64,39 @@ def test_onnx_gives_the_students_logits_for_any_batch(run, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     out = tmp_path / "student.onnx"
     assert main(["export", str(run.path), str(out)]) == 0
-    assert "logits within" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "logits within" in printed
+    assert "images of 1 x H x W" in printed
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
-    images = torch.randn(13, 1, 8, 8)
-    found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-    with torch.no_grad():
-        torch.testing.assert_close(found, run.distiller.student.model(images), rtol=1e-3, atol=1e-4)
+    for shape in ((13, 1, 8, 8), (3, 1, 14, 10)):
+        images = torch.randn(shape)
+        found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+        with torch.no_grad():
+            torch.testing.assert_close(found, run.distiller.student.model(images), rtol=1e-3, atol=1e-4)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["model"])["name"] == "fastkd.trainer.models.small:SmallConvNet"
+    assert float(metadata["accuracy"]) == run.accuracy
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_a_model_that_knows_one_size_is_exported_with_that_size(run, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    reopened = reopen(run.path)
+
+    class OneSize(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(64, 10)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(images.flatten(1))
+
+    reopened.model = OneSize()
+    written = export(reopened, tmp_path / "student.onnx")
+    assert written.sides == "1 x 8 x 8"
+    session = onnxruntime.InferenceSession(str(written.path), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape[1:] == [1, 8, 8]
 
 
 @pytest.mark.slow

@@ -1,9 +1,12 @@
 """``fastkd report``: pages of real tiny runs, and of folders made by hand for what a real run rarely leaves."""
 
+import html
 import json
 import math
 import re
+import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from tests.helpers.trainer_runs import lines, one_thread, tiny_config  # noqa: F
 
 pytestmark = pytest.mark.slow
 
+ODD_COUNTS = json.dumps({"step": 1, "classes": ["a"], "right": [-1], "samples": [2]})
 ODD = '<script>alert("x")</script> & $a_b$ \ud800\x00'
 
 
@@ -52,16 +56,27 @@ def test_the_page_holds_every_value_of_the_last_and_the_best_epoch(run):
     page = page_of(run)
     epochs = [record for record in lines(run) if record["kind"] == "epoch"]
     best = max(epochs, key=lambda record: record["accuracy"])
-    titles = {"accuracy": "Accuracy, top-1 (%)", "top5": "Accuracy, top-5 (%)", "eval_loss": "Evaluation loss (nats)"}
+    titles = {"accuracy": "Accuracy, top-1 (%)", "eval_loss": "Evaluation loss (nats)"}
     titles |= {"loss": "Training loss, weighted sum", "lr": "Learning rate"}
     titles |= {"dcd/tau": "dcd/tau: τ", "dcd/scale": "dcd/scale: logit scale, exp(τ)"}
-    for name in sorted(set(epochs[-1]) - {"kind", "step", "epoch"}):
+    for name in sorted(set(epochs[-1]) - {"kind", "step", "epoch", "top5"}):
         title = titles.get(name, name)
         assert page.numbers(title) == [epochs[-1][name], best[name]]
-        assert title in page.captions
+        assert any(caption.startswith(title) for caption in page.captions)
     assert "Gradient norm before clipping" in page.captions
     assert f"{100 * epochs[-1]['accuracy']:.2f}</data>" in page.text
-    assert len(page.pictures) == len(page.captions) == len(epochs[-1]) - 3 + 3  # each value, gradient norm, speed
+    assert "top-5" not in page.text  # of four classes it is always 100 %
+    assert len(page.pictures) == len(page.captions) == len(epochs[-1]) - 4 + 3  # each value, gradient norm, speed
+    teacher = json.loads((run / "run.json").read_text())["teacher_accuracy"]
+    gaps = [record["accuracy"] - teacher for record in (epochs[-1], best)]
+    assert page.numbers("Accuracy minus the teacher's (points)") == pytest.approx(gaps)
+    assert f"Accuracy, top-1 (%) (dashed: teacher {100 * teacher:.2f})" in page.captions
+    (panel,) = (part for part in page.text.split("<figure>") if part.startswith("<figcaption>Accuracy, top-1"))
+    hovered = re.findall(r"<title>(.*?)</title>", panel)
+    assert hovered == [f"copy, epoch {n + 1}: {100 * epochs[n]['accuracy']:.4g}" for n in (0, 1)]
+    (lr,) = (part for part in page.text.split("<figure>") if part.startswith("<figcaption>Learning rate"))
+    assert lr.count("<title>") == 28  # every step and epoch
+    assert not re.search(r">0\.\d+</text>", panel), "half an epoch"
 
 
 def test_the_page_says_what_the_run_was(run):
@@ -76,6 +91,8 @@ def test_the_page_says_what_the_run_was(run):
     assert manifest["labels_sha256"] in page.text
     assert "resumed" not in page.text
     assert "optim.clip_norm" in page.text
+    assert html.escape(info["command"]) in page.text
+    assert info["command"].endswith(shlex.join(sys.argv[1:]))
 
 
 def test_an_unfinished_and_a_resumed_run_say_so(trained, tmp_path):
@@ -116,8 +133,9 @@ def test_several_runs_share_panels_and_tell_what_differs(trained, tmp_path):
         epochs = [record for record in lines(folder) if record["kind"] == "epoch"]
         row = page.numbers(name)
         best = max(record["accuracy"] for record in epochs)
-        assert row[:5] == [1, *(epochs[-1][key] for key in ("accuracy", "top5", "eval_loss", "loss"))]
-        assert row[6] == best  # after the speed
+        teacher = json.loads((folder / "run.json").read_text())["teacher_accuracy"]
+        assert row[:3] == [epochs[-1]["accuracy"], pytest.approx(epochs[-1]["accuracy"] - teacher), best]
+        assert row[3:5] == [epochs[-1][key] for key in ("eval_loss", "loss")]
         assert all(name in picture for picture in page.pictures)
     differing = page.text[page.text.index("Settings that differ") : page.text.index("All settings")]
     assert ">seed<" in differing
@@ -146,18 +164,84 @@ def test_odd_names_are_escaped(tmp_path):
     assert "b" not in page.tags
 
 
+def test_names_of_classes_are_escaped_and_have_their_accuracies(run):
+    odd = ["<script>alert(1)</script>", "\x1b[2Jred\u202e", "twice", "twice", "empty"]
+    counts = {"step": 26, "classes": odd, "right": [1, 2, 3, 4, 0], "samples": [4, 4, 4, 4, 0]}
+    (run / "classes.json").write_text(json.dumps(counts))
+    page = page_of(run)
+    names = ["<script>alert(1)</script>", "\ufffd[2Jred\ufffd", "twice (2)", "twice (3)"]
+    assert [page.numbers(name) for name in names] == [[0.25], [0.5], [0.75], [1.0]]
+    assert page.numbers("empty") == []
+    many = {"step": 26, "classes": list(range(30)), "right": list(range(30)), "samples": [30] * 30}
+    (run / "classes.json").write_text(json.dumps(many))
+    page = page_of(run)
+    assert "These are the 20 classes with the lowest accuracy of 30" in page.text
+    assert page.numbers("19") == [19 / 30]
+    assert "20" not in [heading for heading, _ in page.rows]
+
+
+def test_what_the_evaluation_counted_by_class_is_the_accuracy(trained):
+    counts = json.loads((trained / "classes.json").read_text())
+    last = lines(trained)[-1]
+    assert counts["samples"] == [5, 5, 5, 5]
+    assert sum(counts["right"]) / 20 == last["accuracy"]
+    assert (counts["step"], counts["classes"]) == (26, ["0", "1", "2", "3"])
+
+
+def test_the_runs_of_several_seeds_are_one_row_and_one_colour(trained, tmp_path):
+    found = []
+    for seed in (0, 10, 2):
+        copy = shutil.copytree(trained, tmp_path / "all" / f"seed-{seed}")
+        recorded = lines(copy)
+        for record in recorded:
+            if record["kind"] == "epoch":
+                record["accuracy"] = 0.5 + seed / 100 + record["epoch"] / 10
+        write_lines(copy, recorded)
+        found.append(recorded[-1]["accuracy"])
+    page = page_of(tmp_path / "all")
+    assert (tmp_path / "all" / "report.html").exists()
+    assert page.numbers("all (3 seeds)")[0] == pytest.approx(np.mean(found))
+    assert f"{100 * np.mean(found):.2f}</data><small>± {100 * np.std(found, ddof=1):.2f}</small>" in page.text
+    (panel,) = (part for part in page.text.split("<figure>") if part.startswith("<figcaption>Accuracy, top-1"))
+    assert set(re.findall(r"stroke: (#2b8fd9|#e08a12|#2fa37c)", panel)) == {COLOURS[0]}
+    titles = re.findall(r"<title>(.*?)</title>", panel)
+    assert titles[:2] == ["all, seed 0, epoch 1: 50", "all, seed 0, epoch 2: 60"]
+    assert titles[-1] == f"all, mean of 3 seeds, epoch 2: {100 * np.mean(found):.4g}"
+    assert titles[2].startswith("all, seed 2,")
+    both = page_of(tmp_path / "all", trained, out=tmp_path / "both.html")
+    assert len(both.numbers("run")) == len(both.numbers("all (3 seeds)"))
+
+
+def test_a_folder_that_cannot_be_read_does_not_cost_the_others(run, tmp_path, capsys, refused):
+    (tmp_path / "<bad>").mkdir()
+    arguments = ["report", str(run), str(tmp_path / "<bad>"), "--out", str(tmp_path / "x.html")]
+    assert main(arguments) == 0
+    assert capsys.readouterr().err == f"fastkd report: {tmp_path}/<bad>/run.json: is missing; left out\n"
+    page = read_page(tmp_path / "x.html")
+    assert "/&lt;bad&gt;/run.json: is missing; this run is left out." in page.text
+    assert len(page.numbers("Accuracy, top-1 (%)")) == 2
+    assert "run.json: is missing" in refused("report", tmp_path / "<bad>")
+
+
 def test_null_is_a_gap_and_is_counted(run):
     recorded = lines(run)
     for record in recorded[2:5]:
         record["grad_norm"] = None
     for record in recorded:
         record["kd"] = None
+        record.update({"accuracy": 1.0} if record["kind"] == "epoch" else {})
     write_lines(run, recorded)
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | {"teacher_accuracy": None}))
     page = page_of(run)
     assert "Gradient norm before clipping (3 of 26 values are not finite: gaps)" in page.captions
     assert "kd (none of its 28 values is finite)" in page.captions
     assert len(page.pictures) == len(page.captions) - 1
     assert page.numbers("kd") == []
+    assert "dashed" not in page.text
+    (panel,) = (part for part in page.text.split("<figure>") if part.startswith("<figcaption>Accuracy, top-1"))
+    assert ">100</text>" in panel
+    assert not re.search(r">10[1-9](\.\d)?</text>", panel), "an axis beyond 100 %"
 
 
 def test_many_step_records_are_thinned_without_losing_a_peak(run):
@@ -197,7 +281,7 @@ def test_throughput_is_shown_where_it_was_recorded(run):
     page = page_of(run)
     assert page.numbers("Images a second") == [1234.5, 1234.5]
     assert page.numbers("Time spent waiting for data (%)") == [0.25, 0.25]
-    assert "1,234.5</data>" in page.text
+    assert "1,234</data>" in page.text
     assert "25.00</data>" in page.text
 
 
@@ -243,6 +327,8 @@ def test_a_kind_of_record_or_value_from_elsewhere_is_left_out(run):
         (lambda run: (run / "metrics.jsonl").write_text("{}\n{}\n"), r"metrics\.jsonl: line 1 is not a record"),
         (lambda run: (run / "metrics.jsonl").write_text("{\n{}\n"), r"metrics\.jsonl: line 1 is not JSON"),
         (shutil.rmtree, "copy: no such run folder"),
+        (lambda run: (run / "classes.json").write_text('{"step": 1}'), r"classes\.json: has no lists classes, right"),
+        (lambda run: (run / "classes.json").write_text(ODD_COUNTS), r"classes\.json: right, samples and step must be"),
     ],
 )
 def test_what_is_missing_or_damaged_is_one_line_that_names_the_file(run, refused, spoil, message):

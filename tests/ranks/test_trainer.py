@@ -97,6 +97,19 @@ def test_rank_0_alone_prints_and_writes(tmp_path: Path) -> None:
     assert printed.count("epoch 1/1") == 1
     assert json.loads((tmp_path / "run" / "run.json").read_text())["ranks"] == 2
     assert len(list((tmp_path / "run").glob("metrics*"))) == 1
+    counts = json.loads((tmp_path / "run" / "classes.json").read_text())
+    assert counts["samples"] == [6, 5, 5, 5]  # of both ranks
+    assert sum(counts["right"]) / 21 == pytest.approx(results[0]["history"][-1]["accuracy"])
+
+
+def test_a_callback_that_raises_on_rank_0_saves_and_ends_all_ranks(tmp_path: Path, one_process: dict[str, Any]) -> None:
+    changes = {"run_dir": str(tmp_path / "run"), "quiet": True}
+    for result in run(2, {**changes, "callback_fails_at": 4}):
+        assert isinstance(result, Failure)
+        assert (result.kind, result.message) == ("LookupError", "no room for records")
+    results = succeeded(run(2, {**changes, "resume": True}))
+    assert {result["resumed_from"] for result in results} == {4}
+    check_same_run(results, one_process)
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class _Convolutions(nn.Module):
 
 def trained(rank: int, changes: dict[str, Any], stop_at: int | None = None, bad_on: int | None = None) -> Any:
     """A run of the trainer in float64 on networks without batch norm and dropout: history, weights, what it wrote."""
-    from fastkd.trainer import DataConfig, ObjectiveConfig, OptimConfig, TensorImages, TrainConfig
+    from fastkd.trainer import Callback, DataConfig, ObjectiveConfig, OptimConfig, TensorImages, TrainConfig
     from fastkd.trainer.models.small import MLP
     from fastkd.trainer.run.loop import train as run
 
@@ -52,6 +52,14 @@ def trained(rank: int, changes: dict[str, Any], stop_at: int | None = None, bad_
         student, teacher = _Convolutions(3), _Convolutions(5)
     calls = itertools.count(1)
 
+    class Failing(Callback):
+        def on_record(self, kind: str, step: int, values: dict[str, float]) -> None:
+            assert rank == 0
+            if step == fails_at:
+                raise LookupError("no room for records")
+
+    fails_at = changes.pop("callback_fails_at", None)
+
     def stop(*_: Any) -> dict[str, Tensor]:
         if next(calls) == stop_at:
             raise StopTraining
@@ -68,7 +76,13 @@ def trained(rank: int, changes: dict[str, Any], stop_at: int | None = None, bad_
     try:
         with redirect_stdout(printed):
             result = run(
-                config, student=student, teacher=teacher, train_data=data[0], eval_data=data[1], terms={"stop": stop}
+                config,
+                student=student,
+                teacher=teacher,
+                train_data=data[0],
+                eval_data=data[1],
+                terms={"stop": stop},
+                callbacks=[Failing()],
             )
     except StopTraining:
         return "stopped"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import torch
 
@@ -17,6 +18,8 @@ from fastkd.trainer import (
     weights_hash,
 )
 from fastkd.trainer.run.distiller import build_distiller
+from fastkd.trainer.run.log import RunLog
+from fastkd.trainer.text import printable
 from tests.helpers.trainer_runs import DropoutNet, batch, distiller, lines, noisy_data, one_thread, tiny_config  # noqa: F401
 
 
@@ -116,8 +119,19 @@ def test_a_terminal_shows_a_progress_bar(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     train(tiny_config(tmp_path, quiet=False, progress=True))
     out = capsys.readouterr().out
-    assert "26/26" in out
-    assert "loss " in out
+    last = [line for line in re.split(r"[\r\n]", out) if "26/26" in line][-1]
+    last = re.sub(r"\x1b\[\d*[a-zA-Z]", "", last)  # colours
+    assert re.search(r"epoch 2/2 .* 26/26\b.*\d images/s  loss \d\.\d{4}  lr 0\.\d+", last), last
+
+
+def test_what_is_printed_cannot_steer_a_terminal(tmp_path, capsys):
+    """Persian names need the joiner U+200C."""
+    odd = "cat\x1b[2J\tdog\u202e\u00a0\ud800 \u06af\u0644\u200c\u0647\u0627"
+    shown = "cat\ufffd[2J dog\ufffd \ufffd \u06af\u0644\u200c\u0647\u0627"
+    assert printable(odd) == shown
+    config = tiny_config(tmp_path)
+    RunLog(None, config, size=0, step=0, steps=1, quiet=False).print(f"class {odd}\nnext [bold]line")
+    assert capsys.readouterr().out == f"class {shown}\nnext [bold]line\n"
 
 
 def test_old_gradients_of_a_given_student_do_not_count(tmp_path):

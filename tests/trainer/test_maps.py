@@ -34,6 +34,18 @@ FAMILIES = {
 }
 
 
+@pytest.mark.parametrize(("name", "layer"), [("timm:resnet18", "layer4"), ("torchvision:resnet18", "layer4")])
+def test_images_that_leave_one_position_are_an_error_that_names_the_layer(name: str, layer: str) -> None:
+    torch.manual_seed(0)
+    model = FeatureModel(build_model(ModelConfig(name=name, num_classes=7)).eval())
+    with pytest.raises(ValueError, match=rf"feature_map: layer '{layer}' of ResNet is the last, and gives 1 x 1 pos"):
+        measure_shapes(model, torch.randn(2, 3, 32, 32), feature_map=True)
+    model.map_name = "layer3"
+    source = measure_shapes(model, torch.randn(2, 3, 32, 32), feature_map=True).feature_map
+    assert source is not None
+    assert source.shape == (256, 2, 2)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_map_leads_to_the_features_and_its_positions_are_classified(name: str) -> None:
     side, options, shape, how = FAMILIES[name]

@@ -135,7 +135,7 @@ def test_a_callable_must_return_a_module():
 
 def test_a_named_classifier_is_checked_and_used():
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 4))
-    with pytest.raises(ValueError, match=r"found no layer called fc / classifier / head / heads; name it"):
+    with pytest.raises(ValueError, match=r"found no layer called fc / classifier / head / heads / linear; name it"):
         FeatureModel(model)
     with pytest.raises(ValueError, match=r"classifier: got '9', expected a layer of Sequential, such as \['1', '3'\]"):
         FeatureModel(model, "9")

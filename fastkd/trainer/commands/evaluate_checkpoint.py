@@ -1,8 +1,8 @@
-"""``fastkd eval``: the accuracy of a checkpoint, whose model and data are rebuilt from its own config."""
+"""``fastkd eval``: the accuracy of a checkpoint, a file of weights or a published model, on its own or other data."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,41 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from fastkd.trainer.commands.reopen import reopen
+from fastkd.trainer.commands.reopen import other_data, reopen
+from fastkd.trainer.commands.train import parse_json
+from fastkd.trainer.data.config import DataConfig
+from fastkd.trainer.data.datasets import build_datasets, names_of_classes
 from fastkd.trainer.data.loader import eval_loader, first_images
-from fastkd.trainer.models.build import count_parameters
+from fastkd.trainer.models.build import ModelConfig, build_model, count_parameters, torchvision_weights
 from fastkd.trainer.models.features import FeatureModel, measure_shapes
 from fastkd.trainer.precision import choose_device
+from fastkd.trainer.run.checkpoint import find_weights
 from fastkd.trainer.run.evaluate import evaluate
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Other data than a run's own, as flags.
+
+    Attributes:
+        name: digits, images, cifar, or package.module:callable.
+        options: of the data, as JSON. Without a name they are changes of the run's own options.
+    """
+
+    name: str | None = None
+    options: str = "{}"
+
+    def apply(self, config: DataConfig, root: str | None) -> DataConfig:
+        """``config`` with what was chosen, and with the images in ``root`` if that is given."""
+        options = parse_json("--data.options", self.options)
+        if root is not None:
+            config = other_data(config, root)
+        if self.name is not None and self.name != config.name:
+            config = replace(config, name=self.name, options={})
+        return replace(config, options={**config.options, **options})
+
+
+NO_CHOICE = DataChoice()
 
 
 @dataclass
@@ -30,7 +59,8 @@ class EvalResult:
         classes: the names of the classes, or their numbers where the data have no names.
         parameters: of the student.
         samples: of the evaluation data.
-        step, path: of the checkpoint.
+        step: of the checkpoint. None if a model was evaluated that is no checkpoint.
+        path: the checkpoint, the file of weights, or the name of the published model.
 
     Example:
         >>> result = evaluate_checkpoint("runs/digits")  # doctest: +SKIP
@@ -44,7 +74,7 @@ class EvalResult:
     classes: list[str]
     parameters: int
     samples: int
-    step: int
+    step: int | None
     path: Path
 
     def per_class(self) -> list[float]:
@@ -65,44 +95,144 @@ def evaluate_checkpoint(
     *,
     best: bool = False,
     model: nn.Module | None = None,
+    data: DataConfig | None = None,
     eval_data: Any = None,
     device: str = "auto",
     trust_code: bool = False,
 ) -> EvalResult:
     """Evaluate the student of a checkpoint, or of a run folder's newest (or ``best``) checkpoint.
 
-    Model and data are rebuilt from the config in the checkpoint, unless they are given. ``trust_code`` allows that
-    config to import and call any ``package.module:callable``. The models of timm, torchvision and fastkd and the data
-    sets of fastkd do not need it.
+    Model and data are rebuilt from the config in the checkpoint, unless they are given: the data as ``data``, or as the
+    data set ``eval_data``. Classes of other data are matched with those of the run by their names. ``trust_code``
+    allows that config to import and call any ``package.module:callable``. The models of timm, torchvision and fastkd
+    and the data sets of fastkd do not need it.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or it needs ``trust_code``; or its student or data were
             given to ``train`` as objects, which no config names, and are not given here.
+        ValueError: the data have classes that the run does not know, or images that the model cannot take.
 
     Example:
         >>> accuracy = evaluate_checkpoint("runs/digits").accuracy  # doctest: +SKIP
         >>> best = evaluate_checkpoint("runs/mine", model=MyNet(), eval_data=my_test_set)  # doctest: +SKIP
     """
-    reopened = reopen(path, best=best, model=model, eval_data=eval_data, trust_code=trust_code)
-    config, eval_data = reopened.config, reopened.eval_data
-    target = choose_device(device, config.precision)
-    wrapped = FeatureModel(reopened.model, optional=True).to(target)
+    reopened = reopen(path, best=best, model=model, data=data, eval_data=eval_data, trust_code=trust_code)
+    return _measure(
+        FeatureModel(reopened.model, optional=True),
+        reopened.eval_data,
+        reopened.data,
+        classes=reopened.checkpoint.manifest.get("classes"),
+        device=choose_device(device, reopened.config.precision),
+        precision=reopened.config.precision,
+        step=reopened.checkpoint.manifest["step"],
+        path=str(reopened.checkpoint.path),
+    )
+
+
+def evaluate_model(config: ModelConfig, data: DataConfig, *, device: str = "auto") -> EvalResult:
+    """Evaluate a model with its weights, published ones or those of a file, on the evaluation set of ``data``.
+
+    Images are given the model's own size and normalisation, unless the options of ``data`` say otherwise. Without
+    ``num_classes`` a model whose weights come from a file has as many as the data.
+
+    Raises:
+        ValueError: the model has another number of outputs than the data have classes.
+        CheckpointError: the weights are missing, damaged or do not fit.
+        OSError: the published weights cannot be downloaded.
+
+    Example:
+        >>> config = ModelConfig(name="timm:resnet10t.c3_in1k", pretrained=True)
+        >>> result = evaluate_model(config, DataConfig(name="images", options={"root": "imagenet"}))  # doctest: +SKIP
+    """
+    if data.name == "images":
+        data = replace(data, options={**_input_of(config), **data.options})
+    _, eval_data = build_datasets(data)
+    classes = names_of_classes(eval_data)
+    if config.weights is not None and config.num_classes is None and classes is not None:
+        config = replace(config, num_classes=len(classes))
+    model = build_model(config)
+    if config.weights is not None:
+        print(find_weights(config.weights).load_into(model))
+    return _measure(
+        FeatureModel(model, optional=True),
+        eval_data,
+        data,
+        classes=None,
+        device=choose_device(device),
+        precision="fp32",
+        step=None,
+        path=config.weights or config.name,
+    )
+
+
+def _input_of(config: ModelConfig) -> dict[str, Any]:
+    """The options of the data set ``images`` that suit the model: its image size, crop, means and deviations."""
+    model = build_model(config.without_weights())
+    if not hasattr(model, "pretrained_cfg"):
+        if not config.pretrained:
+            return {}
+        published = torchvision_weights(config.name.rpartition(":")[2]).transforms()
+        size, crop = published.crop_size[0], published.crop_size[0] / published.resize_size[0]
+        return {"image_size": size, "crop": crop, "mean": published.mean, "std": published.std}
+    import timm
+
+    found = timm.data.resolve_model_data_config(model)
+    return {
+        "image_size": found["input_size"][-1],
+        "crop": found["crop_pct"],
+        "mean": found["mean"],
+        "std": found["std"],
+    }
+
+
+def _measure(
+    model: FeatureModel,
+    eval_data: Any,
+    config: DataConfig,
+    *,
+    classes: list[str] | None,
+    device: torch.device,
+    precision: str,
+    step: int | None,
+    path: str,
+) -> EvalResult:
+    """Evaluate ``model``, whose outputs stand for ``classes`` if they are known."""
     if len(eval_data) == 0:
         raise ValueError("eval_data: got an empty dataset, expected at least one sample")
-    count = measure_shapes(wrapped, first_images(eval_data)).classes
+    model.to(device)
+    images = first_images(eval_data)
+    try:
+        count = measure_shapes(model, images).classes
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"data: {path} cannot take images of {list(images.shape[1:])} ({reason})") from error
+    found = names_of_classes(eval_data)
+    order = torch.arange(max(count, len(found or ())))
+    if classes is not None and found is not None and found != classes:
+        if unknown := [name for name in found if name not in classes]:
+            raise ValueError(
+                f"data: has the classes {shown(unknown)}, which {path} does not know; its own: {shown(classes)}"
+            )
+        order = torch.tensor([classes.index(name) for name in found])
+    elif step is None and found is not None and len(found) != count:
+        raise ValueError(
+            f"num_classes: {path} has {count} outputs and the data have {len(found)} classes, expected as many "
+            f"(--num-classes {len(found)}, with weights that were trained for them)"
+        )
     confusion = torch.zeros((count, count), dtype=torch.long)
-    loader = eval_loader(eval_data, config.data, target)
-    values = evaluate(wrapped, loader, target, config.precision, confusion=confusion)
+    loader = eval_loader(eval_data, config, device)
+    batches = ((images, order[labels]) for images, labels in loader)
+    values = evaluate(model, batches, device, precision, confusion=confusion)
     return EvalResult(
         accuracy=values["accuracy"],
         top5=values["top5"],
         loss=values["eval_loss"],
         confusion=confusion,
-        classes=class_names(eval_data, count),
-        parameters=count_parameters(reopened.model),
+        classes=class_names(classes or found, count),
+        parameters=count_parameters(model),
         samples=len(eval_data),
-        step=reopened.checkpoint.manifest["step"],
-        path=reopened.checkpoint.path,
+        step=step,
+        path=Path(path),
     )
 
 
@@ -123,30 +253,69 @@ def hardest(result: EvalResult, count: int = 5) -> list[str]:
     return [f"{title}: {', '.join(items)}" for title, items in found.items() if items]
 
 
-def class_names(dataset: Any, count: int) -> list[str]:
-    """The names of the ``count`` classes if the dataset has as many, else their numbers."""
-    names = getattr(dataset, "classes", None)
-    if isinstance(names, list | tuple) and len(names) == count:
-        return [str(name) for name in names]
-    return [str(number) for number in range(count)]
+def class_names(names: list[str] | None, count: int) -> list[str]:
+    """The names of the ``count`` outputs: those of the classes as far as there are any, then numbers."""
+    known = names if names is not None and len(names) <= count else []
+    return [*known, *map(str, range(len(known), count))]
+
+
+def shown(names: list[str], most: int = 10) -> str:
+    """The first names, for a message."""
+    return ", ".join(names[:most]) + (f", ... ({len(names)})" if len(names) > most else "")
 
 
 def eval_command(
-    checkpoint: tyro.conf.Positional[str], device: str = "auto", trust_code: bool = False, json: str | None = None
+    checkpoint: tyro.conf.Positional[str],
+    best: bool = False,
+    root: str | None = None,
+    data: DataChoice = NO_CHOICE,
+    model: str | None = None,
+    num_classes: int | None = None,
+    device: str = "auto",
+    trust_code: bool = False,
+    json: str | None = None,
 ) -> None:
-    """Accuracy of a checkpoint, its model and data rebuilt from its own config.
+    """Accuracy of a checkpoint, of a file of weights, or of a published model.
+
+    Model and data of a checkpoint are rebuilt from its own config, unless other data are named.
 
     Args:
-        checkpoint: a checkpoint folder, or a run folder for its newest one.
+        checkpoint: a run folder (its newest checkpoint), a checkpoint folder, a file of weights with --model, or the
+            name of a published model such as timm:resnet10t.
+        best: of a run folder the checkpoint with the highest accuracy, not the newest.
+        root: evaluate on the images in this folder, a folder for each class (in its folder val, if it has one).
+        data: other data.
+        model: the model that a file of weights belongs to, such as timm:resnet18.
+        num_classes: the model's outputs; as many as the data have classes for a file of weights.
         device: auto, cpu, cuda, ...
         trust_code: allow the config in the checkpoint to import and call package.module:callable.
         json: a file to write everything to, the accuracy of every class and the confusion matrix included.
     """
-    result = evaluate_checkpoint(checkpoint, device=device, trust_code=trust_code)
+    named = model if model is not None else checkpoint if checkpoint.startswith(("timm:", "torchvision:")) else None
+    if named is None and Path(checkpoint).is_file():
+        raise ValueError(f"--model: got nothing for the weights in {checkpoint}, expected a name such as timm:resnet18")
+    if named is None and num_classes is not None:
+        raise ValueError(
+            f"--num-classes: got {num_classes}, expected it with a file of weights or a published model only"
+        )
+    if named is None:
+        chosen = None
+        if root is not None or data != NO_CHOICE:
+            chosen = data.apply(reopen(checkpoint, best=best, with_data=False, trust_code=trust_code).config.data, root)
+        result = evaluate_checkpoint(checkpoint, best=best, data=chosen, device=device, trust_code=trust_code)
+    else:
+        weights = None if model is None else checkpoint
+        config = ModelConfig(name=named, num_classes=num_classes, weights=weights, pretrained=weights is None)
+        if root is None and data.name is None:
+            raise ValueError("--root: got nothing, expected a folder of images, or other data by --data.name")
+        result = evaluate_model(config, data.apply(DataConfig(), root), device=device)
+    at = "" if result.step is None else f"step {result.step}, "
     print(
-        f"{result.path}: step {result.step}, accuracy {result.accuracy:.4f}, top-5 {result.top5:.4f}, "
+        f"{result.path}: {at}accuracy {result.accuracy:.4f}, top-5 {result.top5:.4f}, "
         f"loss {result.loss:.4f} on {result.samples} samples ({result.parameters:,} parameters)"
     )
+    if result.classes != class_names(None, len(result.classes)):
+        print(f"classes: {shown(result.classes, 20)}")
     for line in hardest(result):
         print(line)
     if json is not None:

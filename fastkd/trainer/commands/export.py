@@ -6,17 +6,21 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastkd.trainer.commands.reopen import Reopened, reopen
+from fastkd.trainer.data.labels import normalization_of
 from fastkd.trainer.data.loader import collate, fetch
+from fastkd.trainer.extras import require_extras
+from fastkd.trainer.models.weights import save_tensors
 from fastkd.trainer.run.describe import versions
 
 SAMPLES = 8
@@ -30,90 +34,126 @@ class ExportError(RuntimeError):
 
 @dataclass
 class Exported:
-    """A checked file. ``error`` is the largest difference from the student's logits, relative to the largest logit."""
+    """A checked file. ``error`` is the largest difference from the student's logits, relative to the largest logit.
+
+    ``sides`` are channels, height and width of the images that an ONNX file takes, a letter for any number.
+    """
 
     path: Path
     bytes: int
     error: float
+    sides: str = ""
 
 
-def export(reopened: Reopened, out: str | Path, *, image_shape: tuple[int, ...] | None = None) -> Exported:
+def export(
+    reopened: Reopened, out: str | Path, *, image_shape: tuple[int, ...] | None = None, overwrite: bool = False
+) -> Exported:
     """Write the student to ``out``, which ends in ``.safetensors`` or ``.onnx``, and check what was written.
 
-    A safetensors file holds the model's state dict, and as metadata the config, the accuracy and the versions. It is
-    read back and compared bit for bit. An ONNX file computes the logits of images [B, C, H, W], normalised as in
-    training, for any B. It is run with onnxruntime on images of the evaluation set, or on noise of ``image_shape``
-    (C, H, W) if that is given.
+    Both files say as metadata what the student is (config, accuracy, versions) and what it takes and gives: ``mean``
+    and ``std`` of the images' normalisation and the names of the ``classes``, as JSON, where they are known.
+
+    A safetensors file holds the model's state dict. It is read back and compared bit for bit. An ONNX file computes the
+    logits of images [B, C, H, W], normalised as in training, for any B, and for any H and W where the model allows it.
+    It is run with onnxruntime on images of the evaluation set, or on noise of ``image_shape`` (C, H, W) if that is
+    given, and on noise of another size.
 
     Raises:
         ValueError: ``out`` ends otherwise, or there are neither data nor ``image_shape``.
-        FileExistsError: ``out`` exists.
-        ImportError: the packages of ``pip install 'fastkd[export]'`` are missing, for ONNX.
-        ExportError: the outputs differ.
+        FileExistsError: ``out`` exists, and ``overwrite`` is False.
+        ImportError: packages of the extra ``export`` are missing, for ONNX.
+        ExportError: the outputs differ, or the file cannot be written.
     """
     out = Path(out)
     if out.suffix not in (".safetensors", ".onnx"):
         raise ValueError(f"out: got {str(out)!r}, expected a name that ends in .safetensors or .onnx")
-    if out.exists():
-        raise FileExistsError(f"out: {out} exists already; it is not overwritten")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise FileExistsError(f"out: {out} exists already; it is not overwritten without --overwrite")
     model = reopened.model.eval().float()
     # Written under another name first, so that a file under the name asked for is always a checked one.
     temporary = out.with_name(f".{out.stem}-{os.getpid()}{out.suffix}")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    error, sides = 0.0, ""
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".onnx":
-            error = _write_onnx(model, temporary, _images(reopened, image_shape))
+            error, sides = _write_onnx(model, temporary, _images(reopened, image_shape), _metadata(reopened))
         else:
-            error = _write_safetensors(model, temporary, _metadata(reopened))
-        temporary.rename(out)
+            _write_safetensors(model, temporary, _metadata(reopened))
+        temporary.replace(out)
+    except (OSError, SafetensorError) as failure:  # a full disk, a folder that is not ours
+        raise ExportError(f"{out}: cannot be written ({failure})") from failure
     finally:
         temporary.unlink(missing_ok=True)
-    return Exported(out, out.stat().st_size, error)
+    return Exported(out, out.stat().st_size, error, sides)
 
 
-def _write_safetensors(model: nn.Module, path: Path, metadata: dict[str, str]) -> float:
+def _write_safetensors(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     state = {name: value.detach().contiguous().clone() for name, value in model.state_dict().items()}
-    save_file(state, path, metadata)
+    save_tensors(state, path, metadata)
     with safe_open(path, "pt") as file:
         for name, value in state.items():
             # Compared as bytes, because NaN is not equal to itself.
             if not torch.equal(file.get_tensor(name).view(-1).view(torch.uint8), value.view(-1).view(torch.uint8)):
                 raise ExportError(f"{path}: {name} reads back differently")
-    return 0.0
 
 
-def _write_onnx(model: nn.Module, path: Path, images: Tensor) -> float:
-    try:
-        import onnxruntime  # type: ignore[import-not-found,unused-ignore]
-        import onnxscript  # type: ignore[import-not-found,unused-ignore] # noqa: F401 (torch's exporter needs it)
-    except ImportError as error:
-        raise ImportError(f"export: missing {error.name}; run: pip install 'fastkd[export]'") from error
+def _write_onnx(model: nn.Module, path: Path, images: Tensor, metadata: dict[str, str]) -> tuple[float, str]:
+    """The largest error, and the sides of the images that the file takes, such as ``3 x H x W``."""
+    require_extras("export", by="the export to ONNX")  # torch's exporter imports onnx and onnxscript
+    import onnxruntime  # type: ignore[import-not-found,unused-ignore]
+
     logits = _Logits(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own deprecations
-        torch.onnx.export(
-            logits,
-            (images,),
-            str(path),
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    with torch.no_grad():
-        # The single image is another number of images than the graph was traced with.
-        largest = max(
-            _difference(torch.from_numpy(session.run(None, {"images": part.numpy()})[0]), logits(part))
-            for part in (images, images[:1])
-        )
-    if not largest <= ONNX_TOLERANCE:
-        raise ExportError(
-            f"{path}: its logits differ by {largest:.2g} of the largest, at most {ONNX_TOLERANCE} is right"
-        )
-    return largest
+
+    def write(dynamic: bool) -> list[Any]:
+        """The sides of the images that the written file takes; those that any number will do for are strings."""
+        shape: dict[int, Any] = {0: torch.export.Dim("batch")}
+        if dynamic and images.ndim == 4:  # AUTO: a side stays what it is if the model's code asks for that
+            shape |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's own deprecations
+            program: Any = torch.onnx.export(
+                logits,
+                (images,),
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=(shape,),
+                dynamo=True,
+                verbose=False,
+            )
+        program.model.metadata_props.update(metadata)
+        program.save(str(path), external_data=False)
+        return list(program.model.graph.inputs[0].shape)
+
+    def differ(samples: Sequence[Tensor]) -> float:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        with torch.no_grad():
+            return max(
+                _difference(torch.from_numpy(session.run(None, {"images": part.numpy()})[0]), logits(part))
+                for part in samples
+            )
+
+    def check(samples: Sequence[Tensor]) -> float:
+        if not (largest := differ(samples)) <= ONNX_TOLERANCE:
+            raise ExportError(
+                f"{path}: its logits differ by {largest:.2g} of the largest, at most {ONNX_TOLERANCE} is right"
+            )
+        return largest
+
+    usual = [images, images[:1]]  # the single image is another number of images than the graph was traced with
+    try:
+        sides = write(dynamic=True)
+    except Exception:  # the exporter raises anything on code that it cannot follow for a size that is not fixed
+        sides = write(dynamic=False)
+    largest = check(usual)
+    if any(not isinstance(side, int) for side in sides[1:]):
+        other = [side if isinstance(sides[index], int) else side * 3 // 2 for index, side in enumerate(images.shape)]
+        try:
+            check([torch.randn(2, *other[1:])])
+        except Exception:  # a model may only know one size, and say so in onnxruntime or in its own forward
+            sides = write(dynamic=False)
+            largest = check(usual)
+    shown = [side if isinstance(side, int) else "CHW"[index] for index, side in enumerate(sides[1:])]
+    return largest, " x ".join(map(str, shown))
 
 
 class _Logits(nn.Module):
@@ -142,22 +182,29 @@ def _images(reopened: Reopened, shape: tuple[int, ...] | None) -> Tensor:
 
 
 def _metadata(reopened: Reopened) -> dict[str, str]:
-    """What the file says about itself, as the strings that safetensors keeps."""
+    """What the file says about itself, as the strings that safetensors and ONNX keep."""
     manifest = reopened.checkpoint.manifest
-    last = reopened.checkpoint.state["history"][-1:]
-    return {
+    found = {
         "format": "pt",
         "model": json.dumps(manifest["config"].get("student")),
         "step": str(manifest["step"]),
-        "accuracy": str(last[0].get("accuracy", "")) if last else "",
+        "accuracy": str(manifest.get("accuracy") or ""),
         "teacher_sha256": str(manifest.get("teacher_sha256")),
         "versions": json.dumps(versions()),
     }
+    normalization = manifest.get("normalization") or normalization_of(reopened.eval_data)  # earlier runs lack it
+    if normalization is not None:
+        found |= {name: json.dumps(list(values)) for name, values in zip(("mean", "std"), normalization, strict=True)}
+    if reopened.classes is not None:
+        found["classes"] = json.dumps(reopened.classes)
+    return found
 
 
 def export_command(
     checkpoint: tyro.conf.Positional[str],
     out: tyro.conf.Positional[str],
+    best: bool = False,
+    overwrite: bool = False,
     image_shape: tuple[int, ...] | None = None,
     trust_code: bool = False,
 ) -> None:
@@ -166,10 +213,14 @@ def export_command(
     Args:
         checkpoint: a checkpoint folder, or a run folder for its newest one.
         out: the file to write: .safetensors (the state dict) or .onnx (images to logits, any batch size).
+        best: of a run folder the checkpoint with the highest accuracy, not the newest.
+        overwrite: replace the file if it is there, once the new one is whole and checked.
         image_shape: C H W of an image, where the run's data cannot be read. For ONNX.
         trust_code: allow the config in the checkpoint to import and call package.module:callable.
     """
     with_data = out.endswith(".onnx") and image_shape is None
-    written = export(reopen(checkpoint, with_data=with_data, trust_code=trust_code), out, image_shape=image_shape)
+    reopened = reopen(checkpoint, best=best, with_data=with_data, trust_code=trust_code)
+    written = export(reopened, out, image_shape=image_shape, overwrite=overwrite)
     how = "bit for bit" if written.path.suffix == ".safetensors" else f"logits within {written.error:.1e}"
-    print(f"{written.path}: {written.bytes:,} bytes, checked {how}")
+    takes = f", images of {written.sides}" if written.sides else ""
+    print(f"{written.path}: {written.bytes:,} bytes, checked {how}{takes}")

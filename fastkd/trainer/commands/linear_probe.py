@@ -85,6 +85,7 @@ def probe_command(
     checkpoint: tyro.conf.Positional[str],
     data: str,
     options: str = "{}",
+    best: bool = False,
     batch_size: int = 256,
     num_workers: int = 0,
     penalty: float = 1e-4,
@@ -97,13 +98,14 @@ def probe_command(
         checkpoint: a checkpoint folder, or a run folder for its newest one.
         data: digits, images, cifar, or package.module:callable.
         options: of the data, as JSON; without augmentation, such as '{"root": "...", "augment": false}'.
+        best: of a run folder the checkpoint with the highest accuracy, not the newest.
         batch_size: images at a time.
         num_workers: processes that read them.
         penalty: of the squared weights.
         device: auto, cpu, cuda, ...
         trust_code: allow the config in the checkpoint to import and call package.module:callable.
     """
-    reopened = reopen(checkpoint, with_data=False, trust_code=trust_code)
+    reopened = reopen(checkpoint, best=best, with_data=False, trust_code=trust_code)
     config = DataConfig(
         name=data, options=parse_json("--options", options), eval_batch_size=batch_size, num_workers=num_workers
     )

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.data.datasets import build_datasets, is_known_data, without_download
+from fastkd.trainer.data.config import DataConfig
+from fastkd.trainer.data.datasets import build_datasets, is_known_data, names_of_classes, without_download
 from fastkd.trainer.imports import current_name
 from fastkd.trainer.models import cifar as cifar_nets
 from fastkd.trainer.models import small as nets
-from fastkd.trainer.models.build import build_model
+from fastkd.trainer.models.build import ModelConfig, build_model
 from fastkd.trainer.models.features import FeatureModel
-from fastkd.trainer.run.checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_into, read_checkpoint
+from fastkd.trainer.models.weights import load_into
+from fastkd.trainer.run.checkpoint import MANIFEST, Checkpoint, CheckpointError, find_checkpoint, read_checkpoint
+
+# An option of a timm or torchvision builder of this name may name a file or an address to load from.
+_LOADS = re.compile("weights|pretrained|checkpoint|path|file|url")
 
 
 @dataclass
@@ -24,6 +30,7 @@ class Reopened:
 
     ``model`` is the student on the CPU with the checkpoint's weights, or with their moving average if the run keeps
     one. ``eval_data`` is None if no data were asked for. ``train_data`` is None then, and if ``eval_data`` was given.
+    ``data`` says how the data are read.
     """
 
     checkpoint: Checkpoint
@@ -31,6 +38,14 @@ class Reopened:
     model: nn.Module
     train_data: Any
     eval_data: Any
+    data: DataConfig
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of the classes that the student was trained on. None if its data had none."""
+        return self.checkpoint.manifest.get("classes") or (
+            None if self.eval_data is None else names_of_classes(self.eval_data)
+        )
 
 
 def reopen(
@@ -38,35 +53,63 @@ def reopen(
     *,
     best: bool = False,
     model: nn.Module | None = None,
+    data: DataConfig | None = None,
     eval_data: Any = None,
     with_data: bool = True,
     trust_code: bool = False,
 ) -> Reopened:
-    """The student of a checkpoint, or of a run folder's newest (or ``best``) checkpoint, and the data of its run.
+    """The student of a checkpoint, or of a run folder's newest (or ``best``) checkpoint, and data.
 
-    The arguments, and the CheckpointError raised, are described in ``evaluate_checkpoint``.
+    The data are those of its run, unless ``data`` or ``eval_data`` are given. The arguments, and the CheckpointError
+    raised, are described in ``evaluate_checkpoint``.
     """
     checkpoint = read_checkpoint(find_checkpoint(path, best=best))
     try:
         config = TrainConfig.from_dict(checkpoint.manifest["config"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.path / 'manifest.json'}: its config is not valid ({error})") from error
+        raise CheckpointError(f"{checkpoint.path / MANIFEST}: its config is not valid ({error})") from error
     given = checkpoint.manifest.get("given_as_objects", [])
+    weights = checkpoint.path / checkpoint.deployed
     if model is None:
         if config.student is None or "student" in given:
             raise CheckpointError(f"{checkpoint.path}: its student was given as a module; pass it as model=...")
-        _check_trust(checkpoint.path, config.student.name, is_known_model(config.student.name), trust_code)
-        model = build_model(config.student.without_weights())
+        model = _build_student(config.student, checkpoint.path / MANIFEST, trust_code)
     elif isinstance(model, FeatureModel):
         model = model.model
     train_data = None
-    if eval_data is None and with_data:
+    if eval_data is None and data is not None:
+        train_data, eval_data = build_datasets(data)
+    elif eval_data is None and with_data:
         if "data" in given:
             raise CheckpointError(f"{checkpoint.path}: its data was given as objects; pass it as eval_data=...")
         _check_trust(checkpoint.path, config.data.name, is_known_data(config.data.name), trust_code)
         train_data, eval_data = build_datasets(without_download(config.data))
-    load_into(model, checkpoint.weights[checkpoint.deployed], checkpoint.path / checkpoint.deployed)
-    return Reopened(checkpoint, config, model, train_data, eval_data)
+    load_into(model, checkpoint.weights[checkpoint.deployed], weights, "student")
+    return Reopened(checkpoint, config, model, train_data, eval_data, data or config.data)
+
+
+def other_data(config: DataConfig, root: str) -> DataConfig:
+    """The images in ``root``, read as ``config`` reads its own: those in ``root/val`` if there is such a folder."""
+    options = config.options if config.name == "images" else {}
+    part = options.get("val", "val")
+    part = part if (Path(root) / part).is_dir() else "."
+    return replace(config, name="images", options={**options, "root": root, "train": part, "val": part})
+
+
+def _build_student(config: ModelConfig, manifest: Path, trust_code: bool) -> nn.Module:
+    """The student that a checkpoint's config names. CheckpointError if it cannot be built, or would load something."""
+    _check_trust(manifest.parent, config.name, is_known_model(config.name), trust_code)
+    loading = sorted(name for name, value in config.options.items() if _LOADS.search(name) and value)
+    if loading and not trust_code:
+        raise CheckpointError(
+            f"{manifest}: its config would load something by the option {loading[0]!r}; allow it with trust_code=True "
+            "(--trust-code)"
+        )
+    try:
+        return build_model(config.without_weights(), "student")
+    except Exception as error:  # the options come from a file, and builders raise anything on bad ones
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{manifest}: its student {config.name!r} cannot be built ({reason})") from error
 
 
 def is_known_model(name: str) -> bool:
@@ -81,4 +124,6 @@ def is_known_model(name: str) -> bool:
 
 def _check_trust(path: Path, name: str, known: bool, trust_code: bool) -> None:
     if not known and not trust_code:
-        raise CheckpointError(f"{path}: its config would import and call {name!r}; allow it with trust_code=True")
+        raise CheckpointError(
+            f"{path}: its config would import and call {name!r}; allow it with trust_code=True (--trust-code)"
+        )

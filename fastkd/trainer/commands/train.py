@@ -19,6 +19,7 @@ import tyro
 from fastkd.trainer.commands.dry_run import plan
 from fastkd.trainer.commands.messages import errors_in_one_line
 from fastkd.trainer.commands.reopen import is_known_model
+from fastkd.trainer.commands.seeds import train_seeds
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.options import options_class
 from fastkd.trainer.imports import import_object
@@ -54,6 +55,7 @@ class Flags(Generic[Options]):
         settings: of the run.
         options: of the data set.
         config: take settings from this YAML file. Flags beside it have the last word.
+        seeds: train with each of these seeds, in the folders seed-N of the run folder, and print mean and deviation.
         no_teacher: train without the recipe's teacher and without the terms that need one.
         dry_run: print what the settings come to, with a memory estimate, and stop.
         ranks: with --dry-run, the number of processes of the run.
@@ -62,6 +64,7 @@ class Flags(Generic[Options]):
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")]
     options: Annotated[Options, tyro.conf.arg(name="data.options")]
     config: str | None = None
+    seeds: tuple[int, ...] = ()
     no_teacher: tyro.conf.FlagCreatePairsOff[bool] = False
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     ranks: int | None = None
@@ -86,15 +89,19 @@ def train_command(arguments: list[str]) -> int:
         print("\n".join(plan(config, ranks)))
         return 0
     _check_teacher_is_there(config)
-    result = train(config)
     speaks = not config.quiet and os.environ.get("RANK", "0") == "0"
+    result = train_seeds(config, flags.seeds)[-1] if flags.seeds else train(config)
     if result.stopped_by is not None:
-        if speaks and result.path is not None:
+        if speaks and not flags.seeds and result.path is not None:
             again = [argument for argument in arguments if argument != "--resume"]
             print(f"go on with: {shlex.join(['fastkd', 'train', *again, '--resume'])}")
         return 128 + result.stopped_by  # what a shell reports for a process that a signal ended
-    if speaks and not result.already_finished:
-        print(f"accuracy {result.accuracy:.4f} in {result.seconds:.1f} s; checkpoint {result.path}")
+    if speaks and not flags.seeds and not result.already_finished:
+        print(f"last accuracy {result.accuracy:.4f} in {result.seconds:.1f} s; checkpoint {result.path}")
+        if result.best is not None:
+            print(
+                f"best accuracy {result.best[0]:.4f}; checkpoint {result.best[1]} (--best for eval, export and probe)"
+            )
     return 0
 
 

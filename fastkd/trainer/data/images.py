@@ -29,18 +29,17 @@ def load_images(root: str, **options: Any) -> tuple[ImageSamples, ImageSamples]:
     chosen = ImagesOptions(root=root, **options)
     folder, normalization = Path(root), (tuple(chosen.mean), tuple(chosen.std))
     kind = FolderImages if chosen.format == "folder" else ShardImages
-    parts = {chosen.train: training_transform(chosen), chosen.val: evaluation_transform(chosen)}
-    if chosen.format == "folder" and folder.is_dir() and not any((folder / part).is_dir() for part in parts):
-        whole, held_out = (FolderImages(folder, steps, normalization, chosen.max_broken) for steps in parts.values())
+    # The same part may be named twice, to evaluate a folder that has no other.
+    parts = [(chosen.train, training_transform(chosen)), (chosen.val, evaluation_transform(chosen))]
+    if chosen.format == "folder" and folder.is_dir() and not any((folder / part).is_dir() for part, _ in parts):
+        whole, held_out = (FolderImages(folder, steps, normalization, chosen.max_broken) for _, steps in parts)
         train, val = split_by_class(whole.labels, chosen.val_fraction, chosen.split_seed)
         whole.note = (
             f"{root}: has neither {chosen.train}/ nor {chosen.val}/; {len(val)} of its {len(whole)} images, "
             f"{chosen.val_fraction:.0%} of every class, are kept for evaluation (--data.options.val-fraction)"
         )
         return whole.keep(train), held_out.keep(val)
-    train_set, eval_set = (
-        kind(folder / part, steps, normalization, chosen.max_broken) for part, steps in parts.items()
-    )
+    train_set, eval_set = (kind(folder / part, steps, normalization, chosen.max_broken) for part, steps in parts)
     # Shards do not name their classes. A class that the validation set has no image of is unknown there.
     ours, theirs = train_set.classes, eval_set.classes
     if not (set(theirs) <= set(ours) if chosen.format == "shards" else ours == theirs):

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastkd.trainer.data.config import DataConfig
+from fastkd.trainer.data.memory import TensorImages
 from fastkd.trainer.rng import mix_seed
 from fastkd.trainer.signals import leave_signals_to_main
 
@@ -56,7 +56,8 @@ def shards_of(dataset: Any) -> list[range]:
 class GlobalBatches(Sampler[list[int]]):
     """This rank's part of every global batch of ``sampler``; all ranks together take what one process would take.
 
-    The parts of a batch are consecutive and differ in length by at most one.
+    The parts of a batch are consecutive and differ in length by at most one. A pass begins with batch ``start``: so a
+    resumed run goes on within an epoch.
     """
 
     def __init__(self, sampler: Sampler[int], length: int, config: DataConfig, rank: int, world_size: int) -> None:
@@ -66,6 +67,7 @@ class GlobalBatches(Sampler[list[int]]):
         self.drop_last = config.drop_last
         self.rank = rank
         self.world_size = world_size
+        self.start = 0
 
     def __len__(self) -> int:
         return self.length // self.batch_size if self.drop_last else -(-self.length // self.batch_size)
@@ -75,17 +77,18 @@ class GlobalBatches(Sampler[list[int]]):
         return min(self.batch_size, self.length - batch * self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        indices = iter(self.sampler)
-        for batch in range(len(self)):
+        indices = itertools.islice(self.sampler, self.start * self.batch_size, None)
+        for batch in range(self.start, len(self)):
             rows = self.rows(batch)
             taken = list(itertools.islice(indices, rows))
             yield taken[rows * self.rank // self.world_size : rows * (self.rank + 1) // self.world_size]
 
 
 class SeededFetch(Dataset[Any]):
-    """Wraps a dataset for worker processes: seeds all generators per batch, from seed, epoch and the first index.
+    """Wraps a dataset: seeds all generators per batch, from seed, epoch and the first index, and then puts them back.
 
-    Random augmentations then depend neither on the worker that runs them nor on whether the run was resumed.
+    Random augmentations then depend neither on the process that runs them (a worker, or the training process where
+    there is none) nor on whether the run was resumed. CUDA's generators are left alone.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -97,11 +100,18 @@ class SeededFetch(Dataset[Any]):
         return len(self.dataset)
 
     def __getitems__(self, indices: list[int]) -> Any:
+        # NumPy's global generator too: augmentations of others use it.
+        before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
         mixed = mix_seed(self.seed, int(self.epoch), indices[0])
         random.seed(mixed)
-        np.random.seed(mixed % 2**32)  # noqa: NPY002 (augmentations of others use the global generator)
-        torch.manual_seed(mixed)
-        return fetch(self.dataset, indices)
+        np.random.seed(mixed % 2**32)  # noqa: NPY002
+        torch.default_generator.manual_seed(mixed)
+        try:
+            return fetch(self.dataset, indices)
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
+            torch.set_rng_state(before[2])
 
 
 def fetch(dataset: Any, indices: list[int]) -> Any:
@@ -127,10 +137,10 @@ def collate(batch: Any) -> Any:
 
 def train_loader(
     dataset: Any, config: DataConfig, seed: int, device: torch.device, rank: int = 0, world_size: int = 1
-) -> tuple[StatefulDataLoader, Callable[[int], None]]:
-    """The training loader of one rank, and the function that must tell it the epoch before each pass.
+) -> tuple[DataLoader[Any], Callable[[int, int], None]]:
+    """The training loader of one rank, and the function that must tell it the epoch, and its first batch before a pass.
 
-    Its ``batch_sampler`` is a ``GlobalBatches``.
+    Its ``batch_sampler`` is a ``GlobalBatches``. The batches are the same for every number of workers.
 
     Raises:
         ValueError: the dataset does not fill a single batch, or a global batch has fewer rows than there are ranks.
@@ -149,8 +159,8 @@ def train_loader(
             f"data.batch_size: got {config.batch_size}, whose smallest batch has {smallest} rows, expected at least "
             f"one row for each of the {world_size} ranks"
         )
-    fetcher = SeededFetch(dataset, seed) if config.num_workers else dataset
-    loader = StatefulDataLoader(
+    fetcher = dataset if _draws_nothing(dataset) else SeededFetch(dataset, seed)
+    loader: DataLoader[Any] = DataLoader(
         fetcher,
         batch_sampler=batches,
         num_workers=config.num_workers,
@@ -161,12 +171,19 @@ def train_loader(
         generator=torch.Generator().manual_seed(seed),
     )
 
-    def set_epoch(epoch: int) -> None:
-        sampler.epoch = epoch
+    def set_epoch(epoch: int, start: int = 0) -> None:
+        sampler.epoch, batches.start = epoch, start
         if isinstance(fetcher, SeededFetch):
             fetcher.epoch.fill_(epoch)
 
     return loader, set_epoch
+
+
+def _draws_nothing(dataset: Any) -> bool:
+    """Whether the dataset is known to use no generator. Setting them would take longer than indexing a tensor."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return type(dataset) is TensorImages  # a class that inherits from it may augment
 
 
 def eval_loader(

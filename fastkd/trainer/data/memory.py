@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastkd.trainer.extras import require_extras
 from fastkd.validate import check_int
 
 
@@ -47,6 +48,7 @@ def load_digits(train_size: int = 1400, seed: int = 0) -> tuple[TensorImages, Te
         >>> len(train_set), len(test_set)
         (1400, 397)
     """
+    require_extras("report", by="the data set digits")
     from sklearn import datasets, model_selection  # takes a second, which other data need not wait for
 
     check_int("data.options.train_size", train_size, 10)

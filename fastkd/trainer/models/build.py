@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -24,8 +26,8 @@ class ModelConfig:
         num_classes: the width of the logits. None leaves it to the builder.
         classifier: the name of the classifier layer, such as ``head.fc``. None finds it.
         feature_map: the name of the layer whose output is the last feature map, such as ``layer4``. None finds it.
-        weights: a ``.safetensors`` file, a ``.pt`` / ``.pth`` state dict, a fastkd checkpoint or a fastkd run folder.
-        pretrained: take the published weights of timm / torchvision, which are downloaded.
+        weights: a file of weights (``.safetensors``, or what ``torch.save`` wrote), a fastkd checkpoint or run folder.
+        pretrained: take the published weights of timm / torchvision, which are downloaded. ``weights`` switch it off.
         normalization: (means, standard deviations) of the channels of the images that the weights were trained with.
             None asks timm / torchvision about their published weights; other weights are taken to have been trained
             with the normalisation of the data.
@@ -57,8 +59,8 @@ class ModelConfig:
             check_int("model.num_classes", self.num_classes, 1)
         check_type("model.options", self.options, dict)
         check_type("model.pretrained", self.pretrained, bool)
-        if self.pretrained and self.weights is not None:
-            raise ValueError(f"model.pretrained: got True together with weights={self.weights!r}, expected one of them")
+        if self.weights is not None:
+            object.__setattr__(self, "pretrained", False)
         if self.normalization is not None:
             check_normalization("model.normalization", self.normalization)
         check_choice("model.dtype", self.dtype, ("fp32", "bf16", "fp16"))
@@ -80,13 +82,16 @@ def check_normalization(name: str, value: Any) -> None:
         check_number(name, std, 0.0, exclusive=True)
 
 
-def build_model(config: ModelConfig) -> nn.Module:
+def build_model(config: ModelConfig, role: str = "model") -> nn.Module:
     """The module that ``config.name`` names. ``config.weights`` are not loaded (see ``load_weights``).
+
+    ``role`` is what the messages call it: ``student`` and ``teacher`` are the names of the flags.
 
     Raises:
         ValueError: the name is unknown, ``pretrained`` is set for a ``package.module:callable``, or an option is
             reserved.
         TypeError: the callable did not return an ``nn.Module``.
+        OSError: the published weights cannot be downloaded.
 
     Example:
         >>> model = build_model(ModelConfig(name="torchvision:resnet18", num_classes=10))
@@ -100,27 +105,46 @@ def build_model(config: ModelConfig) -> nn.Module:
 
         if timm.is_model(name):
             if "checkpoint_path" in options:
-                raise ValueError("model.options: got 'checkpoint_path', expected the file in model.weights")
-            return timm.create_model(name, pretrained=config.pretrained, **options)
+                raise ValueError(f"{role}.options: got 'checkpoint_path', expected the file in {role}.weights")
+            with _told_if_offline(config, role):
+                return timm.create_model(name, pretrained=config.pretrained, **options)
         if source == "timm":
-            raise ValueError(f"model.name: got {config.name!r}, expected a model that timm.list_models() knows")
+            raise ValueError(f"{role}.name: got {config.name!r}, expected a model that timm.list_models() knows")
     if source in ("torchvision", ""):
         import torchvision
 
         known, _, _ = name.partition(".")
         if known in torchvision.models.list_models():
             weights = torchvision_weights(name)
-            return torchvision.models.get_model(known, weights=weights if config.pretrained else None, **options)
+            with _told_if_offline(config, role):
+                return torchvision.models.get_model(known, weights=weights if config.pretrained else None, **options)
         raise ValueError(
-            f"model.name: got {config.name!r}, expected 'package.module:callable' or a model that "
+            f"{role}.name: got {config.name!r}, expected 'package.module:callable' or a model that "
             f"{'torchvision' if source else 'timm or torchvision'} knows"
         )
     if config.pretrained:
-        raise ValueError(f"model.pretrained: got True with name={config.name!r}, expected a timm or torchvision model")
-    model = import_object(config.name, "model.name")(**options)
+        raise ValueError(f"{role}.pretrained: got True with name={config.name!r}, expected a timm or torchvision model")
+    model = import_object(config.name, f"{role}.name")(**options)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model.name: {config.name!r} returned {type(model).__name__}, expected an nn.Module")
+        raise TypeError(f"{role}.name: {config.name!r} returned {type(model).__name__}, expected an nn.Module")
     return model
+
+
+@contextmanager
+def _told_if_offline(config: ModelConfig, role: str) -> Iterator[None]:
+    """Turns what a failed download raises, of whichever library, into an OSError that says what to do without one."""
+    try:
+        yield
+    except Exception as error:
+        network = ("huggingface_hub", "httpx", "requests", "urllib3")
+        if not config.pretrained or not (isinstance(error, OSError) or type(error).__module__.startswith(network)):
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        flag = "fastkd eval FILE --model NAME" if role == "model" else f"--{role}.weights FILE"
+        raise OSError(
+            f"{role}.pretrained: the weights of {config.name!r} cannot be downloaded ({reason}); without a network "
+            f"give a local file: {flag}"
+        ) from error
 
 
 def torchvision_weights(name: str) -> Any:

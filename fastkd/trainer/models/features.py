@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastkd.trainer.models.maps import CONVOLUTIONS, MapSource, find_map, pool_features
 
-_HEAD_NAMES = ("fc", "classifier", "head", "heads")
+_HEAD_NAMES = ("fc", "classifier", "head", "heads", "linear")
 _HOW_TO_NAME = "name it with ModelConfig(classifier='...'), or pass FeatureModel(module, '...') as the module"
 
 
@@ -60,7 +60,8 @@ def find_classifier(model: nn.Module, name: str | None = None) -> str:
     """The name of the classifier layer of ``model``.
 
     A given ``name`` is checked. Otherwise timm models are asked (``get_classifier``). For every other model it is the
-    last linear or convolution layer of the first child called fc, classifier, head or heads, as in all of torchvision.
+    last linear or convolution layer of the first child called fc, classifier, head or heads, as in all of torchvision,
+    or linear.
 
     Raises:
         ValueError: there is no such layer, or more than one (distilled timm models have two heads).

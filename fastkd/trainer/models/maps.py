@@ -99,6 +99,12 @@ def find_map(run: Callable[[], Tensor], model: nn.Module, classifier: str, given
         )
     # Only near the end: far inside the model, an average may equal the features by accident.
     averaged = [call for call in maps[-4:] if any(_close(pooled, features) for pooled in _pooled(call.value, width))]
+    after = calls[calls.index(maps[-1]) + 1 :]
+    if given is None and not averaged and (single := _single_position(after, features)) is not None:
+        raise ValueError(
+            f"feature_map: layer {single!r} of {type(model).__name__} is the last, and gives 1 x 1 positions for "
+            f"images of this size, expected several; take larger images, or an earlier layer: {_HOW_TO_NAME}"
+        )
     call = (averaged or maps)[-1]
     source = MapSource(call.name, (), channels_last=_is_channels_last(call.value, width))
     source = replace(source, shape=tuple(source.read(call.value).shape[1:]))
@@ -177,6 +183,20 @@ def _pooled(value: Tensor, width: int) -> Sequence[Tensor]:
     if value.ndim == 3:
         return value[:, 0], value.mean(1), value[:, 1:].mean(1)
     return (value.mean((1, 2)) if _is_channels_last(value, width) else value.mean((2, 3)),)
+
+
+def _single_position(calls: Sequence[_Call], features: Tensor) -> str | None:
+    """The layer that gives the features as a map of one position, before anything is pooled. None if there is none.
+
+    ``calls`` are those after the last map of several positions.
+    """
+    found = None
+    for call in calls:
+        if any("Pool" in type(layer).__name__ for layer in call.layer.modules()):
+            break
+        if call.value.ndim == 4 and not isinstance(call.layer, _PASS_ON) and _close(call.value.flatten(1), features):
+            found = call.name
+    return found
 
 
 def _close(left: Tensor, right: Tensor) -> bool:

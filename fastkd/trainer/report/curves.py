@@ -1,7 +1,8 @@
-"""Draws the curves of recorded runs as inline SVG: one panel per quantity, one colour per run."""
+"""Draws the curves of recorded runs as inline SVG: one panel per quantity, one colour per run or group of seeds."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from fastkd.trainer.report.records import RecordedRun
-from fastkd.trainer.report.style import PALETTE, drawing, to_svg
+from fastkd.trainer.report.records import Group, RecordedRun
+from fastkd.trainer.report.style import INK, PALETTE, drawing, to_svg
 
 COLOURS = (PALETTE[2], PALETTE[1], PALETTE[4], PALETTE[3], PALETTE[5], PALETTE[0])
 DASHES = ("", "5 2", "1.5 1.5", "6 2 1.5 2")  # after the last colour, the colours begin again with the next dashes
 MAX_POINTS = 600  # per curve
+MAX_HOVER = 400  # values that a panel shows on hovering
 LOG_FROM = 100.0  # an axis may be logarithmic if the largest value is more than this many times the smallest
 
 
@@ -41,40 +43,98 @@ class Panel:
 
 
 def look(index: int) -> tuple[str, str]:
-    """Colour and dash pattern of the run at ``index``."""
+    """Colour and dash pattern of the run, or group of seeds, at ``index``."""
     return COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
 
 
-def draw(runs: Sequence[RecordedRun], quantity: Quantity, key: str) -> Panel:
-    """A panel of the quantity over epochs, one colour per run.
+def draw(groups: Sequence[Group], quantity: Quantity, key: str) -> Panel:
+    """A panel of the quantity over epochs, one colour per group.
 
-    Behind a mean over epochs, the values of single steps are drawn faint.
+    Behind a mean over epochs, the values of single steps are drawn faint. Of the runs of ``--seeds`` the mean is drawn,
+    and every run as a thin line behind it.
     """
-    lost, total, drawn = 0, 0, []
+    lost, total, drawn, hover = 0, 0, [], []
+    curves = [curve for index, group in enumerate(groups) for curve in _lines(group, quantity, index, len(groups))]
     with drawing(2.9, style={"axes.formatter.useoffset": False}) as axis:
-        for index, run in enumerate(runs):
-            colour, dash = look(index)
-            # The first lines are the broadest, so that lines on top of one another can be told apart.
-            width = 1.6 + 0.4 * min(len(runs) - 1 - index, 5)
-            pattern = (0, tuple(map(float, dash.split()))) if dash else "-"
-            style: dict[str, Any] = {"color": colour, "linestyle": pattern, "linewidth": width}
-            for x, y, faint in _curves(run, quantity):
-                lost, total = lost + int((~np.isfinite(y)).sum()), total + len(y)
-                if np.isfinite(y).any():
-                    drawn.append(y[np.isfinite(y)])
-                    behind = {"alpha": 0.35 if len(runs) == 1 else 0.28, "linewidth": 0.9, "zorder": 1.5}
-                    _plot(axis, *thin(x, y), style | (behind if faint else {}))
+        for curve in curves:
+            if not curve.mean:
+                lost, total = lost + int((~np.isfinite(curve.y)).sum()), total + len(curve.y)
+            if np.isfinite(curve.y).any():
+                drawn.append(curve.y[np.isfinite(curve.y)])
+                # At 100 % half of a line would be cut off.
+                _plot(axis, *thin(curve.x, curve.y), curve.style | {"clip_on": not quantity.percent})
+            if not curve.faint:
+                points = zip(*thin(curve.x, curve.y, max(10, MAX_HOVER // len(curves))), strict=True)
+                hover += [(x, y, f"{curve.name}, {_when(x, quantity)}: {y:.4g}") for x, y in points if np.isfinite(y)]
         if not drawn:
             return Panel(quantity.title, None, f"none of its {total:,} values is finite")
         _scale(axis, quantity, np.concatenate(drawn))
         # Every panel shows the same epochs.
-        axis.set_xlim(0, 1.02 * max(run.last_step / run.steps_per_epoch for run in runs))
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
+        last = max(run.last_step / run.steps_per_epoch for group in groups for run in group.runs)
+        axis.set_xlim(0, 1.02 * max(last, 1))
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
         axis.set_xlabel("epoch")
-        ends = [f"{run.name} {last:.4g}" for run in runs if (last := _last(run, quantity)) is not None]
-        svg = to_svg(axis, key, f"{quantity.title} over epochs. Last value: {', '.join(ends)}.")
-    note = f"{lost:,} of {total:,} values are not finite: gaps" if lost else ""
-    return Panel(quantity.title, svg, note)
+        teachers = _teachers(groups) if quantity.name == "accuracy" else {}
+        for accuracy, colour in teachers.items():
+            axis.axhline(accuracy, color=colour, linestyle=(0, (4, 3)), linewidth=1, clip_on=False)
+        for line in axis.lines:
+            line.set_in_layout(False)  # lines that are not clipped would make the margins wider
+        if quantity.percent:
+            low, high = axis.get_ylim()
+            axis.set_ylim(max(low, 0), min(high, 100))
+        ends = [f"{curve.name} {curve.y[-1]:.4g}" for curve in curves if not curve.faint and np.isfinite(curve.y[-1])]
+        shown = f"dashed: teacher {', '.join(f'{accuracy:.2f}' for accuracy in teachers)}" if teachers else ""
+        svg = to_svg(axis, key, f"{quantity.title} over epochs. Last value: {', '.join(ends)}. {shown}".rstrip(), hover)
+    gaps = f"{lost:,} of {total:,} values are not finite: gaps" if lost else ""
+    return Panel(quantity.title, svg, "; ".join(filter(None, (gaps, shown))))
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A drawn curve. ``faint``: it is background. ``mean``: it is that of several runs."""
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    faint: bool
+    style: dict[str, Any]
+    mean: bool = False
+
+
+def _lines(group: Group, quantity: Quantity, index: int, groups: int) -> list[_Line]:
+    """The curves of the group at ``index``."""
+    colour, dash = look(index)
+    # The first lines are the broadest, so that lines on top of one another can be told apart.
+    width = 1.6 + 0.4 * min(groups - 1 - index, 5)
+    style = {"color": colour, "linestyle": (0, tuple(map(float, dash.split()))) if dash else "-", "linewidth": width}
+    behind = style | {"alpha": 0.35 if groups == 1 else 0.28, "linewidth": 0.9, "zorder": 1.5}
+    if len(group.runs) == 1:
+        (run,) = group.runs
+        return [_Line(run.name, x, y, faint, behind if faint else style) for x, y, faint in _curves(run, quantity)]
+    whole = [(run.name, *_curves(run, quantity)[-1][:2]) for run in group.runs if _curves(run, quantity)]
+    found = [_Line(name, x, y, False, behind | {"alpha": 0.6}) for name, x, y in whole]
+    common = sorted(set.intersection(*(set(x.tolist()) for _, x, _ in whole))) if whole else []
+    if common and len(whole) > 1:
+        values = np.mean([y[np.searchsorted(x, common)] for _, x, y in whole], axis=0)
+        name = f"{group.name}, mean of {len(whole)} seeds"
+        found.append(_Line(name, np.array(common), values, False, style, mean=True))
+    return found
+
+
+def _teachers(groups: Sequence[Group]) -> dict[float, str]:
+    """The accuracies of the teachers in percent, with a colour: the group's, where teachers differ."""
+    found = {
+        100 * run.teacher_accuracy: look(index)[0]
+        for index, group in enumerate(groups)
+        for run in group.runs
+        if run.teacher_accuracy is not None
+    }
+    return found if len(found) > 1 else dict.fromkeys(found, INK)
+
+
+def _when(x: float, quantity: Quantity) -> str:
+    """The place of a value as a text. A mean over an epoch stands in its middle."""
+    return f"epoch {math.ceil(x)}" if quantity.mean else f"epoch {x:.4g}"
 
 
 def _curves(run: RecordedRun, quantity: Quantity) -> list[tuple[np.ndarray, np.ndarray, bool]]:
@@ -122,9 +182,3 @@ def _scale(axis: Any, quantity: Quantity, values: np.ndarray) -> None:
     if (quantity.log or quantity.mean) and positive and values.max() > LOG_FROM * values.min():
         axis.set_yscale("log")
         axis.set_ylabel("logarithmic")
-
-
-def _last(run: RecordedRun, quantity: Quantity) -> float | None:
-    """The last value of an epoch, or of a step where no epoch has one."""
-    found = (_points(run, records, quantity)[1] for records in (run.epochs, run.steps))
-    return next((float(values[-1]) for values in found if len(values)), None)

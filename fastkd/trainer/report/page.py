@@ -6,10 +6,9 @@ The page is one file that needs nothing else. Of a run that is still going on, i
 from __future__ import annotations
 
 import itertools
-import math
-import re
+import sys
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ from fastkd.trainer.config import FREE_TO_CHANGE
 from fastkd.trainer.imports import current_name
 from fastkd.trainer.objective.config import describe_terms
 from fastkd.trainer.report.curves import MAX_POINTS, Panel, Quantity, draw, look
-from fastkd.trainer.report.records import RecordedRun, read_runs
+from fastkd.trainer.report.records import Group, RecordedRun, read_groups
 from fastkd.trainer.report.style import render_page, write_atomically
+from fastkd.trainer.report.tables import ACCURACY, Cell, class_table, comparison_table, epoch_rows, with_teacher
+from fastkd.trainer.text import flatten, printable
 
 LOSS = Quantity("loss", "Training loss, weighted sum", mean=True)
-ACCURACY = Quantity("accuracy", "Accuracy, top-1 (%)", percent=True)
 TOP5 = Quantity("top5", "Accuracy, top-5 (%)", percent=True)
 EVAL_LOSS = Quantity("eval_loss", "Evaluation loss (nats)", log=True)
 SPEED = Quantity("images_per_second", "Images a second")
@@ -33,30 +33,26 @@ NORM = Quantity("grad_norm", "Gradient norm before clipping", log=True)
 KNOWN = {quantity.name: quantity for quantity in (LOSS, ACCURACY, TOP5, EVAL_LOSS, SPEED, WAIT, RATE, NORM)}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A number in a table: its ``value`` in ``metrics.jsonl``, and the ``text`` that the page shows."""
-
-    value: float | None
-    text: str
-
-
 def write_run_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write the page about the run folders ``runs`` to ``out`` and return its path.
 
-    ``out`` is by default ``report.html`` in the folder of a single run, and ``comparison.html`` here for several.
+    A folder may also be that of ``fastkd train --seeds``, which holds a run per seed. ``out`` is by default
+    ``report.html`` in the folder if it is one, and ``comparison.html`` here for several. What cannot be read of several
+    is left out with a warning, and named on the page.
 
     Raises:
-        ValueError: a file is missing or cannot be read, a run is given twice, or ``out`` is no ``.html`` file.
+        ValueError: no run can be read, a folder is given twice, or ``out`` is no ``.html`` file.
     """
-    read = read_runs(runs)
+    groups, problems = read_groups(runs)
+    for problem in problems:
+        warnings.warn(f"{problem}; left out", RuntimeWarning, stacklevel=2)
     if out is None:
-        out = read[0].folder / "report.html" if len(read) == 1 else "comparison.html"
+        out = groups[0].folder / "report.html" if len(runs) == 1 else "comparison.html"
     out = Path(out)
     # A slip such as `--out run.json` must not cost the run.
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise ValueError(f"out: got {str(out)!r}, expected a file that ends in .html")
-    page = render(read)
+    page = render(groups, problems)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
     return out
@@ -66,41 +62,52 @@ def report_command(runs: tyro.conf.Positional[tuple[str, ...]], out: str | None 
     """An HTML page about a training run, or about several compared: curves, results, settings.
 
     Args:
-        runs: run folders. A run may still be going on.
+        runs: run folders, or those of `train --seeds`. A run may still be going on.
         out: the .html file; by default report.html in the run folder, comparison.html here for several.
     """
-    print(write_run_report(runs, out))
+    with warnings.catch_warnings(record=True, action="always", category=RuntimeWarning) as caught:
+        written = write_run_report(runs, out)
+    for warning in caught:
+        print(f"fastkd report: {printable(str(warning.message))}", file=sys.stderr)
+    print(written)
 
 
-def render(runs: Sequence[RecordedRun]) -> str:
-    """The page as HTML text."""
-    settings = side_by_side([flatten(run.info["config"]) for run in runs])
-    page = render_page(
+def render(groups: Sequence[Group], problems: Sequence[str] = ()) -> str:
+    """The page as HTML text; ``problems`` are lines about folders that are left out."""
+    settings = side_by_side([merged([shown_settings(run) for run in group.runs]) for group in groups])
+    runs = [run for group in groups for run in group.runs]
+    title = f"{len(groups)} training runs compared"
+    if len(groups) == 1:
+        title = f"Training run {runs[0].name}" if len(runs) == 1 else f"{groups[0].name}: {len(runs)} seeds"
+    return render_page(
         Path(__file__).parent,
-        title=f"Training run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} training runs compared",
+        title=title,
+        groups=groups,
         runs=runs,
-        looks=[look(index) for index in range(len(runs))],
-        comparison=comparison(runs),
+        problems=problems,
+        looks=[look(index) for index in range(len(groups))],
+        comparison=comparison(groups),
         epochs={run.name: epoch_table(run) for run in runs},
-        sections=draw_sections(runs),
-        facts=side_by_side([facts(run) for run in runs]),
+        classes=class_table(groups),
+        sections=draw_sections(groups),
+        facts=side_by_side([merged([facts(run) for run in group.runs]) for group in groups]),
         settings=settings,
         # A resumed run may find its data in another folder. Two runs with different folders may have different data.
         differing={
             name: row
             for name, row in settings.items()
-            if len(row) > 1 and (name not in FREE_TO_CHANGE or name == "data.options.root")
+            if len(row) > 1 and (name not in FREE_TO_CHANGE or name in ("data.options.root", "epochs"))
         },
         thinned=[run for run in runs if len(run.steps) > MAX_POINTS],
         max_points=MAX_POINTS,
     )
-    # A user's names may contain what UTF-8 or HTML cannot hold.
-    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", page)
 
 
 def sections_of(runs: Sequence[RecordedRun]) -> dict[str, list[Quantity]]:
     """The recorded quantities by heading. Headings without any are left out."""
     names = list(dict.fromkeys(name for run in runs for name in run.quantities))
+    if all(isinstance(run.info.get("classes"), int) and 0 < run.info["classes"] <= 5 for run in runs):
+        names = [name for name in names if name != TOP5.name]  # it is always 100 %
     weighted = {name for run in runs for name in run.info["loss_weights"]}
     found: dict[str, list[Quantity]] = {
         "Accuracy": [ACCURACY, TOP5],
@@ -125,12 +132,12 @@ def sections_of(runs: Sequence[RecordedRun]) -> dict[str, list[Quantity]]:
     return {heading: items for heading, items in present.items() if items}
 
 
-def draw_sections(runs: Sequence[RecordedRun]) -> dict[str, list[Panel]]:
+def draw_sections(groups: Sequence[Group]) -> dict[str, list[Panel]]:
     """A panel for every quantity, by heading."""
     number = itertools.count()
     return {
-        heading: [draw(runs, quantity, f"panel{next(number)}") for quantity in quantities]
-        for heading, quantities in sections_of(runs).items()
+        heading: [draw(groups, quantity, f"panel{next(number)}") for quantity in quantities]
+        for heading, quantities in sections_of([run for group in groups for run in group.runs]).items()
     }
 
 
@@ -160,6 +167,7 @@ def facts(run: RecordedRun) -> dict[str, str]:
         "student": _model(info["student"]),
         "teacher": "none" if info["teacher"] is None else _model(info["teacher"]),
         "teacher, sha256 of its weights": info["teacher_sha256"] or "none",
+        "teacher's accuracy": with_teacher(run),
         "data": f"{data}: {info['train_samples']:,} training samples, {info['eval_samples']:,} evaluation samples",
         "labels, sha256": "unknown (no checkpoint)" if run.manifest is None else run.manifest["labels_sha256"],
         "loss": describe_terms(info["loss_weights"]),
@@ -170,6 +178,7 @@ def facts(run: RecordedRun) -> dict[str, str]:
         "precision": info["precision"],
         "device": info["device"],
         "seed": str(info["seed"]),
+        "command": info.get("command", "unknown"),
         "given as objects": ", ".join(given) or "nothing: the settings below describe the run",
         "versions": ", ".join(f"{name} {version}" for name, version in info["versions"].items()),
     }
@@ -187,66 +196,32 @@ def _model(info: dict[str, Any]) -> str:
 
 def side_by_side(columns: Sequence[dict[str, str]]) -> dict[str, list[str]]:
     """For every label one text per run, or a single text where all runs agree."""
-    rows = {}
-    for name in dict.fromkeys(name for column in columns for name in column):
-        texts = [column.get(name, "-") for column in columns]
-        rows[name] = texts[:1] if len(set(texts)) == 1 else texts
-    return rows
+    return {name: texts[:1] if len(set(texts)) == 1 else texts for name, texts in _by_name(columns).items()}
 
 
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """``{"optim.lr": "0.05", ...}``: the names that are flags of ``fastkd train``."""
-    flat: dict[str, str] = {}
-    for name, value in config.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = current_name(str(value))  # runs from before a module moved compare as equal
-    return flat
+def _by_name(columns: Sequence[dict[str, str]]) -> dict[str, list[str]]:
+    names = dict.fromkeys(name for column in columns for name in column)
+    return {name: [column.get(name, "-") for column in columns] for name in names}
 
 
-def cell(quantity: Quantity, record: dict[str, Any] | None) -> Cell:
-    """The quantity in ``record``, as a table shows it."""
-    if record is None or quantity.name not in record:
-        return Cell(None, "-")
-    value = record[quantity.name]
-    if not math.isfinite(value):
-        return Cell(None, "not finite")
-    if quantity.percent:
-        return Cell(value, f"{100 * value:.2f}")
-    return Cell(value, f"{value:,.1f}" if quantity is SPEED else f"{value:.5g}")
+def merged(columns: Sequence[dict[str, str]]) -> dict[str, str]:
+    """One text per label for several runs: all different ones."""
+    return {name: "; ".join(dict.fromkeys(texts)) for name, texts in _by_name(columns).items()}
+
+
+def shown_settings(run: RecordedRun) -> dict[str, str]:
+    """The settings by the names of their flags. Runs from before a module moved compare as equal."""
+    return {name: current_name(value) for name, value in flatten(run.info["config"]).items()}
 
 
 def epoch_table(run: RecordedRun) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
     """Headings and rows: every quantity after the last epoch, the last evaluated epoch and the best epoch."""
-    if not run.epochs:
-        return [], []
-    records = [("last epoch", run.epochs[-1])]
-    if run.evaluated is not None and run.evaluated is not run.epochs[-1]:
-        records.append(("last evaluated epoch", run.evaluated))
-    if run.best is not None:
-        records.append(("best epoch", run.best))
-    headings = [f"{text} ({record['epoch'] + 1})" for text, record in records]
-    quantities = [item for items in sections_of([run]).values() for item in items]
-    recorded = [item for item in quantities if any(item.name in record for _, record in records)]
-    return headings, [(item.title, [cell(item, record) for _, record in records]) for item in recorded]
+    return epoch_rows(run, [item for items in sections_of([run]).values() for item in items])
 
 
-def comparison(runs: Sequence[RecordedRun]) -> tuple[list[str], list[list[Cell]]]:
-    """Headings and one row per run: the values of its last evaluated epoch, and its best accuracy."""
-    recorded = {name for run in runs for name in run.quantities}
-    chosen = [item for item in (ACCURACY, TOP5, EVAL_LOSS, LOSS, SPEED) if item.name in recorded]
-    sizes = [run.info["student"]["parameters"] for run in runs]
-    rows = []
-    for run, size in zip(runs, sizes, strict=True):
-        last = run.evaluated or (run.epochs[-1] if run.epochs else None)
-        row = [Cell(None, f"{run.last_step:,} of {run.info['steps']:,}"), _epoch(last)]
-        row += [*(cell(item, last) for item in chosen), cell(ACCURACY, run.best), _epoch(run.best)]
-        rows.append([Cell(size, f"{size:,}"), *row] if len(set(sizes)) > 1 else row)
-    headings = ["Steps", "Epoch", *(item.title for item in chosen), "Best accuracy (%)", "In epoch"]
-    return ["Student parameters", *headings] if len(set(sizes)) > 1 else headings, rows
-
-
-def _epoch(record: dict[str, Any] | None) -> Cell:
-    """The number of an epoch. Epochs are recorded from 0 and shown from 1."""
-    return Cell(None, "-") if record is None else Cell(record["epoch"], str(record["epoch"] + 1))
+def comparison(groups: Sequence[Group]) -> tuple[list[str], list[list[Cell]]]:
+    """Headings and one row per run or group of seeds; the accuracy comes first, as narrow screens show the first."""
+    present = [
+        item for items in sections_of([run for group in groups for run in group.runs]).values() for item in items
+    ]
+    return comparison_table(groups, [item for item in (TOP5, EVAL_LOSS, LOSS, SPEED) if item in present])

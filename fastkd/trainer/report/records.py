@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.trainer.run.checkpoint import MANIFEST, list_checkpoints
-from fastkd.trainer.run.log import METRICS, RUN, SPEED
+from fastkd.trainer.run.log import CLASSES, METRICS, RUN, SEED_FOLDER, SPEED
+from fastkd.trainer.strict_json import check_fields, parse_json, read_json_object
+from fastkd.validate import check_int
 
-_RUN_KEYS = {
-    *("student", "teacher", "teacher_sha256", "train_samples", "eval_samples", "global_batch", "ranks", "steps"),
-    *("learning_rate", "loss_weights", "seed", "precision", "device", "versions", "given_as_objects", "config"),
+_RUN_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("student", "loss_weights", "versions", "config"), dict),
+    **dict.fromkeys(("train_samples", "eval_samples", "global_batch", "ranks", "steps", "seed"), int),
+    **dict.fromkeys(("learning_rate", "precision", "device"), str),
+    "teacher": (dict, type(None)),
+    "teacher_sha256": (str, type(None)),
+    "given_as_objects": list,
 }
 _NOT_A_QUANTITY = {"kind", "step", "epoch"}
 
@@ -30,6 +35,7 @@ class RecordedRun:
         steps, epochs: the records of ``metrics.jsonl`` in the order of their steps, with NaN for null. ``epochs`` also
             have the values of ``speed.jsonl``.
         cut: the last line of ``metrics.jsonl`` is incomplete.
+        classes: ``classes.json``: the counts of every class at the last evaluation. None if there are none yet.
     """
 
     name: str
@@ -39,6 +45,7 @@ class RecordedRun:
     steps: list[dict[str, Any]]
     epochs: list[dict[str, Any]]
     cut: bool
+    classes: dict[str, Any] | None = None
 
     @property
     def steps_per_epoch(self) -> float:
@@ -66,6 +73,12 @@ class RecordedRun:
         known = [record for record in self.epochs if math.isfinite(record.get("accuracy", math.nan))]
         return max(known, key=lambda record: record["accuracy"], default=None)
 
+    @property
+    def teacher_accuracy(self) -> float | None:
+        """The teacher's accuracy on the evaluation set, in [0, 1]. None without a teacher, or if it is unknown."""
+        value = self.info.get("teacher_accuracy")
+        return value if isinstance(value, float) and math.isfinite(value) else None
+
     @cached_property
     def quantities(self) -> list[str]:
         """The names of all recorded values, in the order in which they first appear."""
@@ -75,8 +88,23 @@ class RecordedRun:
         return [name for name in found if name not in _NOT_A_QUANTITY]
 
 
-def read_runs(folders: Sequence[str | Path]) -> list[RecordedRun]:
-    """Read the run folders. ValueError if there are none, if one is given twice, or if ``read_run`` raises it."""
+@dataclass(frozen=True)
+class Group:
+    """What has one row and one colour on the page: a run, or the runs of ``--seeds``."""
+
+    name: str
+    folder: Path
+    runs: list[RecordedRun]
+
+
+def read_groups(folders: Sequence[str | Path]) -> tuple[list[Group], list[str]]:
+    """The runs of the folders, and a line for every folder that cannot be read.
+
+    A folder is that of a run, or holds the runs of ``--seeds`` in its folders ``seed-N``.
+
+    Raises:
+        ValueError: there are no folders, one is given twice, or none of them can be read.
+    """
     paths = [Path(folder).resolve() for folder in folders]
     if not paths:
         raise ValueError("runs: got none, expected at least one run folder")
@@ -86,19 +114,41 @@ def read_runs(folders: Sequence[str | Path]) -> list[RecordedRun]:
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
-    return [read_run(Path(given), "/".join(path.parts[-depth:])) for given, path in zip(folders, paths, strict=True)]
+    groups, problems = [], []
+    for given, path in zip(map(Path, folders), paths, strict=True):
+        runs = []
+        name = "/".join(path.parts[-depth:])
+        seeds = {} if (given / RUN).exists() else _seeds(given)
+        for suffix, folder in (seeds or {"": given}).items():
+            try:
+                runs.append(read_run(folder, f"{name}{suffix}"))
+            except ValueError as error:
+                problems.append(str(error))
+        groups += [Group(name, given, runs)] if runs else []
+    if not groups:
+        raise ValueError(problems[0])
+    return groups, problems
+
+
+def _seeds(folder: Path) -> dict[str, Path]:
+    """The run folders of ``--seeds`` in ``folder``, in the order of the seeds, by what their names add to its own."""
+    numbers = {path: path.name.removeprefix(SEED_FOLDER) for path in folder.glob(f"{SEED_FOLDER}*") if path.is_dir()}
+    found = sorted((int(number), path) for path, number in numbers.items() if number.isdecimal() and number.isascii())
+    return {f", seed {number}": path for number, path in found}
 
 
 def read_run(folder: Path, name: str) -> RecordedRun:
     """Read one run folder. ValueError that names the file if one is missing or cannot be understood."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such run folder")
-    info = _json_object(folder / RUN)
-    if missing := sorted(_RUN_KEYS - info.keys()):
-        raise ValueError(f"{folder / RUN}: lacks {', '.join(missing)}")
-    if missing := sorted({"epochs", "data", "optim"} - info["config"].keys()):
-        raise ValueError(f"{folder / RUN}: its config lacks {', '.join(missing)}")
-    records, cut = read_metrics(folder / METRICS)
+    info = _json_object(folder / RUN, _RUN_FIELDS)
+    check_fields(info["config"], {"epochs": int, "data": dict, "optim": dict}, f"{folder / RUN}: its config")
+    check_int(f"{folder / RUN}: steps", info["steps"], 1)
+    check_int(f"{folder / RUN}: config.epochs", info["config"]["epochs"], 1)
+    manifest = _newest_manifest(folder)
+    # A run that has just begun has not written its first record.
+    begun = manifest is not None or (folder / METRICS).exists()
+    records, cut = read_metrics(folder / METRICS) if begun else ([], False)
     by_kind: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "epoch": {}}
     for record in records:
         by_kind.get(record["kind"], {})[record["step"]] = record
@@ -111,10 +161,11 @@ def read_run(folder: Path, name: str) -> RecordedRun:
         name=name,
         folder=folder,
         info=info,
-        manifest=_newest_manifest(folder),
+        manifest=manifest,
         steps=ordered["step"],
         epochs=ordered["epoch"],
         cut=cut,
+        classes=_classes(folder / CLASSES),
     )
 
 
@@ -129,7 +180,7 @@ def read_metrics(file: Path) -> tuple[list[dict[str, Any]], bool]:
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line.decode())
+            record = parse_json(line)
         except ValueError:
             if number == len(lines):
                 return records, True
@@ -167,21 +218,32 @@ def _newest_manifest(folder: Path) -> dict[str, Any] | None:
     # A run that is going on may have replaced it by a newer one since.
     if not file.exists() and list_checkpoints(folder / "checkpoints")[-1:] != found[-1:]:
         return _newest_manifest(folder)
-    manifest = _json_object(file)
-    if not _is_count(manifest.get("step")) or "labels_sha256" not in manifest:
-        raise ValueError(f"{file}: has no step or no labels_sha256")
+    manifest = _json_object(file, {"step": int, "labels_sha256": (str, type(None)), "config": dict})
+    check_int(f"{file}: step", manifest["step"], 0)
     return manifest
 
 
-def _json_object(file: Path) -> dict[str, Any]:
-    data = _read(file)
+def _classes(file: Path) -> dict[str, Any] | None:
+    """The counts per class, checked. None if there is no such file, as in runs of earlier versions."""
+    if not file.exists():
+        return None
+    found = _json_object(file)
+    columns = [found.get(key) for key in ("classes", "right", "samples")]
+    if (
+        not all(isinstance(column, list) for column in columns)
+        or len({len(column) for column in columns if column}) > 1
+    ):
+        raise ValueError(f"{file}: has no lists classes, right and samples of one length")
+    if not all(map(_is_count, [*found["right"], *found["samples"]])) or not _is_count(found.get("step")):
+        raise ValueError(f"{file}: right, samples and step must be counts")
+    return found | {"classes": list(map(str, found["classes"]))}
+
+
+def _json_object(file: Path, fields: dict[str, Any] | None = None) -> dict[str, Any]:
     try:
-        values = json.loads(data.decode())
-    except ValueError as error:
-        raise ValueError(f"{file}: is not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: holds {type(values).__name__}, expected an object")
-    return values
+        return read_json_object(file, fields)
+    except FileNotFoundError:
+        raise ValueError(f"{file}: is missing") from None
 
 
 def _read(file: Path) -> bytes:

@@ -107,22 +107,22 @@ def range_of_labels(dataset: Any) -> tuple[int, int] | None:
 def check_teacher(
     distiller: Distiller, config: TrainConfig, loader: Any, device: torch.device, precision: str, ranks: Ranks
 ) -> float | None:
-    """The teacher's top-1 accuracy on ``loader``'s data, computed as in training; None where no floor asks for it.
+    """The teacher's top-1 accuracy on ``loader``'s data, computed as in training; None without a teacher.
 
     Raises ValueError on every rank when the accuracy is below ``config.teacher.min_accuracy``. The usual reasons are
     other weights, other classes, or another normalisation than the data's.
     """
-    if distiller.teacher is None or config.teacher is None or config.teacher.min_accuracy is None:
+    if distiller.teacher is None:
         return None
-    floor = config.teacher.min_accuracy
+    floor = None if config.teacher is None else config.teacher.min_accuracy
     accuracy = evaluate(distiller.teacher, loader, device, precision, ranks)["accuracy"]
-    if accuracy < floor:
+    if floor is not None and accuracy < floor:
         raise ValueError(
             f"teacher.min_accuracy: the teacher reaches {accuracy:.4f} on the evaluation set, expected at least "
             f"{floor}; are its weights those of these classes, in this order, and of this normalization?"
         )
     if ranks.is_main and not config.quiet:
-        print(f"teacher accuracy {accuracy:.4f} (at least {floor})")
+        print(f"teacher accuracy {accuracy:.4f}" + (f" (at least {floor})" if floor is not None else ""))
     return accuracy
 
 

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,24 +20,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from fastkd.trainer.models.weights import CheckpointError, WeightsFile, load_tensors, read_weights, save_tensors
+from fastkd.trainer.strict_json import check_fields, read_json_object
 
 STUDENT, LOSS, EMA = "student.safetensors", "loss.safetensors", "ema.safetensors"
 STATE, MANIFEST = "state.pt", "manifest.json"
 _FORMAT = 3
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing, truncated, corrupted, or belongs to something else; the message names the file.
-
-    Example::
-
-        try:
-            weights = load_weights("runs/digits")
-        except CheckpointError as error:
-            print(error)  # runs/digits: no such weights file, checkpoint or run folder
-    """
+_NAME = re.compile(r"step-(\d{1,18})(-evaluated)?", re.ASCII)
 
 
 @dataclass
@@ -120,7 +110,7 @@ class CheckpointFolder:
 
         temporary.mkdir()
         for name, module in modules.items():
-            write(name, partial(save_file, _plain_tensors(module)))
+            write(name, partial(save_tensors, _plain_tensors(module)))
         write(STATE, lambda file: torch.save(state, file))
         body = {"format": _FORMAT, "step": step, "files": dict(files), **manifest}
         body["sha256"] = _manifest_hash(body)
@@ -145,8 +135,7 @@ class CheckpointFolder:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints in ``folder``, oldest first."""
-    names = re.compile(r"step-(\d+)(-evaluated)?")
-    found = [(names.fullmatch(path.name), path) for path in folder.glob("step-*") if path.is_dir()]
+    found = [(_NAME.fullmatch(path.name), path) for path in folder.glob("step-*") if path.is_dir()]
     return [path for match, path in sorted(((int(m[1]), m[2] or ""), path) for m, path in found if m)]
 
 
@@ -155,10 +144,10 @@ def best_checkpoint(checkpoints: list[Path]) -> Path | None:
     found: list[tuple[float, int, Path]] = []
     for path in checkpoints:
         try:
-            accuracy = json.loads((path / MANIFEST).read_bytes())["accuracy"]
-        except (OSError, ValueError, KeyError, TypeError):
+            accuracy = read_json_object(path / MANIFEST).get("accuracy")
+        except (OSError, ValueError):
             continue
-        if isinstance(accuracy, float):
+        if isinstance(accuracy, float) and 0 <= accuracy <= 1:
             found.append((accuracy, len(found), path))
     return max(found)[2] if found else None
 
@@ -188,106 +177,102 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of the checkpoint folder ``path``, after every file has been compared with it."""
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_bytes())
-        stated = manifest.pop("sha256")
-        files, version = manifest["files"], manifest["format"]
+        manifest = read_json_object(file)
+        stated = manifest.pop("sha256", None)
+        if stated != _manifest_hash(manifest):
+            raise ValueError(f"{file}: is corrupted, its sha256 differs from the one it states")
+        if manifest.get("format") != _FORMAT:
+            raise ValueError(f"{file}: has format {manifest.get('format')!r}, expected {_FORMAT}")
+        check_fields(manifest, {"step": int, "config": dict, "files": dict}, str(file))
+        _check_manifest(path, manifest)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: is truncated or corrupted ({error})") from error
-    if stated != _manifest_hash(manifest):
-        raise CheckpointError(f"{file}: is corrupted, its sha256 differs from the one it states")
-    if version != _FORMAT:
-        raise CheckpointError(f"{file}: has format {version}, expected {_FORMAT}")
-    if not isinstance(manifest.get("step"), int) or not isinstance(manifest.get("config"), dict):
-        raise CheckpointError(f"{file}: has no step or no config")
-    for name in (STUDENT, LOSS, STATE):
-        if name not in files:
-            raise CheckpointError(f"{file}: does not list {name}")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+    return manifest
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """ValueError when a field is not what we write, or a file is not the one that the manifest describes."""
+    file, files = path / MANIFEST, manifest["files"]
+    text_or_null, list_or_null = (str, type(None)), (list, type(None))
+    optional: dict[str, type | tuple[type, ...]] = {
+        "epoch": int,
+        "train_samples": int,
+        "versions": dict,
+        "given_as_objects": list,
+        "labels_sha256": text_or_null,
+        "teacher_sha256": text_or_null,
+        "accuracy": (float, type(None)),
+        "classes": list_or_null,
+        "normalization": list_or_null,
+    }
+    check_fields(manifest, {name: kind for name, kind in optional.items() if name in manifest}, str(file))
+    for name in ("given_as_objects", "classes"):
+        if not all(isinstance(item, str) for item in manifest.get(name) or []):
+            raise ValueError(f"{file}: {name} is a list of something else than str")
+    if not all(isinstance(version, str) for version in manifest.get("versions", {}).values()):
+        raise ValueError(f"{file}: versions holds something else than str")
+    for part in manifest.get("normalization") or []:
+        if not isinstance(part, list) or not all(isinstance(value, float) for value in part):
+            raise ValueError(f"{file}: normalization is something else than lists of float")
+    named = _NAME.fullmatch(path.name)
+    if named and int(named[1]) != manifest["step"]:
+        raise ValueError(f"{path}: is the checkpoint of step {manifest['step']} under another name; rename it")
     for name in (STUDENT, LOSS, STATE, *([EMA] if EMA in files else [])):
+        if name not in files:
+            raise ValueError(f"{file}: does not list {name}")
+        if not isinstance(files[name], dict):
+            raise ValueError(f"{file}: files.{name} is of type {type(files[name]).__name__}, expected dict")
+        check_fields(files[name], {"bytes": int, "sha256": str}, f"{file}: files.{name}")
         if not (path / name).is_file():
-            raise CheckpointError(f"{path / name}: is missing")
+            raise ValueError(f"{path / name}: is missing")
         size = (path / name).stat().st_size
         if size != files[name]["bytes"]:
-            raise CheckpointError(f"{path / name}: is truncated: {size} bytes, expected {files[name]['bytes']}")
+            raise ValueError(f"{path / name}: is truncated: {size} bytes, expected {files[name]['bytes']}")
         if file_hash(path / name) != files[name]["sha256"]:
-            raise CheckpointError(f"{path / name}: is corrupted: its sha256 differs from the one in {MANIFEST}")
-    return manifest
+            raise ValueError(f"{path / name}: is corrupted: its sha256 differs from the one in {MANIFEST}")
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Verify and read the checkpoint folder ``path``. Raises CheckpointError naming the file and what is wrong."""
     manifest = read_manifest(path)
-    state = _load_tensors(path / STATE)
+    state = load_tensors(path / STATE)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path / STATE}: holds {type(state).__name__}, expected a dict")
-    weights = {name: _load_tensors(path / name) for name in (STUDENT, LOSS, EMA) if name in manifest["files"]}
+    weights = {name: load_tensors(path / name) for name in (STUDENT, LOSS, EMA) if name in manifest["files"]}
     return Checkpoint(path, manifest, weights, state)
 
 
-def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """A model's state dict from a ``.safetensors`` file, a ``.pt`` / ``.pth`` / ``.bin`` state dict (also under the key
-    ``state_dict`` or ``model``), a fastkd checkpoint or a fastkd run folder (their student, as it was evaluated)::
-
-        model.load_state_dict(load_weights("runs/digits"))
-
-    Nothing is executed: pickles are read with ``weights_only=True``. Raises CheckpointError naming the file.
-    """
+def find_weights(path: str | Path) -> WeightsFile:
+    """The state dict that ``path`` means: a weights file's, or a checkpoint's or run folder's student as evaluated."""
     path = Path(path)
     if path.is_dir():
         checkpoint = find_checkpoint(path)
         path = checkpoint / (EMA if EMA in read_manifest(checkpoint)["files"] else STUDENT)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such weights file, checkpoint or run folder")
-    state = _load_tensors(path)
-    if isinstance(state, dict):
-        for key in ("state_dict", "model"):
-            if isinstance(state.get(key), dict):
-                state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: holds no state dict (names to tensors)")
+    return read_weights(path)
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """A model's state dict from a ``.safetensors`` file, from what ``torch.save`` wrote (a state dict, or one under a
+    usual key such as ``state_dict``, of which ``state_dict_ema`` goes first), from a fastkd checkpoint or from a fastkd
+    run folder (their student, as it was evaluated)::
+
+        model.load_state_dict(load_weights("runs/digits"))
+
+    The prefixes of DistributedDataParallel and torch.compile are left out. Nothing is executed: pickles are read with
+    ``weights_only=True``. Raises CheckpointError naming the file.
+    """
+    from timm.models import clean_state_dict
+
+    state: dict[str, Tensor] = clean_state_dict(find_weights(path).state)
     return state
-
-
-def load_into(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """``module.load_state_dict`` after a check of names and shapes; CheckpointError lists what differs."""
-    own = module.state_dict()
-    problems = [f"missing {name}" for name in own if name not in state]
-    problems += [f"unexpected {name}" for name in state if name not in own]
-    problems += [
-        f"{name}: {tuple(state[name].shape)} in the file, {tuple(tensor.shape)} in the model"
-        for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(f"{source}: does not fit {type(module).__name__}: {'; '.join(problems[:8])}{more}")
-    module.load_state_dict(state)
 
 
 def file_hash(path: Path) -> str:
     """sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _load_tensors(path: Path) -> Any:
-    """The content of a safetensors file or of a weights_only pickle; every failure becomes a CheckpointError."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: is truncated or corrupted ({error})") from error
-    except pickle.UnpicklingError as error:
-        # Not torch's message, which advises to load the file in a way that executes what is in it.
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it needs {found[1]}" if found else "it is damaged or holds other objects"
-        raise CheckpointError(f"{path}: cannot be read as tensors and plain types ({reason})") from None
-    # torch.load raises half a dozen other kinds of exception on a damaged file.
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read as tensors and plain types ({reason})") from error
 
 
 def _plain_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
+import warnings
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +18,7 @@ from fastkd.trainer.models.build import ModelConfig, count_parameters
 from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.objective.config import describe_terms
 from fastkd.trainer.optim import Schedule
+from fastkd.trainer.run.checkpoint import Checkpoint
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.state import Identity
 
@@ -21,7 +26,7 @@ from fastkd.trainer.run.state import Identity
 def versions() -> dict[str, str]:
     """The versions of Python, fastkd and the packages that decide a run's numbers."""
     found = {"python": platform.python_version()}
-    for package in ("fastkd", "torch", "torchvision", "timm", "torchdata", "numpy", "safetensors"):
+    for package in ("fastkd", "torch", "torchvision", "timm", "numpy", "safetensors"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -57,6 +62,7 @@ def describe(
         "student": model("student", distiller.student, config.student),
         "teacher": None if distiller.teacher is None else model("teacher", distiller.teacher.model, config.teacher),
         "teacher_sha256": identity.teacher_sha256,
+        "classes": distiller.classes,
         "train_samples": identity.train_samples,
         "eval_samples": eval_samples,
         "global_batch": config.data.batch_size,
@@ -69,9 +75,45 @@ def describe(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "versions": versions(),
         "torchrun": os.environ.get("TORCHELASTIC_RUN_ID"),
+        "command": command_line(),
         "given_as_objects": identity.given_as_objects,
         "config": identity.config,
     }
+
+
+def command_line() -> str:
+    """The command that started this process, as a shell takes it."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return shlex.join(["python", "-m", program.parent.name, *sys.argv[1:]])
+    return shlex.join([program.name if program.suffix != ".py" else f"python {program}", *sys.argv[1:]])
+
+
+def changes(
+    checkpoint: Checkpoint, config: TrainConfig, schedule: Schedule, step: int, device: torch.device
+) -> list[str]:
+    """Lines about what a resumed run changes of what it computes. A warning for what may change its last bits."""
+    threads = checkpoint.manifest.get("threads")  # absent from a checkpoint of an earlier version
+    if device.type == "cpu" and threads not in (None, torch.get_num_threads()):
+        warnings.warn(
+            f"{checkpoint.path}: was written on {threads} thread(s), this process has {torch.get_num_threads()}: "
+            f"the last bits may differ from an uninterrupted run's (OMP_NUM_THREADS={threads} keeps them)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    lines = []
+    before = checkpoint.manifest["config"]
+    if before["epochs"] != config.epochs:
+        batch = config.data.batch_size
+        per_epoch = schedule.total // config.epochs
+        old = Schedule(config.optim, steps_per_epoch=per_epoch, epochs=before["epochs"], global_batch=batch)
+        now = f"; the next step has lr {schedule(step):.4g}" if step < schedule.total else ""
+        last = f" (the last step had {old(step - 1):.4g})" if now and step else ""
+        lines.append(
+            f"epochs {before['epochs']} -> {config.epochs}: the learning rate follows the schedule of {config.epochs} "
+            f"epochs from here on{now}{last}"
+        )
+    return lines
 
 
 def header(info: dict[str, Any]) -> list[str]:

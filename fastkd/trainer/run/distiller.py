@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Self
 
 import torch
@@ -17,7 +17,7 @@ from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShape
 from fastkd.trainer.objective.objective import Objective, needs
 from fastkd.trainer.objective.terms import TermFunction
 from fastkd.trainer.run.accumulate import in_chunks, recomputed
-from fastkd.trainer.run.checkpoint import load_into, load_weights
+from fastkd.trainer.run.checkpoint import find_weights
 
 
 class FrozenModel(nn.Module):
@@ -102,8 +102,12 @@ class Distiller(nn.Module):
         loss, terms = distiller(images, labels)
     """
 
-    def __init__(self, student: FeatureModel, teacher: FeatureModel | None, objective: Objective) -> None:
+    def __init__(
+        self, student: FeatureModel, teacher: FeatureModel | None, objective: Objective, classes: int = 0
+    ) -> None:
+        """``classes``: the width of the student's logits where it is known; the trainer counts per class then."""
         super().__init__()
+        self.classes = classes
         self.student = student
         self.teacher = None if teacher is None else FrozenModel(teacher)
         self.objective = objective
@@ -155,8 +159,11 @@ def build_distiller(
     student: nn.Module | None = None,
     teacher: nn.Module | None = None,
     terms: Mapping[str, nn.Module | TermFunction] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Distiller:
     """The distiller of ``config``; given modules replace what the config would build.
+
+    ``tell`` gets a line for each model whose weights were read.
 
     ``images`` [B, C, H, W] is a small batch. One forward pass of each model tells its feature dimension and its
     classes; a second one finds its last map if a term needs maps.
@@ -168,7 +175,7 @@ def build_distiller(
     """
     maps = needs("maps", config.objective, terms)
     optional = not (maps or needs("features", config.objective, terms))
-    student_model = _feature_model("student", config.student, student, optional)
+    student_model = _feature_model("student", config.student, student, optional, tell)
     if student_model is None:
         raise ValueError("student: got None, expected config.student or a module")
     shapes = _measured("student", student_model, images, maps)
@@ -180,17 +187,17 @@ def build_distiller(
         raise ValueError(f"teacher: objective.terms={config.objective.terms!r} {has}")
     if not wanted:
         alone = Objective(config.objective, shapes, shapes, terms, unlabelled=config.data.unlabelled)
-        return Distiller(student_model, None, alone)
+        return Distiller(student_model, None, alone, shapes.classes)
     if teacher is None and config.teacher is not None and not (config.teacher.weights or config.teacher.pretrained):
         raise ValueError("teacher.weights: got None, expected trained weights (or pretrained=True, or a module)")
-    teacher_model = _feature_model("teacher", config.teacher, teacher, optional)
+    teacher_model = _feature_model("teacher", config.teacher, teacher, optional, tell)
     assert teacher_model is not None
     _check_nothing_shared(student_model, teacher_model)
     teacher_shapes = _measured("teacher", teacher_model, images, maps)
     if shapes.classes != teacher_shapes.classes:
         raise ValueError(f"teacher: has {teacher_shapes.classes} classes, expected the student's {shapes.classes}")
     objective = Objective(config.objective, shapes, teacher_shapes, terms, unlabelled=config.data.unlabelled)
-    return Distiller(student_model, teacher_model, objective)
+    return Distiller(student_model, teacher_model, objective, shapes.classes)
 
 
 def _check_nothing_shared(student: FeatureModel, teacher: FeatureModel) -> None:
@@ -213,10 +220,10 @@ def takes_classes(config: ModelConfig) -> bool:
 def _built(role: str, config: ModelConfig) -> nn.Module:
     """The model. What is wrong with its settings is told by the names of ``role``'s flags."""
     try:
-        return build_model(config)
+        return build_model(config, role)
     except (ValueError, TypeError) as error:
         if not isinstance(error, TypeError) or "argument" not in str(error):
-            raise type(error)(str(error).replace("model.", f"{role}.", 1)) from error
+            raise
         raise ValueError(
             f"{role}.options: {config.name!r} with {config.options}: {error}; set all of them with "
             f"--{role}.options '{{...}}'"
@@ -237,7 +244,7 @@ def _measured(role: str, model: FeatureModel, images: Tensor, maps: bool) -> Mod
 
 
 def _feature_model(
-    role: str, config: ModelConfig | None, module: nn.Module | None, optional: bool
+    role: str, config: ModelConfig | None, module: nn.Module | None, optional: bool, tell: Callable[[str], None]
 ) -> FeatureModel | None:
     """The given module, or the configured one with its weights; None when there is neither."""
     names = {} if config is None else {"classifier": config.classifier, "feature_map": config.feature_map}
@@ -249,5 +256,5 @@ def _feature_model(
         return None
     model = _built(role, config)
     if config.weights is not None:
-        load_into(model, load_weights(config.weights), config.weights)
+        tell(find_weights(config.weights).load_into(model, role))
     return FeatureModel(model, **names, optional=optional)

@@ -22,6 +22,7 @@ def evaluate(
     ranks: Ranks | None = None,
     *,
     confusion: Tensor | None = None,
+    per_class: Tensor | None = None,
     stop: StopRequest | None = None,
 ) -> dict[str, float]:
     """``accuracy`` (top-1) and ``top5`` in [0, 1], ``eval_loss`` (mean cross-entropy in nats)::
@@ -29,8 +30,9 @@ def evaluate(
         evaluate(FeatureModel(module), DataLoader(dataset, 256), torch.device("cpu"))["accuracy"]
 
     Leaves ``model`` in eval mode. With several ``ranks`` the values cover the samples of all ranks' loaders.
-    ``confusion`` [C, C], int64, gets 1 added at (label, prediction) for every sample of this rank's loader. Once
-    ``stop`` is requested the remaining batches are left out, and the values mean nothing.
+    ``confusion`` [C, C], int64, gets 1 added at (label, prediction) for every sample of this rank's loader.
+    ``per_class`` [2, C], int64 on ``device``, gets the right samples and all samples of every class, over all ranks.
+    Once ``stop`` is requested the remaining batches are left out, and the values mean nothing.
     """
     ranks = ranks or Ranks()
     ranks.broadcast_buffers(model)
@@ -48,10 +50,15 @@ def evaluate(
         first = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         counts += torch.stack([(found == labels).sum(), first.sum(), torch.full_like(counts[2], len(labels))])
         loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
+        if per_class is not None:
+            per_class[0].index_add_(0, labels, (found == labels).long())
+            per_class[1].index_add_(0, labels, torch.ones_like(labels))
         if confusion is not None:
             classes = len(confusion)
             confusion += torch.bincount(labels * classes + found, minlength=classes**2).view(classes, classes).cpu()
     counts, loss = ranks.sum(counts), ranks.sum(loss)
+    if per_class is not None:
+        per_class.copy_(ranks.sum(per_class))
     right, among_five, samples = counts.tolist()
     if samples == 0 and not (stop is not None and stop.signal):
         raise ValueError("eval_data: got an empty dataset, expected at least one sample")

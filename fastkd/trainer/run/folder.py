@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+from torch import Tensor
+
+from fastkd.trainer.callbacks import Callback, Outcome
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.rng import rng_state
 from fastkd.trainer.run.checkpoint import (
@@ -19,10 +24,11 @@ from fastkd.trainer.run.checkpoint import (
     read_checkpoint,
 )
 from fastkd.trainer.run.config_file import CONFIG, write_config
-from fastkd.trainer.run.log import METRICS, RUN, RunLog
+from fastkd.trainer.run.log import CLASSES, METRICS, RUN, RunLog
 from fastkd.trainer.run.meter import check_finite
 from fastkd.trainer.run.ranks import Ranks
 from fastkd.trainer.run.state import Identity, RunState, check_resumable
+from fastkd.trainer.strict_json import read_json_object
 
 
 def open_run(config: TrainConfig) -> tuple[Path | None, Checkpoint | None]:
@@ -70,13 +76,13 @@ def open_run(config: TrainConfig) -> tuple[Path | None, Checkpoint | None]:
 def _begun_by_this_job(file: Path) -> bool:
     """Whether the torchrun job that restarts now is the one that began the run."""
     try:
-        return json.loads(file.read_bytes())["torchrun"] == os.environ.get("TORCHELASTIC_RUN_ID")
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json_object(file)["torchrun"] == os.environ.get("TORCHELASTIC_RUN_ID")
+    except (OSError, ValueError, KeyError):
         return False
 
 
 class RunFolder:
-    """Writes a run's checkpoints, ``run.json`` and records, and prints its lines.
+    """Writes a run's checkpoints, ``run.json``, ``classes.json`` and records, tells its callbacks, prints its lines.
 
     All ranks call its methods in the same order, and rank 0 writes. From its construction to its exit, no other process
     can train in the folder. ``path=None`` writes no file. ``newest`` is the path of the last checkpoint.
@@ -91,6 +97,7 @@ class RunFolder:
         info: dict[str, Any],
         state: RunState,
         ranks: Ranks,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.path, self.keep, self.identity, self.info = path, config.keep, identity, info
         self.state, self.ranks = state, ranks
@@ -106,12 +113,20 @@ class RunFolder:
                 step=state.progress.step,
                 steps=info["steps"],
                 quiet=config.quiet or not ranks.is_main,
+                callbacks=callbacks if ranks.is_main else (),
             )
             opened.callback(self.log.close)
+            # Tells the callbacks of a run that does not come to its end.
+            opened.callback(lambda: self.log.end("failed", self.newest))
             self._opened = opened.pop_all()
         self._begun = time.perf_counter() - state.progress.seconds
 
     def __enter__(self) -> Self:
+        try:
+            self.ranks.on_main(lambda: self.log.start(self.info, self.state.progress.step))
+        except BaseException:
+            self._opened.close()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -121,6 +136,23 @@ class RunFolder:
     def seconds(self) -> float:
         """How long the run has trained so far, in seconds of wall-clock; the time before a resume counts too."""
         return time.perf_counter() - self._begun
+
+    def end(self, outcome: Outcome) -> None:
+        """Tell the callbacks that the run has ended. What one of them raised is raised here, on every rank."""
+        self.ranks.on_main(lambda: self.log.end(outcome, self.newest))
+
+    def write_classes(self, per_class: Tensor, names: Sequence[Any] | None) -> None:
+        """Write ``classes.json``: of how many samples of each class how many were right in the evaluation at this step.
+
+        ``per_class``: [2, C], as ``evaluate`` fills it. ``names`` are those of the classes if the data have C names.
+        """
+        if self.path is None or not self.ranks.is_main:
+            return
+        right, samples = per_class.tolist()
+        known = isinstance(names, list | tuple) and len(names) == len(samples)
+        shown = [str(name) for name in names] if known and names else [str(number) for number in range(len(samples))]
+        values = {"step": self.state.progress.step, "classes": shown, "right": right, "samples": samples}
+        self._replace(CLASSES, json.dumps(values))
 
     def save(self, accuracy: float | None = None) -> None:
         """Write a checkpoint of the present state; ``accuracy`` if it was evaluated.
@@ -138,10 +170,15 @@ class RunFolder:
             # Locks the folder before anything in it changes.
             self._checkpoints = CheckpointFolder(self.path / "checkpoints", self.keep)
             opened.callback(self._checkpoints.close)
-            temporary = self.path / (RUN + ".tmp")
-            temporary.write_text(json.dumps(self.info, indent=1) + "\n")
-            os.replace(temporary, self.path / RUN)
+            self._replace(RUN, json.dumps(self.info, indent=1) + "\n")
             write_config(self.path / CONFIG, self.info["config"], self.identity.given_as_objects)
+
+    def _replace(self, name: str, text: str) -> None:
+        """Write a file of the run so that a reader sees the old one or the whole new one."""
+        assert self.path is not None
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, self.path / name)
 
     def _write(self, generators: list[dict[str, Any]], accuracy: float | None) -> Path:
         assert self._checkpoints is not None
@@ -149,7 +186,13 @@ class RunFolder:
         check_finite(state.distiller, progress.step)
         progress.metrics_bytes = self.log.sync()
         progress.seconds = self.seconds
-        details = {"epoch": progress.epoch, "accuracy": accuracy, "versions": self.info["versions"]}
+        details = {
+            "epoch": progress.epoch,
+            "accuracy": accuracy,
+            "teacher_accuracy": self.info["teacher_accuracy"],
+            "threads": torch.get_num_threads(),
+            "versions": self.info["versions"],
+        }
         return self._checkpoints.save(
             progress.step,
             state.modules,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from fastkd.trainer.callbacks import Callback, built_in
 from fastkd.trainer.config import TrainConfig, without_initial_weights
 from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.objective.terms import TermFunction
@@ -18,10 +20,12 @@ from fastkd.trainer.optim import Schedule
 from fastkd.trainer.precision import choose_device
 from fastkd.trainer.rng import seed_everything
 from fastkd.trainer.run.check import check_teacher, report_broken
-from fastkd.trainer.run.describe import describe, header
+from fastkd.trainer.run.checkpoint import best_checkpoint, list_checkpoints, read_manifest
+from fastkd.trainer.run.describe import changes, describe, header
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.evaluate import evaluate
 from fastkd.trainer.run.folder import RunFolder, open_run
+from fastkd.trainer.run.log import FAILED
 from fastkd.trainer.run.meter import Clock, Meter, NonFiniteLossError
 from fastkd.trainer.run.prepare import build_models, identify, open_data, with_classes
 from fastkd.trainer.run.ranks import join_ranks
@@ -56,6 +60,12 @@ class TrainResult:
     already_finished: bool
     stopped_by: signal.Signals | None = None
 
+    @property
+    def best(self) -> tuple[float, Path] | None:
+        """Accuracy and path of the best checkpoint that was kept (``--best``). None if none was evaluated."""
+        best = None if self.path is None else best_checkpoint(list_checkpoints(self.path.parent))
+        return None if best is None else (read_manifest(best)["accuracy"], best)
+
 
 def train(
     config: TrainConfig,
@@ -65,6 +75,7 @@ def train(
     train_data: Any = None,
     eval_data: Any = None,
     terms: Mapping[str, nn.Module | TermFunction] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Train ``config.student`` by ``config.objective``; objects given as arguments replace what the config would build.
 
@@ -77,9 +88,10 @@ def train(
 
     ``student`` / ``teacher`` are modules, or ``FeatureModel(module, classifier)`` to name the classifier layer. A given
     teacher is left frozen: in eval mode and without gradient. ``train_data`` / ``eval_data`` are map-style datasets of
-    (image, label), given together. ``terms`` are own objective terms. Reseeds torch's, Python's and numpy's generators.
-    Under ``torchrun`` every rank calls this and gets the same result: see ``fastkd.trainer.run.ranks``. SIGTERM and
-    SIGUSR1 end the run after the step they fall into, with a checkpoint to resume from.
+    (image, label), given together. ``terms`` are own objective terms. ``callbacks`` watch the run: see ``Callback``.
+    Reseeds torch's, Python's and numpy's generators. Under ``torchrun`` every rank calls this and gets the same result:
+    see ``fastkd.trainer.run.ranks``. SIGTERM and SIGUSR1 end the run after the step they fall into, with a checkpoint
+    to resume from.
 
     Raises:
         ValueError, TypeError: a setting that is wrong, or does not fit the others.
@@ -89,6 +101,7 @@ def train(
     """
     # Who am I: this process among the ranks, its device, its folder, and the checkpoint to go on from.
     ranks = join_ranks()
+    watching = [*(built_in(config.tensorboard, config.track) if ranks.is_main else ()), *callbacks]
     device = ranks.place(choose_device(config.device, config.precision))
     path, checkpoint = ranks.on_main(lambda: open_run(config))
 
@@ -102,7 +115,7 @@ def train(
     distiller, prepared = build_models(
         initial, data, device, ranks, resumed=resumed, student=student, teacher=teacher, terms=terms
     )
-    per_epoch = len(data.loader)
+    per_epoch = len(data.batches)
     total = per_epoch * config.epochs
     schedule = Schedule(
         config.optim, steps_per_epoch=per_epoch, epochs=config.epochs, global_batch=config.data.batch_size
@@ -111,18 +124,23 @@ def train(
     ranks.check_same(vars(identity))
     info = describe(config, distiller, device, schedule, len(data.eval_set), identity, ranks.world_size)
     if checkpoint is None:
-        check_teacher(distiller, config, data.eval_loader, device, config.precision, ranks)
+        info["teacher_accuracy"] = check_teacher(distiller, config, data.eval_loader, device, config.precision, ranks)
+    else:
+        info["teacher_accuracy"] = checkpoint.manifest.get("teacher_accuracy")
 
     # Where it stands: at the beginning, or as the checkpoint has it. The same generator state begins every run of a
     # seed, whatever the construction above drew from it.
     seed_everything(config.seed, ranks.rank)
     step = TrainStep(distiller, config, device, ranks)
     meter = Meter(ranks.mean, max_skipped=config.max_skipped, scaled=config.precision == "fp16")
-    state = RunState(distiller, step, meter, data.loader, Progress())
+    state = RunState(distiller, step, meter, Progress())
     if checkpoint is not None:
         identity.check(checkpoint)
         state.restore(checkpoint, config.seed, ranks.rank)
     progress = state.progress
+    if progress.step > total:
+        done = -(-progress.step // per_epoch)
+        raise ValueError(f"epochs: got {config.epochs}, expected at least the {done} that the checkpoint has begun")
     result = TrainResult(
         accuracy=progress.history[-1].get("accuracy", math.nan) if progress.history else math.nan,
         history=progress.history,
@@ -141,7 +159,7 @@ def train(
         ranks.close()
         return result
 
-    folder = RunFolder(path, checkpoint, config, identity, info, state, ranks)
+    folder = RunFolder(path, checkpoint, config, identity, info, state, ranks, watching)
     log = folder.log
     meter.report = log.print
     try:
@@ -151,20 +169,24 @@ def train(
             if checkpoint is None:
                 folder.save()
             else:
-                log.print(f"resumed from {checkpoint.path} at step {progress.step} of {total}")
+                for line in (
+                    f"resumed from {checkpoint.path} at step {progress.step} of {total}",
+                    *(changes(checkpoint, config, schedule, progress.step, device) if ranks.is_main else ()),
+                ):
+                    log.print(line)
 
             stopping = 0
             for epoch in range(progress.epoch, config.epochs):
                 end = (epoch + 1) * per_epoch
                 if progress.step == epoch * per_epoch:
                     meter.reset()
-                data.set_epoch(epoch)
+                data.set_epoch(epoch, progress.step - epoch * per_epoch)
                 distiller.begin_epoch(epoch)
                 clock = Clock()
                 # A run that was stopped before its evaluation has the steps of this epoch behind it.
                 for images, labels in clock.watch(data.loader) if progress.step < end else ():
                     lr = schedule(progress.step)
-                    rows = data.loader.batch_sampler.rows(progress.step % per_epoch)
+                    rows = data.batches.rows(progress.step % per_epoch)
                     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                     images, labels = data.mix(images, labels)
                     meter.add(progress.step + 1, *step(images, labels, ranks.weight(len(labels), rows), lr))
@@ -174,8 +196,8 @@ def train(
                     if progress.step % config.log_every == 0:
                         meter.flush()
                         values = {"epoch": epoch, "lr": lr, **meter.latest, **distiller.scalars()}
-                        log.record("step", progress.step, values)
-                    stopping = ranks.largest(stop.signal)
+                        log.record("step", progress.step, values, clock.values()["images_per_second"])
+                    stopping = ranks.largest(stop.signal or log.failed)
                     by_step = config.save_every_steps and progress.step % config.save_every_steps == 0
                     if (by_step or stopping) and progress.step < end:
                         folder.save()
@@ -191,16 +213,20 @@ def train(
                 record = {"epoch": epoch, "lr": schedule(end - 1), **meter.means(), **distiller.scalars()}
                 finished = epoch + 1 == config.epochs
                 if finished or (epoch + 1) % config.eval_every == 0:
-                    record.update(evaluate(step.deployed, data.eval_loader, device, config.precision, ranks, stop=stop))
+                    counts = torch.zeros((2, distiller.classes), dtype=torch.long, device=device)
+                    watched: dict[str, Any] = {"per_class": counts, "stop": stop}
+                    record.update(evaluate(step.deployed, data.eval_loader, device, config.precision, ranks, **watched))
                     stopping = ranks.largest(stop.signal)
                     if stopping:
                         folder.save()
                         break
                     result.accuracy = record["accuracy"]
+                    folder.write_classes(counts, getattr(data.eval_set, "classes", None))
                     shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "epoch")
                     log.print(f"epoch {epoch + 1}/{config.epochs}  {shown}")
                 progress.epoch = epoch + 1
                 log.record("epoch", progress.step, record)
+                stopping = ranks.largest(stop.signal or log.failed)
                 progress.history.append({"step": progress.step, **record})
                 by_epoch = config.save_every_epochs and progress.epoch % config.save_every_epochs == 0
                 by_step = config.save_every_steps and progress.step % config.save_every_steps == 0
@@ -209,8 +235,9 @@ def train(
                 if stopping:
                     break
             if progress.epoch < config.epochs:
-                result.stopped_by = signal.Signals(stopping)
                 log.print(f"stopped at step {progress.step} of {total}; resume from {folder.newest}")
+                result.stopped_by = None if stopping == FAILED else signal.Signals(stopping)
+            folder.end("failed" if stopping == FAILED else "finished" if result.stopped_by is None else "stopped")
     except NonFiniteLossError as error:
         kept = f"the last good checkpoint is {folder.newest}" if folder.newest else "no checkpoint was kept"
         raise NonFiniteLossError(f"{error}; {kept}") from None

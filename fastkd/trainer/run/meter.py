@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd.trainer.run.distiller import Distiller
+from fastkd.validate import check_int, check_number, check_type
 
 
 class NonFiniteLossError(RuntimeError):
@@ -100,7 +101,15 @@ class Meter:
         return {"sums": dict(self.sums), "count": self.count, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what ``state_dict`` returned."""
+        """Take what ``state_dict`` returned; KeyError, TypeError or ValueError for anything else."""
+        check_type("meter.sums", state["sums"], dict)
+        for name, value in state["sums"].items():
+            check_type("meter.sums", name, str)
+            if not (isinstance(value, float) and not math.isfinite(value)):  # only the total is always finite
+                check_number(f"meter.sums.{name}", value)
+        for name in ("count", "skipped"):
+            check_int(f"meter.{name}", state[name], 0)
+            check_number(f"meter.{name}", state[name], 0, 2**62)
         self.sums, self.count, self.skipped = dict(state["sums"]), state["count"], state["skipped"]
 
 

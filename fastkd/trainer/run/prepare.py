@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.datasets import build_datasets, choose_data, names_of_classes, without_download
 from fastkd.trainer.data.labels import labels_hash, normalization_of
-from fastkd.trainer.data.loader import eval_loader, first_images, train_loader
+from fastkd.trainer.data.loader import GlobalBatches, eval_loader, first_images, train_loader
 from fastkd.trainer.data.mix import BatchMix
 from fastkd.trainer.models.build import Normalization, check_normalization, trained_normalization
 from fastkd.trainer.objective.terms import TermFunction
@@ -30,16 +29,23 @@ from fastkd.trainer.run.state import Identity
 class RunData:
     """The data of a run: both datasets, this rank's loaders, and the images of a batch of two.
 
-    ``set_epoch`` tells ``loader`` the epoch before each pass. ``mix`` is what a batch of it goes through then.
+    ``set_epoch`` tells ``loader`` the epoch, and the batch to begin with, before each pass. ``mix`` is what a batch of
+    it goes through then.
     """
 
     train_set: Any
     eval_set: Any
-    loader: StatefulDataLoader
-    set_epoch: Callable[[int], None]
+    loader: DataLoader[Any]
+    set_epoch: Callable[[int, int], None]
     eval_loader: DataLoader[Any]
     sample: Tensor
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda images, labels: (images, labels)
+
+    @property
+    def batches(self) -> GlobalBatches:
+        """Which samples are in which batch of this rank."""
+        assert isinstance(self.loader.batch_sampler, GlobalBatches)
+        return self.loader.batch_sampler
 
 
 def open_data(config: TrainConfig, train_data: Any, eval_data: Any, device: torch.device, ranks: Ranks) -> RunData:
@@ -94,24 +100,30 @@ def build_models(
     terms: Mapping[str, nn.Module | TermFunction] | None,
 ) -> tuple[Distiller, list[str]]:
     """The distiller on ``device``, checked against the data and ready for the first step; and lines for the user."""
-    distiller = build_distiller(config, data.sample, student=student, teacher=teacher, terms=terms).to(device)
-    outputs = check_fit(config, distiller, data.sample, data.loader.batch_sampler, data.train_set, data.eval_set)
+    told: list[str] = []
+    distiller = build_distiller(
+        config, data.sample, student=student, teacher=teacher, terms=terms, tell=told.append
+    ).to(device)
+    outputs = check_fit(config, distiller, data.sample, data.batches, data.train_set, data.eval_set)
     if not resumed:
         check_outputs(outputs, names_of_classes(data.train_set))
     data.mix = BatchMix(config.data, outputs)
     note = getattr(data.train_set, "note", None)
     lines = prepare(distiller, config, device, ranks, normalization_of(data.train_set))
-    return distiller, [*([note] if note else []), *lines]
+    return distiller, [*told, *([note] if note else []), *lines]
 
 
 def identify(config: TrainConfig, data: RunData, distiller: Distiller, objects: dict[str, Any]) -> Identity:
     """The run's identity; ``objects`` are the arguments of ``train`` that may replace what the config would build."""
+    normalization = normalization_of(data.train_set)
     return Identity(
         config=config.to_dict(),
         given_as_objects=[name for name, value in objects.items() if value is not None],
         train_samples=len(data.train_set),
         labels_sha256=labels_hash(data.train_set),
         teacher_sha256=None if distiller.teacher is None else weights_hash(distiller.teacher.model.model),
+        classes=names_of_classes(data.train_set),
+        normalization=None if normalization is None else [list(map(float, values)) for values in normalization],
     )
 
 

@@ -10,19 +10,22 @@ A checkpoint is a folder ``step-00000123`` with
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import nn
-from torchdata.stateful_dataloader import StatefulDataLoader
 
-from fastkd.trainer.config import differences
+from fastkd.trainer.config import TrainConfig, differences
+from fastkd.trainer.models.weights import load_into
 from fastkd.trainer.rng import mix_seed, restore_rng, rng_state, seed_everything
-from fastkd.trainer.run.checkpoint import EMA, LOSS, MANIFEST, STATE, STUDENT, Checkpoint, CheckpointError, load_into
+from fastkd.trainer.run.checkpoint import EMA, LOSS, MANIFEST, STATE, STUDENT, Checkpoint, CheckpointError
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.meter import Meter
 from fastkd.trainer.run.step import TrainStep
+from fastkd.trainer.strict_json import check_fields
+from fastkd.validate import check_number, check_type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,8 @@ class Identity:
     """What a run must have in common with the checkpoint that it resumes from.
 
     ``given_as_objects`` names the arguments of ``train`` that replaced what the config would build; the config does not
-    describe those.
+    describe those. ``classes`` are the names of the classes, ``normalization`` the means and the deviations of
+    the images' channels; each is None if the data do not say.
     """
 
     config: dict[str, Any]
@@ -38,6 +42,8 @@ class Identity:
     train_samples: int
     labels_sha256: str | None
     teacher_sha256: str | None
+    classes: list[str] | None = None
+    normalization: list[list[float]] | None = None
 
     def check(self, checkpoint: Checkpoint) -> None:
         """CheckpointError when the data or the teacher are not those that the checkpoint was written with."""
@@ -74,10 +80,9 @@ class Progress:
 class SavedState(Progress):
     """``state.pt``: plain types and tensors, which ``torch.load(weights_only=True)`` accepts.
 
-    ``loader`` is None between two epochs. ``rng`` is rank 0's ``rng_state``.
+    ``rng`` is rank 0's ``rng_state``. The loader has no state: its position is the step.
     """
 
-    loader: dict[str, Any] | None
     meter: dict[str, Any]
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
@@ -85,19 +90,62 @@ class SavedState(Progress):
     rng_of_other_ranks: list[dict[str, Any]]
 
 
+_STATE_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("step", "epoch", "metrics_bytes"), int),
+    **dict.fromkeys(("meter", "optimizer", "scaler", "rng"), dict),
+    **dict.fromkeys(("history", "rng_of_other_ranks"), list),
+    "seconds": (float, int),
+}
+
+
 def check_resumable(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
     """CheckpointError when the checkpoint lacks what resuming reads, or belongs to another config."""
-    state = checkpoint.state
-    rng = state["rng"] if isinstance(state.get("rng"), dict) else {}
-    for name, have, need in (
-        (MANIFEST, checkpoint.manifest, {part.name for part in fields(Identity)}),
-        (STATE, state, {part.name for part in fields(SavedState)}),
-        (STATE, rng, rng_state(torch.device("cpu")).keys()),
-    ):
-        if missing := sorted(need - have.keys()):
-            raise CheckpointError(f"{checkpoint.path / name}: lacks {', '.join(missing)}")
-    if changed := differences(checkpoint.manifest["config"], config):
+    state, manifest, file = checkpoint.state, checkpoint.manifest, checkpoint.path / STATE
+    needed = {part.name for part in fields(Identity)} - {"classes", "normalization"}  # of later versions
+    if missing := sorted(needed - manifest.keys()):
+        raise CheckpointError(f"{checkpoint.path / MANIFEST}: lacks {', '.join(missing)}")
+    try:
+        check_fields(state, _STATE_TYPES, str(file))
+        for rng in (state["rng"], *state["rng_of_other_ranks"]):
+            check_type(f"{file}: rng", rng, dict)
+            check_fields(rng, dict.fromkeys(rng_state(torch.device("cpu")), object), str(file))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+    if changed := differences(manifest["config"], config):
         raise CheckpointError(f"{checkpoint.path}: belongs to another config ({'; '.join(changed)})")
+    try:
+        _check_progress(checkpoint)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _check_progress(checkpoint: Checkpoint) -> None:
+    """TypeError or ValueError unless the saved progress agrees with itself and with the manifest."""
+    state, file = checkpoint.state, checkpoint.path / STATE
+    for name in ("step", "epoch", "metrics_bytes", "seconds"):
+        check_number(f"{file}: {name}", state[name], 0, 2**62)
+    for name in ("step", "epoch"):
+        if state[name] != checkpoint.manifest.get(name, state[name]):
+            raise ValueError(f"{file}: {name} is {state[name]}, {checkpoint.manifest[name]} in {MANIFEST}")
+    samples = checkpoint.manifest["train_samples"]
+    try:
+        config = TrainConfig.from_dict(checkpoint.manifest["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{checkpoint.path / MANIFEST}: its config is not valid ({error})") from error
+    full, rest = divmod(samples, config.data.batch_size)
+    per_epoch, epochs = full + (rest > 0 and not config.data.drop_last), config.epochs
+    if not state["epoch"] * per_epoch <= state["step"] <= min(state["epoch"] + 1, epochs) * per_epoch:
+        raise ValueError(
+            f"{file}: step {state['step']} is not in epoch {state['epoch']} of {epochs}, each of {per_epoch} steps"
+        )
+    if len(state["history"]) != state["epoch"]:
+        raise ValueError(f"{file}: history has {len(state['history'])} records, expected one for each epoch")
+    for record in state["history"]:
+        check_type(f"{file}: history", record, dict)
+        for name, value in record.items():
+            check_type(f"{file}: history", name, str)
+            if not (isinstance(value, float) and not math.isfinite(value)):  # a loss that is not finite is recorded
+                check_number(f"{file}: history.{name}", value)
 
 
 @dataclass
@@ -107,7 +155,6 @@ class RunState:
     distiller: Distiller
     step: TrainStep
     meter: Meter
-    loader: StatefulDataLoader
     progress: Progress
 
     @property
@@ -120,7 +167,6 @@ class RunState:
         """The content of ``state.pt``; ``generators``: the ``rng_state`` of every rank."""
         return SavedState(
             **vars(self.progress),
-            loader=self.loader.state_dict() if self.progress.step % len(self.loader) else None,
             meter=self.meter.state_dict(),
             **self.step.state_dict(),
             rng=generators[0],
@@ -135,18 +181,19 @@ class RunState:
         for name, module in self.modules.items():
             if name not in checkpoint.weights:
                 raise CheckpointError(f"{checkpoint.path}: has no {name}, expected the moving average of the student")
-            load_into(module, checkpoint.weights[name], checkpoint.path / name)
+            load_into(module, checkpoint.weights[name], checkpoint.path / name, cast=False)
         try:
-            saved = SavedState(**checkpoint.state)
-            self.step.load_state_dict(checkpoint.state)
+            saved = SavedState(**{part.name: checkpoint.state[part.name] for part in fields(SavedState)})
+            self.step.load_state_dict(checkpoint.state, saved.step)
             self.meter.load_state_dict(saved.meter)
-            if saved.loader is not None:
-                self.loader.load_state_dict(saved.loader)
             self.progress = Progress(**{part.name: getattr(saved, part.name) for part in fields(Progress)})
             generators = [saved.rng, *saved.rng_of_other_ranks]
             if rank < len(generators):
                 restore_rng(generators[rank], self.step.device)
             else:
                 seed_everything(mix_seed(seed, rank, saved.step))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{checkpoint.path / STATE}: is not a training state ({error!r})") from error
+        # Libraries raise all kinds of exceptions on a state that is not theirs.
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            kind = "" if type(error) in (ValueError, TypeError) else f"{type(error).__name__}: "
+            raise CheckpointError(f"{checkpoint.path / STATE}: is not a training state ({kind}{reason})") from error

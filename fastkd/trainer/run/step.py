@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.models.features import FeatureModel
-from fastkd.trainer.optim import build_optimizer, set_learning_rate
+from fastkd.trainer.optim import build_optimizer, restore_optimizer, set_learning_rate
 from fastkd.trainer.precision import autocast
 from fastkd.trainer.run.distiller import Distiller, Trained
 from fastkd.trainer.run.ranks import Ranks
+from fastkd.validate import check_int, check_number
 
 
 class MovingAverage:
@@ -105,11 +106,15 @@ class TrainStep:
         """The states of the optimiser and of the loss scale."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what ``state_dict`` returned; KeyError, TypeError or ValueError for a state of something else."""
-        saved = [group["names"] for group in state["optimizer"]["param_groups"]]
-        current = [group["names"] for group in self.optimizer.param_groups]
-        if saved != current:
-            raise ValueError(f"its optimiser holds other parameters: {saved}, expected {current}")
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+    def load_state_dict(self, state: dict[str, Any], steps: int) -> None:
+        """Take what ``state_dict`` returned after ``steps`` steps. KeyError, TypeError or ValueError otherwise."""
+        restore_optimizer(self.optimizer, state["optimizer"], steps)
+        saved, own = state["scaler"], self.scaler.state_dict()
+        fixed = own.keys() - {"scale", "_growth_tracker"}
+        if saved.keys() != own.keys() or any(saved[name] != own[name] for name in fixed):
+            raise ValueError(f"scaler: got {str(saved)[:80]}, expected {own} with another scale")
+        if own:
+            check_number("scaler.scale", saved["scale"], 0.0, exclusive=True)
+            check_int("scaler.growth_tracker", saved["_growth_tracker"], 0)
+            check_number("scaler.growth_tracker", saved["_growth_tracker"], 0, 2**31)
+        self.scaler.load_state_dict(saved)

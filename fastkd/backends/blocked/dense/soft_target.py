@@ -1,4 +1,4 @@
-"""``soft_target`` of few logits on a CPU: whole matrices, and the gradients with the losses.
+"""``soft_target`` on a CPU, of few logits or in loops: whole matrices, and the gradients with the losses.
 
 Legend, beside that of the blocks. ``Z``: logits less their row's maximum, in base 2; of student and teacher at the
 temperature, and, where there are labels, of the student at temperature 1. ``E = 2^Z``.
@@ -12,16 +12,15 @@ from fastkd.backends.blocked.sums import LOG_2
 from fastkd.numerics import accumulation_dtype
 
 Result = tuple[Tensor, Tensor, list[Tensor]]
-MAX_ELEMENTS = 1 << 18  # of the logits; a matrix of them then takes 1 MiB in float32
+MAX_ELEMENTS = 1 << 18  # of the logits, for torch's operations; a matrix of them then takes 1 MiB in float32
 
 
 def covers(student_logits: Tensor, teacher_logits: Tensor | None) -> bool:
-    """Whether there is a teacher, and the logits are few and lie on a CPU."""
-    return (
-        teacher_logits is not None
-        and 0 < student_logits.numel() <= MAX_ELEMENTS
-        and student_logits.device.type == "cpu"
-    )
+    """Whether there is a teacher, and the logits lie on a CPU, and are few or for the loops."""
+    if teacher_logits is None or student_logits.device.type != "cpu":
+        return False
+    elements = student_logits.numel()
+    return elements > 0 and (elements <= MAX_ELEMENTS or loops(elements) is not None)
 
 
 def computed(

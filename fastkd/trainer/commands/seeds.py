@@ -1,0 +1,55 @@
+"""``fastkd train RECIPE --seeds 0 1 2``: a run per seed in a folder of its own, and what they come to."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.run.log import RUN, SEED_FOLDER
+from fastkd.trainer.run.loop import TrainResult, train
+from fastkd.trainer.run.ranks import join_ranks
+
+
+def train_seeds(config: TrainConfig, seeds: Sequence[int]) -> list[TrainResult]:
+    """Train ``config`` with every seed, in the folders ``seed-N`` of ``config.run_dir``, and print what comes out.
+
+    A run that is there goes on where it stands; one that is finished is not trained again. So the same call continues
+    what was broken off. After a signal the remaining seeds are left out: the last result then has ``stopped_by``.
+
+    Raises:
+        ValueError: no seed, or one twice; and what ``train`` raises.
+    """
+    for place, seed in enumerate(seeds):
+        if seed in seeds[:place]:
+            raise ValueError(f"seeds: got {seed} twice, expected different seeds")
+    if not seeds:
+        raise ValueError("seeds: got none, expected at least one")
+    if config.run_dir is not None and (Path(config.run_dir) / RUN).exists():
+        raise ValueError(f"run_dir: got {config.run_dir!r}, which holds a run, expected a folder for those of --seeds")
+    ranks = join_ranks()  # once for all runs: torchrun's store serves one process group
+    results: list[TrainResult] = []
+    for seed in seeds:
+        folder = None if config.run_dir is None else str(Path(config.run_dir) / f"{SEED_FOLDER}{seed}")
+        there = folder is not None
+        results.append(train(replace(config, seed=seed, run_dir=folder, resume=False, resume_or_start=there)))
+        if results[-1].stopped_by is not None:
+            break
+    ranks.close()
+    if ranks.is_main and not config.quiet:
+        if results[-1].stopped_by is not None:
+            print(f"stopped in seed {seeds[len(results) - 1]}; the same command goes on from there")
+        else:
+            print("\n".join(summary(seeds, [result.accuracy for result in results])))
+    return results
+
+
+def summary(seeds: Sequence[int], accuracies: Sequence[float]) -> list[str]:
+    """A line for every seed, and one with the mean and the standard deviation of a sample (divided by n - 1)."""
+    lines = [f"seed {seed}: accuracy {accuracy:.4f}" for seed, accuracy in zip(seeds, accuracies, strict=True)]
+    if len(seeds) > 1:
+        mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
+        lines.append(f"accuracy {mean:.4f} ± {deviation:.4f} (mean ± standard deviation of {len(seeds)} seeds)")
+    return lines
