@@ -13,10 +13,11 @@ namespace {
 
 using at::Tensor;
 
-// The options of both losses; labels may be null.
+// The options of both losses; labels may be null. needs_grad: whether gradients are kept.
 struct Options {
   const int64_t* labels;
   double temperature, label_smoothing;
+  bool needs_grad;
 };
 
 template <class T>
@@ -33,14 +34,15 @@ T log_ratio(T x, T t, T excess) {
   return excess < 0 ? -std::log1p(-excess / x) : std::log1p(excess / t);
 }
 
-// The weighted sums of cross-entropy and KD. of_kd and of_ce: the gradients of the student's logits. They are written in
-// any case, of_ce only with labels, because they also hold a row's powers.
+// The weighted sums of cross-entropy and KD. of_kd and of_ce: the gradients of the student's logits, of_ce only with
+// labels. Without needs_grad they are a single row, for a row's powers.
 template <class T>
 FASTKD_INLINE std::pair<double, double> rows_loop(const T* x, const T* t, const T* w, T* of_kd, T* of_ce, int64_t n,
                                                   int64_t classes, Options options) {
   const T to_powers = T(1 / (options.temperature * kLog2)), smoothing = T(options.label_smoothing);
+  const int64_t step = options.needs_grad ? classes : 0;
   double ce = 0, kd = 0;
-  for (int64_t i = 0; i < n; ++i, x += classes, t += classes, of_kd += classes) {
+  for (int64_t i = 0; i < n; ++i, x += classes, t += classes, of_kd += step, of_ce += step) {
     const T largest_x = largest_of(x, classes), largest_t = largest_of(t, classes);
     T total_x = 0, total_t = 0, excess = 0, difference = 0;
 #pragma omp simd reduction(+ : total_x, total_t, excess, difference)
@@ -55,9 +57,11 @@ FASTKD_INLINE std::pair<double, double> rows_loop(const T* x, const T* t, const 
     }
     kd += double(w[i]) * (difference / total_t * T(kLog2) + log_ratio(total_x, total_t, excess));
     const T of_p = w[i] * T(options.temperature) / total_x, of_q = w[i] * T(options.temperature) / total_t;
+    if (options.needs_grad) {
 #pragma omp simd
-    for (int64_t c = 0; c < classes; ++c) {
-      of_kd[c] = of_p * of_kd[c] - of_q * power_of_two((t[c] - largest_t) * to_powers);
+      for (int64_t c = 0; c < classes; ++c) {
+        of_kd[c] = of_p * of_kd[c] - of_q * power_of_two((t[c] - largest_t) * to_powers);
+      }
     }
     if (!options.labels) continue;
 
@@ -66,20 +70,20 @@ FASTKD_INLINE std::pair<double, double> rows_loop(const T* x, const T* t, const 
     T total = 0, mean = 0;
 #pragma omp simd reduction(+ : total, mean)
     for (int64_t c = 0; c < classes; ++c) {
-      const T p = power_of_two((x[c] - largest_x) * T(1 / kLog2));
+      const T below = x[c] - largest_x, p = power_of_two(below * T(1 / kLog2));
       of_ce[c] = p;
       total += p;
-      mean += x[c];
+      mean += below;
     }
     const T log_total = std::log(total);
     T loss = largest_x - x[label] + log_total;
-    if (smoothing > 0) loss = loss * (1 - smoothing) + (largest_x - mean / T(classes) + log_total) * smoothing;
+    if (smoothing > 0) loss = loss * (1 - smoothing) + (log_total - mean / T(classes)) * smoothing;
     ce += double(weight) * loss;
+    if (!options.needs_grad) continue;
     const T of_powers = weight / total, of_all = weight * (smoothing / T(classes));
 #pragma omp simd
     for (int64_t c = 0; c < classes; ++c) of_ce[c] = of_ce[c] * of_powers - of_all;
     of_ce[label] -= weight * (1 - smoothing);
-    of_ce += classes;
   }
   return {ce, kd * options.temperature * options.temperature};
 }
@@ -95,21 +99,22 @@ std::pair<double, double> rows(const double* x, const double* t, const double* w
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> dense_soft_target(
     const Tensor& student_logits, const Tensor& teacher_logits, const std::optional<Tensor>& labels,
-    const std::optional<Tensor>& weight, double temperature, double label_smoothing, double factor) {
+    const std::optional<Tensor>& weight, double temperature, double label_smoothing, double factor, bool needs_grad) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;  // nothing here is differentiated
   TORCH_CHECK_VALUE(student_logits.dim() == 2, "dense_soft_target: expected logits [B, C]");
   const auto dtype = student_logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor x = student_logits.to(dtype).contiguous(), t = teacher_logits.to(dtype).contiguous();
   const Tensor w = row_factors(weight, factor, x.size(0), x), given = labels ? labels->contiguous() : Tensor();
-  std::vector<Tensor> gradients{at::empty_like(x)};
-  if (labels) gradients.push_back(at::empty_like(x));
-  const Options options{labels ? given.const_data_ptr<int64_t>() : nullptr, temperature, label_smoothing};
+  const int64_t rows_kept = needs_grad ? x.size(0) : 1;
+  std::vector<Tensor> gradients{at::empty({rows_kept, x.size(1)}, x.options())};
+  if (labels) gradients.push_back(at::empty_like(gradients[0]));
+  const Options options{labels ? given.const_data_ptr<int64_t>() : nullptr, temperature, label_smoothing, needs_grad};
   const auto [ce, kd] = AT_DISPATCH_FLOATING_TYPES(dtype, "dense_soft_target", [&] {
     return rows(x.const_data_ptr<scalar_t>(), t.const_data_ptr<scalar_t>(), w.const_data_ptr<scalar_t>(),
                 gradients.front().mutable_data_ptr<scalar_t>(), gradients.back().mutable_data_ptr<scalar_t>(),
                 x.size(0), x.size(1), options);
   });
-  return {number(ce, x), number(kd, x), gradients};
+  return {number(ce, x), number(kd, x), needs_grad ? gradients : std::vector<Tensor>{}};
 }
 
 }  // namespace
@@ -118,7 +123,7 @@ void define_dense_soft_target(pybind11::module_& module) {
   namespace py = pybind11;
   module.def("dense_soft_target", &dense_soft_target, py::arg("student_logits"), py::arg("teacher_logits"),
              py::arg("labels"), py::arg("weight"), py::arg("temperature"), py::arg("label_smoothing"),
-             py::arg("factor"), py::call_guard<py::gil_scoped_release>());
+             py::arg("factor"), py::arg("needs_grad"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastkd

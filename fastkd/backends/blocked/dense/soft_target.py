@@ -36,11 +36,11 @@ def computed(
     """The weighted sums of cross-entropy and KD times ``factor``, and the gradients if they are needed.
 
     These are the student's, for an upstream gradient of 1: KD's, and then the cross-entropy's where there are labels.
-    Among few logits the extension computes them, in loops that run over a row once, whether needed or not.
+    The extension, where it serves, computes them in loops that run over a row once.
     """
-    arguments = student_logits, teacher_logits, labels, weight, temperature, label_smoothing, factor
     native = loops(student_logits.numel())
-    return _computed(*arguments, needs_grad) if native is None else native.dense_soft_target(*arguments)
+    compute = _computed if native is None else native.dense_soft_target
+    return compute(student_logits, teacher_logits, labels, weight, temperature, label_smoothing, factor, needs_grad)
 
 
 def _computed(
@@ -81,7 +81,7 @@ def _computed(
         w = w[:, None].where(label == labels, torch.nan)
         losses = (largest - x.gather(1, label)).add_(log_total)
         if label_smoothing > 0:
-            of_all = (largest - x.mean(dim=1, keepdim=True)).add_(log_total)
+            of_all = Z[2].mean(dim=1, keepdim=True).mul_(-LOG_2).add_(log_total)
             losses = losses.mul_(1 - label_smoothing).add_(of_all.mul_(label_smoothing))
         ce = losses[:, 0].dot(w[:, 0])
         if needs_grad:
