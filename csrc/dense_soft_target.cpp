@@ -13,6 +13,9 @@ namespace {
 
 using at::Tensor;
 
+// Sums over more classes are added in double: after thousands of additions float32 has lost digits.
+constexpr int64_t kBlock = 1024;
+
 // The options of both losses; labels may be null. needs_grad: whether gradients are kept.
 struct Options {
   const int64_t* labels;
@@ -29,8 +32,7 @@ FASTKD_INLINE T largest_of(const T* x, int64_t classes) {
 }
 
 // log(x / t), from x - t too: where they are almost equal, the difference of their logarithms would be rounding.
-template <class T>
-T log_ratio(T x, T t, T excess) {
+double log_ratio(double x, double t, double excess) {
   return excess < 0 ? -std::log1p(-excess / x) : std::log1p(excess / t);
 }
 
@@ -44,19 +46,27 @@ FASTKD_INLINE std::pair<double, double> rows_loop(const T* x, const T* t, const 
   double ce = 0, kd = 0;
   for (int64_t i = 0; i < n; ++i, x += classes, t += classes, of_kd += step, of_ce += step) {
     const T largest_x = largest_of(x, classes), largest_t = largest_of(t, classes);
-    T total_x = 0, total_t = 0, excess = 0, difference = 0;
-#pragma omp simd reduction(+ : total_x, total_t, excess, difference)
-    for (int64_t c = 0; c < classes; ++c) {
-      const T log_p = (x[c] - largest_x) * to_powers, log_q = (t[c] - largest_t) * to_powers;
-      const T p = power_of_two(log_p), q = power_of_two(log_q);
-      of_kd[c] = p;
-      total_x += p;
-      total_t += q;
-      excess += p - q;
-      difference += q * (log_q - log_p);
+    double total_x = 0, total_t = 0, excess = 0, difference = 0;
+    for (int64_t first = 0; first < classes; first += kBlock) {
+      const int64_t last = std::min(first + kBlock, classes);
+      T sum_x = 0, sum_t = 0, sum_excess = 0, sum_difference = 0;
+#pragma omp simd reduction(+ : sum_x, sum_t, sum_excess, sum_difference)
+      for (int64_t c = first; c < last; ++c) {
+        const T log_p = (x[c] - largest_x) * to_powers, log_q = (t[c] - largest_t) * to_powers;
+        const T p = power_of_two(log_p), q = power_of_two(log_q);
+        of_kd[c] = p;
+        sum_x += p;
+        sum_t += q;
+        sum_excess += p - q;
+        sum_difference += q * (log_q - log_p);
+      }
+      total_x += sum_x;
+      total_t += sum_t;
+      excess += sum_excess;
+      difference += sum_difference;
     }
-    kd += double(w[i]) * (difference / total_t * T(kLog2) + log_ratio(total_x, total_t, excess));
-    const T of_p = w[i] * T(options.temperature) / total_x, of_q = w[i] * T(options.temperature) / total_t;
+    kd += double(w[i]) * (difference / total_t * kLog2 + log_ratio(total_x, total_t, excess));
+    const T of_p = w[i] * T(options.temperature) / T(total_x), of_q = w[i] * T(options.temperature) / T(total_t);
     if (options.needs_grad) {
 #pragma omp simd
       for (int64_t c = 0; c < classes; ++c) {
@@ -67,20 +77,26 @@ FASTKD_INLINE std::pair<double, double> rows_loop(const T* x, const T* t, const 
 
     const int64_t given = options.labels[i], label = std::min(std::max(given, int64_t(0)), classes - 1);
     const T weight = given == label ? w[i] : std::numeric_limits<T>::quiet_NaN();
-    T total = 0, mean = 0;
-#pragma omp simd reduction(+ : total, mean)
-    for (int64_t c = 0; c < classes; ++c) {
-      const T below = x[c] - largest_x, p = power_of_two(below * T(1 / kLog2));
-      of_ce[c] = p;
-      total += p;
-      mean += below;
+    double total = 0, below = 0;
+    for (int64_t first = 0; first < classes; first += kBlock) {
+      const int64_t last = std::min(first + kBlock, classes);
+      T sum = 0, sum_below = 0;
+#pragma omp simd reduction(+ : sum, sum_below)
+      for (int64_t c = first; c < last; ++c) {
+        const T difference = x[c] - largest_x, p = power_of_two(difference * T(1 / kLog2));
+        of_ce[c] = p;
+        sum += p;
+        sum_below += difference;
+      }
+      total += sum;
+      below += sum_below;
     }
-    const T log_total = std::log(total);
-    T loss = largest_x - x[label] + log_total;
-    if (smoothing > 0) loss = loss * (1 - smoothing) + (log_total - mean / T(classes)) * smoothing;
+    const double log_total = std::log(total);
+    double loss = largest_x - x[label] + log_total;
+    if (smoothing > 0) loss = loss * (1 - smoothing) + (log_total - below / double(classes)) * smoothing;
     ce += double(weight) * loss;
     if (!options.needs_grad) continue;
-    const T of_powers = weight / total, of_all = weight * (smoothing / T(classes));
+    const T of_powers = weight / T(total), of_all = weight * (smoothing / T(classes));
 #pragma omp simd
     for (int64_t c = 0; c < classes; ++c) of_ce[c] = of_ce[c] * of_powers - of_all;
     of_ce[label] -= weight * (1 - smoothing);
