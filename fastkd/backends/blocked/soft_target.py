@@ -58,7 +58,7 @@ def _cross_entropy(x: Tensor, labels: Tensor, largest: Tensor, log_total: Tensor
     label = labels.clamp(0, x.shape[1] - 1)
     loss = (largest - x.gather(1, label[:, None])[:, 0]).add_(log_total)
     if label_smoothing > 0:
-        loss = (1 - label_smoothing) * loss + label_smoothing * (largest - x.mean(dim=1) + log_total)
+        loss = (1 - label_smoothing) * loss + label_smoothing * ((largest[:, None] - x).mean(dim=1) + log_total)
     return loss.where(label == labels, torch.nan)
 
 
