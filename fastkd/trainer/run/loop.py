@@ -101,7 +101,7 @@ def train(
     """
     ranks = join_ranks(config.rank_timeout)
     with ranks:
-        ranks.check_same({"config": config.to_dict()})
+        ranks.check_same(config.to_dict())
         with open_run(config, ranks) as opened:
             return _train(config, ranks, opened, student, teacher, train_data, eval_data, terms, callbacks)
 

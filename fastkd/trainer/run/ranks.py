@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.trainer.pulse import Pulse
+from fastkd.trainer.signals import StopRequest
 
 Value = TypeVar("Value")
 
@@ -56,7 +57,8 @@ class Ranks:
             raise
         finally:
             if self.pulse is not None:
-                lost = None if error is None else self.pulse.tell(error)
+                with StopRequest():  # torchrun ends the ranks that are left by SIGTERM, which must not come first
+                    lost = None if error is None else self.pulse.tell(error)
                 self.pulse.stop()
                 if lost is not None:
                     raise lost from error
