@@ -80,6 +80,7 @@ class FolderLock:
         for path in self._made:
             with suppress(OSError):  # it is not empty
                 path.rmdir()
+        fcntl.flock(self._lock, fcntl.LOCK_UN)  # also where a process that was just forked still has it
         self._lock.close()
 
 

@@ -142,7 +142,7 @@ def soak(faults: int, seed: int, folder: Path, workers: int = 2) -> dict[str, in
         saved = found
         done[kind] += 1
     _complete(again)
-    _check_same_run(folder / "whole", folder / "cut")
+    check_same_run(folder / "whole", folder / "cut")
     return {kind: done[kind] for kind in KINDS}
 
 
@@ -152,7 +152,7 @@ def _complete(config: TrainConfig) -> None:
     assert process.exitcode == 0, f"{config.run_dir}: ended with {process.exitcode}"
 
 
-def _check_same_run(whole: Path, cut: Path) -> None:
+def check_same_run(whole: Path, cut: Path) -> None:
     one, other = (read_checkpoint(list_checkpoints(run / "checkpoints")[-1]) for run in (whole, cut))
     assert one.weights.keys() == other.weights.keys()
     for name in one.weights:
