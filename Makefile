@@ -12,7 +12,7 @@ SETUP := $(if $(filter command,$(origin BIN) $(origin PY)),,setup)
 WORKERS ?= 2
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup ext ext-cuda demo demo-ddp soak test test-fast lint format docs dist bench bench-scale aot gpu-test gpu-bench has-gpu clean
+.PHONY: help setup ext ext-cuda demo demo-ddp soak fuzz test test-fast lint format docs dist bench bench-scale aot gpu-test gpu-bench has-gpu clean
 
 .DEFAULT_GOAL := setup
 
@@ -52,6 +52,11 @@ demo-ddp: $(SETUP)
 ## Makes 50 faults in a run (FAULTS=200): kills, two processes at once, full disks. Nothing may be lost, no bit differ.
 soak: $(SETUP)
 	$(PY) -m tests.helpers.soak --faults $(or $(FAULTS),50)
+
+## Runs random cases of every loss against the definition, and shrinks one that differs: CASES=10000, ARGS="--triton".
+fuzz: $(SETUP)
+	OMP_WAIT_POLICY=passive $(if $(findstring --triton,$(ARGS)),TRITON_INTERPRET=1) \
+		$(PY) -m tests.robustness.fuzz --cases $(or $(CASES),1000) $(ARGS)
 
 # The tests in Triton's interpreter need its variable, and the others must not have it.
 ## Runs all tests.
