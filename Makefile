@@ -51,7 +51,7 @@ demo-ddp: $(SETUP)
 
 ## Makes 50 faults in a run (FAULTS=200): kills, two processes at once, full disks. Nothing may be lost, no bit differ.
 soak: $(SETUP)
-	$(PY) -m tests.helpers.soak --faults $(or $(FAULTS),50)
+	$(PY) -m tests.robustness.soak --faults $(or $(FAULTS),50)
 
 ## Runs random cases of every loss against the definition, and shrinks one that differs: CASES=10000, ARGS="--triton".
 fuzz: $(SETUP)

@@ -11,8 +11,8 @@ import torch
 from fastkd.cli import main
 from fastkd.trainer import load_weights, train
 from tests.helpers.imagenet_like import CLASSES, student, teacher, write_images
-from tests.helpers.soak import KINDS, soak
 from tests.helpers.trainer_runs import one_thread  # noqa: F401
+from tests.robustness.soak import KINDS, soak
 
 pytestmark = pytest.mark.slow
 

@@ -1,6 +1,6 @@
 """Faults in a run at random moments, after which it must end as the uninterrupted one, bit for bit.
 
-``python -m tests.helpers.soak --faults 50`` makes 50 of them and prints a line per kind.
+``python -m tests.robustness.soak --faults 50`` makes 50 of them and prints a line per kind.
 """
 
 import argparse
