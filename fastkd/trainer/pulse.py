@@ -65,7 +65,7 @@ class Pulse:
         What is returned is not None where ``error`` only says that the contact was lost: it names the rank at fault.
         """
         try:
-            if isinstance(error, RuntimeError) and not isinstance(error, RankLostError) and _LOST.search(str(error)):
+            if (type(error) is RuntimeError or isinstance(error, dist.DistError)) and _LOST.search(str(error)):
                 return self._find_lost()
             self._store.set(f"ended/{self._rank}", f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000])
         except RuntimeError:
