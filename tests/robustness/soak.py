@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from fastkd.trainer import CheckpointError, TrainConfig, train
 from fastkd.trainer.run import loop
 from fastkd.trainer.run.checkpoint import CheckpointFolder, list_checkpoints, read_checkpoint
 from fastkd.trainer.run.state import RunState
-from tests.helpers.imagenet_like import data, student, teacher, write_images
+from fastkd.trainer.run.step import TrainStep
+from tests.helpers.imagenet_like import CLASSES, data, student, teacher, write_images
 from tests.helpers.trainer_runs import same
 
 REFUSED, FULL = 3, 4  # how a process ends that was told "another process", or that a file cannot be written
@@ -85,15 +87,11 @@ def _fill_disk(size: int) -> None:
 def fault(kind: str, config: TrainConfig, generator: random.Random) -> list[int]:
     """Train with one fault of this kind; the exit codes of the processes."""
     if kind == OVERLAP:
-        first = forked(config)
-        time.sleep(generator.uniform(0, 1.0))
-        second = forked(config)
-        time.sleep(generator.uniform(0, 1.5))
-        both = generator.sample([first, second], 2)
-        both[0].kill()  # while the other one goes on, or was refused
-        time.sleep(generator.uniform(0, 0.5))
-        both[1].kill()
-        processes = both
+        processes = []
+        for _ in range(2):  # the second is refused, or goes on when the first is dead
+            explode = partial(_bomb, generator.uniform(0, 0.05))
+            processes.append(forked(config, partial(at_call, TrainStep, "__call__", generator.randint(1, 6), explode)))
+            time.sleep(generator.uniform(0, 1.0))
     elif kind == DISK:
         call, size = generator.randint(1, 4), int(2 ** generator.uniform(0, 15))
         processes = [forked(config, lambda: at_call(CheckpointFolder, "save", call, lambda: _fill_disk(size)))]
@@ -118,14 +116,17 @@ def newest(run: Path) -> int:
     return int(read_checkpoint(found[-1]).manifest["step"]) if found else -1
 
 
-def soak(faults: int, seed: int, folder: Path, workers: int = 2) -> dict[str, int]:
-    """How many faults of each kind a run survived. AssertionError if anything that was reported as saved is lost."""
+def soak(faults: int, seed: int, folder: Path, workers: int = 2, images: int = 6) -> dict[str, int]:
+    """How many faults of each kind a run survived. AssertionError if anything that was reported as saved is lost.
+
+    The run has more steps than it takes between all faults. ``images``: of every class.
+    """
     generator = random.Random(seed)
-    write_images(folder)
+    write_images(folder, train=images, val=1)
     _complete(dataclasses.replace(teacher(str(folder)), quiet=True))
     base = dataclasses.replace(
         student(str(folder)), epochs=max(4, 2 * faults), save_every_steps=1, quiet=True, keep=3,
-        data=data(str(folder), workers=workers),
+        data=data(str(folder), workers=workers, batch=CLASSES * images // 3),
     )  # fmt: skip
     whole, cut = (dataclasses.replace(base, run_dir=str(folder / name)) for name in ("whole", "cut"))
     _complete(whole)

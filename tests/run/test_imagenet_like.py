@@ -72,4 +72,4 @@ def test_images_that_cannot_be_read_are_reported(tmp_path, capsys):
 
 
 def test_after_a_fault_of_every_kind_nothing_that_was_saved_is_lost(tmp_path):
-    assert sum(soak(len(KINDS), 3, tmp_path, workers=1).values()) == len(KINDS)
+    assert sum(soak(len(KINDS), 3, tmp_path, workers=1, images=3).values()) == len(KINDS)
