@@ -196,7 +196,7 @@ def test_a_gradient_that_has_vanished_is_zero_for_short_rows_and_a_large_scale(
     if not with_extension:
         monkeypatch.setattr(native, "extension", lambda: None)
     query = 1e-9 * embeddings(8, 4, dtype=torch.float32)[0]
-    for grad in value_and_grads(lambda *x: info_nce_loss(*x, 1e30, backend="blocked"), query, query):
+    for grad in value_and_grads(lambda *x: info_nce_loss(*x, 1e32, backend="blocked"), query, query):
         assert not grad.any()
 
 
