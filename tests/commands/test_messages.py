@@ -12,6 +12,7 @@ from torch import nn
 
 from fastkd import cli
 from fastkd.trainer import RECIPES, TrainConfig
+from fastkd.trainer.commands.train import parse_flags
 from fastkd.trainer.signals import StopRequest
 from tests.helpers.images import write_classes
 
@@ -97,6 +98,16 @@ ROWS = {
     f"train digits-scratch {FAST} --run-dir file/run": ["[Errno 20]"],
     f"train digits-scratch {FAST} --run-dir held": ["already holds a run", "--resume", "--run-dir"],
     f"train digits-scratch {FAST} --resume": ["runs/digits_scratch: holds no run to resume"],
+    # The other commands.
+    "eval": ["checkpoint: is missing", "see fastkd eval --help"],
+    "eval x --bset": ["--bset", "did you mean --best?", "see fastkd eval --help"],
+    "eval x --data.nmae y": ["--data.nmae", "did you mean --data.name?"],
+    "export x": ["out: is missing", "see fastkd export --help"],
+    "report --out": ["--out: has no value", "see fastkd report --help"],
+    "probe x": ["--data: is missing", "see fastkd probe --help"],
+    "recipes x": ["x: is no flag here"],
+    "demo --seed 3": ["--seed", "did you mean --seeds?", "see fastkd demo --help"],
+    "eval 'a\x1b[2Jb'": ["a\ufffd[2Jb: no such"],
     "eval nowhere": ["fastkd eval: nowhere: no such checkpoint or run folder"],
 }
 
@@ -124,6 +135,14 @@ def test_a_mistake_is_one_line_that_says_what_to_do(line, place, monkeypatch, re
     for part in ROWS[line]:
         assert part in rest, message
         rest = rest.partition(part)[2]
+
+
+def test_no_teacher_also_leaves_out_the_flags_that_name_one(capsys):
+    flags = parse_flags(["digits", "--teacher.weights", "runs/x", "--no-teacher", "--teacher.name=timm:resnet18"])
+    assert flags.settings.teacher is None
+    assert flags.settings.objective.weights == {"ce": 1.0}
+    told = capsys.readouterr().out
+    assert "--no-teacher: leaves out --teacher.weights runs/x, --teacher.name timm:resnet18\n" in told
 
 
 def test_a_module_in_the_place_of_a_config_is_told_without_printing_it():
