@@ -72,7 +72,12 @@ ROWS = {
     "train images --hlp": ["--hlp", "--help?", "see fastkd train images --help"],
     "train images": ["--data.options.root: is missing", "see fastkd train images --help"],
     "train digits-scratch --epochs": ["--epochs: has no value", "--help"],
-    "train digits-scratch --epochs x": ["--epochs", "'x'", "see fastkd train digits-scratch --help"],
+    "train digits-scratch --epochs x": ["--epochs: got 'x', expected an int", "see fastkd train digits-scratch --help"],
+    "train digits-scratch --optim.lr fast": ["--optim.lr: got 'fast', expected a number; see fastkd train"],
+    f"train digits-scratch {FAST} --student.name numpy:array": ["student.options: 'numpy:array'"],
+    f"train digits-scratch {FAST} --student.name math:pi": [
+        "student.name: 'math:pi' is no function, but of type float"
+    ],
     "train digits-scratch --epochs 0": ["epochs: got 0, expected an int >= 1"],
     "train digits-scratch --precision fp8": ["--precision: got 'fp8'", "fp32, bf16, fp16"],
     "train digits-scratch --student.num-classes 0": ["student.num_classes: got 0"],
@@ -82,7 +87,7 @@ ROWS = {
     "train images --data.options '{\"size\": 32}'": ["data.options: got size", "image_size"],
     "train images --data.options '{'": ["--data.options: got '{', expected a JSON object"],
     "train images --data.options '[1]'": ["--data.options: got '[1]', expected a JSON object"],
-    "train images --data.options.root nowhere": ["data.options.root: nowhere"],
+    "train images --data.options.root nowhere": ["data.options.root: nowhere is not a folder"],
     "train images --data.options.root images --data.options.auto-augment x": ["data.options.auto_augment: got 'x'"],
     "train images --data.options.root x --data.options.imge-size 3": [
         "--data.options.imge-size",
@@ -108,6 +113,7 @@ ROWS = {
     "recipes x": ["x: is no flag here"],
     "demo --seed 3": ["--seed", "did you mean --seeds?", "see fastkd demo --help"],
     "eval 'a\x1b[2Jb'": ["a\ufffd[2Jb: no such"],
+    "eval seeds": ["seeds: holds no checkpoint", "several seeds, such as seeds/seed-0"],
     "eval nowhere": ["fastkd eval: nowhere: no such checkpoint or run folder"],
 }
 
@@ -120,6 +126,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in {"file": "", "bad.yaml": "epochs: [", "wrong.yaml": "epohcs: 3"}.items():
         (folder / name).write_text(text)
     (folder / "held").mkdir()
+    (folder / "seeds" / "seed-0").mkdir(parents=True)
     (folder / "held" / "run.json").write_text("{}")
     return folder
 

@@ -69,7 +69,9 @@ def test_weights_that_were_exported_are_evaluated_as_they_were_trained(inside, c
     run, found = (json.loads(Path(name).read_text()) for name in ("run.json", "file.json"))
     assert found["loss"] == pytest.approx(run["loss"], rel=1e-5)  # at the model's own 160 pixels it is another
     assert found["confusion"] == run["confusion"]
-    assert "images of 32 x 32, crop 0.875" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "images of 32 x 32, crop 0.875" in told
+    assert "data: the run was trained on most of these images" in told
 
 
 def test_a_teacher_of_other_classes_is_refused_and_one_of_another_normalization_gets_its_own(inside, capsys, refused):

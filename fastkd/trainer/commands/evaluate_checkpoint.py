@@ -311,7 +311,11 @@ def eval_command(
     if named is None:
         chosen = None
         if root is not None or data != NO_CHOICE:
-            chosen = data.apply(reopen(checkpoint, best=best, with_data=False, trust_code=trust_code).config.data, root)
+            own = reopen(checkpoint, best=best, with_data=False, trust_code=trust_code).config.data
+            chosen = data.apply(own, root)
+            folders = [str(Path(data_of.options.get("root", "")).resolve()) for data_of in (own, chosen)]
+            if own.name == chosen.name == "images" and chosen.options.get("val") == "." and len(set(folders)) == 1:
+                print(f"{root}: the run was trained on most of these images; without --root it reads the others")
         result = evaluate_checkpoint(checkpoint, best=best, data=chosen, device=device, trust_code=trust_code)
     else:
         weights = None if model is None else checkpoint
