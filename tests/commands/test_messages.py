@@ -113,6 +113,8 @@ ROWS = {
     "recipes x": ["x: is no flag here"],
     "demo --seed 3": ["--seed", "did you mean --seeds?", "see fastkd demo --help"],
     "eval 'a\x1b[2Jb'": ["a\ufffd[2Jb: no such"],
+    "eval file --model timm:test_resnet --data.name cifar --root images": ["found no CIFAR-100 in images"],
+    "export file x.safetensors": ["file: is a file, expected a checkpoint or run folder"],
     "eval seeds": ["seeds: holds no checkpoint", "several seeds, such as seeds/seed-0"],
     "eval nowhere": ["fastkd eval: nowhere: no such checkpoint or run folder"],
 }

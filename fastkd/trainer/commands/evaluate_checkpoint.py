@@ -40,12 +40,13 @@ class DataChoice:
     options: str = "{}"
 
     def apply(self, config: DataConfig, root: str | None) -> DataConfig:
-        """``config`` with what was chosen, and with the images in ``root`` if that is given."""
+        """``config`` with what was chosen, and with the data in ``root`` if that is given: images, if none are named."""
         options = parse_json("--data.options", self.options)
-        if root is not None:
+        if root is not None and self.name in (None, "images"):
             config = other_data(config, root)
-        if self.name is not None and self.name != config.name:
+        elif self.name is not None and self.name != config.name:
             config = replace(config, name=self.name, options={})
+        options = options if root is None else {"root": root, **options}
         return replace(config, options={**config.options, **options})
 
 
@@ -293,7 +294,8 @@ def eval_command(
         checkpoint: a run folder (its newest checkpoint), a checkpoint folder, a file of weights with --model, or the
             name of a published model such as timm:resnet10t.
         best: of a run folder the checkpoint with the highest accuracy, not the newest.
-        root: evaluate on the images in this folder, a folder for each class (in its folder val, if it has one).
+        root: evaluate on the images in this folder, a folder for each class (in its folder val, if it has one). With
+            --data.name the folder of those data.
         data: other data.
         model: the model that a file of weights belongs to, such as timm:resnet18.
         num_classes: the model's outputs; as many as the data have classes for a file of weights.

@@ -161,7 +161,8 @@ def find_checkpoint(path: str | Path, *, best: bool = False) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint or run folder")
+        what = "is a file, expected a" if path.exists() else "no such"
+        raise CheckpointError(f"{path}: {what} checkpoint or run folder")
     if (path / MANIFEST).exists() or path.name.startswith("step-"):
         return path
     found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
