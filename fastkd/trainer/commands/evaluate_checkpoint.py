@@ -40,7 +40,7 @@ class DataChoice:
     options: str = "{}"
 
     def apply(self, config: DataConfig, root: str | None) -> DataConfig:
-        """``config`` with what was chosen, and with the data in ``root`` if that is given: images, if none are named."""
+        """``config`` with what was chosen, and with the data in ``root`` if given: images, if none are named."""
         options = parse_json("--data.options", self.options)
         if root is not None and self.name in (None, "images"):
             config = other_data(config, root)
