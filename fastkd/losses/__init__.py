@@ -9,7 +9,30 @@ from fastkd.losses.ckd import CKDLoss
 from fastkd.losses.contrast import InfoNCELoss, SupConLoss
 from fastkd.losses.dcd import DCDLoss
 from fastkd.losses.kd import KDLoss
+from fastkd.losses.logits.ctkd import CTKDLoss
+from fastkd.losses.logits.dist import DISTLoss
+from fastkd.losses.logits.dkd import DKDLoss
+from fastkd.losses.logits.ipwd import IPWDLoss
+from fastkd.losses.logits.lskd import LSKDLoss
+from fastkd.losses.logits.mlkd import MLKDLoss
+from fastkd.losses.logits.wsld import WSLDLoss
 from fastkd.losses.msdcrd import MSDCRDLoss
 from fastkd.losses.pckd import PCKDLoss
 
-__all__ = ["CKDLoss", "DCDLoss", "InfoNCELoss", "KDLoss", "MSDCRDLoss", "PCKDLoss", "SupConLoss", "total_loss"]
+__all__ = [
+    "CKDLoss",
+    "CTKDLoss",
+    "DCDLoss",
+    "DISTLoss",
+    "DKDLoss",
+    "IPWDLoss",
+    "InfoNCELoss",
+    "KDLoss",
+    "LSKDLoss",
+    "MLKDLoss",
+    "MSDCRDLoss",
+    "PCKDLoss",
+    "SupConLoss",
+    "WSLDLoss",
+    "total_loss",
+]
