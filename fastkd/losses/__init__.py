@@ -18,9 +18,18 @@ from fastkd.losses.logits.mlkd import MLKDLoss
 from fastkd.losses.logits.wsld import WSLDLoss
 from fastkd.losses.msdcrd import MSDCRDLoss
 from fastkd.losses.pckd import PCKDLoss
+from fastkd.losses.relations.cc import CCLoss
+from fastkd.losses.relations.crd import CRDLoss
+from fastkd.losses.relations.crd_indices import CRDIndices
+from fastkd.losses.relations.pkt import PKTLoss
+from fastkd.losses.relations.rkd import RKDLoss
+from fastkd.losses.relations.sp import SPLoss
 
 __all__ = [
+    "CCLoss",
     "CKDLoss",
+    "CRDIndices",
+    "CRDLoss",
     "CTKDLoss",
     "DCDLoss",
     "DISTLoss",
@@ -32,6 +41,9 @@ __all__ = [
     "MLKDLoss",
     "MSDCRDLoss",
     "PCKDLoss",
+    "PKTLoss",
+    "RKDLoss",
+    "SPLoss",
     "SupConLoss",
     "WSLDLoss",
     "total_loss",
