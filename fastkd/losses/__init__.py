@@ -16,6 +16,18 @@ from fastkd.losses.logits.ipwd import IPWDLoss
 from fastkd.losses.logits.lskd import LSKDLoss
 from fastkd.losses.logits.mlkd import MLKDLoss
 from fastkd.losses.logits.wsld import WSLDLoss
+from fastkd.losses.maps.ab import ABLoss
+from fastkd.losses.maps.at import ATLoss
+from fastkd.losses.maps.fitnet import FitNetLoss
+from fastkd.losses.maps.fsp import FSPLoss
+from fastkd.losses.maps.ft import FTLoss, Paraphraser
+from fastkd.losses.maps.norm import NORMLoss
+from fastkd.losses.maps.nst import NSTLoss
+from fastkd.losses.maps.ofd import OFDLoss, activation_margin
+from fastkd.losses.maps.reviewkd import ReviewKDLoss
+from fastkd.losses.maps.simkd import SimKDLoss
+from fastkd.losses.maps.srrl import SRRLLoss
+from fastkd.losses.maps.vid import VIDLoss
 from fastkd.losses.msdcrd import MSDCRDLoss
 from fastkd.losses.pckd import PCKDLoss
 from fastkd.losses.relations.cc import CCLoss
@@ -26,6 +38,8 @@ from fastkd.losses.relations.rkd import RKDLoss
 from fastkd.losses.relations.sp import SPLoss
 
 __all__ = [
+    "ABLoss",
+    "ATLoss",
     "CCLoss",
     "CKDLoss",
     "CRDIndices",
@@ -34,17 +48,29 @@ __all__ = [
     "DCDLoss",
     "DISTLoss",
     "DKDLoss",
+    "FSPLoss",
+    "FTLoss",
+    "FitNetLoss",
     "IPWDLoss",
     "InfoNCELoss",
     "KDLoss",
     "LSKDLoss",
     "MLKDLoss",
     "MSDCRDLoss",
+    "NORMLoss",
+    "NSTLoss",
+    "OFDLoss",
     "PCKDLoss",
     "PKTLoss",
+    "Paraphraser",
     "RKDLoss",
+    "ReviewKDLoss",
     "SPLoss",
+    "SRRLLoss",
+    "SimKDLoss",
     "SupConLoss",
+    "VIDLoss",
     "WSLDLoss",
+    "activation_margin",
     "total_loss",
 ]

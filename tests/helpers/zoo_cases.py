@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -150,3 +151,129 @@ def crd(case: Any) -> None:
         case.check_value(f"out.memory_teacher_step{step}", loss.memory_teacher)
         for side, normalizer in zip(("student", "teacher"), loss.normalizers, strict=True):
             case.check_value(f"out.Z_{side}_step{step}", normalizer)
+
+
+def pooled_classifier(case: Any) -> tuple[Tensor, Tensor]:
+    return case.values["param.teacher_classifier.weight"], case.values["param.teacher_classifier.bias"]
+
+
+@method
+def srrl(case: Any) -> None:
+    student, teacher = features(case)
+    loss = case.load(losses.SRRLLoss(student.shape[1], teacher.shape[1]), "connector.transfer.", ("^", "connector."))
+    case.check(total_loss(loss(student, teacher, case["teacher_logits"], pooled_classifier(case))))
+
+
+@method
+def srrl_official(case: Any) -> None:
+    student, teacher = case["student_map_0"], case["teacher_map_0"]
+    loss = losses.SRRLLoss(student.shape[1], teacher.shape[1], "maps")
+    case.load(loss, "connector.Connectors.", ("^", "connector."))
+    case.check(total_loss(loss(student, teacher, case["teacher_logits"], pooled_classifier(case))))
+
+
+def maps(case: Any) -> tuple[list[Tensor], list[Tensor]]:
+    return case.maps("student_map"), case.maps("teacher_map")
+
+
+def channels(case: Any) -> tuple[list[int], list[int]]:
+    return [x.shape[1] for x in case.maps("student_map")], [x.shape[1] for x in case.maps("teacher_map")]
+
+
+@method
+def fitnet(case: Any) -> None:
+    student, teacher = case["student_map"], case["teacher_map"]
+    loss = case.load(losses.FitNetLoss(tuple(student.shape[1:]), tuple(teacher.shape[1:])), "")
+    case.check(loss(student, teacher)["fitnet"])
+
+
+@method
+def at(case: Any) -> None:
+    case.check(losses.ATLoss(case.option("power"))(*maps(case))["at"])
+
+
+@method
+def at_paper(case: Any) -> None:
+    case.check(losses.ATLoss(reading="paper")(*maps(case))["at"])
+
+
+@method
+def nst(case: Any) -> None:
+    case.check(losses.NSTLoss()(*maps(case))["nst"])
+
+
+@method
+def fsp(case: Any) -> None:
+    case.check(losses.FSPLoss()(*maps(case))["fsp"])
+
+
+@method
+def vid(case: Any) -> None:
+    options = {name: case.option(name) for name in ("initial_variance", "eps")}
+    loss = losses.VIDLoss(*channels(case), **options)
+    case.load(loss, "vid.", ("log_scale", "rho.0"), ("regressor", "regressors.0"))
+    case.check(loss(*maps(case))["vid"])
+
+
+@method
+def ab(case: Any) -> None:
+    shapes = [[tuple(x.shape[1:]) for x in side] for side in maps(case)]
+    loss = case.load(losses.ABLoss(*shapes, case.option("margin")), "connector.")
+    case.check(loss(*maps(case))["ab"])
+
+
+@method
+def ft(case: Any) -> None:
+    (student,), (teacher,) = channels(case)
+    loss = case.load(losses.FTLoss(student, losses.Paraphraser(teacher)), "", ("translator.encoder", "translator"))
+    case.check(loss(*(side[0] for side in maps(case)))["ft"])
+
+
+@method
+def ft_official(case: Any) -> None:
+    (student,), (teacher,) = channels(case)
+    loss = losses.FTLoss(student, losses.Paraphraser(teacher), "factors")
+    places = [(rf"\.{conv}{k}", f".{stack}{3 * k}") for k in range(3)
+              for conv, stack in (("deconv", "decoder."), ("conv", "encoder."))]  # fmt: skip
+    case.load(loss, "", *places, (r"translator\.encoder", "translator"))
+    case.check(loss(*(side[0] for side in maps(case)))["ft"])
+
+
+@method
+def ofd(case: Any) -> None:
+    count = len(case.maps("student_map"))
+    for level in range(count):  # the file's margins have the accuracy of float32
+        bn = case[f"teacher_bn_weight_{level}"], case[f"teacher_bn_bias_{level}"]
+        torch.testing.assert_close(losses.activation_margin(*bn), case[f"margin_{level}"], rtol=1e-4, atol=1e-5)
+    loss = losses.OFDLoss(channels(case)[0], [case[f"margin_{level}"] for level in range(count)]).double()
+    for level in range(count):
+        loss.get_buffer(f"margin_{level}").copy_(case[f"margin_{level}"])
+    case.load(loss.connectors, "connector.")
+    case.check(loss(*maps(case))["ofd"])
+
+
+@method
+def reviewkd(case: Any) -> None:
+    loss = losses.ReviewKDLoss(*channels(case))
+    count = len(loss.fusions)
+    deepest_first = [(rf"^abfs\.{level}\.", f"fusions.{count - 1 - level}.") for level in range(count)]
+    case.load(loss, "", *deepest_first, (r"att_conv\.0", "gates"))
+    case.check(loss(*maps(case))["review"])
+
+
+@method
+def simkd(case: Any) -> None:
+    (student,), (teacher,) = maps(case)
+    loss = losses.SimKDLoss(student.shape[1], teacher.shape[1], case.option("factor"))
+    case.load(loss, "projector.transfer.", ("^", "projector."))
+    if "out.student_logits" in case.values:
+        state = {name: x.clone() for name, x in loss.state_dict().items()}
+        logits = loss.logits(student, pooled_classifier(case), teacher.shape[2])
+        case.check_value("out.student_logits", logits)
+        loss.load_state_dict(state)
+    case.check(loss(student, teacher)["simkd"])
+
+
+@method
+def norm(case: Any) -> None:
+    case.check(losses.NORMLoss(case.option("repeats"))(case["student_map"], case["teacher_map"])["norm"])
