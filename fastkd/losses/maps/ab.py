@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.losses.base import LossModule
-from fastkd.losses.inputs import check_layer_input
 from fastkd.losses.maps.connectors import Regressor, Shape, check_shape
-from fastkd.losses.maps.match import check_channels, check_same_grid, level_weights
+from fastkd.losses.maps.match import check_channels, check_connected, check_same_grid, level_weights
 from fastkd.losses.pairs import check_map_lists, in_loss_dtype
 from fastkd.validate import check_number, check_type
 
@@ -75,10 +74,11 @@ class ABLoss(LossModule):
         weights = level_weights(len(self.channels))
         for level, (weight, connector) in enumerate(zip(weights, self.connectors, strict=True)):
             student, teacher = student_maps[level], teacher_maps[level]
-            check_channels(f"student_maps[{level}]", student, self.channels[level][0])
-            check_channels(f"teacher_maps[{level}]", teacher, self.channels[level][1])
+            name, (C_s, C_t) = f"student_maps[{level}]", self.channels[level]
+            check_channels(name, student, C_s)
+            check_channels(f"teacher_maps[{level}]", teacher, C_t)
             if isinstance(connector, Regressor):
-                check_layer_input(f"student_maps[{level}]", student, connector.conv)
+                check_connected(name, student, C_s, connector.conv, norms=self.training)
             student = connector(student)
             check_same_grid(student, teacher, f"s[{level}]")
             student, teacher = in_loss_dtype(student, teacher)

@@ -4,9 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.losses.base import LossModule
-from fastkd.losses.inputs import check_layer_input
 from fastkd.losses.maps.connectors import Regressor, Shape, check_shape
-from fastkd.losses.maps.match import check_channels, check_same_grid
+from fastkd.losses.maps.match import check_channels, check_connected, check_same_grid
 from fastkd.losses.pairs import check_maps, in_loss_dtype
 
 
@@ -55,9 +54,8 @@ class FitNetLoss(LossModule):
         unless autocast is on.
         """
         check_maps(student_map, teacher_map)
-        check_channels("student_map", student_map, self.channels[0])
+        check_connected("student_map", student_map, self.channels[0], self.regressor.conv, norms=self.training)
         check_channels("teacher_map", teacher_map, self.channels[1])
-        check_layer_input("student_map", student_map, self.regressor.conv)
         hint = self.regressor(student_map)
         check_same_grid(hint, teacher_map)
         return {"fitnet": F.mse_loss(*in_loss_dtype(hint, teacher_map))}

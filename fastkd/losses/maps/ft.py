@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.losses.base import LossModule
-from fastkd.losses.inputs import check_layer_input
 from fastkd.losses.maps.at import attention
-from fastkd.losses.maps.match import check_channels, match
+from fastkd.losses.maps.match import check_connected, match
 from fastkd.losses.pairs import check_maps, in_loss_dtype, unit
 from fastkd.validate import check_choice, check_int, check_number, check_type
 
@@ -60,8 +59,7 @@ class Paraphraser(LossModule):
     def forward(self, teacher_map: Tensor) -> dict[str, Tensor]:
         """Returns ``{"reconstruction": loss}``, 0-dim. teacher_map: [B, C, H, W], in the dtype of the parameters."""
         check_maps(teacher_map, teacher_map)
-        check_channels("teacher_map", teacher_map, self.channels)
-        check_layer_input("teacher_map", teacher_map, self.encoder[0])
+        check_connected("teacher_map", teacher_map, self.channels, self.encoder[0])
         pair = in_loss_dtype(self.decoder(self.encoder(teacher_map)), teacher_map)
         return {"reconstruction": F.mse_loss(*pair) if self.distance == "mse" else F.l1_loss(*pair)}
 
@@ -121,10 +119,9 @@ class FTLoss(LossModule):
         parameters unless autocast is on.
         """
         check_maps(student_map, teacher_map)
-        check_channels("student_map", student_map, self.channels)
-        check_channels("teacher_map", teacher_map, self.paraphraser.channels)
-        check_layer_input("student_map", student_map, self.translator[0])
-        check_layer_input("teacher_map", teacher_map, self.paraphraser.encoder[0])
+        norms = self.training and self.reading == "attention"
+        check_connected("student_map", student_map, self.channels, self.translator[0], norms=norms)
+        check_connected("teacher_map", teacher_map, self.paraphraser.channels, self.paraphraser.encoder[0])
         with torch.no_grad():
             teacher = self.paraphraser.encoder(teacher_map)
         factors = match(*in_loss_dtype(self.translator(student_map), teacher))

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastkd.losses.inputs import check_layer_input
 from fastkd.losses.pairs import Pair
 from fastkd.validate import check_int, check_type
 
@@ -29,9 +30,17 @@ def level_weights(count: int) -> list[float]:
 
 
 def check_channels(name: str, x: Tensor, channels: int) -> None:
-    """That a map [B, C, H, W] has as many channels as the module was made for."""
+    """That a map [B, C, ...] has as many channels as the module was made for."""
     if x.shape[1] != channels:
         raise ValueError(f"{name}: got {x.shape[1]} channels, expected {channels}, as the module was made for")
+
+
+def check_connected(name: str, x: Tensor, channels: int, layer: nn.Module, *, norms: bool = False) -> None:
+    """That ``layer`` can read the map; ``norms``: and a batch norm in training mode what the layer makes of it."""
+    check_channels(name, x, channels)
+    check_layer_input(name, x, layer)
+    if norms and x[:, 0].numel() < 2:
+        raise ValueError(f"{name}: got shape {list(x.shape)}, expected two values per channel in training mode")
 
 
 def check_same_grid(student: Tensor, teacher: Tensor, suffix: str = "") -> None:

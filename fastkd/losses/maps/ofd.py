@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.losses.base import LossModule
-from fastkd.losses.inputs import check_layer_input
-from fastkd.losses.maps.match import averaged, channel_lists, check_channels, level_weights
+from fastkd.losses.maps.match import averaged, channel_lists, check_channels, check_connected, level_weights
 from fastkd.losses.pairs import check_map_lists, in_loss_dtype
 from fastkd.validate import check_floating, check_number, check_type
 
@@ -118,11 +117,10 @@ class OFDLoss(LossModule):
         losses = []
         for level, weight in enumerate(level_weights(len(self.channels))):
             student, teacher = student_maps[level], teacher_maps[level]
-            check_channels(f"student_maps[{level}]", student, self.channels[level][0])
-            check_channels(f"teacher_maps[{level}]", teacher, self.channels[level][1])
-            connector = self.connectors[level]
+            connector, (C_s, C_t) = self.connectors[level], self.channels[level]
             assert isinstance(connector, nn.Sequential)
-            check_layer_input(f"student_maps[{level}]", student, connector[0])
+            check_connected(f"student_maps[{level}]", student, C_s, connector[0], norms=self.training)
+            check_channels(f"teacher_maps[{level}]", teacher, C_t)
             student, teacher = in_loss_dtype(connector(student), teacher)
             if student.shape != teacher.shape:
                 teacher = averaged(teacher, student)

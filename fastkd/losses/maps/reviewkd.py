@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.losses.base import LossModule
-from fastkd.losses.inputs import check_layer_input
-from fastkd.losses.maps.match import channel_lists, check_channels, check_same_grid
+from fastkd.losses.maps.match import channel_lists, check_channels, check_connected, check_same_grid
 from fastkd.losses.pairs import check_map_lists, in_loss_dtype
 from fastkd.validate import check_int
 
@@ -80,11 +79,10 @@ class ReviewKDLoss(LossModule):
         joined: Tensor | None = None
         for level in reversed(range(len(self.channels))):
             student, teacher = student_maps[level], teacher_maps[level]
-            check_channels(f"student_maps[{level}]", student, self.channels[level][0])
-            check_channels(f"teacher_maps[{level}]", teacher, self.channels[level][1])
-            fusion = self.fusions[level]
+            fusion, (C_s, C_t) = self.fusions[level], self.channels[level]
             assert isinstance(fusion, _Fusion)
-            check_layer_input(f"student_maps[{level}]", student, fusion.conv1[0])
+            check_connected(f"student_maps[{level}]", student, C_s, fusion.conv1[0], norms=self.training)
+            check_channels(f"teacher_maps[{level}]", teacher, C_t)
             output, joined = fusion(student, joined, teacher.shape[2:])
             check_same_grid(output, teacher, f"s[{level}]")
             losses.append(_hierarchical(*in_loss_dtype(output, teacher)))

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.losses.base import LossModule
-from fastkd.losses.inputs import Classifier, check_layer_input, weight_and_bias
-from fastkd.losses.maps.match import check_channels, match
+from fastkd.losses.inputs import Classifier, weight_and_bias
+from fastkd.losses.maps.match import check_channels, check_connected, match
 from fastkd.losses.pairs import check_maps, in_loss_dtype
 from fastkd.validate import check_feature_map, check_int
 
@@ -88,8 +88,7 @@ class SimKDLoss(LossModule):
         return F.linear(pooled, *weight_and_bias("teacher_classifier", teacher_classifier, pooled))
 
     def _check(self, student_map: Tensor) -> None:
-        check_channels("student_map", student_map, self.channels[0])
-        check_layer_input("student_map", student_map, self.projector[0])
+        check_connected("student_map", student_map, self.channels[0], self.projector[0], norms=self.training)
 
 
 def _layer(C_in: int, C_out: int, kernel: int) -> list[nn.Module]:

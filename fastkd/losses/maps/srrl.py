@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.losses.base import LossModule
-from fastkd.losses.inputs import Classifier, check_layer_input, weight_and_bias
-from fastkd.losses.maps.match import check_channels
+from fastkd.losses.inputs import Classifier, weight_and_bias
+from fastkd.losses.maps.match import check_channels, check_connected
 from fastkd.losses.pairs import check_maps, feature_pair, in_loss_dtype
 from fastkd.validate import check_choice, check_floating, check_int, check_pair
 
@@ -79,13 +79,9 @@ class SRRLLoss(LossModule):
             check_maps(student_features, teacher_features)
         else:
             feature_pair(student_features, teacher_features)
-        check_channels("student_features", student_features, self.widths[0])
+        check_connected("student_features", student_features, self.widths[0], self.connector[0], norms=self.training)
         check_channels("teacher_features", teacher_features, self.widths[1])
-        check_layer_input("student_features", student_features, self.connector[0])
         check_floating("teacher_logits", teacher_logits)
-        if self.training and student_features.shape[0] * student_features[0, 0].numel() < 2:
-            got = list(student_features.shape)
-            raise ValueError(f"student_features: got shape {got}, expected two values per channel in training mode")
         is_map = self.reading == "maps"
         connected = self.connector(student_features if is_map else student_features[:, :, None, None])
         student, teacher = in_loss_dtype(connected, teacher_features)

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.losses.base import LossModule
-from fastkd.losses.inputs import check_layer_input
-from fastkd.losses.maps.match import channel_lists, check_channels, match
+from fastkd.losses.maps.match import channel_lists, check_channels, check_connected, match
 from fastkd.losses.pairs import check_map_lists, in_loss_dtype
 from fastkd.validate import check_number
 
@@ -71,11 +70,10 @@ class VIDLoss(LossModule):
         check_map_lists(student_maps, teacher_maps, len(self.channels))
         losses = []
         for level, (C_s, C_t) in enumerate(self.channels):
-            check_channels(f"student_maps[{level}]", student_maps[level], C_s)
-            check_channels(f"teacher_maps[{level}]", teacher_maps[level], C_t)
             regressor = self.regressors[level]
             assert isinstance(regressor, nn.Sequential)
-            check_layer_input(f"student_maps[{level}]", student_maps[level], regressor[0])
+            check_connected(f"student_maps[{level}]", student_maps[level], C_s, regressor[0])
+            check_channels(f"teacher_maps[{level}]", teacher_maps[level], C_t)
             student, teacher = match(student_maps[level], teacher_maps[level])
             mu, teacher = in_loss_dtype(regressor(student), teacher)
             variance = (F.softplus(self.rho[level].to(mu.dtype)) + self.eps)[:, None, None]

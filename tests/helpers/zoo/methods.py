@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,62 +10,63 @@ from torch import Tensor
 
 from fastkd import losses
 from fastkd.losses import KDLoss, total_loss
+from tests.helpers.zoo.case import Case
 
-METHODS: dict[str, Callable[[Any], None]] = {}
+METHODS: dict[str, Callable[[Case], None]] = {}
 
 
-def method(run: Callable[[Any], None]) -> Callable[[Any], None]:
+def method(run: Callable[[Case], None]) -> Callable[[Case], None]:
     METHODS[run.__name__] = run
     return run
 
 
-def logits(case: Any) -> tuple[Tensor, Tensor]:
+def logits(case: Case) -> tuple[Tensor, Tensor]:
     return case["student_logits"], case["teacher_logits"]
 
 
 @method
-def kd(case: Any) -> None:
+def kd(case: Case) -> None:
     case.check(total_loss(KDLoss(case.option("temperature"))(*logits(case))))
 
 
 @method
-def dkd(case: Any) -> None:
+def dkd(case: Case) -> None:
     loss = losses.DKDLoss(*map(case.option, ("temperature", "alpha", "beta")))
     case.check(total_loss(loss(*logits(case), case["labels"])))
 
 
 @method
-def dist(case: Any) -> None:
+def dist(case: Case) -> None:
     case.check(total_loss(losses.DISTLoss(*map(case.option, ("tau", "beta", "gamma")))(*logits(case))))
 
 
 @method
-def lskd_kd(case: Any) -> None:
+def lskd_kd(case: Case) -> None:
     case.check(total_loss(losses.LSKDLoss(KDLoss(case.option("temperature")))(*logits(case))))
 
 
 @method
-def lskd_dkd(case: Any) -> None:
+def lskd_dkd(case: Case) -> None:
     loss = losses.LSKDLoss(losses.DKDLoss(*map(case.option, ("temperature", "alpha", "beta"))))
     case.check(total_loss(loss(*logits(case), case["labels"])))
 
 
 @method
-def wsld(case: Any) -> None:
+def wsld(case: Case) -> None:
     student, teacher = logits(case)
     terms = losses.WSLDLoss(case.option("temperature"))(student, teacher, case["labels"])
     case.check(F.cross_entropy(student, case["labels"]) + case.option("alpha") * terms["wsld"])
 
 
 @method
-def ctkd(case: Any) -> None:
+def ctkd(case: Case) -> None:
     loss = losses.CTKDLoss(case.option("start"), case.option("range"), round(case.option("loops")))
     case.load(loss, "temperature.", ("global_T", "theta"))
     case.check(total_loss(loss(*logits(case), case.option("epoch"))))
 
 
 @method
-def mlkd(case: Any) -> None:
+def mlkd(case: Case) -> None:
     T = case.option("temperature")
     weak, strong, labels = case["student_logits_weak"], case["student_logits_strong"], case["labels"]
     loss = losses.MLKDLoss([T, 3.0, 5.0, 2.0, 6.0])
@@ -75,37 +76,37 @@ def mlkd(case: Any) -> None:
 
 
 @method
-def mlkd_parts(case: Any) -> None:
+def mlkd_parts(case: Case) -> None:
     case.check(total_loss(losses.MLKDLoss([case.option("temperature")], "paper")(*logits(case))))
 
 
 @method
-def ipwd(case: Any) -> None:
+def ipwd(case: Case) -> None:
     inputs = case["student_logits"], case["class_head_logits"], case["teacher_logits"], case["labels"]
     if "loss_inverse" in case.values:
         case.check_value("loss_inverse", losses.IPWDLoss(case.option("temperature"), "class/kd")(*inputs)["ipwd"])
     case.check(losses.IPWDLoss(case.option("temperature"))(*inputs)["ipwd"])
 
 
-def features(case: Any) -> tuple[Tensor, Tensor]:
+def features(case: Case) -> tuple[Tensor, Tensor]:
     return case["student_features"], case["teacher_features"]
 
 
 @method
-def rkd(case: Any) -> None:
+def rkd(case: Case) -> None:
     loss = losses.RKDLoss(*map(case.option, ("distance_weight", "angle_weight")))
     case.check(total_loss(loss(*features(case))))
 
 
 @method
-def cc(case: Any) -> None:
+def cc(case: Case) -> None:
     student, teacher = features(case)
     width = len(case.values["param.embed_student.linear.bias"])
     loss = losses.CCLoss(student.shape[1], teacher.shape[1], width)
     case.check(case.load(loss, "", (r"\.linear", ""))(student, teacher)["cc"])
 
 
-def cc_kernel(case: Any, reading: Any) -> None:
+def cc_kernel(case: Case, reading: Literal["kernel", "kernel-raw"]) -> None:
     student, teacher = case["student_embedding"], case["teacher_embedding"]
     options = {name: case.option(name) for name in ("gamma", "order")}
     loss = losses.CCLoss(student.shape[1], teacher.shape[1], None, reading, **options)
@@ -113,27 +114,27 @@ def cc_kernel(case: Any, reading: Any) -> None:
 
 
 @method
-def cc_rbf(case: Any) -> None:
+def cc_rbf(case: Case) -> None:
     cc_kernel(case, "kernel")
 
 
 @method
-def cc_torchdistill(case: Any) -> None:
+def cc_torchdistill(case: Case) -> None:
     cc_kernel(case, "kernel-raw")
 
 
 @method
-def pkt(case: Any) -> None:
+def pkt(case: Case) -> None:
     case.check(losses.PKTLoss()(*features(case))["pkt"])
 
 
 @method
-def sp(case: Any) -> None:
+def sp(case: Case) -> None:
     case.check(losses.SPLoss()(*case.maps("student_map"), *case.maps("teacher_map"))["sp"])
 
 
 @method
-def crd(case: Any) -> None:
+def crd(case: Case) -> None:
     names = ("samples", "negatives", "temperature", "momentum")
     widths = [case[f"{side}_features_step0"].shape[1] for side in ("student", "teacher")]
     loss = losses.CRDLoss(*widths, embedding_dim=case.option("dim"), **{name: case.option(name) for name in names})
@@ -153,62 +154,62 @@ def crd(case: Any) -> None:
             case.check_value(f"out.Z_{side}_step{step}", normalizer)
 
 
-def pooled_classifier(case: Any) -> tuple[Tensor, Tensor]:
+def pooled_classifier(case: Case) -> tuple[Tensor, Tensor]:
     return case.values["param.teacher_classifier.weight"], case.values["param.teacher_classifier.bias"]
 
 
 @method
-def srrl(case: Any) -> None:
+def srrl(case: Case) -> None:
     student, teacher = features(case)
     loss = case.load(losses.SRRLLoss(student.shape[1], teacher.shape[1]), "connector.transfer.", ("^", "connector."))
     case.check(total_loss(loss(student, teacher, case["teacher_logits"], pooled_classifier(case))))
 
 
 @method
-def srrl_official(case: Any) -> None:
+def srrl_official(case: Case) -> None:
     student, teacher = case["student_map_0"], case["teacher_map_0"]
     loss = losses.SRRLLoss(student.shape[1], teacher.shape[1], "maps")
     case.load(loss, "connector.Connectors.", ("^", "connector."))
     case.check(total_loss(loss(student, teacher, case["teacher_logits"], pooled_classifier(case))))
 
 
-def maps(case: Any) -> tuple[list[Tensor], list[Tensor]]:
+def maps(case: Case) -> tuple[list[Tensor], list[Tensor]]:
     return case.maps("student_map"), case.maps("teacher_map")
 
 
-def channels(case: Any) -> tuple[list[int], list[int]]:
+def channels(case: Case) -> tuple[list[int], list[int]]:
     return [x.shape[1] for x in case.maps("student_map")], [x.shape[1] for x in case.maps("teacher_map")]
 
 
 @method
-def fitnet(case: Any) -> None:
+def fitnet(case: Case) -> None:
     student, teacher = case["student_map"], case["teacher_map"]
     loss = case.load(losses.FitNetLoss(tuple(student.shape[1:]), tuple(teacher.shape[1:])), "")
     case.check(loss(student, teacher)["fitnet"])
 
 
 @method
-def at(case: Any) -> None:
+def at(case: Case) -> None:
     case.check(losses.ATLoss(case.option("power"))(*maps(case))["at"])
 
 
 @method
-def at_paper(case: Any) -> None:
+def at_paper(case: Case) -> None:
     case.check(losses.ATLoss(reading="paper")(*maps(case))["at"])
 
 
 @method
-def nst(case: Any) -> None:
+def nst(case: Case) -> None:
     case.check(losses.NSTLoss()(*maps(case))["nst"])
 
 
 @method
-def fsp(case: Any) -> None:
+def fsp(case: Case) -> None:
     case.check(losses.FSPLoss()(*maps(case))["fsp"])
 
 
 @method
-def vid(case: Any) -> None:
+def vid(case: Case) -> None:
     options = {name: case.option(name) for name in ("initial_variance", "eps")}
     loss = losses.VIDLoss(*channels(case), **options)
     case.load(loss, "vid.", ("log_scale", "rho.0"), ("regressor", "regressors.0"))
@@ -216,21 +217,21 @@ def vid(case: Any) -> None:
 
 
 @method
-def ab(case: Any) -> None:
+def ab(case: Case) -> None:
     shapes = [[tuple(x.shape[1:]) for x in side] for side in maps(case)]
     loss = case.load(losses.ABLoss(*shapes, case.option("margin")), "connector.")
     case.check(loss(*maps(case))["ab"])
 
 
 @method
-def ft(case: Any) -> None:
+def ft(case: Case) -> None:
     (student,), (teacher,) = channels(case)
     loss = case.load(losses.FTLoss(student, losses.Paraphraser(teacher)), "", ("translator.encoder", "translator"))
     case.check(loss(*(side[0] for side in maps(case)))["ft"])
 
 
 @method
-def ft_official(case: Any) -> None:
+def ft_official(case: Case) -> None:
     (student,), (teacher,) = channels(case)
     loss = losses.FTLoss(student, losses.Paraphraser(teacher), "factors")
     places = [(rf"\.{conv}{k}", f".{stack}{3 * k}") for k in range(3)
@@ -240,7 +241,7 @@ def ft_official(case: Any) -> None:
 
 
 @method
-def ofd(case: Any) -> None:
+def ofd(case: Case) -> None:
     count = len(case.maps("student_map"))
     for level in range(count):  # the file's margins have the accuracy of float32
         bn = case[f"teacher_bn_weight_{level}"], case[f"teacher_bn_bias_{level}"]
@@ -253,7 +254,7 @@ def ofd(case: Any) -> None:
 
 
 @method
-def reviewkd(case: Any) -> None:
+def reviewkd(case: Case) -> None:
     loss = losses.ReviewKDLoss(*channels(case))
     count = len(loss.fusions)
     deepest_first = [(rf"^abfs\.{level}\.", f"fusions.{count - 1 - level}.") for level in range(count)]
@@ -262,7 +263,7 @@ def reviewkd(case: Any) -> None:
 
 
 @method
-def simkd(case: Any) -> None:
+def simkd(case: Case) -> None:
     (student,), (teacher,) = maps(case)
     loss = losses.SimKDLoss(student.shape[1], teacher.shape[1], case.option("factor"))
     case.load(loss, "projector.transfer.", ("^", "projector."))
@@ -275,5 +276,5 @@ def simkd(case: Any) -> None:
 
 
 @method
-def norm(case: Any) -> None:
+def norm(case: Case) -> None:
     case.check(losses.NORMLoss(case.option("repeats"))(case["student_map"], case["teacher_map"])["norm"])

@@ -1,15 +1,7 @@
-"""Case files of the classical losses against this package: ``python -m tests.helpers.zoo FOLDER``.
-
-A file ``METHOD.npz`` holds cases in float64: ``case0.NAME`` for every input, ``case0.option.NAME``,
-``case0.param.MODULE.KEY``, ``case0.loss`` and ``case0.grad.NAME`` for the gradients. Parameters have the names of the
-methods' public code. A line per file has the worst relative error of the losses and of all gradients. The exit status
-is 1 if one of them is above 1e-10, or if a file cannot be run.
-"""
+"""One case of a file: its tensors, and how far this package's losses and gradients are from them."""
 
 import math
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import zoo_cases
-
-TOLERANCE = 1e-10
 NOISE = 1e-10  # of the largest gradient; smaller ones, of biases before a batch norm, are rounding errors
 
 
@@ -111,39 +100,3 @@ def cases_of(path: Path) -> list[Case]:
             if key:
                 found.setdefault(case, {})[key] = torch.tensor(arrays[name])
     return [Case(found[name]) for name in sorted(found, key=lambda name: int(name.removeprefix("case")))]
-
-
-def errors_of(path: Path) -> tuple[float, float]:
-    """The worst relative errors of the losses and of the gradients of a file."""
-    run: Callable[[Case], None] = zoo_cases.METHODS[path.stem]
-    cases = cases_of(path)
-    for case in cases:
-        run(case)
-        assert case.compared > 0, "no loss was compared"
-    assert cases, "the file has no case"
-    return max(case.loss_error for case in cases), max(case.grad_error for case in cases)
-
-
-def main(folder: str) -> int:
-    """Prints a line per file. Returns the exit status."""
-    paths = sorted(Path(folder).glob("*.npz"))
-    if not paths:
-        print(f"{folder}: has no .npz file", file=sys.stderr)
-        return 1
-    failed = False
-    for path in paths:
-        try:
-            loss_error, grad_error = errors_of(path)
-            passed = max(loss_error, grad_error) <= TOLERANCE
-            line = f"loss {loss_error:.1e}   gradients {grad_error:.1e}   {'ok' if passed else 'FAILED'}"
-        except Exception as error:
-            passed, line = False, f"FAILED: {type(error).__name__}: {error}"
-        failed |= not passed
-        print(f"{path.stem:16} {line}")
-    return int(failed)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m tests.helpers.zoo FOLDER")
-    sys.exit(main(sys.argv[1]))
