@@ -10,7 +10,7 @@ from fastkd.losses.base import LossModule
 from fastkd.losses.maps.at import attention
 from fastkd.losses.maps.match import check_connected, match
 from fastkd.losses.pairs import check_maps, in_loss_dtype, unit
-from fastkd.validate import check_choice, check_int, check_number, check_type
+from fastkd.validate import check_choice, check_feature_map, check_int, check_number, check_type
 
 Reading = Literal["attention", "factors"]
 Distance = Literal["mse", "l1"]
@@ -58,7 +58,7 @@ class Paraphraser(LossModule):
 
     def forward(self, teacher_map: Tensor) -> dict[str, Tensor]:
         """Returns ``{"reconstruction": loss}``, 0-dim. teacher_map: [B, C, H, W], in the dtype of the parameters."""
-        check_maps(teacher_map, teacher_map)
+        check_feature_map("teacher_map", teacher_map)
         check_connected("teacher_map", teacher_map, self.channels, self.encoder[0])
         pair = in_loss_dtype(self.decoder(self.encoder(teacher_map)), teacher_map)
         return {"reconstruction": F.mse_loss(*pair) if self.distance == "mse" else F.l1_loss(*pair)}
