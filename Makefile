@@ -12,7 +12,7 @@ SETUP := $(if $(filter command,$(origin BIN) $(origin PY)),,setup)
 WORKERS ?= 2
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup ext ext-cuda demo demo-ddp soak test test-fast lint format docs dist bench bench-scale aot gpu-test gpu-bench has-gpu clean
+.PHONY: help setup ext ext-cuda demo demo-ddp soak fuzz test test-fast lint format docs dist bench bench-scale aot gpu-test gpu-bench has-gpu clean
 
 .DEFAULT_GOAL := setup
 
@@ -52,6 +52,11 @@ demo-ddp: $(SETUP)
 ## Kills a training run 20 times and resumes it; fails unless it ends as the uninterrupted one, bit for bit.
 soak: $(SETUP)
 	$(PY) -m tests.helpers.imagenet_like soak --kills 20
+
+## Runs random cases of every loss against the definition, and shrinks one that differs: CASES=10000, ARGS="--triton".
+fuzz: $(SETUP)
+	OMP_WAIT_POLICY=passive $(if $(findstring --triton,$(ARGS)),TRITON_INTERPRET=1) \
+		$(PY) -m tests.robustness.fuzz --cases $(or $(CASES),1000) $(ARGS)
 
 # The tests in Triton's interpreter need its variable, and the others must not have it.
 ## Runs all tests.

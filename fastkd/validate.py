@@ -175,17 +175,17 @@ def one_scale(logit_scale: Tensor | float | None, temperature: Tensor | float | 
         assert logit_scale is not None
         return logit_scale
     if not isinstance(temperature, Tensor):
-        check_temperature(temperature, like.dtype)
+        check_temperature(temperature)
         return 1 / temperature
     _check_scalar_tensor("temperature", temperature, like)
-    if _may_read(temperature) and temperature.item() <= 0:
-        raise ValueError(f"temperature: got {temperature.item()}, expected a number > 0")
+    if _may_read(temperature):
+        check_temperature(temperature.item())
     return temperature.reciprocal()
 
 
-def check_temperature(temperature: Any, dtype: torch.dtype) -> None:
-    """> 0, and its inverse, which multiplies logits computed from ``dtype``, finite in their accumulation dtype."""
-    check_number("temperature", temperature, 1 / torch.finfo(accumulation_dtype(dtype)).max, exclusive=True)
+def check_temperature(temperature: Any) -> None:
+    """In [1e-4, 1e4]. Beyond it logits overflow, or squares of temperatures do, or nothing is left of the logits."""
+    check_number("temperature", temperature, 1e-4, 1e4)
 
 
 def scale_bound(logit_scale: Tensor | float, max_scale: float) -> float:

@@ -128,7 +128,7 @@ def ckd_loss(
     Args:
         student_logits, teacher_logits: [B, C] of the same samples, in float64, float32, bf16 or fp16. The teacher's are
             cast to the student's dtype, and get no gradient.
-        temperature: divides the cosines; > 0.
+        temperature: divides the cosines; in [1e-4, 1e4].
         sample_weight, group, backend: as for :func:`dcd_loss`.
 
     Returns:
@@ -151,7 +151,7 @@ def ckd_loss(
         teacher = check_student_and_teacher(
             "student_logits", student_logits, "teacher_logits", teacher_logits, "[B, C]", may_be_empty=may_be_empty
         )
-        check_temperature(temperature, student_logits.dtype)
+        check_temperature(temperature)
         scale = check_scale(1 / temperature, student_logits)
         weight = check_weight(sample_weight, student_logits)
         return ContrastInputs(teacher.detach(), student_logits, scale, weight, normalize=True)

@@ -13,6 +13,7 @@ from fastkd.validate import (
     check_no_tangent,
     check_number,
     check_student_and_teacher,
+    check_temperature,
     check_weight,
 )
 
@@ -40,7 +41,7 @@ def kd_loss(
     Args:
         student_logits, teacher_logits: [B, C], in float64, float32, bf16 or fp16. The teacher's are cast to the
             student's dtype, and get no gradient.
-        temperature: divides the logits; > 0.
+        temperature: divides the logits; in [1e-4, 1e4].
         sample_weight: [B], as for :func:`dcd_loss`.
         backend: as for :func:`dcd_loss`; ``"reference"`` takes memory linear in B here.
 
@@ -49,7 +50,7 @@ def kd_loss(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes or devices do not fit, there are no rows, ``temperature`` is not > 0, a weight is negative,
+        ValueError: shapes or devices do not fit, there are no rows, a number is out of range, a weight is negative,
             or ``backend`` is unknown or not available here.
 
     Example:
@@ -113,7 +114,7 @@ def _soft_target_means(
     sample_weight: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    check_number("temperature", temperature, minimum=0, exclusive=True)
+    check_temperature(temperature)
     weight = check_weight(sample_weight, student_logits)
     backend = backends.resolve(backend, "soft_target", student_logits)
     teacher_logits = teacher_logits.detach()

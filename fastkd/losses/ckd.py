@@ -6,7 +6,7 @@ from fastkd import backends
 from fastkd.distributed.group import Group, check_group
 from fastkd.functional.contrast import ckd_loss
 from fastkd.losses.base import LossModule
-from fastkd.validate import Backend, check_number
+from fastkd.validate import Backend, check_temperature
 
 
 class CKDLoss(LossModule):
@@ -21,11 +21,11 @@ class CKDLoss(LossModule):
     Source: arXiv 2404.14109, eq. 5-7.
 
     Args:
-        temperature: divides the cosines; > 0. The paper uses 1.
+        temperature: divides the cosines; in [1e-4, 1e4]. The paper uses 1.
         group, backend: see :class:`fastkd.DCDLoss`.
 
     Raises:
-        TypeError, ValueError: ``temperature`` is not a number > 0, or ``group`` or ``backend`` is unknown.
+        TypeError, ValueError: ``temperature`` is not a number in [1e-4, 1e4], or ``group`` or ``backend`` is unknown.
 
     Example:
         >>> import torch
@@ -37,7 +37,7 @@ class CKDLoss(LossModule):
 
     def __init__(self, temperature: float = 1.0, *, group: Group = None, backend: Backend | None = None) -> None:
         super().__init__()
-        check_number("temperature", temperature, minimum=0, exclusive=True)
+        check_temperature(temperature)
         check_group(group)
         backends.check_name(backend)
         self.temperature = temperature

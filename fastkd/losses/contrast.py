@@ -6,7 +6,7 @@ from fastkd import backends
 from fastkd.distributed.group import Group, check_group
 from fastkd.functional.contrast import info_nce_loss, sup_con_loss
 from fastkd.losses.base import LossModule
-from fastkd.validate import Backend, check_bool, check_number
+from fastkd.validate import Backend, check_bool, check_temperature
 
 
 class InfoNCELoss(LossModule):
@@ -21,12 +21,12 @@ class InfoNCELoss(LossModule):
     Source: arXiv 1807.03748, eq. 4, with cosines as the scores.
 
     Args:
-        temperature: divides the cosines; > 0. The paper has none; 0.07 is usual (MoCo, CLIP's first value).
+        temperature: divides the cosines; in [1e-4, 1e4]. The paper has none; 0.07 is usual (MoCo, CLIP's first value).
         normalize: ``False`` takes dot products in the place of cosines.
         group, backend: see :func:`fastkd.dcd_loss`.
 
     Raises:
-        TypeError, ValueError: ``temperature`` is not a number > 0, ``normalize`` is no bool, or ``group`` or
+        TypeError, ValueError: ``temperature`` is not a number in [1e-4, 1e4], ``normalize`` is no bool, or ``group`` or
             ``backend`` is unknown.
 
     Example:
@@ -85,14 +85,14 @@ class SupConLoss(LossModule):
     Source: arXiv 2004.11362, eq. 2, without its outer factor of the temperature.
 
     Args:
-        temperature: divides the cosines; > 0. The paper uses 0.1.
+        temperature: divides the cosines; in [1e-4, 1e4]. The paper uses 0.1.
         exclude_self: ``False`` counts row i among its own positives and candidates.
         normalize: ``False`` takes dot products in the place of cosines.
         group, backend: see :func:`fastkd.dcd_loss`.
 
     Raises:
-        TypeError, ValueError: ``temperature`` is not a number > 0, an option is no bool, or ``group`` or ``backend`` is
-            unknown.
+        TypeError, ValueError: ``temperature`` is not a number in [1e-4, 1e4], an option is no bool, or ``group`` or
+            ``backend`` is unknown.
 
     Example:
         >>> import torch
@@ -142,7 +142,7 @@ class SupConLoss(LossModule):
 
 
 def _check_options(temperature: float, normalize: bool, group: Group, backend: Backend | None) -> None:
-    check_number("temperature", temperature, minimum=0, exclusive=True)
+    check_temperature(temperature)
     check_bool("normalize", normalize)
     check_group(group)
     backends.check_name(backend)

@@ -10,7 +10,16 @@ from fastkd.distributed.group import Group, check_group
 from fastkd.functional.dcd import dcd_terms
 from fastkd.losses.base import LossModule
 from fastkd.losses.inputs import check_layer_input, check_width
-from fastkd.validate import CONSISTENCIES, Backend, Consistency, check_choice, check_int, check_number, check_type
+from fastkd.validate import (
+    CONSISTENCIES,
+    Backend,
+    Consistency,
+    check_choice,
+    check_int,
+    check_number,
+    check_temperature,
+    check_type,
+)
 
 
 class DCDLoss(LossModule):
@@ -46,7 +55,7 @@ class DCDLoss(LossModule):
         min_scale: lower bound of exp(tau). The paper's text clamps tau to [0, tau_max]: pass ``min_scale=1.0,
             max_scale=exp(tau_max)`` for that reading.
         learnable: ``False`` fixes the scale at ``1 / temperature`` without bounds, as in the paper's ablation.
-        temperature: fixes the scale if ``learnable=False``, and is unused otherwise; 0.07 in the paper.
+        temperature: fixes the scale if ``learnable=False``, and is unused otherwise; in [1e-4, 1e4], 0.07 in the paper.
         logit_bias: keeps a parameter ``logit_bias``, so that state dicts that hold one load. Its gradient is zero.
         group, backend: see :func:`fastkd.dcd_loss`. A module that holds a ProcessGroup, of any method, can be neither
             deep-copied nor pickled, because the group cannot. With ``None`` or ``"local"`` it can.
@@ -93,7 +102,7 @@ class DCDLoss(LossModule):
                 check_number(name, bound, minimum=0, exclusive=True)
         if max_scale is not None and min_scale is not None and min_scale > max_scale:
             raise ValueError(f"min_scale: got {min_scale}, expected at most max_scale, {max_scale}")
-        check_number("temperature", temperature, minimum=0, exclusive=True)
+        check_temperature(temperature)
         check_group(group)
         backends.check_name(backend)
         self.student_head = nn.Linear(student_dim, embed_dim)

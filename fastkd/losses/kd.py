@@ -5,7 +5,7 @@ from torch import Tensor
 from fastkd import backends
 from fastkd.functional.kd import kd_loss
 from fastkd.losses.base import LossModule
-from fastkd.validate import Backend, check_number
+from fastkd.validate import Backend, check_temperature
 
 
 class KDLoss(LossModule):
@@ -21,11 +21,11 @@ class KDLoss(LossModule):
     Source: arXiv 1503.02531, section 2.
 
     Args:
-        temperature: divides the logits; > 0. The DCD paper's recipes use 4.
+        temperature: divides the logits; in [1e-4, 1e4]. The DCD paper's recipes use 4.
         backend: see :func:`fastkd.kd_loss`.
 
     Raises:
-        TypeError, ValueError: ``temperature`` is not a number > 0, or ``backend`` is unknown.
+        TypeError, ValueError: ``temperature`` is not a number in [1e-4, 1e4], or ``backend`` is unknown.
 
     Example:
         >>> import torch
@@ -37,7 +37,7 @@ class KDLoss(LossModule):
 
     def __init__(self, temperature: float = 4.0, *, backend: Backend | None = None) -> None:
         super().__init__()
-        check_number("temperature", temperature, minimum=0, exclusive=True)
+        check_temperature(temperature)
         backends.check_name(backend)
         self.temperature = temperature
         self.backend = backend

@@ -24,7 +24,6 @@ from fastkd.validate import (
     check_choice,
     check_feature_map,
     check_int,
-    check_number,
     check_sides,
     check_temperature,
     check_type,
@@ -67,7 +66,7 @@ class MSDCRDLoss(LossModule):
         windows: the scales, each the side of a square window, or None for the whole map. The default is the whole map,
             half of its side and a quarter of it, rounded up: 7, 4, 2 for a side of 7, and 14, 7, 4 for 14.
         strides: the distance of the windows, per scale. The default is half of the window.
-        temperature: divides the cosines; > 0.
+        temperature: divides the cosines; in [1e-4, 1e4].
         positives: ``"index"`` is the formula above. With ``"label"`` all teacher samples of the label are positives,
             their mean is taken, and the denominator is over all samples.
         sample_term_weight, feature_weight: weights of the terms ``sample`` and ``feature``; >= 0. A term of weight zero
@@ -110,7 +109,7 @@ class MSDCRDLoss(LossModule):
         super().__init__()
         check_int("student_channels", student_channels, minimum=1)
         check_int("teacher_channels", teacher_channels, minimum=1)
-        check_number("temperature", temperature, minimum=0, exclusive=True)
+        check_temperature(temperature)
         check_choice("positives", positives, POSITIVES)
         check_part_weights(sample_term_weight=sample_term_weight, feature_weight=feature_weight)
         self.weights = {"sample": sample_term_weight, "feature": feature_weight}
@@ -174,7 +173,6 @@ class MSDCRDLoss(LossModule):
                 check_layer_input("student_map", student, self.adapter)
             if isinstance(teacher_classifier, nn.Linear) or not callable(teacher_classifier):
                 weight_and_bias("teacher_classifier", teacher_classifier, teacher)
-            check_temperature(self.temperature, torch.promote_types(student.dtype, teacher.dtype))
             windows, strides = self.scales(teacher.shape[2], teacher.shape[3])
             check_windows(check_sides("windows", windows), check_sides("strides", strides), teacher)
             if ranks.several:

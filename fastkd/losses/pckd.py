@@ -17,7 +17,15 @@ from fastkd.functional.preview import weights_by_difficulty
 from fastkd.losses.base import LossModule
 from fastkd.losses.inputs import Classifier, check_layer_input, check_part_weights, weight_and_bias
 from fastkd.numerics import accumulation_dtype, unit_rows
-from fastkd.validate import Backend, check_int, check_labels, check_number, check_rows, check_student_and_teacher
+from fastkd.validate import (
+    Backend,
+    check_int,
+    check_labels,
+    check_number,
+    check_rows,
+    check_student_and_teacher,
+    check_temperature,
+)
 
 MAX_LOG_THRESHOLD = 700.0  # beyond it, exp overflows a float; no sample is that hard
 
@@ -54,7 +62,7 @@ class PCKDLoss(LossModule):
 
     Args:
         student_dim, teacher_dim: widths of the features, which are the input widths of the classifiers.
-        temperature: KD divides the logits by it; > 0. The authors' code uses 4.
+        temperature: KD divides the logits by it; in [1e-4, 1e4]. The authors' code uses 4.
         relation_scale: multiplies the products of relations; > 0. The authors' code uses 1 / 4.
         category_weight, center_weight, feature_weight, kd_weight: weights of the four parts; >= 0. A part of weight
             zero is left out: it is not computed, it is not among the terms, and it has no parameters.
@@ -98,8 +106,8 @@ class PCKDLoss(LossModule):
         hidden_dim = min(16 * teacher_dim, 4096) if hidden_dim is None else hidden_dim
         for name, size in (("student_dim", student_dim), ("teacher_dim", teacher_dim), ("hidden_dim", hidden_dim)):
             check_int(name, size, minimum=1)
-        positive = {"temperature": temperature, "relation_scale": relation_scale, "preview_base": preview_base}
-        for name, value in positive.items():
+        check_temperature(temperature)
+        for name, value in (("relation_scale", relation_scale), ("preview_base", preview_base)):
             check_number(name, value, minimum=0, exclusive=True)
         self.weights = {
             "category": category_weight,
@@ -143,7 +151,8 @@ class PCKDLoss(LossModule):
         each an nn.Linear or a pair (weight, bias or None). epoch: >= 0; the preview's threshold follows from it.
 
         ``center`` is absent if the classifiers' weights differ in shape, as they do between models of unequal widths,
-        or if only one classifier has a bias. The classifiers may have another float dtype than the features.
+        or if only one classifier has a bias. Where no other part has a weight, this raises ValueError. The classifiers
+        may have another float dtype than the features.
         """
         arguments = student_features, teacher_features, student_logits, teacher_logits, labels
         group = resolve_group(self.group)
@@ -175,6 +184,11 @@ class PCKDLoss(LossModule):
             student = weight_and_bias("student_classifier", student_classifier, student_features, classes)
             teacher = weight_and_bias("teacher_classifier", teacher_classifier, teacher_features, classes)
             has_center = self._has_center(student, teacher)
+            if not has_center and not any(weight > 0 for name, weight in self.weights.items() if name != "center"):
+                raise ValueError(
+                    f"student_classifier: got {_form(student)}, expected that of the teacher's, {_form(teacher)}: "
+                    "center is the only part with a weight"
+                )
             if ranks.several:
                 options = {"epoch": epoch, "module": self.extra_repr(), "center": has_center}
                 ranks.describe(student_logits, {"dtype": student_logits.dtype, **options})
@@ -244,6 +258,10 @@ def _cosine_distances(x: Tensor, teacher: Tensor) -> Tensor:
     """``2 - 2 cos`` of the rows, [B]."""
     dtype = torch.promote_types(accumulation_dtype(x.dtype), accumulation_dtype(teacher.dtype))
     return 2 - 2 * (unit_rows(x.to(dtype))[0] * unit_rows(teacher.detach().to(dtype))[0]).sum(dim=1)
+
+
+def _form(classifier: tuple[Tensor, Tensor | None]) -> str:
+    return f"{list(classifier[0].shape)} {'without' if classifier[1] is None else 'with'} a bias"
 
 
 def _mean_square(student: tuple[Tensor, Tensor | None], teacher: tuple[Tensor, Tensor | None]) -> Tensor:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastkd import dcd_loss, info_nce_loss, masked_contrast_loss, sup_con_loss
 from fastkd.backends import reference
@@ -149,3 +150,19 @@ def test_gradients_by_label_are_as_close_as_plain_torch_near_convergence() -> No
         )
         errors[backend] = relative_error(found[1], exact[1], floor=1e-30)
     assert errors["blocked"] < 4 * errors["reference"]
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("D", [97, 128])
+def test_the_two_sums_of_nearly_equal_rows_are_rounded_alike(D: int, tiled: bool) -> None:
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(30) % 3
+    rows = torch.randn(10, 1, D, generator=generator) + 1e-6 * torch.randn(10, 30, D, generator=generator)
+    rows /= rows.norm(dim=2, keepdim=True).mean(1, keepdim=True)
+
+    def losses(dtype: torch.dtype, backend: str) -> Tensor:
+        options = {"exclude_self": False, "normalize": False, "backend": backend}
+        return torch.stack([sup_con_loss(batch.to(dtype), labels, 1000.0, **options) for batch in rows])
+
+    with always_in_tiles() if tiled else contextlib.nullcontext():
+        exact, low = losses(torch.float64, "reference"), losses(torch.float32, "reference")
+        assert_close(losses(torch.float32, "blocked"), exact, torch.float32, low)

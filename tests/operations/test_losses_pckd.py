@@ -197,7 +197,6 @@ def test_more_errors_name_the_argument() -> None:
     with pytest.raises(ValueError, match=r"student_classifier: got a bias of shape \[3\], expected \[4\]"):
         case.terms(student_classifier=(case.student_classifier.weight, torch.zeros(3)))
     for options, message in (
-        ({"temperature": 0.0}, "temperature: got 0.0"),
         ({"relation_scale": -1.0}, "relation_scale: got -1.0"),
         ({"kd_weight": -1.0}, "kd_weight: got -1.0"),
         ({"hidden_dim": 0}, "hidden_dim: got 0"),
@@ -205,6 +204,27 @@ def test_more_errors_name_the_argument() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             PCKDLoss(4, 4, **options)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_center_that_is_all_there_is_must_be_possible(biased: bool) -> None:
+    case = Case()
+    module = PCKDLoss(D_S, D_S, category_weight=0, feature_weight=0, kd_weight=0).double()
+    case.teacher_features = case.student_features
+    own, other = (nn.Linear(D_S, C).double() for _ in range(2))
+    assert list(module(*case.arguments(), own, other, 1)) == ["center"]
+    wide = torch.randn(len(case.student_features), D_S + 1, dtype=torch.float64)
+    arguments = [case.student_features, case.teacher_features, *case.arguments()[2:]]
+    other = nn.Linear(D_S, C, bias=False).double()
+    expected = (
+        rf"student_classifier: got \[{C}, {D_S}\] with a bias, expected that of the teacher's, \[{C}, {D_S}\] without"
+    )
+    if not biased:
+        module = PCKDLoss(D_S, D_S + 1, category_weight=0, feature_weight=0, kd_weight=0).double()
+        arguments[1], other = wide, nn.Linear(D_S + 1, C).double()
+        expected = rf"expected that of the teacher's, \[{C}, {D_S + 1}\] with a bias: center is the only part"
+    with pytest.raises(ValueError, match=expected):
+        module(*arguments, own, other, 1)
 
 
 def test_zero_features_are_finite() -> None:

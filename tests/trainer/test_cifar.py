@@ -1,5 +1,6 @@
 """CIFAR's files are read right in both layouts, and augmented."""
 
+import os
 import pickle
 from pathlib import Path
 
@@ -84,9 +85,58 @@ def test_a_pickle_that_names_code_is_refused_before_it_runs(tmp_path: Path) -> N
             return Path.mkdir, (tmp_path / "ran",)
 
     (folder / "train").write_bytes(pickle.dumps({b"data": Bomb(), b"fine_labels": []}))
-    with pytest.raises(ValueError, match=r"train: is not a file of CIFAR-100 \(UnpicklingError: names "):
+    with pytest.raises(ValueError, match=r"train: is not a file of CIFAR-100 \(ValueError: names "):
         load_cifar(str(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+def array(shape: bytes, dtype: bytes, content: bytes) -> bytes:
+    """The opcodes of an array; ``shape`` and ``dtype`` are opcodes that leave these on the stack."""
+    made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+    return made + b"(K\x01" + shape + dtype + b"\x89T" + len(content).to_bytes(4, "little") + content + b"tb"
+
+
+def rebuilt(dtype: bytes) -> bytes:
+    """A test set of one image."""
+    return b"\x80\x02}(U\x04data" + array(b"K\x01M\x00\x0c\x86", dtype, b"A" * PIXELS) + b"U\x0bfine_labels](K\x01eu."
+
+
+U1 = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R"
+# The flags of this object dtype are cleared: numpy takes the bytes of its arrays for addresses, and follows them.
+POINTERS = U1.replace(b"u1", b"O8") + b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        rebuilt(U1).replace(b"](K\x01e", b"](" + array(b"K\x02\x85", POINTERS, b"A" * 16) + b"e"),
+        rebuilt(POINTERS),
+        rebuilt(U1.replace(b"u1", b"O8")),
+        rebuilt(U1)[:-1],
+        rebuilt(U1).replace(b"M\x00\x0c\x86", b"M\x01\x0c\x86"),
+        rebuilt(U1).replace(b"K\x01M\x00\x0c\x86", b"J\xff\xff\xff\x7fM\x00\x0c\x86"),
+        rebuilt(U1).replace(b"](K\x01e", b"](K\x01K\x02e"),
+        rebuilt(U1).replace(b"](K\x01e", b"](K\x64e"),
+        rebuilt(U1).replace(b"](K\x01e", b"](U\x011e"),
+        b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+        b"\x80\x02]" + b"q\x01h\x01h\x01\x86" * 60 + b"}h\x01K\x00s.",  # a key that takes 2^60 steps to hash
+        b"\x80\x02]r\xff\xff\xff\xff.",  # the four-billionth entry of the memo
+        b"\x80\x02T\xff\xff\xff\x7fabc.",
+        b"",
+        b".",
+        b"not a pickle",
+        rebuilt(U1).replace(b"A" * PIXELS, b"").replace(b"T\x00\x0c", b"T\x00\x00").replace(b"K\x01M", b"K\x00M")
+        .replace(b"](K\x01e", b"]"),  # no image at all
+    ],
+)  # fmt: skip
+def test_a_malformed_pickle_is_one_line_that_names_the_file(tmp_path: Path, content: bytes) -> None:
+    folder, _, _ = write_cifar(tmp_path, "python", 100)
+    (folder / "test").write_bytes(rebuilt(U1))
+    assert load_cifar(str(tmp_path))[1].images.unique().tolist() == [ord("A")]
+    (folder / "test").write_bytes(content)
+    with pytest.raises(ValueError, match="test: ") as error:
+        load_cifar(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 def test_damaged_cifar_files_are_named(tmp_path: Path) -> None:
@@ -96,6 +146,9 @@ def test_damaged_cifar_files_are_named(tmp_path: Path) -> None:
     content = (folder / "train.bin").read_bytes()
     (folder / "train.bin").write_bytes(content[:-1])
     with pytest.raises(ValueError, match="expected a multiple of 3074"):
+        load_cifar(str(tmp_path))
+    os.truncate(folder / "train.bin", 1 << 30)
+    with pytest.raises(ValueError, match=r"train\.bin: cannot be read \(has 1073741824 bytes, expected at most"):
         load_cifar(str(tmp_path))
     (folder / "train.bin").write_bytes(content[:1] + b"\xc8" + content[2:])
     with pytest.raises(ValueError, match=r"expected one each in \[0, 100\)"):

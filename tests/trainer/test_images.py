@@ -167,15 +167,18 @@ def test_shards_are_read_by_worker_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"a.png": b"x"}, "1 images have no .cls or .json, such as a"),
+        ({"a.png": b"x"}, "1 images have no .cls or .json, such as 'a'"),
         ({"a.png": b"x", "a.cls": b"dog"}, "not a WebDataset shard"),
         ({"a.png": b"x", "a.json": b"{}"}, "not a WebDataset shard"),
         ({"a.png": b"x", "a.cls": b"-1"}, "got the label -1"),
-        ({"a.png": b"x", "a.cls": b"10000000"}, r"0\.tar: .*got the label 10000000"),
+        ({"a.png": b"x", "a.cls": b"9999999"}, r"0\.tar: got the label 9999999 with 1 samples"),
+        ({"a.png": b"x", "a.cls": b"1_0"}, r"0\.tar: .*got the label b'1_0', expected a number of digits alone"),
+        ({"a.png": b"x", "a.cls": b"0" * 9000}, r"0\.tar: .*a label has more than 8192 bytes"),
+        ({"a.png": b"x", "a.json": b"[" * 8000}, r"0\.tar: .*RecursionError"),
         ({"a.png": b"x", "a.cls": b"1e30"}, r"0\.tar: is not a WebDataset shard"),
-        ({"a.png": b"x", "a.json": b'{"label": 1e30}'}, r"0\.tar: .*got the label 1e\+30, expected an int"),
-        ({"a.png": b"x", "a.json": b'{"label": true}'}, "got the label True, expected an int"),
-        ({"a.png": b"x", "a.jpg": b"x", "a.cls": b"1"}, r"0\.tar: 1 samples have a second image .* such as a\.jpg"),
+        ({"a.png": b"x", "a.json": b'{"label": 1e30}'}, r"0\.tar: .*got the label '1e\+30', expected an int"),
+        ({"a.png": b"x", "a.json": b'{"label": true}'}, "got the label 'True', expected an int"),
+        ({"a.png": b"x", "a.jpg": b"x", "a.cls": b"1"}, r"0\.tar: 1 samples have a second image .* such as 'a\.jpg'"),
         ({"a.txt": b"x"}, "hold no image with a label"),
     ],
 )

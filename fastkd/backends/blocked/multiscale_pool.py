@@ -27,6 +27,8 @@ BLOCK_ELEMENTS = 1 << 21  # of the map or of the rows, at a time: 8 MiB in float
 MATRIX_ELEMENTS = 1 << 20  # a matrix no longer than this may be built
 # How many multiplications in one product take the time of one in two products (one core, 7 x 7 to 56 x 56 maps).
 ONE_PRODUCT = 3.4
+# A sum of more positions, one after the other, loses digits. Such windows are averaged along one axis, then the other.
+LONG_SUM = 256
 SHORT_ROW = 16  # positions: torch adds shorter rows slower than a product does
 NORM_RANGE = 1e-12, 1e15  # where float32 squares neither vanish nor overflow
 
@@ -36,7 +38,8 @@ def form(height: int, width: int, windows: list[int], strides: list[int]) -> str
     counts = window_counts(height, width, windows, strides)
     M, N = sum(rows * columns for rows, columns in counts), sum(columns for _, columns in counts)
     one = M * height * width
-    if one <= MATRIX_ELEMENTS and one <= ONE_PRODUCT * (N * height * width + M * height):
+    is_short = all(h * w <= LONG_SUM for h, w in zip(windows[::2], windows[1::2], strict=True))
+    if is_short and one <= MATRIX_ELEMENTS and one <= ONE_PRODUCT * (N * height * width + M * height):
         return "product"
     # The sum also bounds the heights' matrices, which are built one per scale.
     largest = max(N * width, sum(rows for rows, _ in counts) * height)
@@ -224,20 +227,33 @@ def _lines(x: Tensor, channels_last: bool) -> Tensor:
 
 def _pool_windows(x: Tensor, windows: list[int], strides: list[int], rows: Tensor) -> None:
     for k, i in enumerate(_slices(x.shape[2], x.shape[3], windows, strides)):
-        part = slice(2 * k, 2 * k + 2)
-        rows[:, i] = F.avg_pool2d(x, windows[part], strides[part]).flatten(2).transpose(1, 2)
+        out = x
+        for window, stride in _steps(windows[2 * k : 2 * k + 2], strides[2 * k : 2 * k + 2]):
+            out = F.avg_pool2d(out, window, stride)
+        rows[:, i] = out.flatten(2).transpose(1, 2)
 
 
 def _spread_windows(rows: Tensor, windows: list[int], strides: list[int], grad: Tensor) -> Tensor:
     b, C, H, W = grad.shape
     grad.zero_()
     for k, i in enumerate(_slices(H, W, windows, strides)):
-        window, stride = windows[2 * k : 2 * k + 2], strides[2 * k : 2 * k + 2]
-        height, width = (H - window[0]) // stride[0] + 1, (W - window[1]) // stride[1] + 1
-        above = rows[:, i].transpose(1, 2).reshape(b, C, height, width)
-        # The map is read for its shape alone.
-        grad += torch.ops.aten.avg_pool2d_backward(above, grad, window, stride, [0, 0], False, True, None)
+        steps = _steps(windows[2 * k : 2 * k + 2], strides[2 * k : 2 * k + 2])
+        maps = [grad]  # what a step pools; it is read for its shape alone
+        for (h, w), (down, right) in steps:
+            height, width = maps[-1].shape[2:]
+            maps.append(grad.new_empty(b, C, (height - h) // down + 1, (width - w) // right + 1))
+        above = rows[:, i].transpose(1, 2).reshape(maps.pop().shape)
+        for (window, stride), below in zip(reversed(steps), reversed(maps), strict=True):
+            above = torch.ops.aten.avg_pool2d_backward(above, below, window, stride, [0, 0], False, True, None)
+        grad += above
     return grad
+
+
+def _steps(window: list[int], stride: list[int]) -> list[tuple[list[int], list[int]]]:
+    """The windows and strides by which torch pools one scale: large windows in two steps, which are shorter sums."""
+    if math.prod(window) <= LONG_SUM:
+        return [(window, stride)]
+    return [([window[0], 1], [stride[0], 1]), ([1, window[1]], [1, stride[1]])]
 
 
 def _slices(height: int, width: int, windows: list[int], strides: list[int]) -> list[slice]:

@@ -1,24 +1,25 @@
 """CIFAR-10 and CIFAR-100 as they are published, held in memory and augmented a batch at a time.
 
-torchvision reads one of the two layouts, and by an unpickler that runs what a file asks for. This one does not.
+torchvision reads one of the two layouts, and by an unpickler that runs what a file asks for. Here nothing is unpickled:
+``read_pickle`` reads plain data.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastkd.trainer.data.files import read_regular
 from fastkd.trainer.data.memory import TensorImages
+from fastkd.trainer.data.plain_pickle import array_of, read_pickle
 from fastkd.validate import check_choice, check_type
 
 SIDE, PIXELS = 32, 3 * 32 * 32
+MAX_BYTES = 1 << 28  # of a file; the largest published one has 155 MB
 # Means and standard deviations of the training images' channels, as the CIFAR distillation benchmarks use them.
 NORMALIZATION = {
     10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -119,47 +120,40 @@ def _download(root: str, classes: int) -> None:
 def _read_binary(path: Path, classes: int) -> tuple[Tensor, Tensor]:
     """Reads records of labels (CIFAR-10: one; CIFAR-100: a coarse one, then a fine one) and 3,072 pixels, all bytes."""
     before = 2 if classes == 100 else 1
-    data = np.fromfile(path, np.uint8)
+    data = np.frombuffer(_content(path), np.uint8)
     if data.size == 0 or data.size % (before + PIXELS):
         raise ValueError(f"{path}: has {data.size} bytes, expected a multiple of {before + PIXELS}")
-    records = torch.from_numpy(data).view(-1, before + PIXELS)
+    records = data.reshape(-1, before + PIXELS)
     return _checked(path, records[:, before:], records[:, before - 1], classes)
 
 
 def _read_pickle(path: Path, classes: int) -> tuple[Tensor, Tensor]:
+    key = b"fine_labels" if classes == 100 else b"labels"
+    pickled = _content(path)
     try:
-        content = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        data, labels = content[b"data"], content[b"fine_labels" if classes == 100 else b"labels"]
-        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != PIXELS:
-            raise TypeError(f"'data' is not a uint8 array [n, {PIXELS}]")
-        labels = torch.tensor(labels, dtype=torch.int64)
+        content = read_pickle(pickled)
+        if not isinstance(content, dict) or not {b"data", key} <= content.keys():
+            raise ValueError(f"has no dict with the keys 'data' and {key.decode()!r}")
+        labels = content[key]
+        if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < classes for label in labels):
+            raise ValueError(f"{key.decode()!r} are no ints in [0, {classes})")
+        pixels = array_of(content[b"data"], PIXELS)
     # A damaged pickle raises almost anything.
     except Exception as error:
         raise ValueError(f"{path}: is not a file of CIFAR-{classes} ({type(error).__name__}: {error})") from error
-    return _checked(path, torch.from_numpy(data.copy()), labels, classes)
+    return _checked(path, pixels, np.array(labels, np.uint8), classes)
 
 
-def _checked(path: Path, pixels: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    if len(pixels) != len(labels) or int(labels.max()) >= classes or int(labels.min()) < 0:
+def _content(path: Path) -> bytes:
+    try:
+        return read_regular(path, MAX_BYTES)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _checked(path: Path, pixels: np.ndarray, labels: np.ndarray, classes: int) -> tuple[Tensor, Tensor]:
+    if len(labels) == 0:
+        raise ValueError(f"{path}: has no images, expected at least one")
+    if len(pixels) != len(labels) or labels.max() >= classes:
         raise ValueError(f"{path}: has {len(pixels)} images, {len(labels)} labels, expected one each in [0, {classes})")
-    return pixels.reshape(-1, 3, SIDE, SIDE).contiguous(), labels.long()
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles lists, numbers, strings, and numpy arrays of plain numbers. It refuses whatever else a pickle names."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return _reconstruct
-        if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
-        if (module, name) == ("numpy", "dtype"):
-            return np.dtype
-        raise pickle.UnpicklingError(f"names {module}.{name}, which is neither data nor an array")
-
-
-def _reconstruct(kind: type, shape: tuple[int, ...], typecode: bytes) -> np.ndarray:
-    """An empty array that the unpickler fills afterwards, as numpy's own function of this name makes it."""
-    if kind is not np.ndarray or shape != (0,):
-        raise pickle.UnpicklingError("is not a plain array")
-    return np.ndarray.__new__(np.ndarray, (0,), np.uint8)
+    return torch.tensor(pixels).view(-1, 3, SIDE, SIDE), torch.tensor(labels, dtype=torch.int64)

@@ -19,6 +19,10 @@ from fastkd.validate import check_int
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+# What these extensions stand for. PIL would go by the content: it starts Ghostscript for PostScript named .jpg.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
+MAX_BYTES = 1 << 28  # of an encoded image
+MAX_PIXELS = 1 << 26  # of a decoded one, which takes 200 MB in RGB
 
 
 class BrokenImagesError(RuntimeError):
@@ -38,7 +42,8 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
 
     An image that cannot be decoded is replaced by the next one that can, together with its label. The replacement
     depends on the index alone, so that a resumed run sees the same images. A broken image is counted once, however
-    often it comes up and whichever worker process finds it.
+    often it comes up and whichever worker process finds it. Broken are also files of other formats than FORMATS, and
+    images that are larger than MAX_BYTES and MAX_PIXELS allow.
 
     Args:
         root: the folder. A subclass says how the images lie in it.
@@ -69,7 +74,7 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
 
     @abstractmethod
     def encoded(self, index: int) -> bytes:
-        """The file of sample ``index``. OSError if it cannot be read."""
+        """The file of sample ``index``. OSError if it cannot be read, or has more than MAX_BYTES."""
 
     @abstractmethod
     def describe(self, index: int) -> str:
@@ -107,8 +112,15 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
 
 
 def decode(encoded: bytes) -> Any:
-    """An RGB image of PIL's. 16 bits are scaled to 8; floating-point pixels raise ValueError."""
-    with Image.open(io.BytesIO(encoded)) as image:
+    """An RGB image of PIL's. 16 bits are scaled to 8.
+
+    Raises:
+        ValueError: the pixels are floating-point numbers, or more than MAX_PIXELS.
+        Exception: almost anything, for an image that is damaged or of no format in FORMATS.
+    """
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}")
         if image.mode == "F":  # nothing tells the range of its pixels
             raise ValueError("has floating-point pixels, expected 8 or 16 bits")
         if image.mode == "I" or image.mode.startswith("I;16"):  # PIL would clip them to 8 bits
