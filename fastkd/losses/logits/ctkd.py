@@ -29,7 +29,7 @@ class CTKDLoss(LossModule):
     published as code, and is not here.
 
     Args:
-        start, span: T is between ``start`` and ``start + span``; ``start`` > 0, ``span`` >= 0.
+        start, span: T is between ``start`` and ``start + span``; ``start`` in [1e-4, 1e4], ``span`` in [0, 1e4].
         epochs: after so many epochs the gradient is reversed in full; >= 1. The authors use 10 on CIFAR-100 and 5 on
             ImageNet.
 
@@ -49,8 +49,8 @@ class CTKDLoss(LossModule):
 
     def __init__(self, start: float = 1.0, span: float = 20.0, epochs: int = 10) -> None:
         super().__init__()
-        check_number("start", start, minimum=0, exclusive=True)
-        check_number("span", span, minimum=0)
+        check_number("start", start, minimum=1e-4, maximum=1e4)
+        check_number("span", span, minimum=0, maximum=1e4)
         check_int("epochs", epochs, minimum=1)
         self.start, self.span, self.epochs = start, span, epochs
         self.theta = nn.Parameter(torch.ones(()))

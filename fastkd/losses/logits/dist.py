@@ -8,7 +8,7 @@ from fastkd.distributed.group import Group
 from fastkd.losses.inputs import check_part_weights
 from fastkd.losses.pairs import logit_pair
 from fastkd.losses.relational import RelationalLoss
-from fastkd.validate import check_number
+from fastkd.validate import check_temperature
 
 EPS = 1e-8
 
@@ -31,7 +31,7 @@ class DISTLoss(RelationalLoss):
     Source: arXiv 2205.10536, eq. 6-9, as in the authors' code.
 
     Args:
-        temperature: divides the logits; > 0.
+        temperature: divides the logits; in [1e-4, 1e4].
         beta, gamma: weights of the two parts; >= 0, and not both 0.
         group: as for :class:`fastkd.DCDLoss`; columns span the rows of all its ranks.
 
@@ -50,7 +50,7 @@ class DISTLoss(RelationalLoss):
 
     def __init__(self, temperature: float = 1.0, beta: float = 1.0, gamma: float = 1.0, *, group: Group = None) -> None:
         super().__init__(group)
-        check_number("temperature", temperature, minimum=0, exclusive=True)
+        check_temperature(temperature)
         check_part_weights(beta=beta, gamma=gamma)
         self.temperature, self.beta, self.gamma = temperature, beta, gamma
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from fastkd.losses.base import LossModule
 from fastkd.losses.inputs import check_part_weights
 from fastkd.losses.pairs import Pair, logit_pair
-from fastkd.validate import check_labels, check_number
+from fastkd.validate import check_labels, check_temperature
 
 
 class DKDLoss(LossModule):
@@ -31,7 +31,7 @@ class DKDLoss(LossModule):
     Source: arXiv 2203.08679, eq. 7 and algorithm 1. The authors' code has alpha 1. The paper has 0.5 on ImageNet.
 
     Args:
-        temperature: divides the logits; > 0.
+        temperature: divides the logits; in [1e-4, 1e4].
         alpha, beta: weights of the two parts; >= 0, and not both 0.
 
     Raises:
@@ -49,7 +49,7 @@ class DKDLoss(LossModule):
 
     def __init__(self, temperature: float = 4.0, alpha: float = 1.0, beta: float = 8.0) -> None:
         super().__init__()
-        check_number("temperature", temperature, minimum=0, exclusive=True)
+        check_temperature(temperature)
         check_part_weights(alpha=alpha, beta=beta)
         self.temperature, self.alpha, self.beta = temperature, alpha, beta
 

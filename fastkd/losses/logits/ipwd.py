@@ -10,7 +10,7 @@ from fastkd.backends.reference import cross_entropy
 from fastkd.functional.kd import kd_loss
 from fastkd.losses.base import LossModule
 from fastkd.losses.pairs import in_loss_dtype, logit_pair
-from fastkd.validate import Backend, check_choice, check_labels, check_number, check_pair
+from fastkd.validate import Backend, check_choice, check_labels, check_pair, check_temperature
 
 Ratio = Literal["kd/class", "class/kd"]
 
@@ -35,12 +35,12 @@ class IPWDLoss(LossModule):
     should not be reported as the paper's.
 
     Args:
-        temperature: divides the logits; > 0.
+        temperature: divides the logits; in [1e-4, 1e4].
         ratio: which cross-entropy stands above the other.
         backend: see :func:`fastkd.kd_loss`.
 
     Raises:
-        TypeError, ValueError: ``temperature`` is not a number > 0, or ``ratio`` or ``backend`` is unknown.
+        TypeError, ValueError: ``temperature`` is out of range, or ``ratio`` or ``backend`` is unknown.
 
     Example:
         >>> import torch
@@ -52,7 +52,7 @@ class IPWDLoss(LossModule):
 
     def __init__(self, temperature: float = 4.0, ratio: Ratio = "kd/class", *, backend: Backend | None = None) -> None:
         super().__init__()
-        check_number("temperature", temperature, minimum=0, exclusive=True)
+        check_temperature(temperature)
         check_choice("ratio", ratio, get_args(Ratio))
         backends.check_name(backend)
         self.temperature, self.ratio, self.backend = temperature, ratio, backend

@@ -11,7 +11,7 @@ from fastkd.distributed.group import Group
 from fastkd.functional.kd import kd_loss
 from fastkd.losses.pairs import logit_pair
 from fastkd.losses.relational import RelationalLoss
-from fastkd.validate import check_choice, check_number, check_type
+from fastkd.validate import check_choice, check_temperature, check_type
 
 Reading = Literal["code", "paper"]
 TEMPERATURES = (4.0, 3.0, 5.0, 2.0, 6.0)
@@ -43,7 +43,7 @@ class MLKDLoss(RelationalLoss):
     Source: Jin et al., "Multi-Level Logit Distillation", CVPR 2023, as in the authors' code.
 
     Args:
-        temperatures: divide the logits; each > 0. ``"code"`` needs more than three of them.
+        temperatures: divide the logits; each in [1e-4, 1e4]. ``"code"`` needs more than three of them.
         reading: see above.
         group: as for :class:`fastkd.DCDLoss`; relations, masks and means span the rows of all its ranks.
 
@@ -68,7 +68,7 @@ class MLKDLoss(RelationalLoss):
         check_type("temperatures", temperatures, (list, tuple))
         check_choice("reading", reading, get_args(Reading))
         for temperature in temperatures:
-            check_number("temperatures", temperature, minimum=0, exclusive=True)
+            check_temperature(temperature)
         fewest = STRONG + 1 if reading == "code" else 1
         if len(temperatures) < fewest:
             raise ValueError(f"temperatures: got {len(temperatures)}, expected at least {fewest} for {reading!r}")

@@ -9,7 +9,7 @@ from fastkd.backends.reference import cross_entropy
 from fastkd.functional.kd import kd_loss
 from fastkd.losses.base import LossModule
 from fastkd.losses.pairs import logit_pair
-from fastkd.validate import Backend, check_labels, check_number
+from fastkd.validate import Backend, check_labels, check_temperature
 
 EPS = 1e-7
 
@@ -32,11 +32,11 @@ class WSLDLoss(LossModule):
     answers to questions; others could not reproduce those results.
 
     Args:
-        temperature: divides the logits; > 0.
+        temperature: divides the logits; in [1e-4, 1e4].
         backend: see :func:`fastkd.kd_loss`.
 
     Raises:
-        TypeError, ValueError: ``temperature`` is not a number > 0, or ``backend`` is unknown.
+        TypeError, ValueError: ``temperature`` is out of range, or ``backend`` is unknown.
 
     Example:
         >>> import torch
@@ -48,7 +48,7 @@ class WSLDLoss(LossModule):
 
     def __init__(self, temperature: float = 4.0, *, backend: Backend | None = None) -> None:
         super().__init__()
-        check_number("temperature", temperature, minimum=0, exclusive=True)
+        check_temperature(temperature)
         backends.check_name(backend)
         self.temperature, self.backend = temperature, backend
 

@@ -13,7 +13,7 @@ from fastkd.losses.base import LossModule
 from fastkd.losses.inputs import check_layer_input, check_width
 from fastkd.losses.pairs import feature_pair, full_precision, unit
 from fastkd.numerics import accumulation_dtype
-from fastkd.validate import check_int, check_number, check_row_labels
+from fastkd.validate import check_int, check_number, check_row_labels, check_temperature
 
 EPS = 1e-7
 
@@ -49,7 +49,7 @@ class CRDLoss(LossModule):
         samples: n, the size of the data set; >= 2.
         negatives: K; >= 1.
         embedding_dim: width of the embeddings.
-        temperature: divides the products; > 0.
+        temperature: divides the products; in [1e-4, 1e4].
         momentum: of the memories; in [0, 1].
         group: as for :class:`fastkd.DCDLoss`.
 
@@ -88,7 +88,7 @@ class CRDLoss(LossModule):
         for name, value in {**widths, "negatives": negatives}.items():
             check_int(name, value, minimum=1)
         check_int("samples", samples, minimum=2)
-        check_number("temperature", temperature, minimum=0, exclusive=True)
+        check_temperature(temperature)
         check_number("momentum", momentum, minimum=0, maximum=1)
         check_group(group)
         self.student_dim, self.teacher_dim, self.samples, self.negatives = student_dim, teacher_dim, samples, negatives
