@@ -32,7 +32,7 @@ class ABLoss(LossModule):
 
     Args:
         student_shapes, teacher_shapes: (C, H, W) of the maps, one shape per map.
-        margin: > 0.
+        margin: of the hinge; > 0.
 
     Raises:
         TypeError, ValueError: a shape is not three ints >= 1, no kernel takes a student's height to the teacher's, the
