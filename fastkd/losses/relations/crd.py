@@ -39,7 +39,10 @@ class CRDLoss(LossModule):
     reads the memory once. Gathering the K + 1 rows of every sample first would take 537 MB for 64 samples.
 
     With several ranks every rank has all memories. Rows and indices travel, and all ranks make the same update. The
-    average over the ranks of a term is that of the global batch. All parameters of this module belong in the optimiser.
+    average over the ranks of a term is that of the global batch. The memories begin with random rows, which have to be
+    equal on all ranks: seed the ranks alike before the module is made. DistributedDataParallel copies the buffers of
+    rank 0 instead, before every step unless ``broadcast_buffers=False``. All parameters of this module belong in the
+    optimiser.
 
     Source: arXiv 1910.10699, eq. 17-19 and section 3.4, as in the authors' code. The paper has no Z. There,
     P is the exponential alone.
