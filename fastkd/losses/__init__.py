@@ -1,8 +1,8 @@
 """One nn.Module per method, with the method's heads and learnable parameters.
 
 Every module returns a dict of named terms, each 0-dim in float32 (float64 for float64 inputs). Their sum is the loss of
-the method (:func:`total_loss`). The weights between methods belong to the caller. The classical methods, which others are compared
-with, are in ``logits``, ``relations`` and ``maps``, by what they read.
+the method (:func:`total_loss`). The weights between methods belong to the caller. The classical methods are
+in ``logits``, ``relations`` and ``maps``, by what they read.
 """
 
 from fastkd.losses.base import total_loss
