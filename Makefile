@@ -49,9 +49,9 @@ demo: $(SETUP)
 demo-ddp: $(SETUP)
 	$(PY) -m fastkd.demo.ddp
 
-## Kills a training run 20 times and resumes it; fails unless it ends as the uninterrupted one, bit for bit.
+## Makes 50 faults in a run (FAULTS=200): kills, two processes at once, full disks. Nothing may be lost, no bit differ.
 soak: $(SETUP)
-	$(PY) -m tests.helpers.imagenet_like soak --kills 20
+	$(PY) -m tests.robustness.soak --faults $(or $(FAULTS),50)
 
 ## Runs random cases of every loss against the definition, and shrinks one that differs: CASES=10000, ARGS="--triton".
 fuzz: $(SETUP)

@@ -100,8 +100,8 @@ def _is_users_mistake(error: Exception) -> bool:
     if isinstance(error, TypeError):  # about an argument if our own code raised it, else a bug to look into
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         return str(frame.f_globals.get("__name__")).startswith("fastkd.")
-    ours = (trainer.CheckpointError, trainer.NonFiniteLossError, trainer.BrokenImagesError, ExportError)
-    return isinstance(error, (ValueError, OSError, *ours))
+    ours = (trainer.CheckpointError, trainer.NonFiniteLossError, trainer.RankLostError, trainer.BrokenImagesError)
+    return isinstance(error, (ValueError, OSError, ExportError, *ours))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastkd.trainer.objective.objective import Objective
     from fastkd.trainer.objective.terms import TERMS
     from fastkd.trainer.optim import OptimConfig
+    from fastkd.trainer.pulse import RankLostError
     from fastkd.trainer.recipes import RECIPES
     from fastkd.trainer.run.checkpoint import CheckpointError, find_checkpoint, load_weights
     from fastkd.trainer.run.distiller import Distiller, weights_hash
@@ -55,6 +56,7 @@ _HOME = {
     "objective.objective": ("Objective",),
     "objective.terms": ("TERMS",),
     "optim": ("OptimConfig",),
+    "pulse": ("RankLostError",),
     "recipes": ("RECIPES",),
     "run.checkpoint": ("CheckpointError", "find_checkpoint", "load_weights"),
     "run.distiller": ("Distiller", "weights_hash"),
@@ -87,6 +89,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "PCKDConfig",
+    "RankLostError",
     "TensorImages",
     "TrainConfig",
     "TrainResult",

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from fastkd.trainer.text import flatten
 
+TENSORBOARD = "tensorboard"
 Outcome = Literal["finished", "stopped", "failed"]
 
 
@@ -61,7 +62,7 @@ class TensorBoard(Callback):
         self._board: SummaryWriter | None = None
 
     def on_start(self, info: dict[str, Any], folder: Path | None, step: int) -> None:
-        self._board = self._open(str(folder / "tensorboard"), purge_step=step + 1) if folder is not None else None
+        self._board = self._open(str(folder / TENSORBOARD), purge_step=step + 1) if folder is not None else None
 
     def on_record(self, kind: str, step: int, values: dict[str, float]) -> None:
         if self._board is not None:

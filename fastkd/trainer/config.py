@@ -25,7 +25,7 @@ FREE_TO_CHANGE = (
     *("run_dir", "resume", "resume_or_start", "keep", "max_skipped", "tensorboard", "progress", "quiet", "device"),
     *("log_every", "save_every_steps", "save_every_epochs", "chunks", "teacher.weights", "teacher.min_accuracy"),
     *("data.options.root", "data.options.max_broken", "data.options.download", "data.eval_batch_size"),
-    *("data.num_workers", "epochs", "track"),
+    *("data.num_workers", "epochs", "track", "rank_timeout"),
 )
 
 # Settings that the data decide where they are None; what they decided is saved.
@@ -74,6 +74,8 @@ class TrainConfig:
         eval_every: evaluate every so many epochs, and after the last.
         tensorboard: write curves for TensorBoard.
         track: send the records to ``wandb`` (Weights & Biases) or ``mlflow`` too. None sends nothing.
+        rank_timeout: how long a rank waits for the others before the run ends, in seconds. It must be longer than what
+            one rank does alone: a download, a checkpoint on a slow disk.
         progress: show a bar on terminals.
         quiet: print nothing.
     """
@@ -103,6 +105,7 @@ class TrainConfig:
     eval_every: int = 1
     tensorboard: bool = True
     track: Literal["wandb", "mlflow"] | None = None
+    rank_timeout: float = 600.0
     progress: bool = True
     quiet: bool = False
 
@@ -130,6 +133,7 @@ class TrainConfig:
                 raise ValueError(f"student.min_accuracy: got {self.student.min_accuracy}, expected None")
         self._check_mix()
         check_seed("seed", self.seed)
+        check_number("rank_timeout", self.rank_timeout, 1, 604800)  # a week
         check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
         check_type("device", self.device, str)
         if self.track is not None:

@@ -1,28 +1,18 @@
 """A folder of generated JPEGs in ImageNet's layout, the same as WebDataset shards, and recipes on them.
 
-``python -m tests.helpers.imagenet_like soak --kills 20`` kills a run at random moments, resumes it, and compares it
-with the uninterrupted one, bit for bit.
+``python -m tests.helpers.imagenet_like FOLDER`` writes both into a folder.
 """
 
-import argparse
 import dataclasses
 import io
-import json
-import random
-import signal
-import subprocess
 import sys
 import tarfile
-import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from fastkd.trainer import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig, train
-from fastkd.trainer.run.checkpoint import list_checkpoints, read_checkpoint
-from tests.helpers.trainer_runs import same
+from fastkd.trainer import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 
 CLASSES, SIDE = 20, 40
 
@@ -100,77 +90,5 @@ def student(root: str = ".", form: str = "folder") -> TrainConfig:
     )
 
 
-def soak(kills: int, seed: int, folder: Path, workers: int = 2) -> dict[str, float]:
-    """Kill a run ``kills`` times at random moments. AssertionError if anything that was reported as saved is lost."""
-    write_images(folder)
-    train(dataclasses.replace(teacher(str(folder)), quiet=True))
-    base = dataclasses.replace(
-        student(str(folder)), epochs=max(4, 2 * kills), save_every_steps=1, quiet=True, keep=3,
-        data=data(str(folder), workers=workers),
-    )  # fmt: skip
-    whole = dataclasses.replace(base, run_dir=f"{folder}/whole")
-    started = time.perf_counter()
-    expected = train(whole)
-    cut = dataclasses.replace(base, run_dir=f"{folder}/cut", resume_or_start=True)
-    file = folder / "cut.json"
-    file.write_text(json.dumps(cut.to_dict()))
-    code = (
-        "import json, sys, torch; from fastkd.trainer import TrainConfig, train; torch.set_num_threads(1)\n"
-        "train(TrainConfig.from_dict(json.loads(open(sys.argv[1]).read())))"
-    )
-    generator = random.Random(seed)
-    checkpoints = folder / "cut" / "checkpoints"
-
-    def newest() -> int:
-        found = list_checkpoints(checkpoints) if checkpoints.exists() else []
-        return int(found[-1].name.split("-")[1]) if found else 0
-
-    saved, done, resumed, steps = 0, 0, 0, read_checkpoint(Path(str(expected.path))).manifest["step"]
-    while True:
-        process = subprocess.Popen([sys.executable, "-c", code, str(file)], stderr=subprocess.PIPE)
-        if done < kills:
-            # Within a step or a save some way on; now and then while the process starts.
-            goal, begun = saved + generator.randint(0, steps // (kills + 1)), time.perf_counter()
-            early = generator.uniform(0, 6) if goal == saved else 600
-            while process.poll() is None and time.perf_counter() - begun < early and newest() < max(goal, saved + 1):
-                time.sleep(0.002)
-            time.sleep(generator.uniform(0, 0.1))
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                done += 1
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode in (0, -signal.SIGKILL), errors.decode()
-        found = newest()
-        assert found >= saved, f"step {saved} was saved, the newest is {found}"
-        resumed += found > saved
-        saved = found
-        if process.returncode == 0:
-            break
-    one, other = (read_checkpoint(Path(path)) for path in (expected.path, list_checkpoints(checkpoints)[-1]))
-    assert one.weights.keys() == other.weights.keys()
-    for name in one.weights:
-        assert same(one.weights[name], other.weights[name]), f"{name} differs"
-    assert one.state.keys() == other.state.keys()
-    for name in one.state.keys() - {"seconds"}:
-        assert same(one.state[name], other.state[name]), f"{name} of the state differs"
-    assert not list(checkpoints.glob(".tmp-*"))
-    metrics = [(folder / run / "metrics.jsonl").read_bytes() for run in ("whole", "cut")]
-    assert metrics[0] == metrics[1]
-    return {"kills": done, "kills_after_progress": resumed, "steps": saved, "seconds": time.perf_counter() - started}
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["soak", "write"])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="for write: the folder to make")
-    options = parser.parse_args()
-    if options.command == "write":
-        write_images(options.out)
-        sys.exit()
-    import torch
-
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as place:
-        print(soak(options.kills, options.seed, Path(place)))
+    write_images(Path(sys.argv[1]))

@@ -93,6 +93,7 @@ def test_the_meter_finds_the_step_without_looking_at_every_step():
         (lambda: TrainConfig(precision="fp8"), r"precision: got 'fp8', expected one of \['bf16', 'fp16', 'fp32'\]"),
         (lambda: TrainConfig(keep=0), "keep: got 0"),
         (lambda: TrainConfig(log_every=0), "log_every: got 0"),
+        (lambda: TrainConfig(rank_timeout=0), "rank_timeout: got 0, expected a finite number >= 1 and <= 604800"),
         (lambda: TrainConfig(resume=True), "run_dir: got None with resume=True"),
         (lambda: OptimConfig(name="adam"), r"optim\.name: got 'adam', expected one of"),
         (lambda: OptimConfig(lr=0.0), r"optim\.lr: got 0\.0, expected a finite number > 0"),

@@ -10,8 +10,9 @@ import torch
 
 from fastkd.cli import main
 from fastkd.trainer import load_weights, train
-from tests.helpers.imagenet_like import CLASSES, soak, student, teacher, write_images
+from tests.helpers.imagenet_like import CLASSES, student, teacher, write_images
 from tests.helpers.trainer_runs import one_thread  # noqa: F401
+from tests.robustness.soak import KINDS, soak
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +71,5 @@ def test_images_that_cannot_be_read_are_reported(tmp_path, capsys):
     assert "2 of 120 training images cannot be read; others took their places" in capsys.readouterr().out
 
 
-def test_killed_at_random_moments_nothing_that_was_saved_is_lost(tmp_path):
-    found = soak(2, 3, tmp_path, workers=1)
-    assert found["kills"] == 2
+def test_after_a_fault_of_every_kind_nothing_that_was_saved_is_lost(tmp_path):
+    assert sum(soak(len(KINDS), 3, tmp_path, workers=1, images=3).values()) == len(KINDS)

@@ -343,6 +343,6 @@ def test_a_run_that_cannot_open_its_records_leaves_the_folder_to_other_processes
     (tmp_path / "run" / "tensorboard").touch()
     with pytest.raises(OSError, match="tensorboard") as caught:
         train(config)
-    take = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    take = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     subprocess.run([sys.executable, "-c", take, str(tmp_path / "run" / "checkpoints" / ".lock")], check=True)
     del caught  # till here its traceback kept what the run had opened

@@ -29,7 +29,7 @@ def train_seeds(config: TrainConfig, seeds: Sequence[int]) -> list[TrainResult]:
         raise ValueError("seeds: got none, expected at least one")
     if config.run_dir is not None and (Path(config.run_dir) / RUN).exists():
         raise ValueError(f"run_dir: got {config.run_dir!r}, which holds a run, expected a folder for those of --seeds")
-    ranks = join_ranks()  # once for all runs: torchrun's store serves one process group
+    ranks = join_ranks(config.rank_timeout)  # once for all runs: torchrun's store serves one process group
     results: list[TrainResult] = []
     for seed in seeds:
         folder = None if config.run_dir is None else str(Path(config.run_dir) / f"{SEED_FOLDER}{seed}")

@@ -6,7 +6,6 @@ said in ``fastkd.trainer.run.state``.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,11 +21,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fastkd.trainer.files import FolderLock
 from fastkd.trainer.models.weights import CheckpointError, WeightsFile, load_tensors, read_weights, save_tensors
 from fastkd.trainer.strict_json import check_fields, read_json_object
 
 STUDENT, LOSS, EMA = "student.safetensors", "loss.safetensors", "ema.safetensors"
 STATE, MANIFEST = "state.pt", "manifest.json"
+CHECKPOINTS = "checkpoints"  # the folder of them in the folder of a run
 _FORMAT = 3
 _NAME = re.compile(r"step-(\d{1,18})(-evaluated)?", re.ASCII)
 
@@ -52,26 +53,20 @@ class Checkpoint:
 class CheckpointFolder:
     """The checkpoints of one run, for one process at a time.
 
-    Opening it removes the leftovers of an interrupted write (``.tmp-*``). Raises CheckpointError when another process
-    has it open. (The lock is a POSIX lock: there is none on Windows, and not every network file system has it.)
+    Opening it locks it and removes the leftovers of an interrupted write (``.tmp-*``). Raises CheckpointError when
+    another process has it open. Closing it leaves nothing of a folder into which nothing was written.
     """
 
     def __init__(self, path: Path, keep: int) -> None:
         self.path = path
         self.keep = keep
-        path.mkdir(parents=True, exist_ok=True)
-        # lockf and not flock: data loader workers that outlive a killed run must not inherit the lock.
-        self._lock = (path / ".lock").open("a")
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self._lock.close()
-            raise CheckpointError(f"{path}: another process is training in this run folder") from None
+        self._lock = FolderLock(path)
         for leftover in path.glob(".tmp-*"):
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+            _remove(leftover)
+
+    def begin(self) -> None:
+        """Say that something will be written: closing then leaves the folder where it is."""
+        self._lock.keep()
 
     def save(
         self,
@@ -87,9 +82,11 @@ class CheckpointFolder:
         ``modules`` by the names of their files. The best has the highest ``accuracy`` in its manifest, the latest of
         equals. ``again``: one of this step may be there, and the new one is then named ``step-...-evaluated``.
 
-        Raises CheckpointError when there is one already, or when it cannot be written (a full disk); the earlier ones
-        stay.
+        Raises CheckpointError when there is one already, when it cannot be written (a full disk), or when the folder is
+        no longer this process's; the earlier ones stay.
         """
+        self._lock.check()
+        self.begin()
         final = self.path / f"step-{step:08d}"
         if again and final.exists():
             final = self.path / f"{final.name}-evaluated"
@@ -125,7 +122,7 @@ class CheckpointFolder:
                 continue
             # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a valid name.
             doomed = old.rename(self.path / f".tmp-old-{old.name}")
-            shutil.rmtree(doomed)
+            _remove(doomed)
         return final
 
     def close(self) -> None:
@@ -282,6 +279,14 @@ def _plain_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _manifest_hash(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link, but not what the link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sync(path: Path) -> None:

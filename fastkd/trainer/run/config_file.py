@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.files import replace_text
 
 CONFIG = "config.yaml"
 # What belongs to one start of a run, and not to the run.
@@ -53,9 +53,7 @@ def write_config(path: Path, config: dict[str, Any], given_as_objects: list[str]
     if given_as_objects:
         head = f"# These were given to train() as objects, which a file cannot hold: {', '.join(given_as_objects)}.\n"
     body = yaml.safe_dump({name: value for name, value in config.items() if name not in _OF_A_START}, sort_keys=False)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(head + body)
-    os.replace(temporary, path)
+    replace_text(path, head + body)
 
 
 def _merged(base: Any, over: Any) -> Any:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from fastkd.trainer.callbacks import Callback, Outcome
+from fastkd.trainer.callbacks import TENSORBOARD, Callback, Outcome
 from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.files import refuse_link, replace_text
 from fastkd.trainer.rng import rng_state
 from fastkd.trainer.run.checkpoint import (
+    CHECKPOINTS,
     Checkpoint,
     CheckpointError,
     CheckpointFolder,
@@ -24,33 +27,67 @@ from fastkd.trainer.run.checkpoint import (
     read_checkpoint,
 )
 from fastkd.trainer.run.config_file import CONFIG, write_config
-from fastkd.trainer.run.log import CLASSES, METRICS, RUN, RunLog
+from fastkd.trainer.run.log import CLASSES, METRICS, RUN, SPEED, RunLog
 from fastkd.trainer.run.meter import check_finite
 from fastkd.trainer.run.ranks import Ranks
 from fastkd.trainer.run.state import Identity, RunState, check_resumable
 from fastkd.trainer.strict_json import read_json_object
 
 
-def open_run(config: TrainConfig) -> tuple[Path | None, Checkpoint | None]:
-    """The run folder (None: nothing is written) and the checkpoint to go on from (None: start).
+@dataclass(frozen=True)
+class OpenRun:
+    """A run folder that is this run's alone: no other process trains in it.
 
-    Raises CheckpointError when a new run would fall on an old one, or when there is nothing (or something else) to
-    resume.
+    ``path``: None if nothing is written. ``checkpoint``: the one to go on from, None to start. ``checkpoints``: the
+    folder to write them to, on rank 0 only.
+    """
+
+    path: Path | None
+    checkpoint: Checkpoint | None
+    checkpoints: CheckpointFolder | None
+
+
+@contextmanager
+def open_run(config: TrainConfig, ranks: Ranks) -> Iterator[OpenRun]:
+    """Lock the run folder, before anything in it is read, until the context ends; find the checkpoint to go on from.
+
+    A run that writes nothing leaves no folder behind.
+
+    Raises CheckpointError when another process has the folder, when a new run would fall on an old one, when there is
+    nothing (or something else) to resume, or when the run would write through a link.
     """
     if config.run_dir is None:
-        return None, None
+        yield OpenRun(None, None, None)
+        return
     folder = Path(config.run_dir)
-    found = list_checkpoints(folder / "checkpoints")
+    with ExitStack() as opened:
+        owned: list[CheckpointFolder] = []
+
+        def start() -> Checkpoint | None:
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"run_dir: got {config.run_dir!r}, which is a file, expected a folder")
+            if config.resume and not folder.exists():
+                raise CheckpointError(f"{folder}: holds no run to resume")
+            owned.append(CheckpointFolder(folder / CHECKPOINTS, config.keep))
+            opened.callback(owned[0].close)
+            return _find_start(config, folder)
+
+        checkpoint = ranks.on_main(start)
+        yield OpenRun(folder, checkpoint, owned[0] if owned else None)
+
+
+def _find_start(config: TrainConfig, folder: Path) -> Checkpoint | None:
+    """The checkpoint to go on from, None to start."""
+    for name in (METRICS, SPEED, TENSORBOARD):
+        refuse_link(folder / name)
+    found = list_checkpoints(folder / CHECKPOINTS)
     metrics = folder / METRICS
     there = bool(found) or metrics.exists() or (folder / RUN).exists()
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and _begun_by_this_job(folder / RUN)
     if not config.resume and not (there and (config.resume_or_start or restarted)):
         if there:
             raise CheckpointError(f"{folder}: already holds a run; resume it (--resume) or choose another --run-dir")
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"run_dir: got {config.run_dir!r}, which is a file, expected a folder")
-        # The folder is created with its first file, so that a failed start leaves nothing.
-        return folder, None
+        return None
     if found:
         try:
             checkpoint = read_checkpoint(found[-1])
@@ -65,12 +102,12 @@ def open_run(config: TrainConfig) -> tuple[Path | None, Checkpoint | None]:
                 f"{metrics}: has {size} bytes, expected at least the {checkpoint.state['metrics_bytes']} "
                 f"that {checkpoint.path.name} had seen"
             )
-        return folder, checkpoint
+        return checkpoint
     if not (folder / RUN).exists():
         raise CheckpointError(f"{folder}: holds no run to resume")
     if metrics.exists() and metrics.stat().st_size:
         raise CheckpointError(f"{folder}: has {METRICS} but no checkpoint; resuming would start over and lose it")
-    return folder, None
+    return None
 
 
 def _begun_by_this_job(file: Path) -> bool:
@@ -84,14 +121,12 @@ def _begun_by_this_job(file: Path) -> bool:
 class RunFolder:
     """Writes a run's checkpoints, ``run.json``, ``classes.json`` and records, tells its callbacks, prints its lines.
 
-    All ranks call its methods in the same order, and rank 0 writes. From its construction to its exit, no other process
-    can train in the folder. ``path=None`` writes no file. ``newest`` is the path of the last checkpoint.
+    All ranks call its methods in the same order, and rank 0 writes. ``newest`` is the path of the last checkpoint.
     """
 
     def __init__(
         self,
-        path: Path | None,
-        resumed: Checkpoint | None,
+        opened: OpenRun,
         config: TrainConfig,
         identity: Identity,
         info: dict[str, Any],
@@ -99,15 +134,15 @@ class RunFolder:
         ranks: Ranks,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.path, self.keep, self.identity, self.info = path, config.keep, identity, info
+        self.path, self.identity, self.info = opened.path, identity, info
         self.state, self.ranks = state, ranks
-        self.newest = None if resumed is None else resumed.path
-        self._resumed_step = None if resumed is None else state.progress.step
-        self._checkpoints: CheckpointFolder | None = None
-        with ExitStack() as opened:  # gives the lock back if the rest cannot be opened
-            ranks.on_main(lambda: self._open(opened))
+        self.newest = None if opened.checkpoint is None else opened.checkpoint.path
+        self._resumed_step = None if opened.checkpoint is None else state.progress.step
+        self._checkpoints = opened.checkpoints
+        with ExitStack() as closing:
+            ranks.on_main(self._begin)
             self.log = RunLog(
-                path if ranks.is_main else None,
+                self.path if ranks.is_main else None,
                 config,
                 size=state.progress.metrics_bytes,
                 step=state.progress.step,
@@ -115,22 +150,22 @@ class RunFolder:
                 quiet=config.quiet or not ranks.is_main,
                 callbacks=callbacks if ranks.is_main else (),
             )
-            opened.callback(self.log.close)
+            closing.callback(self.log.close)
             # Tells the callbacks of a run that does not come to its end.
-            opened.callback(lambda: self.log.end("failed", self.newest))
-            self._opened = opened.pop_all()
+            closing.callback(lambda: self.log.end("failed", self.newest))
+            self._closing = closing.pop_all()
         self._begun = time.perf_counter() - state.progress.seconds
 
     def __enter__(self) -> Self:
         try:
             self.ranks.on_main(lambda: self.log.start(self.info, self.state.progress.step))
         except BaseException:
-            self._opened.close()
+            self._closing.close()
             raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._opened.close()
+        self._closing.close()
 
     @property
     def seconds(self) -> float:
@@ -152,7 +187,7 @@ class RunFolder:
         known = isinstance(names, list | tuple) and len(names) == len(samples)
         shown = [str(name) for name in names] if known and names else [str(number) for number in range(len(samples))]
         values = {"step": self.state.progress.step, "classes": shown, "right": right, "samples": samples}
-        self._replace(CLASSES, json.dumps(values))
+        replace_text(self.path / CLASSES, json.dumps(values))
 
     def save(self, accuracy: float | None = None) -> None:
         """Write a checkpoint of the present state; ``accuracy`` if it was evaluated.
@@ -165,20 +200,12 @@ class RunFolder:
         generators = self.ranks.gather(rng_state(self.state.step.device))
         self.newest = self.ranks.on_main(lambda: self._write(generators, accuracy))
 
-    def _open(self, opened: ExitStack) -> None:
+    def _begin(self) -> None:
         if self.path is not None:
-            # Locks the folder before anything in it changes.
-            self._checkpoints = CheckpointFolder(self.path / "checkpoints", self.keep)
-            opened.callback(self._checkpoints.close)
-            self._replace(RUN, json.dumps(self.info, indent=1) + "\n")
+            assert self._checkpoints is not None
+            self._checkpoints.begin()
+            replace_text(self.path / RUN, json.dumps(self.info, indent=1) + "\n")
             write_config(self.path / CONFIG, self.info["config"], self.identity.given_as_objects)
-
-    def _replace(self, name: str, text: str) -> None:
-        """Write a file of the run so that a reader sees the old one or the whole new one."""
-        assert self.path is not None
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, self.path / name)
 
     def _write(self, generators: list[dict[str, Any]], accuracy: float | None) -> Path:
         assert self._checkpoints is not None

@@ -6,14 +6,16 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fastkd.trainer.callbacks import Callback, Outcome
 from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.files import open_to_append, writing
 from fastkd.trainer.text import printable
 
 METRICS, SPEED, RUN, CLASSES = "metrics.jsonl", "speed.jsonl", "run.json", "classes.json"
@@ -46,7 +48,8 @@ class RunLog:
     ) -> None:
         """``size``: how many bytes of ``metrics.jsonl`` the checkpoint at ``step`` had seen; later ones are cut off."""
         self._folder = folder
-        self._file = None
+        self._file: IO[bytes] | None = None
+        self._size = size
         self._progress: Progress | None = None
         self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._task = TaskID(0)
@@ -56,9 +59,7 @@ class RunLog:
         self._started: list[Callback] = []
         self._failure: Exception | None = None
         if folder is not None:
-            self._file = (folder / METRICS).open("ab")
-            self._file.truncate(size)
-            self._file.seek(size)  # else its position, which is what is saved as its size, stays at the old end
+            self._file = open_to_append(folder / METRICS)
         if config.progress and not quiet and self._console.is_terminal:
             columns = (
                 *(TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
@@ -78,15 +79,22 @@ class RunLog:
         self._console.print("\n".join(map(printable, line.split("\n"))), markup=False)
 
     def start(self, info: dict[str, Any], step: int) -> None:
-        """Tell the callbacks that the run starts; what they raise ends the run before its first step."""
+        """Tell the callbacks that the run starts; what they raise ends the run before its first step.
+
+        Only then are the records that followed the checkpoint cut off: the run goes on from there.
+        """
         for callback in self._callbacks:
             callback.on_start(info, self._folder, step)
             self._started.append(callback)
+        if self._file is not None:
+            self._file.truncate(self._size)
+            self._file.seek(self._size)  # else its position, which is what is saved as its size, stays at the old end
 
     def record(self, kind: str, step: int, values: dict[str, float], images_per_second: float | None = None) -> None:
         """Write one line of ``metrics.jsonl`` and tell the callbacks; the speed is for the progress bar alone."""
-        if self._file is not None:
-            self._file.write(_line(kind, step, values))
+        if self._file is not None and self._folder is not None:
+            with writing(self._folder / METRICS):
+                self._file.write(_line(kind, step, values))
         self._tell(kind, step, values)
         if self._progress is not None:
             self._rate = images_per_second or self._rate
@@ -97,7 +105,7 @@ class RunLog:
     def speed(self, step: int, values: dict[str, float]) -> None:
         """Write one line of ``speed.jsonl``, for the epoch that ended, or was broken off, at ``step``."""
         if self._folder is not None:
-            with (self._folder / SPEED).open("ab") as file:
+            with writing(self._folder / SPEED), open_to_append(self._folder / SPEED) as file:
                 file.write(_line("speed", step, values))
         self._tell("speed", step, values)
 
@@ -111,10 +119,11 @@ class RunLog:
 
     def sync(self) -> int:
         """Make ``metrics.jsonl`` durable, and return its size in bytes."""
-        if self._file is None:
+        if self._file is None or self._folder is None:
             return 0
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self._folder / METRICS):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def end(self, outcome: Outcome, checkpoint: Path | None) -> None:
@@ -135,7 +144,8 @@ class RunLog:
         if self._progress is not None:
             self._progress.stop()
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a full disk, of which ``record`` and ``sync`` told
+                self._file.close()
 
 
 def _line(kind: str, step: int, values: dict[str, float]) -> bytes:

@@ -24,11 +24,11 @@ from fastkd.trainer.run.checkpoint import best_checkpoint, list_checkpoints, rea
 from fastkd.trainer.run.describe import changes, describe, header
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.evaluate import evaluate
-from fastkd.trainer.run.folder import RunFolder, open_run
+from fastkd.trainer.run.folder import OpenRun, RunFolder, open_run
 from fastkd.trainer.run.log import FAILED
 from fastkd.trainer.run.meter import Clock, Meter, NonFiniteLossError
 from fastkd.trainer.run.prepare import build_models, identify, open_data, with_classes
-from fastkd.trainer.run.ranks import join_ranks
+from fastkd.trainer.run.ranks import Ranks, join_ranks
 from fastkd.trainer.run.state import Progress, RunState
 from fastkd.trainer.run.step import TrainStep
 from fastkd.trainer.signals import StopRequest
@@ -99,11 +99,28 @@ def train(
         NonFiniteLossError: the loss became NaN or infinite too often; the last good checkpoint stays.
         BrokenImagesError: too many images cannot be read.
     """
-    # Who am I: this process among the ranks, its device, its folder, and the checkpoint to go on from.
-    ranks = join_ranks()
+    ranks = join_ranks(config.rank_timeout)
+    with ranks:
+        ranks.check_same(config.to_dict())
+        with open_run(config, ranks) as opened:
+            return _train(config, ranks, opened, student, teacher, train_data, eval_data, terms, callbacks)
+
+
+def _train(
+    config: TrainConfig,
+    ranks: Ranks,
+    opened: OpenRun,
+    student: nn.Module | None,
+    teacher: nn.Module | None,
+    train_data: Any,
+    eval_data: Any,
+    terms: Mapping[str, nn.Module | TermFunction] | None,
+    callbacks: Sequence[Callback],
+) -> TrainResult:
+    # Who am I: the device of this process, what watches the run, and the checkpoint to go on from.
+    path, checkpoint = opened.path, opened.checkpoint
     watching = [*(built_in(config.tensorboard, config.track) if ranks.is_main else ()), *callbacks]
     device = ranks.place(choose_device(config.device, config.precision))
-    path, checkpoint = ranks.on_main(lambda: open_run(config))
 
     # What is trained: data, models, schedule.
     seed_everything(config.seed)
@@ -156,10 +173,9 @@ def train(
         distiller.eval()
         if ranks.is_main and not config.quiet:
             print(f"{path}: the run is already finished ({total} steps, accuracy {result.accuracy:.4f})")
-        ranks.close()
         return result
 
-    folder = RunFolder(path, checkpoint, config, identity, info, state, ranks, watching)
+    folder = RunFolder(opened, config, identity, info, state, ranks, watching)
     log = folder.log
     meter.report = log.print
     try:
@@ -246,5 +262,4 @@ def train(
     step.deployed.eval()
     result.path, result.seconds = folder.newest, folder.seconds
     step.close()
-    ranks.close()
     return result

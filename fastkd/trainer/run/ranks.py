@@ -5,20 +5,30 @@ rows is weighted so that its average over the ranks is the mean over the global 
 the gradients, and metrics are averaged too. Every rank evaluates its part of the evaluation set. Rank 0 logs and writes
 the checkpoints, which another number of ranks can resume. Two things differ from one process: batch norm normalises
 with a rank's own rows, and dropout and augmentations draw from a generator of each rank.
+
+A rank that raises, hangs or dies ends the others: at once where their connections break, else after
+``TrainConfig.rank_timeout``. They raise a RankLostError that names the rank. (A process group that a program started
+itself keeps its own time-out and torch's own exceptions.)
 """
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+import pickle
+import reprlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from fastkd.trainer.pulse import Pulse
+from fastkd.trainer.signals import StopRequest
 
 Value = TypeVar("Value")
 
@@ -30,6 +40,28 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     started_here: bool = False
+    pulse: Pulse | None = None
+
+    def __enter__(self) -> Self:
+        if self.pulse is not None:
+            self.pulse.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """End the process group if it was started here, or tell the other ranks why this one ends."""
+        try:
+            if error is None:
+                self.close()
+        except RuntimeError as found:
+            error = found
+            raise
+        finally:
+            if self.pulse is not None:
+                with StopRequest():  # torchrun ends the ranks that are left by SIGTERM, which must not come first
+                    lost = None if error is None else self.pulse.tell(error)
+                self.pulse.stop()
+                if lost is not None:
+                    raise lost from error
 
     @property
     def is_main(self) -> bool:
@@ -41,14 +73,15 @@ class Ranks:
         if self.world_size == 1:
             return function()
         answer: list[Any] = [None, None]
+        failure: Exception | None = None
         if self.is_main:
             try:
                 answer[0] = function()
             except Exception as error:
-                answer[1] = error
+                failure, answer[1] = error, _as_sent(error)
         dist.broadcast_object_list(answer, 0)
-        if answer[1] is not None:
-            raise answer[1]
+        if failure is not None or answer[1] is not None:
+            raise failure or answer[1]
         return answer[0]
 
     def gather(self, value: Value) -> list[Value]:
@@ -71,11 +104,12 @@ class Ranks:
         return self.sum(value) / self.world_size if self.world_size > 1 else value
 
     def check_same(self, values: dict[str, Any]) -> None:
-        """Raise ValueError on every rank when the values differ between ranks."""
-        for rank, others in enumerate(self.gather(values)):
-            for name, value in others.items():
-                if value != values[name]:
-                    raise ValueError(f"{name}: got {values[name]!r} on rank {self.rank}, {value!r} on rank {rank}")
+        """Raise ValueError, which names what differs in nested dicts, on every rank when the values differ."""
+        first, *rest = self.gather(values)
+        for rank, others in enumerate(rest, 1):
+            if found := [f"{name}: got {a} on rank 0, {b} on rank {rank}" for name, a, b in _differing(first, others)]:
+                more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
+                raise ValueError(f"{'; '.join(found[:4])}{more}; expected the same on every rank")
 
     def weight(self, rows: int, global_rows: int) -> float:
         """W n / N, the weight of this rank's means.
@@ -116,14 +150,41 @@ class Ranks:
 
     def close(self) -> None:
         """End the process group if it was started here."""
+        global _pulse
         if self.started_here:
+            _pulse = None
             gc.collect()  # DistributedDataParallel lies in reference cycles, and holds the group
             dist.barrier()
             dist.destroy_process_group()
 
 
-def join_ranks() -> Ranks:
-    """The ranks of the default process group, or those that torchrun's environment names; else this process alone."""
+def _as_sent(error: Exception) -> Exception:
+    """``error``, or what says the same where ``error`` does not survive pickling."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _differing(left: Any, right: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
+    """The dotted name and both values, shortened, of all that differs."""
+    if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
+        for key in left:
+            yield from _differing(left[key], right[key], f"{name}.{key}" if name else str(key))
+    elif left != right:
+        yield name, reprlib.repr(left), reprlib.repr(right)
+
+
+_pulse: Pulse | None = None  # of the process group that was started here
+
+
+def join_ranks(timeout: float) -> Ranks:
+    """The ranks of the default process group, or those that torchrun's environment names; else this process alone.
+
+    ``timeout``: how long a rank waits for the others, in seconds, in a process group that is started here.
+    """
+    global _pulse
     if not dist.is_available():
         return Ranks()
     started_here = False
@@ -133,8 +194,10 @@ def join_ranks() -> Ranks:
         # With a CPU backend beside NCCL, what the ranks agree on beforehand does not wait for the device.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # torchrun's store outlives a restart: without a prefix, ranks read the addresses of those that died.
-        store, rank, world_size = next(iter(dist.rendezvous("env://")))
+        limit = timedelta(seconds=timeout)
+        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=limit)))
         store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
         started_here = True
-    return Ranks(dist.get_rank(), dist.get_world_size(), started_here)
+        _pulse = Pulse(dist.PrefixStore("pulse", store), rank, world_size, timeout)
+    return Ranks(dist.get_rank(), dist.get_world_size(), started_here, _pulse)
