@@ -9,11 +9,14 @@ from torch import Tensor
 
 from fastkd import kd_loss
 from fastkd.losses import (
+    ATLoss,
+    CCLoss,
     CRDIndices,
     CRDLoss,
     CTKDLoss,
     DISTLoss,
     DKDLoss,
+    FSPLoss,
     IPWDLoss,
     LSKDLoss,
     MLKDLoss,
@@ -22,6 +25,7 @@ from fastkd.losses import (
     PKTLoss,
     RKDLoss,
     SimKDLoss,
+    SPLoss,
     activation_margin,
     total_loss,
 )
@@ -31,6 +35,25 @@ from tests.helpers.checks import assert_close, value_and_grads
 
 def rows(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+ALIKE = {
+    "at": lambda x: ATLoss()([x], [x]),
+    "at paper": lambda x: ATLoss(reading="paper")([x], [x]),
+    "cc raw": lambda x: CCLoss(6, 6, None, "kernel-raw")(x[:, :, 0, 0], x[:, :, 0, 0]),
+    "ctkd": lambda x: CTKDLoss()(x[:, :, 0, 0], x[:, :, 0, 0], 3),
+    "dkd": lambda x: DKDLoss()(x[:, :, 0, 0], x[:, :, 0, 0], torch.arange(4)),
+    "fsp": lambda x: FSPLoss()([x, x], [x, x]),
+    "nst": lambda x: NSTLoss()([x], [x]),
+    "rkd": lambda x: RKDLoss()(x[:, :, 0, 0], x[:, :, 0, 0]),
+    "sp": lambda x: SPLoss()(x, x),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_student_like_its_teacher_has_no_loss_and_no_gradient(name: str) -> None:
+    for found in value_and_grads(lambda x: total_loss(ALIKE[name](x)), rows(4, 6, 3, 3)):
+        assert found.abs().max() < 1e-12
 
 
 # -- logits
