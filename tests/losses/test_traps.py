@@ -204,6 +204,17 @@ def test_crd_remembers_in_training_mode_alone_and_the_last_of_equal_indices() ->
     assert torch.equal(crd.memory_student[3], before[3])
 
 
+def test_crd_of_the_paper_has_no_normaliser() -> None:
+    torch.manual_seed(0)
+    options = {"samples": 12, "negatives": 3, "embedding_dim": 4, "temperature": 0.5}
+    crd = CRDLoss(3, 5, **options, reading="paper").double()
+    student, teacher, index, contrast = crd_call(0, [1, 2])
+    u, memory = F.normalize(crd.embed_student(student)), crd.memory_teacher.clone()
+    p = ((u[:, None] * memory[contrast]).sum(dim=2) / 0.5).exp()
+    expected = -((p[:, :1] / (p[:, :1] + 0.25)).log().sum(1) + (0.25 / (p[:, 1:] + 0.25)).log().sum(1)).mean()
+    assert_close(crd(student, teacher, index, contrast)["student"], expected, torch.float32)
+
+
 def test_crd_draws_by_itself_without_indices() -> None:
     torch.manual_seed(0)
     terms = CRDLoss(3, 5, samples=12, negatives=3)(torch.randn(4, 3), torch.randn(4, 5), torch.arange(4))

@@ -29,7 +29,7 @@ class DISTLoss(RelationalLoss):
     constant ``intra``. The gradient of a row whose logits are all equal is finite and very large. A classifier that is
     initialised with zeros should not begin with this loss.
 
-    Source: arXiv 2205.10536, eq. 6-9, as in the authors' code.
+    Source: arXiv 2205.10536, as in the authors' code.
 
     Args:
         temperature: divides the logits; in [1e-4, 1e4].

@@ -28,7 +28,7 @@ class DKDLoss(LossModule):
 
     Every row stands alone, so there is no ``group``: with several ranks the mean is over the rows of this rank.
 
-    Source: arXiv 2203.08679, eq. 7 and algorithm 1. The authors' code has alpha 1. The paper has 0.5 on ImageNet.
+    Source: arXiv 2203.08679. The authors' code has alpha 1. The paper has 0.5 on ImageNet.
 
     Args:
         temperature: divides the logits; in [1e-4, 1e4].

@@ -26,7 +26,7 @@ class LSKDLoss(LossModule):
     A row whose logits are all equal becomes zeros. Its gradient is finite and very large, because its standard
     deviation is 0. A classifier that is initialised with zeros should not begin with this loss.
 
-    Source: arXiv 2403.01427, eq. 14 and algorithm 1, as in the authors' code.
+    Source: arXiv 2403.01427, as in the authors' code.
 
     Args:
         loss: a module whose call begins with the logits of the student and of the teacher, such as

@@ -36,7 +36,8 @@ class MLKDLoss(RelationalLoss):
     m is the fraction of samples whose teacher is at most as confident as the median of the batch. m_c is the fraction
     of classes whose probabilities, summed over the batch, are at most their median. The public code means to leave out
     the other samples and classes, but it multiplies a mean that is already taken. It drops the strong view's relations,
-    too. Its numbers come from that code, so ``"code"`` is the default. ``"paper"`` is the intended sum, without masks.
+    too. Published numbers come from that code, so ``"code"`` is the default. ``"paper"`` is the intended sum, without
+    masks.
 
     The authors weigh this loss with 0.9, and the cross-entropies of both views with 0.1.
 

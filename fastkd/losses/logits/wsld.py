@@ -28,7 +28,7 @@ class WSLDLoss(LossModule):
 
     Every row stands alone, so there is no ``group``: with several ranks the mean is over the rows of this rank.
 
-    Source: arXiv 2102.00650, eq. 11-13, as in the authors' ImageNet code. Their settings on CIFAR-100 are from their
+    Source: arXiv 2102.00650, as in the authors' ImageNet code. Their settings on CIFAR-100 are from their
     answers to questions; others could not reproduce those results.
 
     Args:

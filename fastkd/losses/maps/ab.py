@@ -27,7 +27,7 @@ class ABLoss(LossModule):
 
     All parameters of this module belong in the optimiser. With several ranks the sum is over the rows of this rank.
 
-    Source: arXiv 1811.03233, eq. 5 and 7, as in RepDistiller. The authors' connectors are 1x1 convolutions without bias
+    Source: arXiv 1811.03233, as in RepDistiller. The authors' connectors are 1x1 convolutions without bias
     and batch norm, and their second stage is KD.
 
     Args:

@@ -24,7 +24,7 @@ class FitNetLoss(LossModule):
 
     All parameters of this module belong in the optimiser. With several ranks the mean is over the rows of this rank.
 
-    Source: arXiv 1412.6550, eq. 3. The ReLU and the batch norm are RepDistiller's, whose numbers are in most tables.
+    Source: arXiv 1412.6550. The ReLU and the batch norm are RepDistiller's, whose numbers are in most tables.
 
     Args:
         student_shape, teacher_shape: (C, H, W) of the maps.

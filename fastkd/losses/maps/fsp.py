@@ -16,8 +16,8 @@ class FSPLoss(LossModule):
 
     .. code-block:: text
 
-        G_l = mean over the positions of F_l F_{l+1}^T, [B, C_l, C_{l+1}] fsp = sum over the pairs of neighbours of mean
-        (G^s_l - G^t_l)^2                over samples and pairs of channels
+        G_l = mean over the positions of F_l F_{l+1}^T, [B, C_l, C_{l+1}]
+        fsp = sum over the pairs of neighbours of mean (G^s_l - G^t_l)^2          over samples and pairs of channels
 
     Inside a network, of two maps the higher one is averaged to the size of the other. Both networks have the same
     numbers of channels. The public code trains the student's layers below the classifier with this loss alone, for 30
@@ -25,7 +25,7 @@ class FSPLoss(LossModule):
 
     Every row stands alone, so there is no ``group``: with several ranks the mean is over the rows of this rank.
 
-    Source: Yim et al., "A Gift from Knowledge Distillation", CVPR 2017, eq. 1-2, as in RepDistiller. The paper pools
+    Source: Yim et al., "A Gift from Knowledge Distillation", CVPR 2017, as in RepDistiller. The paper pools
     with maxima and weighs the pairs.
 
     Example:

@@ -28,7 +28,7 @@ class Paraphraser(LossModule):
     code; ``"mse"`` is RepDistiller's and the paper's, and the default. Afterwards :class:`fastkd.losses.FTLoss` takes
     it.
 
-    Source: arXiv 1802.04977, eq. 2.
+    Source: arXiv 1802.04977.
 
     Args:
         teacher_channels: C.
@@ -73,7 +73,7 @@ class FTLoss(LossModule):
 
         reading="attention":  Q  = flatten(mean over the channels of f^2), divided by its norm
         reading="factors":    Q  = flatten(f), divided by its norm
-                              ft = mean |Q^s - Q^t|                                            over all entries
+        ft = mean |Q^s - Q^t|                                                                      over all entries
 
     ``"attention"`` is RepDistiller's (weight 200), whose translator has batch norms, and the default. ``"factors"`` is
     the paper's and the authors' (weight 500), without batch norms. They are two losses, not one at two scales. Of two
@@ -82,7 +82,7 @@ class FTLoss(LossModule):
     The paraphraser is trained before; this module switches its gradients off. Its other parameters belong in the
     optimiser. With several ranks the mean is over the rows of this rank.
 
-    Source: arXiv 1802.04977, eq. 3-4.
+    Source: arXiv 1802.04977.
 
     Args:
         student_channels: of the student's last map.

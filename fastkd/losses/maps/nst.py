@@ -16,8 +16,7 @@ class NSTLoss(LossModule):
     .. code-block:: text
 
         S, T = the channels of a sample's maps as rows of norm 1, [C_s, H * W] and [C_t, H * W]     k(a, b) = (a . b)^2
-        nst  = sum over the maps of mean k(T, T) + mean k(S, S) - 2 mean k(S, T)        over samples and pairs of
-        channels
+        nst  = sum over the maps of mean k(T, T) + mean k(S, S) - 2 mean k(S, T)        over samples, pairs of channels
              = sum over the maps of mean_i |S_i^T S_i / C_s - T_i^T T_i / C_t|_F^2
 
     Of two maps the higher one is averaged to the size of the other. The two lines are the same number. The one with the
@@ -27,7 +26,7 @@ class NSTLoss(LossModule):
 
     Every row stands alone, so there is no ``group``: with several ranks the mean is over the rows of this rank.
 
-    Source: arXiv 1707.01219, eq. 4 with the polynomial kernel of degree 2 and offset 0.
+    Source: arXiv 1707.01219 with the polynomial kernel of degree 2 and offset 0.
 
     Example:
         >>> import torch

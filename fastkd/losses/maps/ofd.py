@@ -25,7 +25,7 @@ def activation_margin(weight: Tensor, bias: Tensor) -> Tensor:
     phi is the density and Phi the distribution of the standard normal. A channel of weight 0 is constant: its margin is
     ``min(bias, 0)``.
 
-    Source: arXiv 1904.01866, eq. 4, as in the authors' code, which computes it in float32 alone.
+    Source: arXiv 1904.01866, as in the authors' code, which computes it in float32 alone.
 
     Args:
         weight, bias: [C], of the batch norm, in a float dtype.
@@ -69,7 +69,7 @@ class OFDLoss(LossModule):
 
     All parameters of this module belong in the optimiser. With several ranks the sum is over the rows of this rank.
 
-    Source: arXiv 1904.01866, eq. 3-6, as in the authors' code.
+    Source: arXiv 1904.01866, as in the authors' code.
 
     Args:
         student_channels: numbers of channels of the student's maps, one per map.

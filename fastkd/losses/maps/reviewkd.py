@@ -28,7 +28,7 @@ class ReviewKDLoss(LossModule):
             x = x resized to the size of F^t                                             this is the joined map
             o = batch_norm(conv3x3(x))                                                   no bias, -> C_t
 
-        hcl(o, F^t) = sum_{l in h, 4, 2, 1; l <= h} w_l mean (o averaged to l x l - F^t averaged to l x l)^2 / sum w_l
+        hcl(o, F^t) = sum_{l in {h, 4, 2, 1}, l <= h} w_l mean (o averaged to l x l - F^t averaged to l x l)^2 / sum w_l
         review      = sum over the maps of hcl                      h: height of F^t; w: 1, 1/2, 1/4, 1/8 in turn
 
     Resizing takes the nearest neighbour. The student's maps are those after the activation, the teacher's those before
@@ -37,7 +37,7 @@ class ReviewKDLoss(LossModule):
 
     All parameters of this module belong in the optimiser. With several ranks the mean is over the rows of this rank.
 
-    Source: arXiv 2104.09044, eq. 5-7 and figure 3, as in the authors' code.
+    Source: arXiv 2104.09044, as in the authors' code.
 
     Args:
         student_channels, teacher_channels: numbers of channels of the maps, one per map, from the input on.

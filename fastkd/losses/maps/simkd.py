@@ -15,11 +15,9 @@ class SimKDLoss(LossModule):
 
     .. code-block:: text
 
-        r(F)  = 1x1, 3x3 and 1x1 convolutions without bias, each with batch norm and ReLU      C_s -> C_t / factor ->
-        C_t simkd = mean (r(F^s) - F^t)^2                                                           over all entries
-
-        logits = W_t average(r(F^s)) + b_t                                                      what the student
-        predicts
+        r(F)   = 1x1, 3x3 and 1x1 convolutions without bias, each with batch norm and ReLU; inner width C_t / factor
+        simkd  = mean (r(F^s) - F^t)^2                                      over all entries
+        logits = W_t average(r(F^s)) + b_t                                  what the student predicts
 
     Of two maps the higher one is averaged to the size of the other, before the projector. The loss is trained alone,
     with weight 1: no cross-entropy, no KD. So the student's own classifier learns nothing. The projector and the
@@ -28,7 +26,7 @@ class SimKDLoss(LossModule):
 
     All parameters of this module belong in the optimiser. With several ranks the mean is over the rows of this rank.
 
-    Source: arXiv 2203.14001, eq. 3 and figure 2, as in the authors' code.
+    Source: arXiv 2203.14001, as in the authors' code.
 
     Args:
         student_channels, teacher_channels: numbers of channels of the last maps.

@@ -33,7 +33,7 @@ class SRRLLoss(LossModule):
 
     All parameters of this module belong in the optimiser. With several ranks the mean is over the rows of this rank.
 
-    Source: Yang et al., "Knowledge Distillation via Softmax Regression Representation Learning", ICLR 2021, eq. 4-8.
+    Source: Yang et al., "Knowledge Distillation via Softmax Regression Representation Learning", ICLR 2021.
 
     Args:
         student_dim, teacher_dim: widths of the features, or numbers of channels of the maps.

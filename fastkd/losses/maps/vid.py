@@ -26,7 +26,7 @@ class VIDLoss(LossModule):
     RepDistiller's weight is 1. All parameters of this module belong in the optimiser, the variances too. With several
     ranks the mean is over the rows of this rank.
 
-    Source: arXiv 1904.05835, eq. 5-6, as in RepDistiller.
+    Source: arXiv 1904.05835, as in RepDistiller.
 
     Args:
         student_channels, teacher_channels: numbers of channels of the maps, one per map.

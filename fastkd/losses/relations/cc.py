@@ -35,7 +35,7 @@ class CCLoss(RelationalLoss):
 
     All parameters of this module belong in the optimiser.
 
-    Source: arXiv 1904.01802, eq. 6-9.
+    Source: arXiv 1904.01802.
 
     Args:
         student_dim, teacher_dim: widths of the features.

@@ -1,6 +1,7 @@
 """Contrastive representation distillation (arXiv 1910.10699)."""
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from fastkd.losses.base import LossModule
 from fastkd.losses.inputs import check_layer_input, check_width
 from fastkd.losses.pairs import feature_pair, full_precision, unit
 from fastkd.numerics import accumulation_dtype
-from fastkd.validate import check_int, check_number, check_row_labels, check_temperature
+from fastkd.validate import check_choice, check_int, check_number, check_row_labels, check_temperature
 
+Reading = Literal["code", "paper"]
 EPS = 1e-7
 
 
@@ -28,8 +30,9 @@ class CRDLoss(LossModule):
         P_ik = exp(u_i . M^t_k / temperature) / Z^s     k: 0 is the positive, 1..K are the negatives of sample i
         Z^s  = samples * (mean of the first batch's exponentials), a constant from then on
 
-        student = -mean_i [ln(P_i0 / (P_i0 + K / samples + 1e-7)) + sum_k ln((K / samples) / (P_ik + K / samples +
-        1e-7))] teacher = the same of v, M^s and Z^t
+        c       = K / samples
+        student = -mean_i [ln(P_i0 / (P_i0 + c + 1e-7)) + sum_k ln(c / (P_ik + c + 1e-7))]
+        teacher = the same of v, M^s and Z^t
 
     After that, M_index becomes ``unit(momentum M_index + (1 - momentum) row)``, in training mode only. Where an index
     occurs twice in a batch, its last row counts. The memories and both Z are buffers, so they are in the state dict.
@@ -44,8 +47,8 @@ class CRDLoss(LossModule):
     rank 0 instead, before every step unless ``broadcast_buffers=False``. All parameters of this module belong in the
     optimiser.
 
-    Source: arXiv 1910.10699, eq. 17-19 and section 3.4, as in the authors' code. The paper has no Z. There,
-    P is the exponential alone.
+    Source: arXiv 1910.10699, as in the authors' code. In the paper there is no Z: P is the exponential alone, which
+    ``reading="paper"`` gives.
 
     Args:
         student_dim, teacher_dim: widths of the features.
@@ -54,10 +57,11 @@ class CRDLoss(LossModule):
         embedding_dim: width of the embeddings.
         temperature: divides the products; in [1e-4, 1e4].
         momentum: of the memories; in [0, 1].
+        reading: ``"code"`` divides by Z, ``"paper"`` does not.
         group: as for :class:`fastkd.DCDLoss`.
 
     Raises:
-        TypeError, ValueError: a number is out of range, or ``group`` is unknown.
+        TypeError, ValueError: a number is out of range, or ``reading`` or ``group`` is unknown.
 
     Example:
         >>> import torch
@@ -84,6 +88,7 @@ class CRDLoss(LossModule):
         embedding_dim: int = 128,
         temperature: float = 0.07,
         momentum: float = 0.5,
+        reading: Reading = "code",
         group: Group = None,
     ) -> None:
         super().__init__()
@@ -93,9 +98,10 @@ class CRDLoss(LossModule):
         check_int("samples", samples, minimum=2)
         check_temperature(temperature)
         check_number("momentum", momentum, minimum=0, maximum=1)
+        check_choice("reading", reading, get_args(Reading))
         check_group(group)
         self.student_dim, self.teacher_dim, self.samples, self.negatives = student_dim, teacher_dim, samples, negatives
-        self.temperature, self.momentum, self.group = temperature, momentum, group
+        self.temperature, self.momentum, self.reading, self.group = temperature, momentum, reading, group
         self.embed_student = nn.Linear(student_dim, embedding_dim)
         self.embed_teacher = nn.Linear(teacher_dim, embedding_dim)
         bound = 1 / math.sqrt(embedding_dim / 3)
@@ -175,6 +181,8 @@ class CRDLoss(LossModule):
     @torch.no_grad()
     def _normalizers(self, scores: tuple[Tensor, Tensor], ranks: Agreement) -> Tensor:
         """Z^s and Z^t: those of the first batch, whose exponentials are averaged over all ranks."""
+        if self.reading == "paper":
+            return torch.ones(2, dtype=scores[0].dtype, device=scores[0].device)
         total = len(scores[0]) if ranks.peers is None else ranks.peers.total
         sums = ranks.sum(torch.stack([x.exp().sum() for x in scores]))
         first = sums * self.samples / (total * (self.negatives + 1))
@@ -201,5 +209,5 @@ class CRDLoss(LossModule):
     def extra_repr(self) -> str:
         return (
             f"{self.student_dim}, {self.teacher_dim}, samples={self.samples}, negatives={self.negatives}, "
-            f"temperature={self.temperature}, momentum={self.momentum}"
+            f"temperature={self.temperature}, momentum={self.momentum}, reading={self.reading!r}"
         )

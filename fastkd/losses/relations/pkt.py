@@ -26,7 +26,7 @@ class PKTLoss(RelationalLoss):
     mean, whose weight is 30000 in RepDistiller. A row of zeros has equal similarities to all others, and no gradient;
     in the public code its gradient is NaN.
 
-    Source: arXiv 1803.10837, eq. 4-7, as in the authors' code.
+    Source: arXiv 1803.10837, as in the authors' code.
 
     Args:
         reduction: ``"mean"`` over all pairs, or their ``"sum"``.

@@ -26,15 +26,16 @@ class RKDLoss(RelationalLoss):
         angle    = angle_weight    * mean_ijk huber(a^s_ijk, a^t_ijk)                 huber with delta 1
 
     The means are over all B^2 pairs and B^3 triplets, those with equal indices included, as in the public code. The
-    paper has distinct tuples. RepDistiller has the weights 25 and 50 beside cross-entropy; the authors have 1 and 2 on
-    embeddings, without cross-entropy.
+    paper's means are over distinct tuples. The terms of the others are 0, so that only a constant factor differs.
+    RepDistiller has the weights 25 and 50 beside cross-entropy; the authors have 1 and 2 on embeddings, without
+    cross-entropy.
 
     The angles come from the Gram matrix of the centred features. The work is of order B^3, whatever the width, and the
     memory is of order B^2: blocks of angles are computed again in the backward. Two samples so close that their Gram
     matrix has no digits for their direction count as equal. Their angle is 0 and has no gradient, where the public code
     has gradients of 1e11.
 
-    Source: arXiv 1904.05068, eq. 5-8, as in the authors' code.
+    Source: arXiv 1904.05068, as in the authors' code.
 
     Args:
         distance_weight, angle_weight: weights of the two terms; >= 0, and not both 0. A term of weight 0 is left out.

@@ -20,7 +20,7 @@ class SPLoss(RelationalLoss):
     The numbers of channels and positions of the two networks may differ. RepDistiller's weight is 3000. A sample whose
     features are all 0 is similar to none, and gets no gradient.
 
-    Source: arXiv 1907.09682, eq. 2-4, of the last feature maps.
+    Source: arXiv 1907.09682, of the last feature maps.
 
     Args:
         group: as for :class:`fastkd.DCDLoss`; samples are those of all its ranks.
