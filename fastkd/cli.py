@@ -1,11 +1,15 @@
 """The command line: chooses the command, and tells a user's mistake in one line."""
 
+import difflib
 import os
 import pkgutil
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 from fastkd import __version__
 
@@ -53,10 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastkd {__version__}")
         return 0
     if command not in _COMMANDS:
-        print(f"fastkd: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
+        near = difflib.get_close_matches(command, _COMMANDS, 1)
+        meant = f", did you mean {near[0]}?" if near else f", expected one of {', '.join(_COMMANDS)};"
+        print(f"fastkd: unknown command {command!r}{meant} fastkd --help describes them", file=sys.stderr)
         return 2
     from fastkd import trainer
     from fastkd.trainer.extras import MissingExtraError, require_extras
+    from fastkd.trainer.text import printable
 
     try:
         require_extras("train", *_FURTHER_EXTRAS.get(command, ()), by="this command")
@@ -78,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error)
         if isinstance(error, trainer.BrokenImagesError):  # from a loader's worker, it contains the traceback there
             message = message.rpartition("BrokenImagesError: ")[2].strip()
+        # Names of files and classes may hold what moves a terminal's cursor. Some of our messages have several lines.
+        message = "\n".join(map(printable, message.splitlines()))
         print(f"fastkd {command}: {message}", file=sys.stderr)
         return 1
 
@@ -88,8 +97,20 @@ def _run(command: str, arguments: list[str]) -> int:
     function = pkgutil.resolve_name(_COMMANDS[command])
     if command == "train":  # its flags depend on the recipe
         return function(arguments)
-    tyro.cli(function, prog=f"fastkd {command}", args=arguments)
+    from fastkd.trainer.commands.messages import errors_in_one_line
+
+    with errors_in_one_line(arguments, _names_of_flags(function)):
+        tyro.cli(function, prog=f"fastkd {command}", args=arguments)
     return 0
+
+
+def _names_of_flags(function: Callable[..., Any]) -> list[str]:
+    """The flags of a command: its parameters, and the fields of those that are dataclasses."""
+    names = ["help"]
+    for name, kind in typing.get_type_hints(function).items():
+        prefix = "" if name == "config" else f"{name}."  # as ``demo_command`` declares it
+        names += [prefix + part.name for part in fields(kind)] if is_dataclass(kind) else [name]
+    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 def _is_users_mistake(error: Exception) -> bool:

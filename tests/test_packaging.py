@@ -109,7 +109,7 @@ def test_it_installs(kind: str, version: str, distributions: tuple[Path, Path], 
     run(own, "-m", "compileall", "-q", "-f", "-j", "1", f"{place}/fastkd", cwd=tmp_path)
     version_there = "import importlib.metadata as m; print(m.version('fastkd'))"
     assert run(own, "-c", version_there, cwd=tmp_path).strip() == fastkd.__version__
-    assert (tmp_path / "venv" / "bin" / "fastkd").exists()
+    assert "train RECIPE" in run(tmp_path / "venv" / "bin" / "fastkd", "--help", cwd=tmp_path)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("nm") is None, reason="needs Linux and nm")

@@ -11,7 +11,8 @@ been distilled when all but the second point below was fixed.
 - What a distilled student sees: all 1,197 images. Cross-entropy uses the 200 labels, and the distillation terms use
   every image without its label. **This was chosen after a trial that had seen test accuracy.** In the first version of
   the demo all terms used the 200 labelled images, and the trial compared both. It changed no setting of a method. The
-  student from scratch has nothing to learn from an image without a label, and sees the 200.
+  student from scratch has nothing to learn from an image without a label, and sees the 200. Only its batch norm would
+  see the others: in a trial of 4 seeds cross-entropy then reached 89.1 % instead of 88.1 %.
 - Teacher: the wider of two tried (three blocks, from 16 or 32 channels: 99.2 % and 99.6 % of the validation images).
 - Student: two blocks of 8 and 16 channels, 1,442 parameters, a 65th of the teacher's. Of the networks (438, 1,442
   and 1,702 parameters) and subsets (100, 200, 300 images) tried, it is a middle one. From scratch it fits its own

@@ -30,7 +30,8 @@ def describe_settings(config: DemoConfig, first: TrainConfig, teacher: int, stud
         "images alone",
         "images": f"the distillation terms use all {TRAIN_IMAGES:,} training images, without labels; where PCKD needs "
         "one, an image without a label has the teacher's prediction. The student from scratch sees the "
-        f"{LABELLED} labelled images alone",
+        f"{LABELLED} labelled images alone, in its batch norm, too. Batch norm accounts for about one point: in a "
+        "trial of 4 seeds cross-entropy reached 89.1 % with the other images in its batches, and 88.1 % without",
         "seed": "the initial weights, the order of the data and which images have a label",
         "first seed": "0",
         "schedule": f"{STEPS * config.epochs} steps of {first.data.batch_size} images for every student: "

@@ -12,7 +12,7 @@ from fastkd.trainer.extras import require_extras
 
 if TYPE_CHECKING:
     from fastkd.trainer.callbacks import Callback
-    from fastkd.trainer.commands.evaluate_checkpoint import EvalResult, evaluate_checkpoint
+    from fastkd.trainer.commands.evaluate_checkpoint import EvalResult, evaluate_checkpoint, evaluate_model
     from fastkd.trainer.config import TrainConfig
     from fastkd.trainer.data.config import DataConfig
     from fastkd.trainer.data.encoded import BrokenImagesError
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "callbacks": ("Callback",),
-    "commands.evaluate_checkpoint": ("EvalResult", "evaluate_checkpoint"),
+    "commands.evaluate_checkpoint": ("EvalResult", "evaluate_checkpoint", "evaluate_model"),
     "config": ("TrainConfig",),
     "data.config": ("DataConfig",),
     "data.encoded": ("BrokenImagesError",),
@@ -96,6 +96,7 @@ __all__ = [
     "build_model",
     "evaluate",
     "evaluate_checkpoint",
+    "evaluate_model",
     "find_checkpoint",
     "find_classifier",
     "labelled_subset",

@@ -219,7 +219,7 @@ def test_eval_takes_weights_files_and_published_models(pictures, tmp_path, capsy
     assert asked[-1]
     arguments = ["eval", "timm:test_resnet", "--num-classes", "3", *arguments[4:]]
     assert main(arguments) == 0
-    assert capsys.readouterr().out.startswith("timm:test_resnet: accuracy ")
+    assert "\ntimm:test_resnet: accuracy " in capsys.readouterr().out
     assert "--root: got nothing" in refused("eval", "timm:test_resnet")
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastkd import cli
 from fastkd.trainer import RECIPES, TrainConfig
+from fastkd.trainer.commands.train import parse_flags
 from fastkd.trainer.signals import StopRequest
 from tests.helpers.images import write_classes
 
@@ -71,7 +72,12 @@ ROWS = {
     "train images --hlp": ["--hlp", "--help?", "see fastkd train images --help"],
     "train images": ["--data.options.root: is missing", "see fastkd train images --help"],
     "train digits-scratch --epochs": ["--epochs: has no value", "--help"],
-    "train digits-scratch --epochs x": ["--epochs", "'x'", "see fastkd train digits-scratch --help"],
+    "train digits-scratch --epochs x": ["--epochs: got 'x', expected an int", "see fastkd train digits-scratch --help"],
+    "train digits-scratch --optim.lr fast": ["--optim.lr: got 'fast', expected a number; see fastkd train"],
+    f"train digits-scratch {FAST} --student.name numpy:array": ["student.options: 'numpy:array'"],
+    f"train digits-scratch {FAST} --student.name math:pi": [
+        "student.name: 'math:pi' is no function, but of type float"
+    ],
     "train digits-scratch --epochs 0": ["epochs: got 0, expected an int >= 1"],
     "train digits-scratch --precision fp8": ["--precision: got 'fp8'", "fp32, bf16, fp16"],
     "train digits-scratch --student.num-classes 0": ["student.num_classes: got 0"],
@@ -81,7 +87,7 @@ ROWS = {
     "train images --data.options '{\"size\": 32}'": ["data.options: got size", "image_size"],
     "train images --data.options '{'": ["--data.options: got '{', expected a JSON object"],
     "train images --data.options '[1]'": ["--data.options: got '[1]', expected a JSON object"],
-    "train images --data.options.root nowhere": ["data.options.root: nowhere"],
+    "train images --data.options.root nowhere": ["data.options.root: nowhere is not a folder"],
     "train images --data.options.root images --data.options.auto-augment x": ["data.options.auto_augment: got 'x'"],
     "train images --data.options.root x --data.options.imge-size 3": [
         "--data.options.imge-size",
@@ -97,6 +103,19 @@ ROWS = {
     f"train digits-scratch {FAST} --run-dir file/run": ["[Errno 20]"],
     f"train digits-scratch {FAST} --run-dir held": ["already holds a run", "--resume", "--run-dir"],
     f"train digits-scratch {FAST} --resume": ["runs/digits_scratch: holds no run to resume"],
+    # The other commands.
+    "eval": ["checkpoint: is missing", "see fastkd eval --help"],
+    "eval x --bset": ["--bset", "did you mean --best?", "see fastkd eval --help"],
+    "eval x --data.nmae y": ["--data.nmae", "did you mean --data.name?"],
+    "export x": ["out: is missing", "see fastkd export --help"],
+    "report --out": ["--out: has no value", "see fastkd report --help"],
+    "probe x": ["--data: is missing", "see fastkd probe --help"],
+    "recipes x": ["x: is no flag here"],
+    "demo --seed 3": ["--seed", "did you mean --seeds?", "see fastkd demo --help"],
+    "eval 'a\x1b[2Jb'": ["a\ufffd[2Jb: no such"],
+    "eval file --model timm:test_resnet --data.name cifar --root images": ["found no CIFAR-100 in images"],
+    "export file x.safetensors": ["file: is a file, expected a checkpoint or run folder"],
+    "eval seeds": ["seeds: holds no checkpoint", "several seeds, such as seeds/seed-0"],
     "eval nowhere": ["fastkd eval: nowhere: no such checkpoint or run folder"],
 }
 
@@ -109,6 +128,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in {"file": "", "bad.yaml": "epochs: [", "wrong.yaml": "epohcs: 3"}.items():
         (folder / name).write_text(text)
     (folder / "held").mkdir()
+    (folder / "seeds" / "seed-0").mkdir(parents=True)
     (folder / "held" / "run.json").write_text("{}")
     return folder
 
@@ -124,6 +144,14 @@ def test_a_mistake_is_one_line_that_says_what_to_do(line, place, monkeypatch, re
     for part in ROWS[line]:
         assert part in rest, message
         rest = rest.partition(part)[2]
+
+
+def test_no_teacher_also_leaves_out_the_flags_that_name_one(capsys):
+    flags = parse_flags(["digits", "--teacher.weights", "runs/x", "--no-teacher", "--teacher.name=timm:resnet18"])
+    assert flags.settings.teacher is None
+    assert flags.settings.objective.weights == {"ce": 1.0}
+    told = capsys.readouterr().out
+    assert "--no-teacher: leaves out --teacher.weights runs/x, --teacher.name timm:resnet18\n" in told
 
 
 def test_a_module_in_the_place_of_a_config_is_told_without_printing_it():

@@ -1,6 +1,7 @@
 """A user's own images: teacher and student by two commands without JSON, then every command on the finished runs."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -58,6 +59,37 @@ def test_the_data_say_how_many_classes_both_models_have_and_what_they_are_called
     assert main(["report", "runs/student", "runs/teacher"]) == 0
     assert main(["export", "runs/student", "student.safetensors"]) == 0
     assert "checked bit for bit" in capsys.readouterr().out
+
+
+def test_weights_that_were_exported_are_evaluated_as_they_were_trained(inside, capsys):
+    assert main(["export", "runs/student", "exported.safetensors"]) == 0
+    assert main(["eval", "runs/student", "--root", "data", "--json", "run.json"]) == 0
+    file = ["eval", "exported.safetensors", "--model", "timm:test_resnet", "--root", "data", "--json", "file.json"]
+    assert main(file) == 0
+    run, found = (json.loads(Path(name).read_text()) for name in ("run.json", "file.json"))
+    assert found["loss"] == pytest.approx(run["loss"], rel=1e-5)  # at the model's own 160 pixels it is another
+    assert found["confusion"] == run["confusion"]
+    told = capsys.readouterr().out
+    assert "images of 32 x 32, crop 0.875" in told
+    assert "data: the run was trained on most of these images" in told
+
+
+def test_a_teacher_of_other_classes_is_refused_and_one_of_another_normalization_gets_its_own(inside, capsys, refused):
+    shutil.copytree("data", "renamed/data")
+    Path("renamed/data/ant").rename("renamed/data/fox")  # as many classes, in another order
+    assert main(["export", "runs/teacher", "teacher.safetensors"]) == 0
+    flags = ("images-kd", *FAST, "--student.name", "timm:test_resnet", "--teacher.name", "timm:test_resnet")
+    for weights in ("runs/teacher", "teacher.safetensors"):
+        line = refused(
+            "train", *flags, "--data.options.root", "renamed/data", "--data.options.image-size", "32",
+            "--teacher.weights", weights,
+        )  # fmt: skip
+        assert f"teacher.weights: {weights} was trained on other classes, its class 0 is 'ant'" in line
+    half = ("--data.options.mean", *["0.5"] * 3, "--data.options.root", "data", "--data.options.image-size", "48")
+    assert main(["train", *flags, *half, "--teacher.weights", "runs/teacher", "--run-dir", "runs/half"]) == 0
+    told = capsys.readouterr().out
+    assert "teacher input: the data's normalization (mean 0.5 0.5 0.5, " in told
+    assert "teacher: was trained on images of 32 pixels, the data's have 48" in told
 
 
 def test_the_config_of_a_run_repeats_it_and_flags_have_the_last_word(inside):

@@ -2,12 +2,14 @@
 
 import argparse
 import collections
+import json
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from fastkd.trainer import CheckpointError, ModelConfig, build_model, find_classifier, load_weights
-from fastkd.trainer.models.weights import load_into, read_weights, save_tensors
+from fastkd.trainer.models.weights import Origin, load_into, origin_of_file, read_weights, save_tensors
 from fastkd.trainer.run.checkpoint import find_weights
 
 State = dict[str, Tensor]
@@ -94,6 +96,13 @@ LAYOUTS: dict[str, tuple[Callable[[State], Any], str, str]] = {
     "nested": (lambda s: {"model": {"state_dict": s}, "ema": {"decay": 0.9}}, "w.pth", "key model.state_dict"),
     "no counters": (lambda s: {n: v for n, v in s.items() if "num_batches" not in n}, "old.pth", ""),
     "half precision": (lambda s: {n: v.half() if v.is_floating_point() else v for n, v in s.items()}, "w.pt", ""),
+    "a best accuracy of NumPy's": (
+        lambda s: {"state_dict": s, "best_acc1": np.float64(71.5), "epoch": np.int64(3)},
+        "w.pth.tar",
+        "key state_dict",
+    ),
+    "a backbone": (lambda s: {"model_state": prefixed("backbone.", s)}, "w.pt", "key model_state, prefix backbone."),
+    "Hugging Face": (lambda s: prefixed("timm_model.", s), "model.safetensors", "prefix timm_model."),
     "legacy format": (lambda s: s, "legacy.pth", ""),
 }
 
@@ -198,14 +207,34 @@ def test_files_that_are_no_weights_are_refused_in_one_line(tmp_path: Path) -> No
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pt")
     (tmp_path / "text.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     (tmp_path / "cut.safetensors").write_bytes(write(trained(), tmp_path / "w.safetensors").read_bytes()[:-3])
+    (tmp_path / "empty.pth").touch()
     for name, told in (
         ("script.pt", "TorchScript archive; save"),
-        ("text.pth", "cannot be read"),
+        ("text.pth", r"cannot be read as tensors and plain types \(.*[a-z]{4}"),
+        ("empty.pth", r"\(it is empty\)"),
         ("cut.saf", "trunc"),
     ):
         with pytest.raises(CheckpointError, match=told) as caught:
             read_weights(next(tmp_path.glob(f"{name}*")))
         assert "\n" not in str(caught.value)
+
+
+def test_the_names_that_a_message_shows_are_no_counters(tmp_path: Path) -> None:
+    path = write(prefixed("x.", trained()), tmp_path / "w.safetensors")  # which has integers first
+    with pytest.raises(CheckpointError, match=r"9 unexpected \(x\.bn\.bias, "):
+        find_weights(path).load_into(Net())
+
+
+def test_what_a_file_says_of_its_origin_is_read_and_what_is_malformed_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    said = {"classes": ["ant", "bee"], "mean": [0.1, 0, -0.1], "std": [1.0, 2.0, 3.0], "image_size": 32, "crop": 0.9}
+    save_tensors(trained(), path, {name: json.dumps(value) for name, value in said.items()})
+    assert origin_of_file(path) == Origin(["ant", "bee"], {name: said[name] for name in list(said)[1:]})
+    wrong = {"classes": [1], "mean": [0, 1], "std": [0, 1, 1], "image_size": "32", "crop": [1]}
+    save_tensors(trained(), path, {name: json.dumps(value) for name, value in wrong.items()})
+    assert origin_of_file(path) == Origin()
+    for other in (path.with_name("none.safetensors"), write(trained(), tmp_path / "w.pth")):
+        assert origin_of_file(other) == Origin()
 
 
 def test_a_mask_may_hold_infinities_where_the_model_has_them() -> None:

@@ -16,11 +16,15 @@ from fastkd.trainer.commands.train import parse_json
 from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.data.datasets import build_datasets, names_of_classes
 from fastkd.trainer.data.loader import eval_loader, first_images
+from fastkd.trainer.data.options import TransformOptions
 from fastkd.trainer.models.build import ModelConfig, build_model, count_parameters, torchvision_weights
 from fastkd.trainer.models.features import FeatureModel, measure_shapes
+from fastkd.trainer.models.weights import Origin
 from fastkd.trainer.precision import choose_device
+from fastkd.trainer.run.check import origin_of
 from fastkd.trainer.run.checkpoint import find_weights
 from fastkd.trainer.run.evaluate import evaluate
+from fastkd.trainer.text import printable
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,13 @@ class DataChoice:
     options: str = "{}"
 
     def apply(self, config: DataConfig, root: str | None) -> DataConfig:
-        """``config`` with what was chosen, and with the images in ``root`` if that is given."""
+        """``config`` with what was chosen, and with the data in ``root`` if given: images, if none are named."""
         options = parse_json("--data.options", self.options)
-        if root is not None:
+        if root is not None and self.name in (None, "images"):
             config = other_data(config, root)
-        if self.name is not None and self.name != config.name:
+        elif self.name is not None and self.name != config.name:
             config = replace(config, name=self.name, options={})
+        options = options if root is None else {"root": root, **options}
         return replace(config, options={**config.options, **options})
 
 
@@ -132,8 +137,10 @@ def evaluate_checkpoint(
 def evaluate_model(config: ModelConfig, data: DataConfig, *, device: str = "auto") -> EvalResult:
     """Evaluate a model with its weights, published ones or those of a file, on the evaluation set of ``data``.
 
-    Images are given the model's own size and normalisation, unless the options of ``data`` say otherwise. Without
-    ``num_classes`` a model whose weights come from a file has as many as the data.
+    Images are given the size and the normalisation that the file of weights says (``fastkd export`` writes them), else
+    the model's own, unless the options of ``data`` say otherwise. Classes that the file names are matched with those of
+    the data by their names. Without ``num_classes`` a model whose weights come from a file has as many as the file
+    names, or else as the data have.
 
     Raises:
         ValueError: the model has another number of outputs than the data have classes.
@@ -144,20 +151,24 @@ def evaluate_model(config: ModelConfig, data: DataConfig, *, device: str = "auto
         >>> config = ModelConfig(name="timm:resnet10t.c3_in1k", pretrained=True)
         >>> result = evaluate_model(config, DataConfig(name="images", options={"root": "imagenet"}))  # doctest: +SKIP
     """
+    origin = Origin() if config.weights is None else origin_of(config.weights)
     if data.name == "images":
-        data = replace(data, options={**_input_of(config), **data.options})
+        data = replace(data, options={**_input_of(config), **origin.input, **data.options})
     _, eval_data = build_datasets(data)
-    classes = names_of_classes(eval_data)
+    classes = origin.classes or names_of_classes(eval_data)
     if config.weights is not None and config.num_classes is None and classes is not None:
         config = replace(config, num_classes=len(classes))
     model = build_model(config)
+    if "image_size" in data.options:
+        size, crop = data.options["image_size"], data.options.get("crop", TransformOptions.crop)
+        print(f"images of {size} x {size}, crop {crop:g} (another: --data.options '{{\"image_size\": {size}}}')")
     if config.weights is not None:
         print(find_weights(config.weights).load_into(model))
     return _measure(
         FeatureModel(model, optional=True),
         eval_data,
         data,
-        classes=None,
+        classes=origin.classes,
         device=choose_device(device),
         precision="fp32",
         step=None,
@@ -238,7 +249,7 @@ def _measure(
 
 def hardest(result: EvalResult, count: int = 5) -> list[str]:
     """At most two lines: the ``count`` classes with the lowest accuracy, and the most frequent confusions."""
-    names = result.classes
+    names = list(map(printable, result.classes))
     lowest = sorted((accuracy, name) for name, accuracy in zip(names, result.per_class(), strict=True) if accuracy < 1)
     wrong = result.confusion.clone().fill_diagonal_(0)
     most, places = wrong.flatten().topk(min(count, wrong.numel()))
@@ -260,8 +271,8 @@ def class_names(names: list[str] | None, count: int) -> list[str]:
 
 
 def shown(names: list[str], most: int = 10) -> str:
-    """The first names, for a message."""
-    return ", ".join(names[:most]) + (f", ... ({len(names)})" if len(names) > most else "")
+    """The first names, for a message. They come from folders or from a file."""
+    return ", ".join(map(printable, names[:most])) + (f", ... ({len(names)})" if len(names) > most else "")
 
 
 def eval_command(
@@ -283,7 +294,8 @@ def eval_command(
         checkpoint: a run folder (its newest checkpoint), a checkpoint folder, a file of weights with --model, or the
             name of a published model such as timm:resnet10t.
         best: of a run folder the checkpoint with the highest accuracy, not the newest.
-        root: evaluate on the images in this folder, a folder for each class (in its folder val, if it has one).
+        root: evaluate on the images in this folder, a folder for each class (in its folder val, if it has one). With
+            --data.name the folder of those data.
         data: other data.
         model: the model that a file of weights belongs to, such as timm:resnet18.
         num_classes: the model's outputs; as many as the data have classes for a file of weights.
@@ -301,7 +313,11 @@ def eval_command(
     if named is None:
         chosen = None
         if root is not None or data != NO_CHOICE:
-            chosen = data.apply(reopen(checkpoint, best=best, with_data=False, trust_code=trust_code).config.data, root)
+            own = reopen(checkpoint, best=best, with_data=False, trust_code=trust_code).config.data
+            chosen = data.apply(own, root)
+            folders = [str(Path(data_of.options.get("root", "")).resolve()) for data_of in (own, chosen)]
+            if own.name == chosen.name == "images" and chosen.options.get("val") == "." and len(set(folders)) == 1:
+                print(f"{root}: the run was trained on most of these images; without --root it reads the others")
         result = evaluate_checkpoint(checkpoint, best=best, data=chosen, device=device, trust_code=trust_code)
     else:
         weights = None if model is None else checkpoint

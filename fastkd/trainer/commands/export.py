@@ -21,6 +21,7 @@ from fastkd.trainer.data.labels import normalization_of
 from fastkd.trainer.data.loader import collate, fetch
 from fastkd.trainer.extras import require_extras
 from fastkd.trainer.models.weights import save_tensors
+from fastkd.trainer.run.check import input_of
 from fastkd.trainer.run.describe import versions
 
 SAMPLES = 8
@@ -51,7 +52,8 @@ def export(
     """Write the student to ``out``, which ends in ``.safetensors`` or ``.onnx``, and check what was written.
 
     Both files say as metadata what the student is (config, accuracy, versions) and what it takes and gives: ``mean``
-    and ``std`` of the images' normalisation and the names of the ``classes``, as JSON, where they are known.
+    and ``std`` of the images' normalisation, ``image_size`` and ``crop`` for a folder of images, and the names of the
+    ``classes``, as JSON, where they are known.
 
     A safetensors file holds the model's state dict. It is read back and compared bit for bit. An ONNX file computes the
     logits of images [B, C, H, W], normalised as in training, for any B, and for any H and W where the model allows it.
@@ -195,6 +197,7 @@ def _metadata(reopened: Reopened) -> dict[str, str]:
     normalization = manifest.get("normalization") or normalization_of(reopened.eval_data)  # earlier runs lack it
     if normalization is not None:
         found |= {name: json.dumps(list(values)) for name, values in zip(("mean", "std"), normalization, strict=True)}
+    found |= {name: json.dumps(value) for name, value in input_of(manifest).items() if name not in found}
     if reopened.classes is not None:
         found["classes"] = json.dumps(reopened.classes)
     return found

@@ -45,6 +45,8 @@ def _message(event: Any, arguments: list[str], flags: Collection[str]) -> str | 
         text = " ".join(event.message.split())  # for a value that may be of several types it has several lines
         if union := re.match(r"no type matching (.+) could be instantiated from \[(.*?)\]", text):
             text = f"got {union[2]}, expected {union[1].replace('{None}|', 'None or ')}"
+        text = re.sub(r"^invalid literal for int\(\) with base 10: (.+)$", r"got \1, expected an int", text)
+        text = re.sub(r"^could not convert string to float: (.+)$", r"got \1, expected a number", text)
         text = text if event.argument is None else f"{_name(event.argument)}: {text}"
         return _with_role(text, arguments)
     return None

@@ -119,6 +119,11 @@ def parse_flags(arguments: list[str]) -> Flags[Any]:
         raise ValueError(f"got {arguments[0]!r}, expected a recipe first (fastkd recipes lists them), or --config FILE")
     if given["no_teacher"]:
         config = _without_teacher(config)
+        of_it = {flag: given[flag] for flag in given if flag.startswith("teacher.") and given[flag] is not None}
+        rest = [argument for argument in rest if argument not in {f"--{flag}={of_it[flag]}" for flag in of_it}]
+        given |= dict.fromkeys(of_it)
+        if of_it and os.environ.get("RANK", "0") == "0":
+            print(f"--no-teacher: leaves out {', '.join(f'--{flag} {of_it[flag]}' for flag in of_it)}")
     config = _with_parts(config, given)
     kind = options_class(config.data.name)
     given_options, options = config.data.options, config.data.options

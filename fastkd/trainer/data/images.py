@@ -29,9 +29,11 @@ def load_images(root: str, **options: Any) -> tuple[ImageSamples, ImageSamples]:
     chosen = ImagesOptions(root=root, **options)
     folder, normalization = Path(root), (tuple(chosen.mean), tuple(chosen.std))
     kind = FolderImages if chosen.format == "folder" else ShardImages
+    if chosen.format == "folder" and not folder.is_dir():
+        raise ValueError(f"data.options.root: {root} is not a folder, expected one with a folder for each class")
     # The same part may be named twice, to evaluate a folder that has no other.
     parts = [(chosen.train, training_transform(chosen)), (chosen.val, evaluation_transform(chosen))]
-    if chosen.format == "folder" and folder.is_dir() and not any((folder / part).is_dir() for part, _ in parts):
+    if chosen.format == "folder" and not any((folder / part).is_dir() for part, _ in parts):
         whole, held_out = (FolderImages(folder, steps, normalization, chosen.max_broken) for _, steps in parts)
         train, val = split_by_class(whole.labels, chosen.val_fraction, chosen.split_seed)
         whole.note = (

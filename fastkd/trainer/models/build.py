@@ -124,7 +124,10 @@ def build_model(config: ModelConfig, role: str = "model") -> nn.Module:
         )
     if config.pretrained:
         raise ValueError(f"{role}.pretrained: got True with name={config.name!r}, expected a timm or torchvision model")
-    model = import_object(config.name, f"{role}.name")(**options)
+    build = import_object(config.name, f"{role}.name")
+    if not callable(build):
+        raise TypeError(f"{role}.name: {config.name!r} is no function, but of type {type(build).__name__}")
+    model = build(**options)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{role}.name: {config.name!r} returned {type(model).__name__}, expected an nn.Module")
     return model

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import pickle
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,10 +24,20 @@ from fastkd.trainer.models.features import find_classifier
 # Where training scripts keep the weights in what they save, the averaged weights first. They may be nested.
 KEYS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema"),
-    *("state_dict", "model_state_dict", "model", "params", "module", "net", "network", "student", "weights"),
+    *("state_dict", "model_state_dict", "model_state", "net_state_dict", "model", "params", "module", "net"),
+    *("network", "student", "backbone", "encoder", "weights"),
 )
-# What DistributedDataParallel, torch.compile, FSDP, Lightning modules and averaged models put before the names.
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "model", "student", "net", "network"}
+# What DistributedDataParallel, torch.compile, FSDP, Lightning modules, averaged models and Hugging Face's wrapper of
+# timm put before the names.
+WRAPPERS = {
+    *("module", "_orig_mod", "_fsdp_wrapped_module", "model", "student", "net", "network", "backbone", "encoder"),
+    "timm_model",
+}
+# Beside the weights lie the arguments of the training, and numbers such as the best accuracy as NumPy computed it.
+_PLAIN: list[Any] = [argparse.Namespace, np.dtype, np.float64, np.float32, np.int64]
+_PLAIN += [type(np.dtype(kind)) for kind in ("float64", "float32", "int64")]
+_NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # numpy._core.multiarray.scalar, which older files call numpy.core...
+_PLAIN += [(_NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")]
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SHOWN = 4  # names of each kind that a message lists
 
@@ -63,11 +76,51 @@ class WeightsFile:
         left_out = len(self.state) - len(state)
         if not any("_orig_mod." in name for name in own):  # parts of the model were compiled
             state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
-        state = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")} | state
+        state = {name: value for name, value in own.items() if _is_counter(name)} | state
         load_into(module, state, self.path, role)
         told = [f"{role} weights: {self.path}", self.key and f"key {self.key}", prefix and f"prefix {prefix}"]
         told.append(f"{left_out} entries without the prefix left out" if left_out else "")
         return ", ".join(filter(None, told))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What weights were trained with, as far as they say.
+
+    Attributes:
+        classes: the names of the model's outputs, in their order.
+        input: how images were made for the model: ``mean``, ``std``, ``image_size`` and ``crop``, the options of the
+            data set ``images``.
+    """
+
+    classes: list[str] | None = None
+    input: dict[str, Any] = field(default_factory=dict)
+
+
+def origin_of_file(path: Path) -> Origin:
+    """What ``fastkd export`` wrote into a safetensors file; nothing for other files and malformed values."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return Origin()
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        names = ("classes", "mean", "std", "image_size", "crop")
+        found = {name: json.loads(metadata[name]) for name in names if name in metadata}
+    except (SafetensorError, ValueError, RecursionError):
+        return Origin()
+    classes = found.pop("classes", None)
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        classes = None
+    return Origin(classes, {name: value for name, value in found.items() if _is_input(name, value)})
+
+
+def _is_input(name: str, value: Any) -> bool:
+    """Whether this can be a value of ``Origin.input``."""
+    numbers = value if isinstance(value, list) and name in ("mean", "std") else [value]
+    fine = (
+        math.isfinite(number) and (number > 0 or name == "mean") for number in numbers if type(number) in (int, float)
+    )
+    return sum(fine) == (3 if name in ("mean", "std") else 1) == len(numbers)
 
 
 def read_weights(path: Path) -> WeightsFile:
@@ -78,7 +131,7 @@ def read_weights(path: Path) -> WeightsFile:
     found = _find_state_dict(content)
     if found is None:
         held = (
-            f"a dict of {_listed('entries', list(map(str, content)))}"
+            f"a dict of {_listed('entries', list(map(str, content))) or 'no entries'}"
             if isinstance(content, Mapping)
             else type(content).__name__
         )
@@ -107,8 +160,7 @@ def load_tensors(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # timm's checkpoints hold their arguments. A namespace only keeps what it is given.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(_PLAIN), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an error of ours says the same
             return torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
@@ -125,6 +177,8 @@ def load_tensors(path: Path) -> Any:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "TorchScript" in reason:
             reason = "it is a TorchScript archive; save the model's state_dict()"
+        elif isinstance(error, (EOFError, KeyError, IndexError)):  # an empty file, a text
+            reason = "it is empty" if path.stat().st_size == 0 else "it is no file of torch.save"
         raise CheckpointError(f"{path}: cannot be read as tensors and plain types ({reason})") from error
 
 
@@ -151,7 +205,8 @@ def load_into(
     dtypes = [name for name in common if not _same_kind(state[name].dtype, own[name].dtype, cast)]
     problems = [
         _listed("missing", [name for name in own if name not in state]),
-        _listed("unexpected", [name for name in state if name not in own]),
+        # Counters last: in a safetensors file they come first, and they say nothing about the model.
+        _listed("unexpected", sorted((name for name in state if name not in own), key=_is_counter)),
         _listed("of another shape", [_difference(name, state, own, "shape") for name in shapes]),
         _listed("of another dtype", [_difference(name, state, own, "dtype") for name in dtypes]),
     ]
@@ -184,6 +239,10 @@ def _find_prefix(state: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     return max(sorted(prefixes, key=len), key=lambda prefix: sum(prefix + name in state for name in own))
 
 
+def _is_counter(name: str) -> bool:
+    return name.endswith("num_batches_tracked")
+
+
 def _same_kind(found: torch.dtype, wanted: torch.dtype, cast: bool) -> bool:
     return found == wanted or (cast and found in _FLOATS and wanted in _FLOATS)
 
@@ -208,4 +267,5 @@ def _classes_hint(module: nn.Module, state: Mapping[str, Tensor], shapes: list[s
         return ""
     if not shapes or any(shape.rpartition(".")[0] != name for shape in shapes):
         return ""
-    return f"; the file has {len(state[shapes[0]])} classes: num_classes={len(state[shapes[0]])} (--{role}.num-classes)"
+    flag = "--num-classes" if role == "model" else f"--{role}.num-classes"
+    return f"; the file has {len(state[shapes[0]])} classes: num_classes={len(state[shapes[0]])} ({flag})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,14 @@ from torch.utils.data import Subset
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.labels import labels_of
 from fastkd.trainer.data.loader import GlobalBatches
+from fastkd.trainer.data.options import TransformOptions
 from fastkd.trainer.models.features import FeatureModel, evaluating
+from fastkd.trainer.models.weights import Origin, origin_of_file
+from fastkd.trainer.run.checkpoint import find_checkpoint, read_manifest
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.evaluate import evaluate
 from fastkd.trainer.run.ranks import Ranks
+from fastkd.trainer.text import printable
 from fastkd.validate import NO_LABEL
 
 
@@ -52,7 +57,7 @@ def check_fit(
         if largest is not None and largest >= classes:
             raise ValueError(
                 f"student.num_classes: the student has {classes} classes, but {name} has the label {largest}; expected "
-                f"labels in [0, {classes})"
+                f"labels in [0, {classes}), or --student.num-classes {largest + 1}"
             )
     return classes
 
@@ -102,6 +107,37 @@ def range_of_labels(dataset: Any) -> tuple[int, int] | None:
     if labels.ndim != 1 or labels.numel() == 0 or labels.is_floating_point():
         return None
     return int(labels.min()), int(labels.max())
+
+
+def origin_of(weights: str | Path) -> Origin:
+    """What the weights in a file, a checkpoint or a run were trained with, as far as it says."""
+    weights = Path(weights)
+    if not weights.is_dir():
+        return origin_of_file(weights)
+    manifest = read_manifest(find_checkpoint(weights))
+    return Origin(manifest.get("classes"), input_of(manifest))
+
+
+def input_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """How the images of a checkpoint's run were made for its student, as ``Origin.input``."""
+    found: dict[str, Any] = dict(zip(("mean", "std"), manifest.get("normalization") or (), strict=False))
+    data = manifest["config"].get("data") or {}
+    if data.get("name") == "images":
+        defaults = TransformOptions()
+        found |= {name: data["options"].get(name, getattr(defaults, name)) for name in ("image_size", "crop")}
+    return found
+
+
+def check_classes(weights: str, origin: Origin, names: list[str] | None) -> None:
+    """Raise ValueError for a teacher whose outputs stand for other classes than the data's, or in another order."""
+    if origin.classes is None or names is None or origin.classes == names:
+        return
+    place = next((i for i, pair in enumerate(zip(origin.classes, names, strict=False)) if pair[0] != pair[1]), 0)
+    theirs, ours = (printable(classes[place]) for classes in (origin.classes, names))
+    raise ValueError(
+        f"teacher.weights: {weights} was trained on other classes, its class {place} is {theirs!r} and the data's is "
+        f"{ours!r}; expected the same classes in the same order (a file of weights without names is not checked)"
+    )
 
 
 def check_teacher(

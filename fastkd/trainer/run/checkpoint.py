@@ -158,12 +158,17 @@ def find_checkpoint(path: str | Path, *, best: bool = False) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint or run folder")
+        what = "is a file, expected a" if path.exists() else "no such"
+        raise CheckpointError(f"{path}: {what} checkpoint or run folder")
     if (path / MANIFEST).exists() or path.name.startswith("step-"):
         return path
     found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not found:
-        raise CheckpointError(f"{path}: holds no checkpoint (no {MANIFEST} in it, no checkpoints/step-* below it)")
+        seeds = sorted(path.glob("seed-*"))
+        hint = f"; it holds the runs of several seeds, such as {seeds[0]}" if seeds else ""
+        raise CheckpointError(
+            f"{path}: holds no checkpoint (no {MANIFEST} in it, no checkpoints/step-* below it){hint}"
+        )
     chosen = best_checkpoint(found) if best else found[-1]
     if chosen is None:
         raise CheckpointError(f"{path}: none of its {len(found)} checkpoints was evaluated")

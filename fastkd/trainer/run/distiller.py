@@ -214,7 +214,14 @@ def takes_classes(config: ModelConfig) -> bool:
     source = config.name.rpartition(":")[0]
     if source in ("timm", "torchvision", ""):
         return True
-    return "num_classes" in inspect.signature(import_object(config.name, "model.name")).parameters
+    try:
+        return "num_classes" in inspect.signature(import_object(config.name, "model.name")).parameters
+    except TypeError:
+        return False  # no callable
+    except ValueError as error:
+        if str(error).startswith("no signature"):  # a function that is not written in Python
+            return False
+        raise
 
 
 def _built(role: str, config: ModelConfig) -> nn.Module:

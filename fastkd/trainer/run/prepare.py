@@ -19,7 +19,7 @@ from fastkd.trainer.data.mix import BatchMix
 from fastkd.trainer.models.build import Normalization, check_normalization, trained_normalization
 from fastkd.trainer.objective.terms import TermFunction
 from fastkd.trainer.precision import DTYPES
-from fastkd.trainer.run.check import check_fit, check_outputs, range_of_labels
+from fastkd.trainer.run.check import check_classes, check_fit, check_outputs, origin_of, range_of_labels
 from fastkd.trainer.run.distiller import Distiller, build_distiller, takes_classes, weights_hash
 from fastkd.trainer.run.ranks import Ranks
 from fastkd.trainer.run.state import Identity
@@ -109,6 +109,15 @@ def build_models(
         check_outputs(outputs, names_of_classes(data.train_set))
     data.mix = BatchMix(config.data, outputs)
     note = getattr(data.train_set, "note", None)
+    if teacher is None and config.teacher is not None and config.teacher.weights is not None:
+        origin = origin_of(config.teacher.weights)
+        check_classes(config.teacher.weights, origin, names_of_classes(data.train_set))
+        mean, std = origin.input.get("mean"), origin.input.get("std")
+        if config.teacher.normalization is None and mean and std and normalization_of(data.train_set) is not None:
+            config = replace(config, teacher=replace(config.teacher, normalization=(mean, std)))
+        size = origin.input.get("image_size")
+        if size and size != data.sample.shape[-1]:
+            told.append(f"teacher: was trained on images of {size} pixels, the data's have {data.sample.shape[-1]}")
     lines = prepare(distiller, config, device, ranks, normalization_of(data.train_set))
     return distiller, [*told, *([note] if note else []), *lines]
 
