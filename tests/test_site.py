@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import fastkd
+import fastkd.losses
 import fastkd.trainer
 
 pytest.importorskip("mkdocs")
@@ -35,6 +36,7 @@ def test_no_page_fetches_anything_from_a_network(site: Path) -> None:
 def test_the_api_has_every_public_name_and_no_markup_of_another_program(site: Path) -> None:
     pages = "".join(page.read_text() for page in (site / "api").glob("*.html"))
     names = [f"fastkd.{name}" for name in fastkd.__all__]
+    names += [f"fastkd.losses.{name}" for name in fastkd.losses.__all__ if name not in fastkd.__all__]
     main_names = re.findall(r"^::: ([\w.]+)", (ROOT / "docs" / "api" / "trainer.md").read_text(), re.MULTILINE)
     assert {name.removeprefix("fastkd.trainer.") for name in main_names} <= set(fastkd.trainer.__all__)
     assert [name for name in (*names, *main_names) if f'id="{name}"' not in pages] == []

@@ -1,0 +1,73 @@
+"""Probabilistic knowledge transfer (arXiv 1803.10837)."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastkd.distributed.group import Group
+from fastkd.losses.pairs import feature_pair
+from fastkd.losses.relational import RelationalLoss
+from fastkd.validate import check_choice
+
+Reduction = Literal["mean", "sum"]
+EPS = 1e-7
+
+
+class PKTLoss(RelationalLoss):
+    r"""PKT: the similarities of a sample to all others, as probabilities, are those of the teacher.
+
+    .. code-block:: text
+
+        u_i  = x_i / (|x_i| + 1e-7)     S_ij = (1 + u_i . u_j) / 2     P_ij = S_ij / sum_k S_ik
+        pkt  = mean_ij P^t_ij ln((P^t_ij + 1e-7) / (P^s_ij + 1e-7))                    the diagonal included
+
+    With ``reduction="sum"``, which is the paper's, the loss is B^2 times as large. The default is the public code's
+    mean, whose weight is 30000 in RepDistiller. A row of zeros has equal similarities to all others, and no gradient;
+    in the public code its gradient is NaN.
+
+    Source: arXiv 1803.10837, as in the authors' code.
+
+    Args:
+        reduction: ``"mean"`` over all pairs, or their ``"sum"``.
+        group: as for :class:`fastkd.DCDLoss`; pairs span the rows of all its ranks.
+
+    Raises:
+        TypeError, ValueError: ``reduction`` or ``group`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.losses import PKTLoss
+        >>> terms = PKTLoss()(torch.randn(6, 8, requires_grad=True), torch.randn(6, 16))
+        >>> (30000 * terms["pkt"]).backward()
+    """
+
+    def __init__(self, reduction: Reduction = "mean", *, group: Group = None) -> None:
+        super().__init__(group)
+        check_choice("reduction", reduction, get_args(Reduction))
+        self.reduction = reduction
+
+    def forward(self, student_features: Tensor, teacher_features: Tensor) -> dict[str, Tensor]:
+        """Returns ``{"pkt": loss}``, 0-dim. The teacher gets no gradient.
+
+        student_features: [B, D_s]. teacher_features: [B, D_t]. Both in float64, float32, bf16 or fp16.
+        """
+        return self._over_ranks(student_features, teacher_features)
+
+    def _rows(self, *inputs: Tensor, may_be_empty: bool) -> tuple[Tensor, ...]:
+        return feature_pair(*inputs, may_be_empty=may_be_empty)
+
+    def _terms(self, *rows: Tensor) -> dict[str, Tensor]:
+        p_s, p_t = (_probabilities(x) for x in rows)
+        parts = p_t * ((p_t + EPS) / (p_s + EPS)).log()
+        return {"pkt": parts.mean() if self.reduction == "mean" else parts.sum()}
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"
+
+
+def _probabilities(x: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    units = (x / (norm + EPS)).masked_fill(norm == 0, 0)
+    similarities = (1 + units @ units.T) / 2
+    return similarities / similarities.sum(dim=1, keepdim=True)

@@ -1,0 +1,1 @@
+"""Case files of the classical losses, run by this package. See ``__main__.py``."""
