@@ -85,10 +85,10 @@ class Target:
     def resume(self, run: Path) -> dict[str, Any]:
         """What a resumed run begins with."""
         config = dataclasses.replace(self.config, run_dir=str(run), resume=True)
-        _, checkpoint = open_run(config)
-        assert checkpoint is not None
-        self.identity.check(checkpoint)
-        self.state.restore(checkpoint, config.seed, 0)
+        with open_run(config, Ranks()) as opened:
+            assert opened.checkpoint is not None
+            self.identity.check(opened.checkpoint)
+            self.state.restore(opened.checkpoint, config.seed, 0)
         weights = {name: dict(module.state_dict()) for name, module in self.state.modules.items()}
         rest = vars(self.state.saved_state([rng_state(CPU)]))
         return copy.deepcopy({"weights": weights, "state": {k: v for k, v in rest.items() if k != "loader"}})
