@@ -116,7 +116,9 @@ def newest(run: Path) -> int:
     return int(read_checkpoint(found[-1]).manifest["step"]) if found else -1
 
 
-def soak(faults: int, seed: int, folder: Path, workers: int = 2, images: int = 6) -> dict[str, int]:
+def soak(
+    faults: int, seed: int, folder: Path, workers: int = 2, images: int = 6, of: tuple[str, ...] = KINDS
+) -> dict[str, int]:
     """How many faults of each kind a run survived. AssertionError if anything that was reported as saved is lost.
 
     The run has more steps than it takes between all faults. ``images``: of every class.
@@ -131,7 +133,7 @@ def soak(faults: int, seed: int, folder: Path, workers: int = 2, images: int = 6
     whole, cut = (dataclasses.replace(base, run_dir=str(folder / name)) for name in ("whole", "cut"))
     _complete(whole)
     again = dataclasses.replace(cut, resume_or_start=True)
-    kinds = [KINDS[number % len(KINDS)] for number in range(faults)]
+    kinds = [of[number % len(of)] for number in range(faults)]
     generator.shuffle(kinds)
     saved, done = -1, Counter[str]()
     for kind in kinds:
@@ -144,7 +146,7 @@ def soak(faults: int, seed: int, folder: Path, workers: int = 2, images: int = 6
         done[kind] += 1
     _complete(again)
     check_same_run(folder / "whole", folder / "cut")
-    return {kind: done[kind] for kind in KINDS}
+    return {kind: done[kind] for kind in of}
 
 
 def _complete(config: TrainConfig) -> None:

@@ -12,7 +12,7 @@ from fastkd.cli import main
 from fastkd.trainer import load_weights, train
 from tests.helpers.imagenet_like import CLASSES, student, teacher, write_images
 from tests.helpers.trainer_runs import one_thread  # noqa: F401
-from tests.robustness.soak import KINDS, soak
+from tests.robustness.soak import DISK, OVERLAP, soak
 
 pytestmark = pytest.mark.slow
 
@@ -71,5 +71,6 @@ def test_images_that_cannot_be_read_are_reported(tmp_path, capsys):
     assert "2 of 120 training images cannot be read; others took their places" in capsys.readouterr().out
 
 
-def test_after_a_fault_of_every_kind_nothing_that_was_saved_is_lost(tmp_path):
-    assert sum(soak(len(KINDS), 3, tmp_path, workers=1, images=3).values()) == len(KINDS)
+def test_after_other_faults_than_kills_nothing_that_was_saved_is_lost(tmp_path):
+    # `make soak` does it 50 times, with kills at all moments; test_survival.py holds a few of them.
+    assert soak(2, 3, tmp_path, workers=1, images=3, of=(OVERLAP, DISK)) == {OVERLAP: 1, DISK: 1}
