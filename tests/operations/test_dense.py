@@ -91,7 +91,7 @@ def test_the_extension_computes_what_python_does_for_contrast(
                 results.append((total, stats, *gradients))
             for a, e in zip(*results, strict=True):
                 assert torch.equal(a.isnan(), e.isnan())
-                # A query that has its label's keys alone loses rounding alone; the scale's gradient can come out near 0.
+                # A query with its label's keys alone loses rounding; the scale's gradient can come out near 0.
                 assert_close(a.nan_to_num(), e.nan_to_num(), dtype, floor=1.0 if mask.by_label or a.ndim == 0 else 1e-5)
 
 
