@@ -26,8 +26,8 @@ from fastkd.trainer.models.build import ModelConfig
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.optim import OptimConfig
 from fastkd.trainer.report.records import read_run
-from fastkd.trainer.run.checkpoint import STUDENT, find_checkpoint
 from fastkd.trainer.run.loop import train
+from fastkd.trainer.run.saved.checkpoint import STUDENT, find_checkpoint
 
 RANKS = 2
 TOLERANCE = 1e-4  # of the trained weights, relative to their norm: float32 rounding, amplified over some hundred steps

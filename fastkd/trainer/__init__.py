@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from fastkd.trainer.commands.evaluate_checkpoint import EvalResult, evaluate_checkpoint, evaluate_model
     from fastkd.trainer.config import TrainConfig
     from fastkd.trainer.data.config import DataConfig
-    from fastkd.trainer.data.encoded import BrokenImagesError
     from fastkd.trainer.data.labels import labelled_subset
-    from fastkd.trainer.data.memory import TensorImages, load_digits
+    from fastkd.trainer.data.readers.encoded import BrokenImagesError
+    from fastkd.trainer.data.readers.memory import TensorImages, load_digits
     from fastkd.trainer.models.build import ModelConfig, build_model
     from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShapes, find_classifier
     from fastkd.trainer.objective.config import (
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
     from fastkd.trainer.optim import OptimConfig
     from fastkd.trainer.pulse import RankLostError
     from fastkd.trainer.recipes import RECIPES
-    from fastkd.trainer.run.checkpoint import CheckpointError, find_checkpoint, load_weights
     from fastkd.trainer.run.distiller import Distiller, weights_hash
     from fastkd.trainer.run.evaluate import evaluate
     from fastkd.trainer.run.loop import TrainResult, train
     from fastkd.trainer.run.meter import NonFiniteLossError
+    from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint, load_weights
 
 _HOME = {
     "callbacks": ("Callback",),
     "commands.evaluate_checkpoint": ("EvalResult", "evaluate_checkpoint", "evaluate_model"),
     "config": ("TrainConfig",),
     "data.config": ("DataConfig",),
-    "data.encoded": ("BrokenImagesError",),
+    "data.readers.encoded": ("BrokenImagesError",),
     "data.labels": ("labelled_subset",),
-    "data.memory": ("TensorImages", "load_digits"),
+    "data.readers.memory": ("TensorImages", "load_digits"),
     "models.build": ("ModelConfig", "build_model"),
     "models.features": ("FeatureModel", "ModelOutput", "ModelShapes", "find_classifier"),
     "objective.config": (
@@ -58,7 +58,7 @@ _HOME = {
     "optim": ("OptimConfig",),
     "pulse": ("RankLostError",),
     "recipes": ("RECIPES",),
-    "run.checkpoint": ("CheckpointError", "find_checkpoint", "load_weights"),
+    "run.saved.checkpoint": ("CheckpointError", "find_checkpoint", "load_weights"),
     "run.distiller": ("Distiller", "weights_hash"),
     "run.evaluate": ("evaluate",),
     "run.loop": ("TrainResult", "train"),

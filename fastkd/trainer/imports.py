@@ -9,6 +9,8 @@ from typing import Any
 MOVED_MODULES = {
     "fastkd.trainer.nets": "fastkd.trainer.models.small",
     "fastkd.trainer.cifar_nets": "fastkd.trainer.models.cifar",
+    "fastkd.trainer.data.cifar": "fastkd.trainer.data.readers.cifar",
+    "fastkd.trainer.data.memory": "fastkd.trainer.data.readers.memory",
 }
 
 

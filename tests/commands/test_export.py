@@ -12,7 +12,7 @@ from fastkd.trainer import DataConfig, ModelConfig, ObjectiveConfig, train
 from fastkd.trainer.commands.export import ExportError, export
 from fastkd.trainer.commands.linear_probe import linear_probe
 from fastkd.trainer.commands.reopen import reopen
-from fastkd.trainer.data.memory import TensorImages
+from fastkd.trainer.data.readers.memory import TensorImages
 from fastkd.trainer.models.features import FeatureModel
 from tests.helpers.trainer_runs import one_thread, tiny_config  # noqa: F401
 

@@ -15,8 +15,8 @@ from fastkd.trainer.commands.train import parse_flags
 from fastkd.trainer.config import differences
 from fastkd.trainer.data.datasets import build_datasets
 from fastkd.trainer.data.images import load_images, split_by_class
-from fastkd.trainer.run.checkpoint import find_checkpoint, load_weights
-from fastkd.trainer.run.config_file import read_config
+from fastkd.trainer.run.saved.checkpoint import find_checkpoint, load_weights
+from fastkd.trainer.run.saved.config_file import read_config
 from tests.helpers.images import write_classes
 from tests.helpers.trainer_runs import one_thread, same  # noqa: F401
 

@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR10
 
 from fastkd.trainer import DataConfig
 from fastkd.trainer.data.datasets import build_datasets, is_known_data, without_download
-from fastkd.trainer.data.torchvision_sets import PARTS
+from fastkd.trainer.data.readers.torchvision_sets import PARTS
 from tests.trainer.test_cifar import write_cifar
 
 

@@ -29,7 +29,7 @@ from fastkd.trainer import (
     TrainConfig,
 )
 from fastkd.trainer.models.small import SmallConvNet
-from fastkd.trainer.run.checkpoint import _manifest_hash, file_hash
+from fastkd.trainer.run.saved.checkpoint import _manifest_hash, file_hash
 
 ROOT = Path(__file__).parents[2]
 

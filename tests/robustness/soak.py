@@ -23,7 +23,7 @@ import torch
 
 from fastkd.trainer import CheckpointError, TrainConfig, train
 from fastkd.trainer.run import loop
-from fastkd.trainer.run.checkpoint import CheckpointFolder, list_checkpoints, read_checkpoint
+from fastkd.trainer.run.saved.checkpoint import CheckpointFolder, list_checkpoints, read_checkpoint
 from fastkd.trainer.run.state import RunState
 from fastkd.trainer.run.step import TrainStep
 from tests.helpers.imagenet_like import CLASSES, data, student, teacher, write_images

@@ -13,7 +13,7 @@ import pytest
 
 from fastkd.trainer import Callback, train
 from fastkd.trainer.callbacks import TRACKERS, MLflow, built_in
-from fastkd.trainer.run.checkpoint import find_checkpoint
+from fastkd.trainer.run.saved.checkpoint import find_checkpoint
 from tests.helpers.trainer_runs import lines, one_thread, tiny_config  # noqa: F401 (one_thread is used by being imported)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastkd.trainer import CheckpointError, evaluate_checkpoint, load_weights, train
 from fastkd.trainer.models.weights import save_tensors
-from fastkd.trainer.run.checkpoint import LOSS, STUDENT, CheckpointFolder, find_checkpoint, read_checkpoint
+from fastkd.trainer.run.saved.checkpoint import LOSS, STUDENT, CheckpointFolder, find_checkpoint, read_checkpoint
 from tests.helpers.trainer_runs import DropoutNet, seal, tiny_config
 
 FILES = ("student.safetensors", "loss.safetensors", "state.pt", "manifest.json")
@@ -267,7 +267,7 @@ def test_the_last_k_are_kept_and_the_old_one_goes_only_after_the_new_one_is_ther
         seen.append(sorted(p.name for p in tmp_path.glob("step-*")))
         removed(path, *args, **kwargs)
 
-    monkeypatch.setattr("fastkd.trainer.run.checkpoint.shutil.rmtree", watch)
+    monkeypatch.setattr("fastkd.trainer.run.saved.checkpoint.shutil.rmtree", watch)
     for step in (0, 5, 10, 100_000_000):
         folder.save(step, PARTS, state={"step": step}, manifest={})
     assert seen == [["step-00000005", "step-00000010"], ["step-00000010", "step-100000000"]]
@@ -288,7 +288,7 @@ def test_a_full_disk_names_the_file_and_keeps_the_earlier_checkpoints(tmp_path, 
 
     error = OSError(28, "No space left on device")
     stream = RuntimeError("PytorchStreamWriter failed writing file data/0")
-    module = "fastkd.trainer.run.checkpoint"
+    module = "fastkd.trainer.run.saved.checkpoint"
     monkeypatch.setattr(f"{module}.save_tensors", full(save_tensors, SafetensorError("No space left on device")))
     monkeypatch.setattr(f"{module}.torch.save", full(torch.save, stream))
     monkeypatch.setattr(f"{module}.Path.write_text", full(Path.write_text, error))
@@ -313,8 +313,8 @@ def test_files_are_durable_before_the_checkpoint_has_its_name(tmp_path, monkeypa
         renamed.append(list(synced))
         return rename(self, target)
 
-    monkeypatch.setattr("fastkd.trainer.run.checkpoint.os.fsync", watch_fsync)
-    monkeypatch.setattr("fastkd.trainer.run.checkpoint.Path.rename", watch_rename)
+    monkeypatch.setattr("fastkd.trainer.run.saved.checkpoint.os.fsync", watch_fsync)
+    monkeypatch.setattr("fastkd.trainer.run.saved.checkpoint.Path.rename", watch_rename)
     CheckpointFolder(tmp_path, keep=1).save(1, PARTS, state={}, manifest={})
     assert set(FILES) <= set(renamed[0])
     assert renamed[0][-1].startswith(".tmp-step-00000001")

@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from fastkd.trainer import CheckpointError, TrainConfig, train
 from fastkd.trainer.commands.reopen import reopen
 from fastkd.trainer.rng import rng_state
-from fastkd.trainer.run.checkpoint import Checkpoint, read_checkpoint
 from fastkd.trainer.run.distiller import Distiller
-from fastkd.trainer.run.folder import open_run
 from fastkd.trainer.run.meter import Meter
 from fastkd.trainer.run.prepare import RunData, build_models, identify, open_data
 from fastkd.trainer.run.ranks import Ranks
+from fastkd.trainer.run.saved.checkpoint import Checkpoint, read_checkpoint
+from fastkd.trainer.run.saved.folder import open_run
 from fastkd.trainer.run.state import Identity, Progress, RunState
 from fastkd.trainer.run.step import TrainStep
 from tests.helpers.trainer_runs import one_thread, same, seal, tiny_config  # noqa: F401

@@ -13,7 +13,7 @@ import pytest
 from fastkd.trainer import CheckpointError, train
 from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.files import FolderLock
-from fastkd.trainer.run.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
+from fastkd.trainer.run.saved.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from tests.helpers.trainer_runs import noisy_data, one_thread, tiny_config  # noqa: F401
 from tests.robustness.soak import REFUSED, check_same_run, forked
 

@@ -18,7 +18,7 @@ from fastkd.trainer import (
     weights_hash,
 )
 from fastkd.trainer.run.distiller import build_distiller
-from fastkd.trainer.run.log import RunLog
+from fastkd.trainer.run.saved.log import RunLog
 from fastkd.trainer.text import printable
 from tests.helpers.trainer_runs import DropoutNet, batch, distiller, lines, noisy_data, one_thread, tiny_config  # noqa: F401
 

@@ -28,7 +28,7 @@ from fastkd.trainer import (
     train,
 )
 from fastkd.trainer.imports import import_object
-from fastkd.trainer.run.checkpoint import LOSS, STUDENT, find_checkpoint, read_checkpoint
+from fastkd.trainer.run.saved.checkpoint import LOSS, STUDENT, find_checkpoint, read_checkpoint
 from tests.helpers.trainer_runs import DropoutNet, convolutional, lines, noisy_data, one_thread, same, seal, tiny_config  # noqa: F401
 
 pytestmark = pytest.mark.slow
@@ -186,9 +186,9 @@ def test_a_crash_at_every_point_of_a_save_leaves_a_run_that_resumes(tmp_path, mo
             return call
 
         with monkeypatch.context() as patch:
-            patch.setattr("fastkd.trainer.run.checkpoint.os.fsync", crashing(os.fsync))
-            patch.setattr("fastkd.trainer.run.checkpoint.Path.rename", crashing(Path.rename))
-            patch.setattr("fastkd.trainer.run.checkpoint.shutil.rmtree", crashing(shutil.rmtree))
+            patch.setattr("fastkd.trainer.run.saved.checkpoint.os.fsync", crashing(os.fsync))
+            patch.setattr("fastkd.trainer.run.saved.checkpoint.Path.rename", crashing(Path.rename))
+            patch.setattr("fastkd.trainer.run.saved.checkpoint.shutil.rmtree", crashing(shutil.rmtree))
             try:
                 train(config)
                 break
@@ -318,7 +318,7 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
         [
             sys.executable,
             "-c",
-            "import sys, pathlib; from fastkd.trainer.run.checkpoint import CheckpointFolder as F;"
+            "import sys, pathlib; from fastkd.trainer.run.saved.checkpoint import CheckpointFolder as F;"
             f"f = F(pathlib.Path({config.run_dir!r}) / 'checkpoints', 2); print('held', flush=True); sys.stdin.read()",
         ],
         stdin=subprocess.PIPE,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastkd.trainer import CheckpointError, NonFiniteLossError, ObjectiveConfig, OptimConfig, load_weights, train
-from fastkd.trainer.run.checkpoint import EMA, LOSS, STUDENT, find_checkpoint, list_checkpoints, read_checkpoint
+from fastkd.trainer.run.saved.checkpoint import EMA, LOSS, STUDENT, find_checkpoint, list_checkpoints, read_checkpoint
 from tests.helpers.trainer_runs import lines, one_thread, run_python, same, tiny_config  # noqa: F401
 
 pytestmark = pytest.mark.slow

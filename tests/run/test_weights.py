@@ -18,7 +18,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from fastkd.trainer import CheckpointError, ModelConfig, build_model, find_classifier, load_weights
 from fastkd.trainer.models.weights import Origin, load_into, origin_of_file, read_weights, save_tensors
-from fastkd.trainer.run.checkpoint import find_weights
+from fastkd.trainer.run.saved.checkpoint import find_weights
 
 State = dict[str, Tensor]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd.trainer.data.cifar import PIXELS, load_cifar, shift_and_flip
+from fastkd.trainer.data.readers.cifar import PIXELS, load_cifar, shift_and_flip
 
 
 def records(classes: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from fastkd.trainer.data import encoded as encoded_images
-from fastkd.trainer.data.encoded import BrokenImagesError, decode
-from fastkd.trainer.data.folder import FolderImages
-from fastkd.trainer.data.shards import ShardImages
+from fastkd.trainer.data.readers import encoded as encoded_images
+from fastkd.trainer.data.readers.encoded import BrokenImagesError, decode
+from fastkd.trainer.data.readers.folder import FolderImages
+from fastkd.trainer.data.readers.shards import ShardImages
 from tests.trainer.test_images import NORMALIZATION, add, encoded, identity, write_folder, write_shards
 
 
@@ -76,7 +76,7 @@ def test_pipes_and_sockets_are_no_images_and_no_shards(tmp_path: Path, make: Cal
 @pytest.mark.timeout(20)
 def test_a_file_that_became_a_pipe_or_grew_counts_as_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_folder(tmp_path) / "train"
-    monkeypatch.setattr("fastkd.trainer.data.folder.MAX_BYTES", 5000)
+    monkeypatch.setattr("fastkd.trainer.data.readers.folder.MAX_BYTES", 5000)
     dataset = FolderImages(root, identity, NORMALIZATION)
     (root / "ant" / "0.png").unlink()
     os.mkfifo(root / "ant" / "0.png")

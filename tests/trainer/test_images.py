@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 
 from fastkd import cli
 from fastkd.trainer.data.config import DataConfig
-from fastkd.trainer.data.encoded import BrokenImagesError, decode
-from fastkd.trainer.data.folder import FolderImages
 from fastkd.trainer.data.images import load_images
 from fastkd.trainer.data.loader import EpochSampler, train_loader
 from fastkd.trainer.data.options import IMAGENET_MEAN, IMAGENET_STD
-from fastkd.trainer.data.shards import ShardImages
+from fastkd.trainer.data.readers.encoded import BrokenImagesError, decode
+from fastkd.trainer.data.readers.folder import FolderImages
+from fastkd.trainer.data.readers.shards import ShardImages
 
 CLASSES = ("ant", "bee", "cat")
 NORMALIZATION = (IMAGENET_MEAN, IMAGENET_STD)

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastkd.trainer import DataConfig, DCDConfig, ModelConfig, ObjectiveConfig, OptimConfig, load_weights, train
 from fastkd.trainer.optim import Schedule, build_optimizer
-from fastkd.trainer.run.checkpoint import LOSS, STUDENT, list_checkpoints, read_checkpoint
+from fastkd.trainer.run.saved.checkpoint import LOSS, STUDENT, list_checkpoints, read_checkpoint
 from tests.helpers.trainer_runs import DropoutNet, batch, distiller, lines, noisy_data, one_thread, tiny_config  # noqa: F401
 
 

@@ -22,9 +22,9 @@ from fastkd.trainer.objective.config import describe_terms
 from fastkd.trainer.objective.objective import needs
 from fastkd.trainer.optim import Schedule
 from fastkd.trainer.precision import DTYPES
-from fastkd.trainer.run.checkpoint import CheckpointError, find_checkpoint
 from fastkd.trainer.run.distiller import Distiller, build_distiller
 from fastkd.trainer.run.prepare import with_classes
+from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint
 
 MIB = 2**20
 LEFT_OUT = (

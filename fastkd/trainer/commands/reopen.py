@@ -18,7 +18,7 @@ from fastkd.trainer.models import small as nets
 from fastkd.trainer.models.build import ModelConfig, build_model
 from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.models.weights import load_into
-from fastkd.trainer.run.checkpoint import MANIFEST, Checkpoint, CheckpointError, find_checkpoint, read_checkpoint
+from fastkd.trainer.run.saved.checkpoint import MANIFEST, Checkpoint, CheckpointError, find_checkpoint, read_checkpoint
 
 # An option of a timm or torchvision builder of this name may name a file or an address to load from.
 _LOADS = re.compile("weights|pretrained|checkpoint|path|file|url")

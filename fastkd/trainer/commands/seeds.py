@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.run.log import RUN, SEED_FOLDER
 from fastkd.trainer.run.loop import TrainResult, train
 from fastkd.trainer.run.ranks import join_ranks
+from fastkd.trainer.run.saved.log import RUN, SEED_FOLDER
 
 
 def train_seeds(config: TrainConfig, seeds: Sequence[int]) -> list[TrainResult]:

@@ -27,9 +27,9 @@ from fastkd.trainer.models.build import ModelConfig
 from fastkd.trainer.objective.config import describe_terms
 from fastkd.trainer.objective.objective import needs
 from fastkd.trainer.recipes import RECIPES, summary
-from fastkd.trainer.run.checkpoint import CheckpointError, find_checkpoint, read_manifest
-from fastkd.trainer.run.config_file import read_config
 from fastkd.trainer.run.loop import train
+from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint, read_manifest
+from fastkd.trainer.run.saved.config_file import read_config
 
 PARTS = ("student", "teacher", "data")
 _NOTE = """

@@ -14,11 +14,11 @@ from fastkd.trainer.data.options import options_class
 from fastkd.trainer.imports import import_object
 
 # Named and not imported, so that a run on digits does not load torchvision.
-TORCHVISION = "fastkd.trainer.data.torchvision_sets:load_torchvision"
+TORCHVISION = "fastkd.trainer.data.readers.torchvision_sets:load_torchvision"
 DATASETS = {
-    "digits": "fastkd.trainer.data.memory:load_digits",
+    "digits": "fastkd.trainer.data.readers.memory:load_digits",
     "images": "fastkd.trainer.data.images:load_images",
-    "cifar": "fastkd.trainer.data.cifar:load_cifar",
+    "cifar": "fastkd.trainer.data.readers.cifar:load_cifar",
 }
 
 

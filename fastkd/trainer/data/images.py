@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from fastkd.trainer.data.encoded import ImageSamples
-from fastkd.trainer.data.folder import FolderImages
 from fastkd.trainer.data.options import ImagesOptions, TransformOptions
-from fastkd.trainer.data.shards import ShardImages
+from fastkd.trainer.data.readers.encoded import ImageSamples
+from fastkd.trainer.data.readers.folder import FolderImages
+from fastkd.trainer.data.readers.shards import ShardImages
 
 Transform = Callable[[Any], Tensor]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from fastkd.trainer.data.memory import TensorImages
+from fastkd.trainer.data.readers.memory import TensorImages
 from fastkd.validate import NO_LABEL
 
 

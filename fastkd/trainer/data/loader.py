@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
 from fastkd.trainer.data.config import DataConfig
-from fastkd.trainer.data.memory import TensorImages
+from fastkd.trainer.data.readers.memory import TensorImages
 from fastkd.trainer.rng import mix_seed
 from fastkd.trainer.signals import leave_signals_to_main
 

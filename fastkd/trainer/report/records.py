@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastkd.trainer.run.checkpoint import MANIFEST, list_checkpoints
-from fastkd.trainer.run.log import CLASSES, METRICS, RUN, SEED_FOLDER, SPEED
+from fastkd.trainer.run.saved.checkpoint import MANIFEST, list_checkpoints
+from fastkd.trainer.run.saved.log import CLASSES, METRICS, RUN, SEED_FOLDER, SPEED
 from fastkd.trainer.strict_json import check_fields, parse_json, read_json_object
 from fastkd.validate import check_int
 

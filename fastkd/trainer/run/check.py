@@ -17,10 +17,10 @@ from fastkd.trainer.data.loader import GlobalBatches
 from fastkd.trainer.data.options import TransformOptions
 from fastkd.trainer.models.features import FeatureModel, evaluating
 from fastkd.trainer.models.weights import Origin, origin_of_file
-from fastkd.trainer.run.checkpoint import find_checkpoint, read_manifest
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.evaluate import evaluate
 from fastkd.trainer.run.ranks import Ranks
+from fastkd.trainer.run.saved.checkpoint import find_checkpoint, read_manifest
 from fastkd.trainer.text import printable
 from fastkd.validate import NO_LABEL
 

@@ -18,8 +18,8 @@ from fastkd.trainer.models.build import ModelConfig, count_parameters
 from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.objective.config import describe_terms
 from fastkd.trainer.optim import Schedule
-from fastkd.trainer.run.checkpoint import Checkpoint
 from fastkd.trainer.run.distiller import Distiller
+from fastkd.trainer.run.saved.checkpoint import Checkpoint
 from fastkd.trainer.run.state import Identity
 
 

@@ -17,7 +17,7 @@ from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShape
 from fastkd.trainer.objective.objective import Objective, needs
 from fastkd.trainer.objective.terms import TermFunction
 from fastkd.trainer.run.accumulate import in_chunks, recomputed
-from fastkd.trainer.run.checkpoint import find_weights
+from fastkd.trainer.run.saved.checkpoint import find_weights
 
 
 class FrozenModel(nn.Module):

@@ -20,15 +20,15 @@ from fastkd.trainer.optim import Schedule
 from fastkd.trainer.precision import choose_device
 from fastkd.trainer.rng import seed_everything
 from fastkd.trainer.run.check import check_teacher, report_broken
-from fastkd.trainer.run.checkpoint import best_checkpoint, list_checkpoints, read_manifest
 from fastkd.trainer.run.describe import changes, describe, header
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.evaluate import evaluate
-from fastkd.trainer.run.folder import OpenRun, RunFolder, open_run
-from fastkd.trainer.run.log import FAILED
 from fastkd.trainer.run.meter import Clock, Meter, NonFiniteLossError
 from fastkd.trainer.run.prepare import build_models, identify, open_data, with_classes
 from fastkd.trainer.run.ranks import Ranks, join_ranks
+from fastkd.trainer.run.saved.checkpoint import best_checkpoint, list_checkpoints, read_manifest
+from fastkd.trainer.run.saved.folder import OpenRun, RunFolder, open_run
+from fastkd.trainer.run.saved.log import FAILED
 from fastkd.trainer.run.state import Progress, RunState
 from fastkd.trainer.run.step import TrainStep
 from fastkd.trainer.signals import StopRequest

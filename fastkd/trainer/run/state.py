@@ -20,9 +20,9 @@ from torch import nn
 from fastkd.trainer.config import TrainConfig, differences
 from fastkd.trainer.models.weights import load_into
 from fastkd.trainer.rng import mix_seed, restore_rng, rng_state, seed_everything
-from fastkd.trainer.run.checkpoint import EMA, LOSS, MANIFEST, STATE, STUDENT, Checkpoint, CheckpointError
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.meter import Meter
+from fastkd.trainer.run.saved.checkpoint import EMA, LOSS, MANIFEST, STATE, STUDENT, Checkpoint, CheckpointError
 from fastkd.trainer.run.step import TrainStep
 from fastkd.trainer.strict_json import check_fields
 from fastkd.validate import check_number, check_type

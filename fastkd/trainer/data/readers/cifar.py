@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.trainer.data.files import read_regular
-from fastkd.trainer.data.memory import TensorImages
-from fastkd.trainer.data.plain_pickle import array_of, read_pickle
+from fastkd.trainer.data.readers.files import read_regular
+from fastkd.trainer.data.readers.memory import TensorImages
+from fastkd.trainer.data.readers.plain_pickle import array_of, read_pickle
 from fastkd.validate import check_choice, check_type
 
 SIDE, PIXELS = 32, 3 * 32 * 32

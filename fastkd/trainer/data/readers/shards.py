@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.trainer.data.encoded import EXTENSIONS, MAX_BYTES, ImageSamples
-from fastkd.trainer.data.files import FileState, open_regular
+from fastkd.trainer.data.readers.encoded import EXTENSIONS, MAX_BYTES, ImageSamples
+from fastkd.trainer.data.readers.files import FileState, open_regular
 
 OPEN_SHARDS = 64  # shards that a process keeps open
 # Every number up to the largest label is a class with a name. Labels far above the number of samples are damaged.

@@ -18,7 +18,9 @@ from fastkd.trainer.callbacks import TENSORBOARD, Callback, Outcome
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.files import refuse_link, replace_text
 from fastkd.trainer.rng import rng_state
-from fastkd.trainer.run.checkpoint import (
+from fastkd.trainer.run.meter import check_finite
+from fastkd.trainer.run.ranks import Ranks
+from fastkd.trainer.run.saved.checkpoint import (
     CHECKPOINTS,
     Checkpoint,
     CheckpointError,
@@ -26,10 +28,8 @@ from fastkd.trainer.run.checkpoint import (
     list_checkpoints,
     read_checkpoint,
 )
-from fastkd.trainer.run.config_file import CONFIG, write_config
-from fastkd.trainer.run.log import CLASSES, METRICS, RUN, SPEED, RunLog
-from fastkd.trainer.run.meter import check_finite
-from fastkd.trainer.run.ranks import Ranks
+from fastkd.trainer.run.saved.config_file import CONFIG, write_config
+from fastkd.trainer.run.saved.log import CLASSES, METRICS, RUN, SPEED, RunLog
 from fastkd.trainer.run.state import Identity, RunState, check_resumable
 from fastkd.trainer.strict_json import read_json_object
 

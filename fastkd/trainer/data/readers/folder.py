@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.trainer.data.encoded import EXTENSIONS, MAX_BYTES, ImageSamples
-from fastkd.trainer.data.files import read_regular
+from fastkd.trainer.data.readers.encoded import EXTENSIONS, MAX_BYTES, ImageSamples
+from fastkd.trainer.data.readers.files import read_regular
 
 
 class FolderImages(ImageSamples):
