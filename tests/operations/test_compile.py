@@ -1,6 +1,5 @@
 """torch.compile without graph breaks, torch.library.opcheck, autocast, importing."""
 
-import resource
 import subprocess
 import sys
 
@@ -98,15 +97,13 @@ def test_autocast_with_grad_scaler_accumulates_in_float32(
 
 def test_import_is_quick_compiles_nothing_and_leaves_cuda_alone() -> None:
     check = (
-        "import sys, fastkd, torch; assert not torch.cuda.is_initialized(); "
+        "import sys, time, torch; before = time.process_time(); from fastkd import *; own = time.process_time() - before; "
+        "assert own < before / 2, f'{own:.2f} s of the processor for fastkd, {before:.2f} s for Python and torch'; "
+        "assert not torch.cuda.is_initialized(); "
         "heavy = ('triton', 'torch._inductor', 'timm', 'fastkd.trainer'); "
         "assert not any(name.startswith(heavy) for name in sys.modules)"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", check], check=True, timeout=120)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # The processor's time, which other processes on the machine do not change.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3.0
 
 
 def test_fake_tensors_see_the_custom_op() -> None:
