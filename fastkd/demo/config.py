@@ -41,7 +41,7 @@ from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.models.build import ModelConfig
 from fastkd.trainer.objective.config import DCDConfig, ObjectiveConfig
 from fastkd.trainer.objective.objective import needs
-from fastkd.trainer.objective.terms import TERMS
+from fastkd.trainer.objective.terms.registry import TERMS
 from fastkd.trainer.optim import OptimConfig
 from fastkd.validate import check_int
 

@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from fastkd.trainer.data.readers.memory import TensorImages, load_digits
     from fastkd.trainer.models.build import ModelConfig, build_model
     from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShapes, find_classifier
-    from fastkd.trainer.objective.config import (
+    from fastkd.trainer.objective.config import ObjectiveConfig
+    from fastkd.trainer.objective.objective import Objective
+    from fastkd.trainer.objective.options.fused import (
         CEConfig,
         CKDConfig,
         DCDConfig,
         KDConfig,
         MSDCRDConfig,
-        ObjectiveConfig,
         PCKDConfig,
     )
-    from fastkd.trainer.objective.objective import Objective
-    from fastkd.trainer.objective.terms import TERMS
+    from fastkd.trainer.objective.terms.registry import TERMS
     from fastkd.trainer.optim import OptimConfig
     from fastkd.trainer.pulse import RankLostError
     from fastkd.trainer.recipes import RECIPES
@@ -50,11 +50,10 @@ _HOME = {
     "data.readers.memory": ("TensorImages", "load_digits"),
     "models.build": ("ModelConfig", "build_model"),
     "models.features": ("FeatureModel", "ModelOutput", "ModelShapes", "find_classifier"),
-    "objective.config": (
-        *("CEConfig", "CKDConfig", "DCDConfig", "KDConfig", "MSDCRDConfig", "ObjectiveConfig", "PCKDConfig"),
-    ),
+    "objective.config": ("ObjectiveConfig",),
+    "objective.options.fused": (*("CEConfig", "CKDConfig", "DCDConfig", "KDConfig", "MSDCRDConfig", "PCKDConfig"),),
     "objective.objective": ("Objective",),
-    "objective.terms": ("TERMS",),
+    "objective.terms.registry": ("TERMS",),
     "optim": ("OptimConfig",),
     "pulse": ("RankLostError",),
     "recipes": ("RECIPES",),

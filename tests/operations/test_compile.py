@@ -97,7 +97,8 @@ def test_autocast_with_grad_scaler_accumulates_in_float32(
 
 def test_import_is_quick_compiles_nothing_and_leaves_cuda_alone() -> None:
     check = (
-        "import sys, time, torch; before = time.process_time(); from fastkd import *; own = time.process_time() - before; "
+        "import sys, time, torch; before = time.process_time(); from fastkd import *; "
+        "own = time.process_time() - before; "
         "assert own < before / 2, f'{own:.2f} s of the processor for fastkd, {before:.2f} s for Python and torch'; "
         "assert not torch.cuda.is_initialized(); "
         "heavy = ('triton', 'torch._inductor', 'timm', 'fastkd.trainer'); "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.trainer import ModelOutput, Objective, ObjectiveConfig, train
-from fastkd.trainer.objective import terms as objective_terms
+from fastkd.trainer.objective.terms import fused as objective_terms
 from tests.helpers.trainer_runs import DropoutNet, one_thread, shapes, tiny_config  # noqa: F401
 
 

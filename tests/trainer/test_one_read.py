@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from fastkd.trainer.models.features import ModelOutput
-from fastkd.trainer.objective import terms as objective_terms
-from fastkd.trainer.objective.config import CEConfig, KDConfig, ObjectiveConfig
+from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.objective.objective import Objective
+from fastkd.trainer.objective.options.fused import CEConfig, KDConfig
+from fastkd.trainer.objective.terms import fused as objective_terms
 from tests.helpers.trainer_runs import shapes
 
 

@@ -14,8 +14,8 @@ from fastkd.trainer import DataConfig, ObjectiveConfig, TensorImages, train
 from fastkd.trainer.data.datasets import choose_data
 from fastkd.trainer.data.loader import train_loader
 from fastkd.trainer.models.features import ModelOutput
-from fastkd.trainer.objective.config import CEConfig
 from fastkd.trainer.objective.objective import Objective
+from fastkd.trainer.objective.options.fused import CEConfig
 from tests.helpers.trainer_runs import lines, noisy_data, one_thread, shapes, tiny_config  # noqa: F401
 from tests.run.test_resume import assert_same_run, interrupted
 

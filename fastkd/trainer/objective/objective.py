@@ -1,7 +1,7 @@
 """The objective: a weighted sum of named terms, such as ``CE + lambda KD + beta DCD``.
 
-A term is a module or a function: see ``fastkd.trainer.objective.terms``, where ``TERMS`` maps the name of each term to
-its builder. A new method adds one entry there.
+A term is a module or a function: see ``fastkd.trainer.objective.terms.base``. A new method adds a dataclass to
+``objective/options/``, a term to ``objective/terms/``, and a field to ``ObjectiveConfig``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fastkd.trainer.models.features import ModelOutput, ModelShapes
 from fastkd.trainer.objective.config import ObjectiveConfig
-from fastkd.trainer.objective.terms import TERMS, CallableTerm, TermFunction
+from fastkd.trainer.objective.terms.base import CallableTerm, TermFunction
+from fastkd.trainer.objective.terms.registry import TERMS
 from fastkd.validate import NO_LABEL
 
 # Names of other values in the same record.
@@ -22,7 +23,7 @@ _RESERVED = {"kind", "step", "epoch", "lr", "loss", "accuracy", "eval_loss", "gr
 
 
 def needs(what: str, config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
-    """Whether any term needs the ``"teacher"``, the ``"features"`` or the ``"maps"``: see ``objective.terms``."""
+    """Whether any term needs the ``"teacher"``, the ``"features"`` or the ``"maps"``: see ``objective.terms.base``."""
     known = {**TERMS, **(terms or {})}
     default = what != "maps"
     return any(getattr(known.get(name), f"needs_{what}", default) for name in config.weights)

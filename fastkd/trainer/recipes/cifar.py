@@ -7,7 +7,8 @@ from dataclasses import replace
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.models.build import ModelConfig
-from fastkd.trainer.objective.config import ObjectiveConfig, PCKDConfig
+from fastkd.trainer.objective.config import ObjectiveConfig
+from fastkd.trainer.objective.options.fused import PCKDConfig
 from fastkd.trainer.optim import OptimConfig
 
 NETS = "fastkd.trainer.models.cifar"

@@ -12,7 +12,8 @@ from dataclasses import replace
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.models.build import ModelConfig
-from fastkd.trainer.objective.config import CEConfig, ObjectiveConfig, PCKDConfig
+from fastkd.trainer.objective.config import ObjectiveConfig
+from fastkd.trainer.objective.options.fused import CEConfig, PCKDConfig
 from fastkd.trainer.optim import OptimConfig
 
 # The papers' teachers have the weights of torchvision's first training recipe.

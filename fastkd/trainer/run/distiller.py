@@ -15,7 +15,7 @@ from fastkd.trainer.imports import import_object
 from fastkd.trainer.models.build import ModelConfig, Normalization, build_model
 from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShapes, measure_shapes
 from fastkd.trainer.objective.objective import Objective, needs
-from fastkd.trainer.objective.terms import TermFunction
+from fastkd.trainer.objective.terms.base import TermFunction
 from fastkd.trainer.run.accumulate import in_chunks, recomputed
 from fastkd.trainer.run.saved.checkpoint import find_weights
 

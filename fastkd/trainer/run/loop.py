@@ -15,7 +15,7 @@ from torch import nn
 from fastkd.trainer.callbacks import Callback, built_in
 from fastkd.trainer.config import TrainConfig, without_initial_weights
 from fastkd.trainer.models.features import FeatureModel
-from fastkd.trainer.objective.terms import TermFunction
+from fastkd.trainer.objective.terms.base import TermFunction
 from fastkd.trainer.optim import Schedule
 from fastkd.trainer.precision import choose_device
 from fastkd.trainer.rng import seed_everything

@@ -17,7 +17,7 @@ from fastkd.trainer.data.labels import labels_hash, normalization_of
 from fastkd.trainer.data.loader import GlobalBatches, eval_loader, first_images, train_loader
 from fastkd.trainer.data.mix import BatchMix
 from fastkd.trainer.models.build import Normalization, check_normalization, trained_normalization
-from fastkd.trainer.objective.terms import TermFunction
+from fastkd.trainer.objective.terms.base import TermFunction
 from fastkd.trainer.precision import DTYPES
 from fastkd.trainer.run.check import check_classes, check_fit, check_outputs, origin_of, range_of_labels
 from fastkd.trainer.run.distiller import Distiller, build_distiller, takes_classes, weights_hash

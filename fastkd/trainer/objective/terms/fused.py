@@ -1,27 +1,10 @@
-"""The terms of the objective: their options, and the losses as modules that read what student and teacher give.
-
-A term is called as ``term(student: ModelOutput, teacher: ModelOutput | None, labels)`` and returns named scalars before
-weights. These attributes, of its class or of a user's module or function, say more about it; all may be left out:
-
-    needs_teacher, needs_features   whether it reads them; True by default
-    needs_maps                      whether it reads the last feature maps; False by default
-    unlabelled                      a term that has it is told whether labels may be -1; it then gets them as they are,
-                                    and not with the teacher's classes in their place
-    spans_ranks                     whether it returns this rank's part of a loss over the global batch, which contains
-                                    the weight W n / N; by default False, and the objective multiplies by it
-
-and these methods: ``set_epoch(epoch)`` is called before every epoch; ``scalars()`` gives further values to log;
-``columns_sent(classes)`` says how many numbers per row go to the other ranks, for the memory estimate; ``fuses_with``
-and ``fused`` make a pair of terms one computation, see ``KDTerm``.
-"""
+"""The terms of cross-entropy, KD, and the methods whose losses are fused operations: DCD, CKD, PCKD, MSDCRD."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,12 +15,11 @@ from fastkd.losses import CKDLoss, DCDLoss, KDLoss, MSDCRDLoss, PCKDLoss
 from fastkd.numerics import accumulation_dtype
 from fastkd.trainer.models.features import ModelOutput, ModelShapes
 from fastkd.trainer.objective.config import ObjectiveConfig
+from fastkd.trainer.objective.terms.base import LossTerm, TermBuilder, one_dtype
 from fastkd.validate import NO_LABEL, check_labels
 
 # Where cross-entropy and KD together are one read of the logits; on a CPU torch's own cross-entropy is as fast.
 ONE_READ_DEVICES = {"cuda"}
-
-TermFunction = Callable[[ModelOutput, ModelOutput | None, Tensor], Mapping[str, Tensor]]
 
 
 class CETerm(nn.Module):
@@ -68,30 +50,6 @@ class CETerm(nn.Module):
             ranks = agreeing(resolve_group(None), "ce")
             return {"ce": ranks.mean_over(F.cross_entropy(logits, labels, **options), (labels != NO_LABEL).sum())}
         return {"ce": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
-
-
-class LossTerm(nn.Module):
-    """A module of ``fastkd.losses`` as a term: ``build`` makes it, ``inputs`` are its arguments."""
-
-    def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:
-        super().__init__()
-        self.loss = self.build(config, student, teacher)
-
-    def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> Any:
-        raise NotImplementedError
-
-    def inputs(self, student: ModelOutput, teacher: ModelOutput, labels: Tensor) -> tuple[Any, ...]:
-        return one_dtype(student.logits, teacher.logits)
-
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
-        assert teacher is not None
-        return self.loss(*self.inputs(student, teacher, labels))
-
-    def for_layers(self, *features: Tensor) -> tuple[Tensor, ...]:
-        """The features in the dtype of the loss's layers; autocast converts by itself, all but float64."""
-        dtype = next((parameter.dtype for parameter in self.parameters()), features[0].dtype)
-        is_cast = [torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64 for x in features]
-        return tuple(x if cast else x.to(dtype) for x, cast in zip(features, is_cast, strict=True))
 
 
 class KDTerm(LossTerm):
@@ -210,22 +168,13 @@ class MSDCRDTerm(LossTerm):
         return (*self.for_layers(student.feature_map, teacher.feature_map), teacher.map_classifier)
 
 
-class CallableTerm(nn.Module):
-    """A user's plain function as a term."""
-
-    def __init__(self, function: TermFunction) -> None:
-        super().__init__()
-        self.function = function
-        self.needs_teacher = getattr(function, "needs_teacher", True)
-        self.spans_ranks = getattr(function, "spans_ranks", False)
-
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> Mapping[str, Tensor]:
-        return self.function(student, teacher, labels)
+def _as_linear(classifier: nn.Module | None) -> Any:
+    """A classifier that is a 1x1 convolution as the pair (weight, bias); others as they are."""
+    if isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1) and classifier.groups == 1:
+        return classifier.weight.flatten(1), classifier.bias
+    return classifier
 
 
-TermBuilder = Callable[["ObjectiveConfig", ModelShapes, ModelShapes], nn.Module]
-
-# name -> (config, shapes of the student, of the teacher) -> term; without a teacher both are the student's.
 TERMS: dict[str, TermBuilder] = {
     "ce": CETerm,
     "kd": KDTerm,
@@ -234,15 +183,3 @@ TERMS: dict[str, TermBuilder] = {
     "pckd": PCKDTerm,
     "msdcrd": MSDCRDTerm,
 }
-
-
-def one_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as they are when their dtypes agree, else both in float32."""
-    return (student, teacher) if student.dtype == teacher.dtype else (student.float(), teacher.float())
-
-
-def _as_linear(classifier: nn.Module | None) -> Any:
-    """A classifier that is a 1x1 convolution as the pair (weight, bias); others as they are."""
-    if isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1) and classifier.groups == 1:
-        return classifier.weight.flatten(1), classifier.bias
-    return classifier

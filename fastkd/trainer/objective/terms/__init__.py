@@ -1,0 +1,1 @@
+"""One term per method."""

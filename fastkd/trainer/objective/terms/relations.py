@@ -1,0 +1,7 @@
+"""The terms of the classical methods that compare relations between samples."""
+
+from __future__ import annotations
+
+from fastkd.trainer.objective.terms.base import TermBuilder
+
+TERMS: dict[str, TermBuilder] = {}
