@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastkd.study.grid import Study
+from fastkd.study.grid import TEACHER, Study
 from fastkd.study.records import Record, records
 
 
@@ -75,6 +75,10 @@ def entries(study: Study, folder: Path) -> dict[tuple[str, str], Entry]:
         runs = values.get((row or "", column), {})
         return {seed: run.values[study.measure] for seed, run in runs.items() if run and run.status == "finished"}
 
+    def difference(row: str, reference: str | None, column: str) -> Difference | None:
+        compared = row not in (reference, TEACHER)
+        return paired(finished(row, column), finished(reference, column)) if compared else None
+
     table = {}
     for (row, column), runs in values.items():
         own = finished(row, column)
@@ -84,8 +88,8 @@ def entries(study: Study, folder: Path) -> dict[tuple[str, str], Entry]:
             column=column,
             values=own,
             published=study.published.get((row, column)),
-            to_baseline=None if row == study.baseline else paired(own, finished(study.baseline, column)),
-            to_vanilla=None if row == study.vanilla else paired(own, finished(study.vanilla, column)),
+            to_baseline=difference(row, study.baseline, column),
+            to_vanilla=difference(row, study.vanilla, column),
             errors={seed: run.error for seed, run in runs.items() if run is not None and run.status == "failed"},
             missing=sum(run is None for run in runs.values()),
             seconds=statistics.fmean(times) if times else None,

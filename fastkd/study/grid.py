@@ -24,6 +24,8 @@ from typing import Any, Protocol
 from fastkd.trainer.run.saved.log import SEED_FOLDER
 from fastkd.validate import check_int
 
+TEACHER = "teacher"  # the row of teachers that a study trains itself
+
 
 @dataclass(kw_only=True, frozen=True)
 class Options:

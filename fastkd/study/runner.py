@@ -13,6 +13,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ def run_cells(build: Build, options: Options, tell: Tell = print) -> int:
     if workers <= 1 or _alone():
         return work(study, folder, begun, tell)
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_worker, args=(build, options, n, workers, begun)) for n in range(workers)]
     console = Console()
+    shared = (workers, begun, tell is print and not console.is_terminal)  # a terminal has the bar instead of lines
+    processes = [context.Process(target=_worker, args=(build, options, number, *shared)) for number in range(workers)]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with StopRequest() as stop, Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("runs", total=len(cells))
@@ -92,7 +94,7 @@ def _alone() -> bool:
     return ranks > 1
 
 
-def _worker(build: Build, options: Options, number: int, workers: int, begun: float) -> None:
+def _worker(build: Build, options: Options, number: int, workers: int, begun: float, speaks: bool) -> None:
     """A process of its own: on its own GPU, or with its share of the cores."""
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
@@ -100,7 +102,7 @@ def _worker(build: Build, options: Options, number: int, workers: int, begun: fl
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     study = build(options)
     with contextlib.suppress(KeyboardInterrupt):
-        work(study, folder_of(study, options), begun, lambda line: None)
+        work(study, folder_of(study, options), begun, partial(print, flush=True) if speaks else lambda line: None)
 
 
 def work(study: Study, folder: Path, begun: float, tell: Tell) -> int:

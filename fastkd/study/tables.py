@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastkd.study.aggregate import Entry, improvements, signed, with_error, with_spread
-from fastkd.study.grid import Study
+from fastkd.study.grid import TEACHER, Study
 
 Table = Mapping[tuple[str, str], Entry]
 
@@ -65,7 +65,8 @@ def _value(entry: Entry) -> str:
 def _one_column(study: Study, table: Table) -> Grid:
     """One row per method, with its differences beside it. Columns without any text are left out."""
     headings = ["method", f"{study.measure}, {study.unit}"]
-    headings += [f"to {study.display(row)}" for row in (study.vanilla, study.baseline) if row is not None]
+    headings += [] if study.vanilla is None else ["to scratch"]
+    headings += [] if study.baseline is None else [f"to {study.display(study.baseline)}"]
     headings += ["published", "s a run"]
     rows = []
     for name in study.rows:
@@ -86,14 +87,15 @@ def _one_column(study: Study, table: Table) -> Grid:
 def remarks(study: Study, table: Table) -> list[str]:
     """What a reader of the table has to know: runs that are missing, failed runs, where published numbers are from."""
     lines = list(study.notes)
-    seeds = {len(entry.values) for entry in table.values()}
-    lines.append(f"Runs per cell: {min(seeds)} to {max(seeds)}." if len(seeds) > 1 else f"Runs per cell: {max(seeds)}.")
+    seeds = {len(entry.values) for entry in table.values() if entry.row != TEACHER}
+    counts = " to ".join(str(count) for count in dict.fromkeys((min(seeds), max(seeds)))) if seeds else "0"
+    lines.append(f"Finished runs per cell: {counts}. Differences are paired by seed.")
     missing = sum(entry.missing for entry in table.values())
     if missing:
         lines.append(f"{missing} runs have no result yet. The same command goes on with them.")
-    if study.source:
-        lines.append(f"Published numbers: {study.source}")
     without = sum(entry.published is None for entry in table.values())
+    if study.source and without < len(table):
+        lines.append(f"Published numbers: {study.source}")
     if without and without < len(table):
         lines.append(f"{without} of {len(table)} cells have no published number at hand, and are left without one.")
     return lines

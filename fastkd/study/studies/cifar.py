@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from fastkd.study.grid import Cell, Job, Options, place
+from fastkd.study.grid import TEACHER, Cell, Job, Options, place
 from fastkd.study.jobs import Training
 from fastkd.study.studies.methods import objective
 from fastkd.study.studies.published import TEACHERS
@@ -51,6 +51,12 @@ Configure = Callable[[str, str], TrainConfig]  # (pair, row) -> the run of its s
 
 def network(name: str) -> ModelConfig:
     """The network of the benchmarks with this name, such as resnet8x4 or wrn_40_2."""
+    import fastkd.trainer.models.cifar as nets  # FALLBACK until it is merged
+
+    if not hasattr(nets, "NETWORKS"):
+        depth = int(name.removeprefix("resnet").removesuffix("x4"))
+        widths = [32, 64, 128, 256] if name.endswith("x4") else [16, 16, 32, 64]
+        return ModelConfig(name=f"{nets.__name__}:CifarResNet", options={"depth": depth, "widths": widths})
     return ModelConfig(name=f"cifar:{name}")
 
 
@@ -74,11 +80,11 @@ def cells_of(
         teacher, _, student = pair.partition("-")
         own = place("teachers", teacher, 0)
         if options.train_teachers:
-            make, shown = _teacher(options, teacher), "teacher" in rows
-            cells.append(Cell(row="teacher", column=pair, seed=0, make=make, place=own, shown=shown))
+            make, shown = _teacher(options, teacher), TEACHER in rows
+            cells.append(Cell(row=TEACHER, column=pair, seed=0, make=make, place=own, shown=shown))
         for seed in range(options.seeds):
             for row in rows:
-                if row == "teacher":
+                if row == TEACHER:
                     continue
                 make = _student(options, pair, row, seed, configure)
                 if row == SCRATCH:
@@ -134,7 +140,8 @@ def _finish(options: CifarOptions, config: TrainConfig, student: str, seed: int)
     """The config with its student, seed, data and device, and with the epochs that were asked for."""
     config = with_epochs(config, options.epochs)
     data = replace(config.data, options=config.data.options | {"root": options.data})
-    return replace(config, student=network(student), seed=seed, data=data, device=options.device, run_dir=None)
+    config = replace(config, student=network(student), teacher=None, seed=seed)
+    return replace(config, data=data, device=options.device, run_dir=None)
 
 
 def with_epochs(config: TrainConfig, epochs: int | None) -> TrainConfig:
