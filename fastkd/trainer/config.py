@@ -151,7 +151,8 @@ class TrainConfig:
 
     def _check_mix(self) -> None:
         """Mixed batches have class probabilities, and no labels of single samples."""
-        readers = {"pckd": True, "msdcrd": self.objective.msdcrd.positives == "label"}
+        msdcrd = self.objective.msdcrd
+        readers = {"pckd": True, "msdcrd": msdcrd.positives == "label" or msdcrd.selection == "image_class"}
         for name in ("mixup", "cutmix"):
             term = next((term for term in self.objective.weights if readers.get(term, False)), None)
             if getattr(self.data, name) and term is not None:

@@ -55,6 +55,15 @@ class LossTerm(nn.Module):
         return tuple(x if cast else x.to(dtype) for x, cast in zip(features, is_cast, strict=True))
 
 
+class RelationalTerm(LossTerm):
+    """A loss over the rows of all ranks, or, with ``group="local"``, over those of each rank alone."""
+
+    @property
+    def spans_ranks(self) -> bool:
+        """The loss of all ranks' rows is the same on every rank. That of a rank's own rows counts as a mean."""
+        return self.loss.group != "local"
+
+
 class CallableTerm(nn.Module):
     """A user's plain function as a term."""
 
