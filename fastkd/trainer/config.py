@@ -29,7 +29,7 @@ FREE_TO_CHANGE = (
 )
 
 # Settings that the data decide where they are None; what they decided is saved.
-FROM_THE_DATA = ("student.num_classes", "teacher.num_classes")
+FROM_THE_DATA = ("student.num_classes", "teacher.num_classes", "objective.crd.samples")
 
 # Settings that earlier versions saved under another name: the old path, and the name of the field now.
 RENAMED = {"objective.msdcrd.sample_weight": "sample_term_weight"}
@@ -151,7 +151,8 @@ class TrainConfig:
 
     def _check_mix(self) -> None:
         """Mixed batches have class probabilities, and no labels of single samples."""
-        readers = {"pckd": True, "msdcrd": self.objective.msdcrd.positives == "label"}
+        readers = dict.fromkeys(("pckd", "dkd", "wsld", "ipwd", "mlkd", "ce_strong", "crd"), True)
+        readers |= {"msdcrd": self.objective.msdcrd.positives == "label", "lskd": self.objective.lskd.loss == "dkd"}
         for name in ("mixup", "cutmix"):
             term = next((term for term in self.objective.weights if readers.get(term, False)), None)
             if getattr(self.data, name) and term is not None:
