@@ -78,9 +78,7 @@ def with_classes(config: TrainConfig, train_set: Any, eval_set: Any, saved: dict
     A resumed run, whose ``saved`` config is given, has the models that it began with. Left as they are: models of
     others that have no argument ``num_classes``, and teachers with published weights.
     """
-    if "crd" in config.objective.weights:
-        crd = replace(config.objective.crd, samples=len(train_set))
-        config = replace(config, objective=replace(config.objective, crd=crd))
+    config = with_samples(config, len(train_set))
     classes = count_classes(train_set, eval_set)
     for role in ("student", "teacher"):
         model: Any = getattr(config, role)
@@ -92,6 +90,14 @@ def with_classes(config: TrainConfig, train_set: Any, eval_set: Any, saved: dict
             chosen = classes if takes_classes(model) and not (role == "teacher" and model.pretrained) else None
         config = replace(config, **{role: replace(model, num_classes=chosen)})
     return config
+
+
+def with_samples(config: TrainConfig, samples: int) -> TrainConfig:
+    """The config with the number of training samples, if a term has to know it."""
+    if "crd" not in config.objective.weights:
+        return config
+    crd = replace(config.objective.crd, samples=samples)
+    return replace(config, objective=replace(config.objective, crd=crd))
 
 
 def count_classes(train_set: Any, eval_set: Any) -> int | None:
