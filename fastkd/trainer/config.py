@@ -30,7 +30,7 @@ FREE_TO_CHANGE = (
 )
 
 # Settings that the data decide where they are None; what they decided is saved.
-FROM_THE_DATA = ("student.num_classes", "teacher.num_classes")
+FROM_THE_DATA = ("student.num_classes", "teacher.num_classes", "objective.crd.samples")
 
 # Settings that earlier versions saved under another name: the old path, and the name of the field now.
 RENAMED = {"objective.msdcrd.sample_weight": "sample_term_weight"}
@@ -152,8 +152,12 @@ class TrainConfig:
 
     def _check_mix(self) -> None:
         """Mixed batches have class probabilities, and no labels of single samples."""
-        msdcrd = self.objective.msdcrd
-        readers = {"pckd": True, "msdcrd": msdcrd.positives == "label" or msdcrd.selection == "image_class"}
+        msdcrd, lskd = self.objective.msdcrd, self.objective.lskd
+        readers = dict.fromkeys(("pckd", "dkd", "wsld", "ipwd", "mlkd", "ce_strong", "crd"), True)
+        readers |= {
+            "msdcrd": msdcrd.positives == "label" or msdcrd.selection == "image_class",
+            "lskd": lskd.loss == "dkd",
+        }
         for name in ("mixup", "cutmix"):
             term = next((term for term in self.objective.weights if readers.get(term, False)), None)
             if getattr(self.data, name) and term is not None:

@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from fastkd.trainer.models.build import ModelConfig
 from fastkd.trainer.objective.config import describe_terms
 from fastkd.trainer.objective.objective import needs
 from fastkd.trainer.recipes import RECIPES, summary
+from fastkd.trainer.recipes.methods import PRETRAINING, SUMS, objective_of
 from fastkd.trainer.run.loop import train
 from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint, read_manifest
 from fastkd.trainer.run.saved.config_file import read_config
@@ -56,6 +58,7 @@ class Flags(Generic[Options]):
         options: of the data set.
         config: take settings from this YAML file. Flags beside it have the last word.
         seeds: train with each of these seeds, in the folders seed-N of the run folder, and print mean and deviation.
+        method: take the loss of this method, with its authors' weights, and add its name to the run folder.
         no_teacher: train without the recipe's teacher and without the terms that need one.
         dry_run: print what the settings come to, with a memory estimate, and stop.
         ranks: with --dry-run, the number of processes of the run.
@@ -65,6 +68,7 @@ class Flags(Generic[Options]):
     options: Annotated[Options, tyro.conf.arg(name="data.options")]
     config: str | None = None
     seeds: tuple[int, ...] = ()
+    method: str | None = None
     no_teacher: tyro.conf.FlagCreatePairsOff[bool] = False
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     ranks: int | None = None
@@ -73,6 +77,7 @@ class Flags(Generic[Options]):
 def recipes_command() -> None:
     """The recipes there are; ``fastkd train NAME --help`` says all of one, ``--dry-run`` what it comes to."""
     print("\n".join(_recipe_lines()))
+    print(textwrap.fill(f"--method chooses the loss of any recipe: {', '.join(SUMS)}", 120))
 
 
 def train_command(arguments: list[str]) -> int:
@@ -117,6 +122,8 @@ def parse_flags(arguments: list[str]) -> Flags[Any]:
         config = read_config(given["config"], config)
     elif not name:
         raise ValueError(f"got {arguments[0]!r}, expected a recipe first (fastkd recipes lists them), or --config FILE")
+    if given["method"] is not None:
+        config = _by_method(config, given["method"])
     if given["no_teacher"]:
         config = _without_teacher(config)
         of_it = {flag: given[flag] for flag in given if flag.startswith("teacher.") and given[flag] is not None}
@@ -197,6 +204,7 @@ def _flags_that_come_first(arguments: list[str]) -> tuple[dict[str, Any], list[s
     """The flags that decide which others there are, and the arguments for tyro."""
     parser = argparse.ArgumentParser(prog="fastkd train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
+    parser.add_argument("--method")
     parser.add_argument("--no-teacher", dest="no_teacher", action="store_true")
     parser.add_argument("--teacher.weights")
     for part in PARTS:
@@ -222,6 +230,16 @@ def _recipe(name: str) -> tuple[TrainConfig, str]:
     if not isinstance(config, TrainConfig):
         raise TypeError(f"recipe: {name!r} returned {type(config).__name__}, expected a TrainConfig")
     return config, inspect.cleandoc(recipe.__doc__ or "")
+
+
+def _by_method(config: TrainConfig, method: str) -> TrainConfig:
+    """The config with the loss of a method, and a run folder of its own."""
+    objective = objective_of(method)
+    if method in PRETRAINING:
+        first = f"--objective.terms {PRETRAINING[method]!r}"
+        raise ValueError(f"--method: {method!r} takes two runs, expected one with {first} and one from its weights")
+    folder = None if config.run_dir is None else f"{config.run_dir}-{method.replace('+', '-')}"
+    return replace(config, objective=objective, run_dir=folder)
 
 
 def _without_teacher(config: TrainConfig) -> TrainConfig:

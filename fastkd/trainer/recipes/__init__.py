@@ -21,6 +21,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "digits-teacher": digits.digits_teacher,
     "cifar100-resnet32x4": cifar.resnet32x4,
     "cifar100-wrn-40-2": cifar.wrn_40_2,
+    "cifar100": cifar.any_method,
     "cifar100-dcd-kd": cifar.dcd_kd,
     "cifar100-ckd": cifar.ckd,
     "cifar100-pckd": cifar.pckd,

@@ -10,6 +10,7 @@ from fastkd.trainer.models.build import ModelConfig
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.objective.options.fused import PCKDConfig
 from fastkd.trainer.optim import OptimConfig
+from fastkd.trainer.recipes.methods import objective_of
 
 NETS = "fastkd.trainer.models.cifar"
 RESNET32X4 = ModelConfig(name=f"{NETS}:CifarResNet", options={"depth": 32, "widths": [32, 64, 128, 256]})
@@ -46,6 +47,15 @@ def resnet32x4() -> TrainConfig:
 def wrn_40_2() -> TrainConfig:
     """WRN-40-2, the teacher of cifar100-pckd: settings as for cifar100-resnet32x4."""
     return _run("cifar100-wrn-40-2", WRN_40_2, ObjectiveConfig(terms="ce"))
+
+
+def any_method() -> TrainConfig:
+    """resnet32x4 -> resnet8x4 by KD, or by another method: ``--method NAME``.
+
+    The settings are RepDistiller's, as for cifar100-resnet32x4, and the same for every method. Only the loss differs:
+    see ``fastkd.trainer.recipes.methods``.
+    """
+    return _run("cifar100", RESNET8X4, objective_of("kd"), TRAINED_RESNET32X4)
 
 
 def dcd_kd() -> TrainConfig:

@@ -110,14 +110,8 @@ class DCDTerm(RelationalTerm):
 class PCKDTerm(RelationalTerm):
     """``PCKDLoss`` on features, logits and both classifier layers; owns its heads. Its preview follows the epoch."""
 
-    epoch = 0
-
     def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> PCKDLoss:
         return PCKDLoss(student.features, teacher.features, **loss_options(config.pckd, PCKDLoss))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the loop before every epoch, counted from 0."""
-        self.epoch = epoch
 
     def inputs(self, student: ModelOutput, teacher: ModelOutput, labels: Tensor) -> tuple[Any, ...]:
         return (
