@@ -30,6 +30,16 @@ if TYPE_CHECKING:
         MSDCRDConfig,
         PCKDConfig,
     )
+    from fastkd.trainer.objective.options.logits import (
+        CTKDConfig,
+        DISTConfig,
+        DKDConfig,
+        IPWDConfig,
+        LSKDConfig,
+        MLKDConfig,
+        WSLDConfig,
+    )
+    from fastkd.trainer.objective.options.relations import CCConfig, CRDConfig, PKTConfig, RKDConfig, SPConfig
     from fastkd.trainer.objective.terms.registry import TERMS
     from fastkd.trainer.optim import OptimConfig
     from fastkd.trainer.pulse import RankLostError
@@ -39,6 +49,7 @@ if TYPE_CHECKING:
     from fastkd.trainer.run.loop import TrainResult, train
     from fastkd.trainer.run.meter import NonFiniteLossError
     from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint, load_weights
+    from fastkd.trainer.run.stages import train_stages
 
 _HOME = {
     "callbacks": ("Callback",),
@@ -52,6 +63,10 @@ _HOME = {
     "models.features": ("FeatureModel", "ModelOutput", "ModelShapes", "find_classifier"),
     "objective.config": ("ObjectiveConfig",),
     "objective.options.fused": (*("CEConfig", "CKDConfig", "DCDConfig", "KDConfig", "MSDCRDConfig", "PCKDConfig"),),
+    "objective.options.logits": (
+        *("CTKDConfig", "DISTConfig", "DKDConfig", "IPWDConfig", "LSKDConfig", "MLKDConfig", "WSLDConfig"),
+    ),
+    "objective.options.relations": ("CCConfig", "CRDConfig", "PKTConfig", "RKDConfig", "SPConfig"),
     "objective.objective": ("Objective",),
     "objective.terms.registry": ("TERMS",),
     "optim": ("OptimConfig",),
@@ -62,6 +77,7 @@ _HOME = {
     "run.evaluate": ("evaluate",),
     "run.loop": ("TrainResult", "train"),
     "run.meter": ("NonFiniteLossError",),
+    "run.stages": ("train_stages",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -69,16 +85,24 @@ __all__ = [
     "RECIPES",
     "TERMS",
     "BrokenImagesError",
+    "CCConfig",
     "CEConfig",
     "CKDConfig",
+    "CRDConfig",
+    "CTKDConfig",
     "Callback",
     "CheckpointError",
     "DCDConfig",
+    "DISTConfig",
+    "DKDConfig",
     "DataConfig",
     "Distiller",
     "EvalResult",
     "FeatureModel",
+    "IPWDConfig",
     "KDConfig",
+    "LSKDConfig",
+    "MLKDConfig",
     "MSDCRDConfig",
     "ModelConfig",
     "ModelOutput",
@@ -88,10 +112,14 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "PCKDConfig",
+    "PKTConfig",
+    "RKDConfig",
     "RankLostError",
+    "SPConfig",
     "TensorImages",
     "TrainConfig",
     "TrainResult",
+    "WSLDConfig",
     "build_model",
     "evaluate",
     "evaluate_checkpoint",
@@ -102,6 +130,7 @@ __all__ = [
     "load_digits",
     "load_weights",
     "train",
+    "train_stages",
     "weights_hash",
 ]
 
