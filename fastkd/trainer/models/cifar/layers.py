@@ -11,9 +11,10 @@ from torch import nn
 class TapLayers(TypedDict):
     """The names of the layers whose outputs methods on intermediate maps read. No later layer changes these in place.
 
-    ``stem`` is the first map, before the first stage. ``maps`` has one layer per stage, from the first to the last, and
-    ``preactivations`` the layer of the same stage whose output has not gone through the stage's last ReLU. ``norms`` has
-    the batch norm that each of these comes out of, or None where the benchmarks name none.
+    ``stem`` gives the first map, before the first stage. ``maps`` has one layer per stage, from the first to the last.
+    ``preactivations`` has the layer of the same stage whose output has not gone through the stage's last ReLU.
+    ``norms`` has the batch norm that each of these comes out of, or None where the benchmarks name none. OFD reads its
+    weights.
     """
 
     stem: str

@@ -13,7 +13,7 @@ _STAGES = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 
 
 
 class CifarMobileNetV2(nn.Module):
-    """MobileNetV2 (arXiv 1801.04381) with ReLU, of half the width: seven stages of inverted residuals, 8 to 160 channels.
+    """MobileNetV2 (arXiv 1801.04381) with ReLU and half the width: seven stages of inverted residuals.
 
     ``expansion`` is how much wider a block is inside, T in the benchmarks. The first stage does not expand.
     """

@@ -87,7 +87,8 @@ class _BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return self.last_relu(self.sum(out + self.downsample(x)))
+        out += self.downsample(x)
+        return self.last_relu(self.sum(out))
 
 
 class _Bottleneck(nn.Module):
@@ -109,7 +110,9 @@ class _Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
-        return self.last_relu(self.sum(self.bn3(self.conv3(out)) + self.shortcut(x)))
+        out = self.bn3(self.conv3(out))
+        out += self.shortcut(x)
+        return self.last_relu(self.sum(out))
 
 
 def _shortcut(channels: int, out: int, stride: int) -> nn.Sequential:
