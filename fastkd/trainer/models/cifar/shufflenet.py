@@ -47,13 +47,14 @@ class CifarShuffleV2(nn.Module):
         self.layer3 = _stage_v2(232, 464, 3)
         self.conv2 = conv1x1(464, 1024)
         self.bn2 = nn.BatchNorm2d(1024)
+        self.last_relu = nn.ReLU(inplace=True)
         self.linear = nn.Linear(1024, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, 3, H, W]."""
         x = self.relu(self.bn1(self.conv1(images)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(torch.relu(self.bn2(self.conv2(x))).mean((2, 3)))
+        return self.linear(self.last_relu(self.bn2(self.conv2(x))).mean((2, 3)))
 
     @property
     def tap_layers(self) -> TapLayers:
