@@ -11,35 +11,63 @@ from fastkd.study.costs import measure_costs
 from fastkd.study.grid import Outcome
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.config import DataConfig
+from fastkd.trainer.recipes.methods import PRETRAINING
+from fastkd.trainer.recipes.stages import pretrained
 from fastkd.trainer.run.loop import train
+from fastkd.trainer.run.stages import train_stages
 
 
 @dataclass(frozen=True)
 class Training:
     """A run of the trainer in the folder of the cell, resumed from its newest checkpoint if there is one.
 
-    Its values: ``accuracy`` after the last epoch and ``best``, both in percent, ``seconds``, ``parameters``, and
-    ``teacher_accuracy`` where the run has measured it.
+    Its values: ``accuracy`` after the last epoch and ``best``, both in percent, ``seconds`` and ``parameters``.
+
+    With ``stages``, which are in ``config``'s place, they are run one after the other, as ``train_stages`` does it. The
+    values are those of the last one, and ``seconds`` are of all.
     """
 
     config: TrainConfig
+    stages: tuple[tuple[str, TrainConfig], ...] = ()
 
     def run(self, folder: Path) -> Outcome:
-        config = replace(self.config, run_dir=str(folder), resume=False, resume_or_start=True, keep=1)
-        result = train(replace(config, quiet=True, progress=False, tensorboard=False))
+        if not self.stages:
+            results = [train(_in(folder, self.config))]
+        else:
+            results = train_stages({name: _in(folder, stage) for name, stage in self.stages})
+        result = results[-1]
         if result.stopped_by is not None:
             return Outcome({}, int(result.stopped_by))
         evaluated = [record["accuracy"] for record in result.history if "accuracy" in record]
-        values = {"accuracy": 100 * result.accuracy, "best": 100 * max(evaluated), "seconds": result.seconds}
+        seconds = sum(one.seconds for one in results)
+        values = {"accuracy": 100 * result.accuracy, "best": 100 * max(evaluated), "seconds": seconds}
         return Outcome(values | {"parameters": result.parameters})
 
     def settings(self) -> dict[str, Any]:
-        return self.config.to_dict()
+        return self.config.to_dict() | ({"stages": {k: s.to_dict() for k, s in self.stages}} if self.stages else {})
 
     def needed(self) -> list[Path]:
         teacher = None if self.config.teacher is None else self.config.teacher.weights
         root = None if self.config.data.options.get("download") else self.config.data.options.get("root")
         return [Path(path) for path in (root, teacher) if path is not None]
+
+
+def training(config: TrainConfig, method: str) -> Training:
+    """The training of ``config``, or its stages if the method begins with a run of its own (AB, FSP, FT).
+
+    The first stage has as large a share of the epochs as RepDistiller's 30 of 240.
+    """
+    if method not in PRETRAINING:
+        return Training(config)
+    stages = pretrained(config, method)
+    first = replace(stages["pretrain"], epochs=max(1, round(config.epochs * 30 / 240)))
+    return Training(config, tuple((stages | {"pretrain": first}).items()))
+
+
+def _in(folder: Path, config: TrainConfig) -> TrainConfig:
+    """The config for a quiet run in ``folder`` that goes on where it stands."""
+    config = replace(config, run_dir=str(folder), resume=False, resume_or_start=True, keep=1)
+    return replace(config, quiet=True, progress=False, tensorboard=False)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ def check_same_settings(study: Study, folder: Path) -> None:
 def changes(saved: Mapping[str, Any], now: dict[str, Any]) -> list[str]:
     """``name: saved -> now`` of every setting that changes what a job computes."""
     if "epochs" in now and "student" in now:  # a run: its device, folders and the like may differ
-        found = differences(dict(saved), now)
+        saved, now = ({key: value for key, value in side.items() if key != "stages"} for side in (saved, now))
+        found = differences(saved, now)
         epochs = (saved.get("epochs"), now["epochs"])
         return found + ([] if epochs[0] == epochs[1] else [f"epochs: {epochs[0]} -> {epochs[1]}"])
     old, new = flatten(json.loads(json.dumps(dict(saved)))), flatten(json.loads(json.dumps(now)))

@@ -9,17 +9,16 @@ from pathlib import Path
 import tyro
 
 from fastkd.study.grid import TEACHER, Cell, Job, Options, place
-from fastkd.study.jobs import Training
+from fastkd.study.jobs import Training, training
 from fastkd.study.studies.methods import objective
-from fastkd.study.studies.published import TEACHERS
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.models.build import ModelConfig
+from fastkd.trainer.models.cifar.teachers import PUBLISHED_ACCURACY, TEACHER_FILE, TEACHER_URL, published_teacher
 from fastkd.trainer.recipes import RECIPES
 
 LIGHT = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # whose learning rate is 0.01
 SCRATCH = "ce"  # the student without a teacher
 SAMPLES = 50_000
-TOLERANCE = 0.2  # points that a published teacher may lack, for rounding on other hardware
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -35,7 +34,7 @@ class CifarOptions(Options):
 
     pairs: tuple[str, ...] = ()
     data: str = "cifar"
-    teachers: str = "save/models"
+    teachers: str = "teachers"
     train_teachers: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def choose_pairs(self, pairs: Sequence[str]) -> list[str]:
@@ -51,12 +50,6 @@ Configure = Callable[[str, str], TrainConfig]  # (pair, row) -> the run of its s
 
 def network(name: str) -> ModelConfig:
     """The network of the benchmarks with this name, such as resnet8x4 or wrn_40_2."""
-    import fastkd.trainer.models.cifar as nets  # FALLBACK until it is merged
-
-    if not hasattr(nets, "NETWORKS"):
-        depth = int(name.removeprefix("resnet").removesuffix("x4"))
-        widths = [32, 64, 128, 256] if name.endswith("x4") else [16, 16, 32, 64]
-        return ModelConfig(name=f"{nets.__name__}:CifarResNet", options={"depth": depth, "widths": widths})
     return ModelConfig(name=f"cifar:{name}")
 
 
@@ -99,17 +92,17 @@ def cells_of(
 def sources(options: CifarOptions, pairs: Sequence[str]) -> dict[str, str]:
     """Where the data and the teachers' files come from, by their paths."""
     teachers = dict.fromkeys(pair.partition("-")[0] for pair in pairs)
-    fetched = (
-        "RepDistiller's scripts/fetch_pretrained_teachers.sh (github.com/HobbitLong/RepDistiller) brings it into "
-        "save/models; --teachers DIR if it is elsewhere, --train-teachers to train it"
-    )
+    otherwise = "--teachers DIR if it is elsewhere, --train-teachers to train it"
     data = "CIFAR-100, unpacked from www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz; --data DIR if it is elsewhere"
-    return {options.data: data} | {str(published_teacher(options, name)): fetched for name in teachers}
+    return {options.data: data} | {
+        str(teacher_file(options, name)): f"RepDistiller's, from {TEACHER_URL.format(name=name)}; {otherwise}"
+        for name in teachers
+    }
 
 
-def published_teacher(options: CifarOptions, name: str) -> Path:
+def teacher_file(options: CifarOptions, name: str) -> Path:
     """The file of a published teacher, where RepDistiller's script puts it."""
-    return Path(options.teachers) / f"{name}_vanilla" / "ckpt_epoch_240.pth"
+    return Path(options.teachers) / TEACHER_FILE.format(name=name)
 
 
 def _teacher(options: CifarOptions, name: str) -> Callable[[Path], Job]:
@@ -127,11 +120,12 @@ def _student(options: CifarOptions, pair: str, row: str, seed: int, configure: C
         if row == SCRATCH:
             return Training(config)
         if options.train_teachers:
-            weights, floor = folder / place("teachers", teacher, 0), None
+            model = replace(network(teacher), weights=str(folder / place("teachers", teacher, 0)))
+        elif teacher in PUBLISHED_ACCURACY:
+            model = published_teacher(teacher, options.teachers)
         else:
-            weights = published_teacher(options, teacher)
-            floor = (TEACHERS[teacher] - TOLERANCE) / 100 if teacher in TEACHERS else None
-        return Training(replace(config, teacher=replace(network(teacher), weights=str(weights), min_accuracy=floor)))
+            model = replace(network(teacher), weights=str(teacher_file(options, teacher)))
+        return training(replace(config, teacher=model), row)
 
     return make
 

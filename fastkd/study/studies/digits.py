@@ -42,9 +42,8 @@ from functools import partial
 from pathlib import Path
 
 from fastkd.study.grid import Cell, Job, Options, Study, place
-from fastkd.study.jobs import Training
-from fastkd.study.studies.methods import all_methods, display
-from fastkd.study.studies.methods import objective as objective_of_paper
+from fastkd.study.jobs import Training, training
+from fastkd.study.studies.methods import display
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.models.build import ModelConfig
@@ -52,6 +51,7 @@ from fastkd.trainer.objective.config import DCDConfig, ObjectiveConfig
 from fastkd.trainer.objective.objective import needs
 from fastkd.trainer.objective.terms.registry import TERMS
 from fastkd.trainer.optim import OptimConfig
+from fastkd.trainer.recipes import methods as papers
 from fastkd.validate import check_int
 
 TEST_IMAGES, TRAIN_IMAGES, LABELLED = 600, 1197, 200
@@ -128,7 +128,7 @@ def digits(options: DigitsOptions) -> Study:
 
 def methods() -> tuple[str, ...]:
     """The methods of the demo, and every other one that the trainer has."""
-    return (*DEMO_METHODS, *(method for method in all_methods() if method not in (*DEMO_METHODS, "ckd")))
+    return (*DEMO_METHODS, *(method for method in papers.SUMS if method not in (*DEMO_METHODS, "ckd")))
 
 
 def objective_of(method: str) -> ObjectiveConfig:
@@ -138,8 +138,8 @@ def objective_of(method: str) -> ObjectiveConfig:
     """
     if method in ABLATIONS:
         return ABLATIONS[method]
-    if method not in DEMO_METHODS and method in all_methods():
-        return objective_of_paper(method)
+    if method not in DEMO_METHODS and method in papers.SUMS:
+        return papers.objective_of(method)
     objective = ObjectiveConfig(terms=method)
     unknown = sorted(set(objective.weights) - set(TERMS))
     if unknown:
@@ -169,7 +169,7 @@ def student_config(options: DigitsOptions, folder: Path, method: str, seed: int)
     The student from scratch sees the labelled images alone, in as many steps and with as many evaluations.
     """
     objective = objective_of(method)
-    distilled = needs("teacher", objective)
+    distilled = needs("teacher", objective) or method in papers.PRETRAINING
     passes = 1 if distilled else SCRATCH_PASSES
     return replace(
         teacher_config(options),
@@ -197,4 +197,16 @@ def _teacher(options: DigitsOptions, folder: Path) -> Job:
 
 
 def _student(options: DigitsOptions, method: str, seed: int) -> Callable[[Path], Job]:
-    return lambda folder: Training(student_config(options, folder, method, seed))
+    def make(folder: Path) -> Job:
+        job = training(student_config(options, folder, method, seed), method)
+        return replace(job, stages=tuple((name, _alone(stage)) for name, stage in job.stages))
+
+    return make
+
+
+def _alone(stage: TrainConfig) -> TrainConfig:
+    """A stage without a teacher sees the labelled images alone, in as many steps, as the student from scratch does."""
+    if stage.teacher is not None:
+        return stage
+    data = replace(stage.data, unlabelled=False)
+    return replace(stage, data=data, epochs=SCRATCH_PASSES * stage.epochs, eval_every=SCRATCH_PASSES)

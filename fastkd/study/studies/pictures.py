@@ -72,7 +72,7 @@ def _finished(study: Study, folder: Path) -> Iterator[tuple[Cell, TrainConfig]]:
     for cell in study.cells:
         record = read_record(folder / cell.place)
         if cell.shown and cell.seed == 0 and cell.row != "teacher" and record and record.status == "finished":
-            yield cell, TrainConfig.from_dict(dict(record.settings))
+            yield cell, TrainConfig.from_dict({k: v for k, v in record.settings.items() if k != "stages"})
 
 
 def class_means(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

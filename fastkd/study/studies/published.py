@@ -68,5 +68,3 @@ def _read(table: str, columns: tuple[str, ...]) -> dict[tuple[str, str], float]:
 
 TABLE1 = _read(_TABLE1, PAIRS)
 TABLE2 = _read(_TABLE2, TRANSFER)
-# Students on CIFAR-100 in table 1, teachers as published: what a teacher's file must reach.
-TEACHERS = {pair.partition("-")[0]: TABLE1["teacher", pair] for pair in PAIRS}
