@@ -9,8 +9,14 @@ from typing import Any, Literal
 
 from fastkd.study.costs import measure_costs
 from fastkd.study.grid import Outcome
+from fastkd.trainer.commands.linear_probe import SGDProbe, linear_probe_by_sgd
+from fastkd.trainer.commands.reopen import reopen
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.config import DataConfig
+from fastkd.trainer.data.datasets import build_datasets
+from fastkd.trainer.models.features import FeatureModel
+from fastkd.trainer.objective.terms.registry import TERMS
+from fastkd.trainer.precision import choose_device
 from fastkd.trainer.recipes.methods import PRETRAINING
 from fastkd.trainer.recipes.stages import pretrained
 from fastkd.trainer.run.loop import train
@@ -55,11 +61,16 @@ class Training:
 def training(config: TrainConfig, method: str) -> Training:
     """The training of ``config``, or its stages if the method begins with a run of its own (AB, FSP, FT).
 
-    The first stage has as large a share of the epochs as RepDistiller's 30 of 240.
+    The first stage has as large a share of the epochs as RepDistiller's 30 of 240. ValueError for a term that the
+    trainer does not have.
     """
+    stages = pretrained(config, method) if method in PRETRAINING else {"train": config}
+    for stage in stages.values():
+        for term in stage.objective.weights:
+            if term not in TERMS:
+                raise ValueError(f"the trainer has no term {term!r}")
     if method not in PRETRAINING:
         return Training(config)
-    stages = pretrained(config, method)
     first = replace(stages["pretrain"], epochs=max(1, round(config.epochs * 30 / 240)))
     return Training(config, tuple((stages | {"pretrain": first}).items()))
 
@@ -72,32 +83,28 @@ def _in(folder: Path, config: TrainConfig) -> TrainConfig:
 
 @dataclass(frozen=True)
 class Probing:
-    """A linear probe of the student of another cell, on other data. Its value is ``accuracy``, in percent."""
+    """The linear probe of DCD's authors: of the student of another cell, on other data.
+
+    Its value is ``accuracy``, in percent. The probe begins anew when it is interrupted.
+    """
 
     run_dir: Path
     data: DataConfig
+    probe: SGDProbe
     device: str = "auto"
-    options: tuple[tuple[str, Any], ...] = ()
 
     def run(self, folder: Path) -> Outcome:
-        from fastkd.trainer.commands.linear_probe import linear_probe
-        from fastkd.trainer.commands.reopen import reopen
-        from fastkd.trainer.data.datasets import build_datasets
-        from fastkd.trainer.models.features import FeatureModel
-        from fastkd.trainer.precision import choose_device
-
-        opened = reopen(str(self.run_dir), best=False, with_data=False, trust_code=False)
+        opened = reopen(self.run_dir, with_data=False)
         model = FeatureModel(opened.model, None if opened.config.student is None else opened.config.student.classifier)
-        data, device = build_datasets(self.data), choose_device(self.device)
-        result = linear_probe(model, *data, self.data, device, **dict(self.options))
+        sets, device = build_datasets(self.data), choose_device(self.device)
+        result = linear_probe_by_sgd(model, *sets, self.data, device, self.probe)
         return Outcome({"accuracy": 100 * result.accuracy})
 
     def settings(self) -> dict[str, Any]:
-        return {"data": dataclasses.asdict(self.data), "options": dict(self.options)}
+        return {"data": dataclasses.asdict(self.data), "probe": dataclasses.asdict(self.probe)}
 
     def needed(self) -> list[Path]:
-        root = self.data.options.get("root")
-        return [] if root is None or self.data.options.get("download") else [Path(root)]
+        return [Path(self.data.options["root"])]
 
 
 @dataclass(frozen=True)

@@ -61,11 +61,8 @@ def check_same_settings(study: Study, folder: Path) -> None:
         record = read_record(folder / cell.place)
         if record is None or record.status != "finished":
             continue
-        try:
-            now = cell.make(folder).settings()
-        except (ValueError, TypeError, ImportError):  # it is no longer available, and its result stays
-            continue
-        changed = changes(record.settings, now)
+        job = job_of(cell, folder)
+        changed = [] if isinstance(job, str) else changes(record.settings, job.settings())  # str: it is gone
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ValueError(
@@ -90,7 +87,7 @@ def job_of(cell: Cell, folder: Path) -> Job | str:
     """The job of a cell, or the line that says why it is not available."""
     try:
         return cell.make(folder)
-    except (ValueError, TypeError, ImportError, AttributeError) as error:
+    except (ValueError, TypeError, ImportError, LookupError) as error:
         return one_line(error)
 
 

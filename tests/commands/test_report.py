@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fastkd.demo.costs import Cost
 from rich.console import Console
 
 from fastkd.demo import results as report
 from fastkd.demo.config import DemoConfig
+from fastkd.study.costs import Cost
 from tests.helpers.pages import read_page
 
 pytestmark = pytest.mark.slow

@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from fastkd.demo.costs import peak_bytes
 from torch import Tensor, nn
 
+from fastkd.study.costs import peak_bytes
 from fastkd.trainer.models.features import FeatureModel, ModelShapes
 from fastkd.trainer.models.small import SmallConvNet
 from fastkd.trainer.objective.config import ObjectiveConfig

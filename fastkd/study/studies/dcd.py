@@ -12,6 +12,7 @@ from fastkd.study.studies.cifar import SAMPLES, SCRATCH, CifarOptions, cells_of,
 from fastkd.study.studies.methods import display
 from fastkd.study.studies.pictures import correlation_differences, embeddings_of_logits
 from fastkd.study.studies.published import PAIRS, TABLE1, TABLE1_SOURCE, TABLE2, TABLE2_SOURCE
+from fastkd.trainer.commands.linear_probe import SGDProbe
 from fastkd.trainer.data.config import DataConfig
 
 METHODS = (
@@ -81,30 +82,35 @@ class TransferOptions(CifarOptions):
     Attributes:
         stl10: the folder with STL-10 (stl10_binary).
         tiny_imagenet: the folder with Tiny-ImageNet, unpacked (tiny-imagenet-200).
+        probe_epochs: epochs of the linear probe.
     """
 
     stl10: str = "stl10"
     tiny_imagenet: str = "tiny-imagenet"
+    probe_epochs: int = 120
 
 
 def table2(options: TransferOptions) -> Study:
     """Table 2 of DCD's paper: features of WRN-16-2 students from CIFAR-100, probed on STL-10 and Tiny-ImageNet.
 
-    The students are those of table 1's first pair. A linear classifier is trained on their frozen features.
+    The students are those of table 1's first pair. The probe is that of DCD's authors: SGD,
+    120 epochs, augmented images, batch norms in train mode.
     """
     rows = options.choose(("ce", "kd", "at", "fitnet", "crd", "crd+kd", "dcd", "dcd+kd"))
     (pair,) = options.choose_pairs(PAIRS[:1])[:1]
     students = cells_of(options, [pair], rows)
     probes = {
-        "STL-10": DataConfig(name="stl10", options={"root": options.stl10}),
-        "Tiny-ImageNet": DataConfig(name="tiny-imagenet", options={"root": options.tiny_imagenet}),
+        "STL-10": DataConfig(name="stl10", options={"root": options.stl10, "augment": True}),
+        "Tiny-ImageNet": DataConfig(name="tiny-imagenet", options={"root": options.tiny_imagenet, "augment": True}),
     }
     cells = [
         Cell(
             row=cell.row,
             column=column,
             seed=cell.seed,
-            make=partial(_probe, cell.place, data, options.device),
+            make=partial(
+                _probe, cell.place, data, SGDProbe(epochs=options.probe_epochs, seed=cell.seed), options.device
+            ),
             after=(cell.place,),
         )
         for cell in students
@@ -130,5 +136,5 @@ def table2(options: TransferOptions) -> Study:
     )
 
 
-def _probe(student: str, data: DataConfig, device: str, folder: Path) -> Job:
-    return Probing(folder / student, data, device)
+def _probe(student: str, data: DataConfig, probe: SGDProbe, device: str, folder: Path) -> Job:
+    return Probing(folder / student, data, probe, device)
