@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastkd.study.aggregate import Entry, improvements, signed, with_error, with_spread
 from fastkd.study.grid import TEACHER, Study
+from fastkd.trainer.report.style import write_atomically
 
 Table = Mapping[tuple[str, str], Entry]
 
@@ -154,9 +155,7 @@ def as_csv(study: Study, table: Table) -> str:
 
 def write_tables(study: Study, table: Table, folder: Path) -> list[Path]:
     """Write ``table.md`` and ``table.csv`` into the folder of the study; returns their paths."""
-    from fastkd.trainer.files import replace_text
-
     paths = [folder / "table.md", folder / "table.csv"]
     for path, text in zip(paths, (markdown(study, table), as_csv(study, table)), strict=True):
-        replace_text(path, text)
+        write_atomically(path, text)  # several processes may do so at once
     return paths

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.recipes import RECIPES
-from fastkd.trainer.recipes.methods import objective_of
+from fastkd.trainer.recipes.methods import SUMS, objective_of
 
 NAMES = {
     "teacher": "Teacher",
@@ -28,7 +28,7 @@ NAMES = {
 
 def display(method: str) -> str:
     """The method as it is written."""
-    return NAMES.get(method, method.upper())
+    return NAMES.get(method) or (method.upper() if method in SUMS else method)
 
 
 def objective(method: str) -> ObjectiveConfig:
