@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +15,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastkd.trainer.commands.dry_run import build_bare
 from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.data.additions import Additions
 from fastkd.trainer.data.datasets import choose_data, without_download
+from fastkd.trainer.data.labels import labels_of
 from fastkd.trainer.data.loader import fetch
+from fastkd.trainer.objective.objective import additions_of
 from fastkd.trainer.optim import build_optimizer
 from fastkd.trainer.precision import choose_device
+from fastkd.trainer.run.prepare import with_samples
 
 WARM_UP, ROUNDS = 5, 41
 
@@ -63,7 +68,11 @@ def training_step(config: TrainConfig, rows: int | None = None) -> Callable[[], 
     """
     torch.manual_seed(config.seed)
     device = choose_device(config.device, config.precision)
-    images, labels = _first_batch(config, rows or config.data.batch_size)
+    data, images, labels = _first_batch(config, rows or config.data.batch_size)
+    config = with_samples(config, len(labels_of(data)))
+    names, crd = additions_of(config.objective), config.objective.crd
+    draw = Additions(names, data, crd.negatives, crd.mode)
+    additions = {name: value.to(device) for name, value in draw(range(len(images)), 0, 0, lambda: images).items()}
     distiller = build_bare(config, images).to(device)
     distiller.begin_epoch(0)
     optimizer = build_optimizer(distiller, config.optim, device)
@@ -71,7 +80,7 @@ def training_step(config: TrainConfig, rows: int | None = None) -> Callable[[], 
     images = images.to(device)
 
     def step() -> None:
-        loss, _ = distiller(images, labels)
+        loss, _ = distiller(images, labels, additions=additions)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # last, so that a step frees the gradients that it made
@@ -79,14 +88,21 @@ def training_step(config: TrainConfig, rows: int | None = None) -> Callable[[], 
     return step
 
 
-def _first_batch(config: TrainConfig, rows: int) -> tuple[Tensor, Tensor]:
-    """The first images and labels of the training data, or random ones where the data cannot be read."""
+class _Random:
+    """Stands for data that are not there: labels of 50,000 images, as CIFAR-100 has them."""
+
+    labels = torch.arange(50_000) % 100
+    normalization = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def _first_batch(config: TrainConfig, rows: int) -> tuple[Any, Tensor, Tensor]:
+    """The training data with their first images and labels, or random ones where the data cannot be read."""
     try:
         data, _ = choose_data(without_download(config.data), None, None)
     except (ValueError, OSError):
         side = 32 if config.data.name == "cifar" else int(config.data.options.get("image_size", 224))
-        return torch.randn(rows, 3, side, side), torch.randint(100, (rows,))
-    return fetch(data, list(range(min(rows, len(data)))))
+        return _Random(), torch.randn(rows, 3, side, side), _Random.labels[:rows]
+    return data, *fetch(data, list(range(min(rows, len(data)))))
 
 
 def peak_bytes(step: Callable[[], None]) -> int:
