@@ -49,7 +49,9 @@ def study_command(arguments: list[str]) -> int:
         study = build(options)
         print("\n".join(plan(study, folder_of(study, options), count_workers(options))))
         return 0
-    return run_study(build, options, shlex.join(["fastkd", "study", *arguments]))
+    speaks = os.environ.get("RANK", "0") == "0"
+    command = shlex.join(["fastkd", "study", *arguments])
+    return run_study(build, options, command, print if speaks else lambda line: None)
 
 
 def find_study(name: str) -> Build:

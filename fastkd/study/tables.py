@@ -33,7 +33,10 @@ def grids(study: Study, table: Table) -> list[Grid]:
     """The tables of the page: the values beside the published ones, and the differences to the baseline."""
     if len(study.columns) == 1:
         return [_one_column(study, table)]
-    shown = [Grid(f"Mean ± standard deviation, {study.unit}, and the published number", *_wide(study, table, _value))]
+    published = any(entry.published is not None for entry in table.values())
+    measure = "Best epoch" if study.measure == "best" else study.measure.capitalize()
+    title = f"{measure}, {study.unit}: mean ± standard deviation"
+    shown = [Grid(title + (" (published)" if published else ""), *_wide(study, table, _value))]
     if study.baseline is not None:
         title = f"Difference to {study.display(study.baseline)}: mean ± standard error, paired by seed"
         headings, rows = _wide(study, table, lambda entry: with_error(entry.to_baseline))
