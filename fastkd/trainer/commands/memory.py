@@ -57,7 +57,9 @@ def memory_of(
         output = student(images)
     activations = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     found["student's activations"] = activations if chunks > 1 else views * activations
-    outputs = 2 * views * _bytes(value for value in vars(output).values() if isinstance(value, Tensor))  # with their gradients
+    outputs = (
+        2 * views * _bytes(value for value in vars(output).values() if isinstance(value, Tensor))
+    )  # with their gradients
     if teacher is not None:
         with LiveBytes() as live, autocast(images.device, config.precision):
             taught = teacher(images)
