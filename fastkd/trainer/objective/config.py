@@ -9,6 +9,20 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 from fastkd.trainer.objective.options.fused import CEConfig, CKDConfig, DCDConfig, KDConfig, MSDCRDConfig, PCKDConfig
+from fastkd.trainer.objective.options.maps import (
+    ABConfig,
+    ATConfig,
+    FitNetConfig,
+    FTConfig,
+    NORMConfig,
+    NSTConfig,
+    OFDConfig,
+    ParaphraserConfig,
+    ReviewKDConfig,
+    SimKDConfig,
+    SRRLConfig,
+    VIDConfig,
+)
 from fastkd.validate import check_type
 
 
@@ -30,6 +44,18 @@ class ObjectiveConfig:
         ckd: options of CKD.
         pckd: options of PCKD.
         msdcrd: options of MSDCRD.
+        fitnet: options of FitNet.
+        at: options of AT.
+        nst: options of NST.
+        vid: options of VID.
+        ab: options of AB.
+        paraphraser: options of the first stage of FT.
+        ft: options of FT.
+        ofd: options of OFD.
+        reviewkd: options of ReviewKD.
+        simkd: options of SimKD.
+        srrl: options of SRRL.
+        norm: options of NORM.
     """
 
     terms: str = "ce+kd+dcd"
@@ -39,6 +65,18 @@ class ObjectiveConfig:
     ckd: CKDConfig = field(default_factory=CKDConfig)
     pckd: PCKDConfig = field(default_factory=PCKDConfig)
     msdcrd: MSDCRDConfig = field(default_factory=MSDCRDConfig)
+    fitnet: FitNetConfig = field(default_factory=FitNetConfig)
+    at: ATConfig = field(default_factory=ATConfig)
+    nst: NSTConfig = field(default_factory=NSTConfig)
+    vid: VIDConfig = field(default_factory=VIDConfig)
+    ab: ABConfig = field(default_factory=ABConfig)
+    paraphraser: ParaphraserConfig = field(default_factory=ParaphraserConfig)
+    ft: FTConfig = field(default_factory=FTConfig)
+    ofd: OFDConfig = field(default_factory=OFDConfig)
+    reviewkd: ReviewKDConfig = field(default_factory=ReviewKDConfig)
+    simkd: SimKDConfig = field(default_factory=SimKDConfig)
+    srrl: SRRLConfig = field(default_factory=SRRLConfig)
+    norm: NORMConfig = field(default_factory=NORMConfig)
 
     def __post_init__(self) -> None:
         _ = self.weights

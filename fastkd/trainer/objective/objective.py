@@ -23,10 +23,11 @@ _RESERVED = {"kind", "step", "epoch", "lr", "loss", "accuracy", "eval_loss", "gr
 
 
 def needs(what: str, config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
-    """Whether any term needs the ``"teacher"``, the ``"features"`` or the ``"maps"``: see ``objective.terms.base``."""
+    """Whether any term has ``needs_WHAT``, such as ``"teacher"`` or ``"taps"``: see ``objective.terms.base``."""
     known = {**TERMS, **(terms or {})}
-    default = what != "maps"
-    return any(getattr(known.get(name), f"needs_{what}", default) for name in config.weights)
+    default = what in ("teacher", "features")
+    found = [getattr(known.get(name), f"needs_{what}", default) for name in config.weights]
+    return any(value(config) if callable(value) else value for value in found)
 
 
 class Objective(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -173,12 +173,16 @@ def build_distiller(
             student and teacher with different numbers of classes, or with a parameter in common.
         CheckpointError: weights that are missing, damaged or do not fit.
     """
-    maps = needs("maps", config.objective, terms)
-    optional = not (maps or needs("features", config.objective, terms))
+    reads = {
+        "feature_map": needs("maps", config.objective, terms),
+        "taps": needs("taps", config.objective, terms),
+        "preactivations": needs("preactivations", config.objective, terms),
+    }
+    optional = not (any(reads.values()) or needs("features", config.objective, terms))
     student_model = _feature_model("student", config.student, student, optional, tell)
     if student_model is None:
         raise ValueError("student: got None, expected config.student or a module")
-    shapes = _measured("student", student_model, images, maps)
+    shapes = _measured("student", student_model, images, reads)
     wanted = needs("teacher", config.objective, terms)
     if wanted != (config.teacher is not None or teacher is not None):
         has = "needs a teacher but there is none; give --teacher.name and --teacher.weights, or --no-teacher"
@@ -193,7 +197,7 @@ def build_distiller(
     teacher_model = _feature_model("teacher", config.teacher, teacher, optional, tell)
     assert teacher_model is not None
     _check_nothing_shared(student_model, teacher_model)
-    teacher_shapes = _measured("teacher", teacher_model, images, maps)
+    teacher_shapes = _measured("teacher", teacher_model, images, reads)
     if shapes.classes != teacher_shapes.classes:
         raise ValueError(f"teacher: has {teacher_shapes.classes} classes, expected the student's {shapes.classes}")
     objective = Objective(config.objective, shapes, teacher_shapes, terms, unlabelled=config.data.unlabelled)
@@ -237,10 +241,10 @@ def _built(role: str, config: ModelConfig) -> nn.Module:
         ) from error
 
 
-def _measured(role: str, model: FeatureModel, images: Tensor, maps: bool) -> ModelShapes:
+def _measured(role: str, model: FeatureModel, images: Tensor, reads: dict[str, bool]) -> ModelShapes:
     """The model's shapes. ValueError for images that it cannot take."""
     try:
-        return measure_shapes(model, images, feature_map=maps)
+        return measure_shapes(model, images, **reads)
     except RuntimeError as error:
         shape = " x ".join(map(str, images.shape[1:]))
         raise ValueError(
@@ -254,7 +258,9 @@ def _feature_model(
     role: str, config: ModelConfig | None, module: nn.Module | None, optional: bool, tell: Callable[[str], None]
 ) -> FeatureModel | None:
     """The given module, or the configured one with its weights; None when there is neither."""
-    names = {} if config is None else {"classifier": config.classifier, "feature_map": config.feature_map}
+    names: dict[str, Any] = {}
+    if config is not None:
+        names = {name: getattr(config, name) for name in ("classifier", "feature_map", "taps")}
     if module is not None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"{role}: got {type(module).__name__}, expected an nn.Module")

@@ -5,12 +5,14 @@ weights. These attributes, of its class or of a user's module or function, say m
 
     needs_teacher, needs_features   whether it reads them; True by default
     needs_maps                      whether it reads the last feature maps; False by default
+    needs_taps                      whether it reads the intermediate maps, ``ModelOutput.taps``; False by default
+    needs_preactivations            whether it reads these before their activations, too; False by default
     unlabelled                      a term that has it is told whether labels may be -1; it then gets them as they are,
                                     and not with the teacher's classes in their place
     spans_ranks                     whether it returns this rank's part of a loss over the global batch, which contains
                                     the weight W n / N; by default False, and the objective multiplies by it
 
-and these methods: ``set_epoch(epoch)`` is called before every epoch; ``scalars()`` gives further values to log;
+(each ``needs_...`` may be a function of the ObjectiveConfig), and these methods: ``set_epoch(epoch)`` is called before every epoch; ``scalars()`` gives further values to log;
 ``columns_sent(classes)`` says how many numbers per row go to the other ranks, for the memory estimate; ``fuses_with``
 and ``fused`` make a pair of terms one computation, see ``KDTerm``.
 """
@@ -71,3 +73,10 @@ class CallableTerm(nn.Module):
 def one_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both as they are when their dtypes agree, else both in float32."""
     return (student, teacher) if student.dtype == teacher.dtype else (student.float(), teacher.float())
+
+
+def as_linear(classifier: nn.Module | None) -> Any:
+    """A classifier that is a 1x1 convolution as the pair (weight, bias); others as they are."""
+    if isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1) and classifier.groups == 1:
+        return classifier.weight.flatten(1), classifier.bias
+    return classifier
