@@ -180,7 +180,7 @@ def _is_channels_last(value: Tensor, width: int) -> bool:
     if value.ndim != 4:
         return False
     _, first, second, last = value.shape
-    if width in (first, last):
+    if width in (first, last) and not first != second == last:
         return first != width
     return first == second != last
 

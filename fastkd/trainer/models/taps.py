@@ -1,4 +1,4 @@
-"""Intermediate maps of a model, one per stage: the model declares them, the user or timm names them, or they are found."""
+"""Intermediate maps of a model, one per stage: the model, the user or timm names them, or they are found."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def find_taps(
     """
     with torch.enable_grad():
         start = images.detach().requires_grad_(images.is_floating_point()) * 1  # a model may work in place on it
-        calls, features, output = trace(lambda: run(start), model, classifier)
+        calls, _, output = trace(lambda: run(start), model, classifier)
     traced = _Traced(model, calls, images, _passed_by_all(start, output))
     declared = getattr(model, "tap_layers", None)
     if given:

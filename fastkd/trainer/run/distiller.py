@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.imports import import_object
 from fastkd.trainer.models.build import ModelConfig, Normalization, build_model
+from fastkd.trainer.models.extended import extended_like
 from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShapes, measure_shapes
-from fastkd.trainer.objective.objective import Objective, needs
+from fastkd.trainer.objective.objective import Objective, extended_student, needs
 from fastkd.trainer.objective.terms.base import TermFunction
+from fastkd.trainer.objective.terms.maps import FTTerm
 from fastkd.trainer.run.accumulate import in_chunks, recomputed
-from fastkd.trainer.run.saved.checkpoint import find_weights
+from fastkd.trainer.run.saved.checkpoint import LOSS, find_checkpoint, find_weights
 
 
 class FrozenModel(nn.Module):
@@ -137,6 +140,26 @@ class Distiller(nn.Module):
         return Trained(self.student, self.objective)(images, self.teach(images), labels, rank_weight)
 
 
+def load_paraphraser(distiller: Distiller, path: str | None) -> list[str]:
+    """Give the term ``ft`` the paraphraser that another run, or a file, has; returns a line for the user.
+
+    Raises:
+        ValueError: ``path`` is None.
+        CheckpointError: there is no paraphraser, or one for other maps.
+    """
+    term = dict(distiller.objective.terms.items()).get("ft")
+    if not isinstance(term, FTTerm):
+        return []
+    if path is None:
+        raise ValueError(
+            "ft.paraphraser: got None, expected the run that trained it, with the terms '0*ce + paraphraser' "
+            "(--objective.ft.paraphraser RUN)"
+        )
+    file = find_checkpoint(path) / LOSS if Path(path).is_dir() else Path(path)
+    term.load_paraphraser(file)
+    return [f"paraphraser: {file}"]
+
+
 def weights_hash(model: nn.Module) -> str:
     """The sha256 of a model's weights: of name, dtype, shape and bytes of every tensor, in the order of the names.
 
@@ -200,6 +223,12 @@ def build_distiller(
     teacher_shapes = _measured("teacher", teacher_model, images, reads)
     if shapes.classes != teacher_shapes.classes:
         raise ValueError(f"teacher: has {teacher_shapes.classes} classes, expected the student's {shapes.classes}")
+    extended = extended_student(config.objective, student_model, teacher_model, shapes, teacher_shapes)
+    if extended is not None:
+        student_model = FeatureModel(
+            extended, feature_map="layers", taps=[f"model.{name}" for name in student_model.tap_names]
+        )
+        shapes = _measured("student", student_model, images, reads)
     objective = Objective(config.objective, shapes, teacher_shapes, terms, unlabelled=config.data.unlabelled)
     return Distiller(student_model, teacher_model, objective, shapes.classes)
 
@@ -269,5 +298,7 @@ def _feature_model(
         return None
     model = _built(role, config)
     if config.weights is not None:
-        tell(find_weights(config.weights).load_into(model, role))
+        found = find_weights(config.weights)
+        model = extended_like(model, found.state, found.path)
+        tell(found.load_into(model, role))
     return FeatureModel(model, **names, optional=optional)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 
-def check_options(term: str, config: Any, loss: Callable[..., Any], *widths: int) -> None:
+def check_options(term: str, config: Any, loss: Callable[..., Any], *widths: Any) -> None:
     """Raise what the loss says of its options, with the term's name before the argument's: ``kd.temperature: ...``."""
     try:
         # On tensors without memory, which draw no random numbers.

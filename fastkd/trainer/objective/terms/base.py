@@ -12,9 +12,10 @@ weights. These attributes, of its class or of a user's module or function, say m
     spans_ranks                     whether it returns this rank's part of a loss over the global batch, which contains
                                     the weight W n / N; by default False, and the objective multiplies by it
 
-(each ``needs_...`` may be a function of the ObjectiveConfig), and these methods: ``set_epoch(epoch)`` is called before every epoch; ``scalars()`` gives further values to log;
+and these methods: ``set_epoch(epoch)`` is called before every epoch; ``scalars()`` gives further values to log;
 ``columns_sent(classes)`` says how many numbers per row go to the other ranks, for the memory estimate; ``fuses_with``
-and ``fused`` make a pair of terms one computation, see ``KDTerm``.
+and ``fused`` make a pair of terms one computation, see ``KDTerm``; ``extend_student`` of a class gives the student
+layers of the method, see ``SimKDTerm``. Each ``needs_...`` may be a function of the ObjectiveConfig.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fastkd.losses import (
     ABLoss,
@@ -13,6 +15,7 @@ from fastkd.losses import (
     FitNetLoss,
     FSPLoss,
     FTLoss,
+    NORMLoss,
     NSTLoss,
     OFDLoss,
     Paraphraser,
@@ -21,8 +24,13 @@ from fastkd.losses import (
     VIDLoss,
     activation_margin,
 )
-from fastkd.trainer.models.features import ModelOutput, ModelShapes
+from fastkd.losses.maps.match import match
+from fastkd.losses.pairs import in_loss_dtype
+from fastkd.trainer.models.extended import extend_for_norm, extend_for_simkd
+from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShapes
+from fastkd.trainer.models.maps import MapSource
 from fastkd.trainer.models.taps import Taps, TapShapes
+from fastkd.trainer.models.weights import load_into, read_weights
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.objective.terms.base import LossTerm, TermBuilder, as_linear
 
@@ -196,7 +204,7 @@ class ReviewKDTerm(TapTerm):
         return tuple([*maps, x[:, :, None, None]] for maps, x in zip(lists, pooled, strict=True))
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
-        return {name: self.factor * value for name, value in super().forward(student, teacher, labels).items()}
+        return {self.name: self.factor * value for value in super().forward(student, teacher, labels).values()}
 
 
 class ParaphraserTerm(TapTerm):
@@ -214,9 +222,17 @@ class ParaphraserTerm(TapTerm):
 
 
 class FTTerm(TapTerm):
-    """``FTLoss`` on the last maps. The trainer loads the paraphraser that an earlier run trained."""
+    """``FTLoss`` on the last maps. Before a new run's first step, ``load_paraphraser`` gets an earlier run's."""
 
     name = "ft"
+
+    def load_paraphraser(self, path: Path) -> None:
+        """The weights in the file of a run's terms, or in a file of a ``Paraphraser``. CheckpointError if none fit."""
+        prefix = "terms.paraphraser.loss."
+        state = read_weights(path).state
+        if any(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        load_into(self.loss.paraphraser, state, path)
 
     def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> FTLoss:
         assert student.taps is not None
@@ -256,6 +272,77 @@ class SRRLTerm(LossTerm):
         return *self.for_layers(*pair), teacher.logits, as_linear(teacher.classifier)
 
 
+class SimKDTerm(nn.Module):
+    """``SimKDLoss`` on the last maps. The projector is the student's: it predicts with the teacher's classifier."""
+
+    needs_maps = True
+
+    def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:
+        super().__init__()
+
+    @staticmethod
+    def extend_student(
+        config: ObjectiveConfig, student: FeatureModel, teacher: FeatureModel, own: ModelShapes, other: ModelShapes
+    ) -> nn.Module:
+        """The student with projector and classifier. ValueError for a teacher that does more behind its last map."""
+        pair = _last_maps("simkd", own, other)
+        tail = pair[1].tail or ()
+        linear = as_linear(teacher.classifier)
+        if isinstance(linear, nn.Linear):
+            linear = linear.weight, linear.bias
+        between = (teacher.model.get_submodule(name) for name in tail[:-1])
+        if not isinstance(linear, tuple) or not tail or any(list(layer.parameters()) for layer in between):
+            raise ValueError(
+                f"simkd: the teacher does more between its map {pair[1].layer!r} and its logits than to average and to "
+                "classify, expected a linear classifier of the averaged map"
+            )
+        weight, bias = linear
+        name = student.classifier_name or ""
+        return extend_for_simkd(student.model, name, *pair, weight, bias, factor=config.simkd.factor)
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
+        assert teacher is not None
+        assert student.feature_map is not None
+        assert teacher.feature_map is not None
+        return {"simkd": F.mse_loss(*match(*in_loss_dtype(student.feature_map, teacher.feature_map)))}
+
+
+class NORMTerm(LossTerm):
+    """``NORMLoss`` on the last maps. The layer that widens the student's map, and the one back, are the student's.
+
+    The authors also normalise the logits, and multiply them by 2.5, before cross-entropy and KD. That is left out.
+    """
+
+    needs_maps = True
+
+    @staticmethod
+    def extend_student(
+        config: ObjectiveConfig, student: FeatureModel, teacher: FeatureModel, own: ModelShapes, other: ModelShapes
+    ) -> nn.Module:
+        """The student with both layers."""
+        pair = _last_maps("norm", own, other)
+        return extend_for_norm(student.model, student.classifier_name or "", *pair, config.norm.repeats)
+
+    def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> NORMLoss:
+        return NORMLoss(config.norm.repeats)
+
+    def inputs(self, student: ModelOutput, teacher: ModelOutput, labels: Tensor) -> tuple[Any, ...]:
+        return student.feature_map, teacher.feature_map
+
+
+def _last_maps(name: str, student: ModelShapes, teacher: ModelShapes) -> tuple[MapSource, MapSource]:
+    """The last maps of both. ValueError for tokens in their place."""
+    assert student.feature_map is not None
+    assert teacher.feature_map is not None
+    for role, source in (("student", student.feature_map), ("teacher", teacher.feature_map)):
+        if len(source.shape) != 3:
+            raise ValueError(
+                f"{name}: the {role}'s last map, of {source.layer!r}, has the shape {source.shape}, expected "
+                "(channels, height, width)"
+            )
+    return student.feature_map, teacher.feature_map
+
+
 def _channels(shapes: tuple[tuple[int, int, int], ...]) -> list[int]:
     return [shape[0] for shape in shapes]
 
@@ -268,6 +355,8 @@ def _described(taps: TapShapes) -> str:
 
 TERMS: dict[str, TermBuilder] = {
     "srrl": SRRLTerm,
+    "simkd": SimKDTerm,
+    "norm": NORMTerm,
     **{
         term.name: term
         for term in (
