@@ -25,7 +25,7 @@ FREE_TO_CHANGE = (
     *("run_dir", "resume", "resume_or_start", "keep", "max_skipped", "tensorboard", "progress", "quiet", "device"),
     *("log_every", "save_every_steps", "save_every_epochs", "chunks", "teacher.weights", "teacher.min_accuracy"),
     *("data.options.root", "data.options.max_broken", "data.options.download", "data.eval_batch_size"),
-    *("data.num_workers", "epochs", "track", "rank_timeout"),
+    *("data.num_workers", "epochs", "track", "rank_timeout", "objective.ft.paraphraser"),
 )
 
 # Settings that the data decide where they are None; what they decided is saved.

@@ -298,7 +298,7 @@ def _with_parts(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
         elif current is not None and name not in (None, current.name):
             of_the_old: dict[str, Any] = {"options": {}}
             if part != "data":
-                of_the_old |= dict.fromkeys(("classifier", "feature_map", "weights", "normalization"))
+                of_the_old |= dict.fromkeys(("classifier", "feature_map", "taps", "weights", "normalization"))
             current = replace(current, name=name, **of_the_old)
         if options is not None:
             flag = f"--{part}.options"
