@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from fastkd.trainer.run.loop import TrainResult, train
     from fastkd.trainer.run.meter import NonFiniteLossError
     from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint, load_weights
+    from fastkd.trainer.run.stages import train_stages
 
 _HOME = {
     "callbacks": ("Callback",),
@@ -94,6 +95,7 @@ _HOME = {
     "run.evaluate": ("evaluate",),
     "run.loop": ("TrainResult", "train"),
     "run.meter": ("NonFiniteLossError",),
+    "run.stages": ("train_stages",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -158,6 +160,7 @@ __all__ = [
     "load_digits",
     "load_weights",
     "train",
+    "train_stages",
     "weights_hash",
 ]
 

@@ -161,7 +161,7 @@ def _rule(config: TrainConfig) -> str:
         parts.append(f"warm-up {optim.warmup_epochs:g} epochs")
     if optim.milestones:
         parts.append(f"times {optim.gamma:g} after epochs {' '.join(f'{epoch:g}' for epoch in optim.milestones)}")
-    parts.append(f"weight decay {optim.weight_decay:g}")
+    parts.append(f"weight decay {optim.weight_decay:g}{' of everything' if optim.decayed == 'all' else ''}")
     if optim.clip_norm is not None:
         parts.append(f"gradient norm at most {optim.clip_norm:g}")
     return ", ".join(parts)

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -29,11 +29,13 @@ from fastkd.trainer.models.build import ModelConfig
 from fastkd.trainer.objective.config import ObjectiveConfig, describe_terms
 from fastkd.trainer.objective.objective import needs
 from fastkd.trainer.objective.terms.registry import TERMS
-from fastkd.trainer.recipes import RECIPES, summary
+from fastkd.trainer.recipes import RECIPES, STAGED_RECIPES, summary
 from fastkd.trainer.recipes.methods import PRETRAINING, SUMS, objective_of
+from fastkd.trainer.recipes.stages import pretrained
 from fastkd.trainer.run.loop import train
 from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint, read_manifest
 from fastkd.trainer.run.saved.config_file import read_config
+from fastkd.trainer.run.stages import linked, links_of, put, train_stages
 
 PARTS = ("student", "teacher", "data")
 _NOTE = """
@@ -90,15 +92,21 @@ def train_command(arguments: list[str]) -> int:
         return 0
     # The user's own recipes, models and datasets usually lie in the current folder, which a console script lacks.
     sys.path.insert(0, os.getcwd())
-    flags = parse_flags(arguments)
+    parsed = parse_stages(arguments)
+    flags, stages = next(iter(parsed.values())), {name: each.settings for name, each in parsed.items()}
     config = flags.settings
     if flags.dry_run:
         ranks = flags.ranks or int(os.environ.get("WORLD_SIZE", "1"))
-        print("\n".join(plan(config, ranks)))
+        for name, stage in stages.items() if "" in stages else linked(stages).items():
+            print("\n".join([*([f"stage {name}:"] if name else []), *plan(stage, ranks)]))
         return 0
-    _check_teacher_is_there(config)
+    for stage in stages.values():
+        _check_teacher_is_there(stage)
     speaks = not config.quiet and os.environ.get("RANK", "0") == "0"
-    result = train_seeds(config, flags.seeds)[-1] if flags.seeds else train(config)
+    if flags.seeds:
+        result = train_seeds(stages.get("", stages), flags.seeds)[-1]
+    else:
+        result = train(config) if "" in stages else train_stages(stages)[-1]
     if result.stopped_by is not None:
         if speaks and not flags.seeds and result.path is not None:
             again = [argument for argument in arguments if argument != "--resume"]
@@ -114,19 +122,66 @@ def train_command(arguments: list[str]) -> int:
 
 
 def parse_flags(arguments: list[str]) -> Flags[Any]:
-    """What a command line says, after ``fastkd train``: a recipe or a file, and flags on top.
+    """What a command line for a single run says, after ``fastkd train``: see ``parse_stages``."""
+    (flags,) = parse_stages(arguments).values()
+    return flags
+
+
+def parse_stages(arguments: list[str]) -> dict[str, Flags[Any]]:
+    """What a command line says, after ``fastkd train``: a recipe or a file, and flags on top, for every stage.
+
+    The only stage of a single run is ``""``. A flag is that of all stages; ``--STAGE.FLAG`` is that of one.
 
     Raises ValueError or TypeError for settings that are wrong; SystemExit for flags that cannot be read.
     """
     name = "" if arguments[0].startswith("-") else arguments[0]
-    given, rest = _flags_that_come_first(arguments[1:] if name else arguments)
-    config, text = _recipe(name) if name else (TrainConfig(), "The settings of a file.")
+    rest = arguments[1:] if name else arguments
+    recipe, text = _recipe(name) if name else (TrainConfig(), "The settings of a file.")
+    method = _flags_that_come_first(rest)[0]["method"]
+    stages = {"": recipe} if isinstance(recipe, TrainConfig) else dict(recipe)
+    if method is not None:
+        if "" not in stages:
+            raise ValueError(f"--method: got {method!r}, expected none with a recipe of stages, {', '.join(stages)}")
+        stages = _by_method(stages[""], method)
+    if "" not in stages:
+        text += f"\n\nStages, one after the other: {', '.join(stages)}. --{next(iter(stages))}.FLAG is for one of them."
+    found = {}
+    for stage, config in stages.items():
+        no_teacher = config.teacher is None and not needs("teacher", config.objective)
+        own = _flags_of(stage, list(stages), rest, drop="--teacher." if stage and no_teacher else None)
+        found[stage] = _parse(name, text, config, own)
+    for shared in ("seeds", "dry_run", "ranks"):
+        if len({getattr(flags, shared) for flags in found.values()}) > 1:
+            raise ValueError(f"--{shared.replace('_', '-')}: is for all stages, expected it without the name of one")
+    return found
+
+
+def _flags_of(stage: str, stages: list[str], arguments: list[str], drop: str | None) -> list[str]:
+    """The flags of all stages, but for those that begin with ``drop``, and then those of ``stage``."""
+    common: list[str] = []
+    own: list[str] = []
+    left_out: list[str] = []
+    current = common
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, dot, rest = argument[2:].partition(".")
+            named = dot and flag in stages and flag
+            current = common if not named else own if named == stage else left_out
+            if drop is not None and argument.startswith(drop):
+                current = left_out
+            argument = f"--{rest}" if named else argument
+        current.append(argument)
+    return common + own
+
+
+def _parse(name: str, text: str, config: TrainConfig, arguments: list[str]) -> Flags[Any]:
+    """``config`` with the settings of a file and of flags on top. Its links to other stages stay."""
+    given, rest = _flags_that_come_first(arguments)
+    links = links_of(config.to_dict())
     if given["config"] is not None:
         config = read_config(given["config"], config)
     elif not name:
         raise ValueError(f"got {arguments[0]!r}, expected a recipe first (fastkd recipes lists them), or --config FILE")
-    if given["method"] is not None:
-        config = _by_method(config, given["method"])
     if given["no_teacher"]:
         config = _without_teacher(config)
         of_it = {flag: given[flag] for flag in given if flag.startswith("teacher.") and given[flag] is not None}
@@ -165,6 +220,10 @@ def parse_flags(arguments: list[str]) -> Flags[Any]:
             if name in given_options or getattr(flags.options, name) != default
         }
     flags.settings = replace(flags.settings, data=replace(flags.settings.data, options=chosen))
+    values = flags.settings.to_dict()
+    for path, link in links.items():
+        put(values, path, link)
+    flags.settings = TrainConfig.from_dict(values) if links else flags.settings
     if flags.ranks is not None and (flags.ranks < 1 or not flags.dry_run):
         raise ValueError(f"--ranks: got {flags.ranks}, expected a number of ranks, with --dry-run")
     return flags
@@ -223,8 +282,9 @@ def _names_of_flags(config: TrainConfig, options: Any) -> list[str]:
 
 
 def _recipe_lines() -> list[str]:
-    width = max(map(len, RECIPES))
-    return [f"{name:<{width}}  {summary(name)}" for name in RECIPES]
+    names = [*RECIPES, *STAGED_RECIPES]
+    width = max(map(len, names))
+    return [f"{name:<{width}}  {summary(name)}" for name in names]
 
 
 def _flags_that_come_first(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -244,29 +304,30 @@ def _flags_that_come_first(arguments: list[str]) -> tuple[dict[str, Any], list[s
     return given, rest + [f"--{name}={given[name]}" for name in again if given[name]]
 
 
-def _recipe(name: str) -> tuple[TrainConfig, str]:
-    """The config of a recipe, and what it says of itself."""
-    if ":" not in name and name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, 3)
+def _recipe(name: str) -> tuple[TrainConfig | Mapping[str, TrainConfig], str]:
+    """The config of a recipe, or those of its stages by their names, and what it says of itself."""
+    known: dict[str, Callable[[], Any]] = {**RECIPES, **STAGED_RECIPES}
+    if ":" not in name and name not in known:
+        near = difflib.get_close_matches(name, known, 3)
         meant = f"did you mean {' or '.join(near)}?" if near else "expected a recipe or package.module:function;"
         raise ValueError(f"got the recipe {name!r}, {meant} `fastkd recipes` lists them")
-    recipe: Callable[[], Any] = RECIPES.get(name) or import_object(name, "recipe")
+    recipe: Callable[[], Any] = known.get(name) or import_object(name, "recipe")
     if not callable(recipe):
         raise TypeError(f"recipe: {name!r} is of type {type(recipe).__name__}, expected a function")
     config = recipe()
-    if not isinstance(config, TrainConfig):
-        raise TypeError(f"recipe: {name!r} returned {type(config).__name__}, expected a TrainConfig")
+    stages = list(config.values()) if isinstance(config, Mapping) and config else [config]
+    if not all(isinstance(stage, TrainConfig) for stage in stages):
+        kind = type(next(stage for stage in stages if not isinstance(stage, TrainConfig))).__name__
+        raise TypeError(f"recipe: {name!r} returned {kind}, expected a TrainConfig, or a dict of stages")
     return config, inspect.cleandoc(recipe.__doc__ or "")
 
 
-def _by_method(config: TrainConfig, method: str) -> TrainConfig:
-    """The config with the loss of a method, and a run folder of its own."""
+def _by_method(config: TrainConfig, method: str) -> dict[str, TrainConfig]:
+    """The config with the loss of a method, and a run folder of its own; by its stages if the method has some."""
     objective = objective_of(method)
-    if method in PRETRAINING:
-        first = f"--objective.terms {PRETRAINING[method]!r}"
-        raise ValueError(f"--method: {method!r} takes two runs, expected one with {first} and one from its weights")
     folder = None if config.run_dir is None else f"{config.run_dir}-{method.replace('+', '-')}"
-    return replace(config, objective=objective, run_dir=folder)
+    config = replace(config, objective=objective, run_dir=folder)
+    return pretrained(config, method) if method in PRETRAINING else {"": config}
 
 
 def _without_teacher(config: TrainConfig) -> TrainConfig:

@@ -184,7 +184,8 @@ class Objective(nn.Module):
 
     def columns_sent(self, classes: int) -> int:
         """How many numbers per row go to the other ranks, as the terms with a method ``columns_sent`` say."""
-        return sum(columns_sent(classes) for _, columns_sent in self._methods("columns_sent"))
+        found = self._methods("columns_sent")
+        return sum(columns(classes) for name, columns in found if getattr(self.terms[name], "spans_ranks", False))
 
     def _methods(self, method: str) -> list[tuple[str, Callable[..., Any]]]:
         """The terms' names and methods of this name, of the terms that have it."""

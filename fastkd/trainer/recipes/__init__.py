@@ -26,6 +26,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "cifar100-ckd": cifar.ckd,
     "cifar100-pckd": cifar.pckd,
     "imagenet-r34-r18-dcd": imagenet.resnet34_resnet18_dcd,
+    "imagenet-r34-r18-dcd-as-run": imagenet.resnet34_resnet18_dcd_as_run,
     "imagenet-r34-r18-dcd-kd": imagenet.resnet34_resnet18_dcd_kd,
     "imagenet-r50-r18-dcd": imagenet.resnet50_resnet18_dcd,
     "imagenet-r50-r18-dcd-kd": imagenet.resnet50_resnet18_dcd_kd,
@@ -35,8 +36,14 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "imagenet-r34-r18-pckd": imagenet.resnet34_resnet18_pckd,
     "imagenet-large-batch": imagenet.large_batch,
 }
+# Those of several runs, one after the other: by the names of the stages.
+STAGED_RECIPES: dict[str, Callable[[], dict[str, TrainConfig]]] = {
+    "cifar100-ab": cifar.ab,
+    "cifar100-fsp": cifar.fsp,
+    "cifar100-ft": cifar.ft,
+}
 
 
 def summary(name: str) -> str:
     """The first line of a recipe's docstring."""
-    return (RECIPES[name].__doc__ or "").strip().splitlines()[0]
+    return ((RECIPES.get(name) or STAGED_RECIPES[name]).__doc__ or "").strip().splitlines()[0]
