@@ -10,10 +10,11 @@ import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 import tyro
 
@@ -25,8 +26,9 @@ from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.options import options_class
 from fastkd.trainer.imports import import_object
 from fastkd.trainer.models.build import ModelConfig
-from fastkd.trainer.objective.config import describe_terms
+from fastkd.trainer.objective.config import ObjectiveConfig, describe_terms
 from fastkd.trainer.objective.objective import needs
+from fastkd.trainer.objective.terms.registry import TERMS
 from fastkd.trainer.recipes import RECIPES, STAGED_RECIPES, summary
 from fastkd.trainer.recipes.methods import PRETRAINING, SUMS, objective_of
 from fastkd.trainer.recipes.stages import pretrained
@@ -40,7 +42,8 @@ _NOTE = """
 
 Another --student.name (teacher, data too) drops the recipe's options, layers and weights of that model.
 --student.options '{"width": 8}' (teacher, data too) replaces all options, as JSON. --teacher.name NAME gives a teacher
-to a recipe that has none. Run `fastkd train RECIPE --help-verbose` for what each flag does."""
+to a recipe that has none. Run `fastkd train RECIPE --help-verbose` for what each flag does, and for the options of
+methods that are not in the loss."""
 _USAGE = """\
 usage: fastkd train RECIPE [flags]           every setting of the recipe is a flag
        fastkd train RECIPE --config FILE     settings of a YAML file on top of the recipe's, and flags on top of both
@@ -79,13 +82,13 @@ class Flags(Generic[Options]):
 def recipes_command() -> None:
     """The recipes there are; ``fastkd train NAME --help`` says all of one, ``--dry-run`` what it comes to."""
     print("\n".join(_recipe_lines()))
-    print(textwrap.fill(f"--method chooses the loss of any recipe: {', '.join(SUMS)}", 120))
 
 
 def train_command(arguments: list[str]) -> int:
     """Run ``fastkd train`` with these arguments and return the exit status."""
     if arguments[:1] in ([], ["-h"], ["--help"]):
         print(_USAGE + "\n".join(f"  {line}" for line in _recipe_lines()))
+        print(textwrap.fill(f"--method NAME takes the loss of a method: {', '.join(SUMS)}", 120))
         return 0
     # The user's own recipes, models and datasets usually lie in the current folder, which a console script lacks.
     sys.path.insert(0, os.getcwd())
@@ -196,7 +199,8 @@ def _parse(name: str, text: str, config: TrainConfig, arguments: list[str]) -> F
             object.__setattr__(options, field, tyro.MISSING)  # tyro asks for it
     without = replace(config, data=replace(config.data, options={}))  # they have flags of their own
     generic: Any = Flags
-    with errors_in_one_line(rest, _names_of_flags(without, options)):
+    hidden = set(TERMS) - set(config.objective.weights) if {"-h", "--help"} & set(rest) else set()
+    with errors_in_one_line(rest, _names_of_flags(without, options)), _objective_flags(hidden):
         flags: Flags[Any] = tyro.cli(
             generic[kind or dict[str, Any]],
             prog=f"fastkd train {name}".strip(),
@@ -223,6 +227,29 @@ def _parse(name: str, text: str, config: TrainConfig, arguments: list[str]) -> F
     if flags.ranks is not None and (flags.ranks < 1 or not flags.dry_run):
         raise ValueError(f"--ranks: got {flags.ranks}, expected a number of ranks, with --dry-run")
     return flags
+
+
+def _objective_flags(hidden: Set[str]) -> AbstractContextManager[Any]:
+    """Within it, tyro does not know the flags of these terms: ``--help`` is short enough to be read."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.struct_rule
+    def _rule(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+        if info.type is not ObjectiveConfig:
+            return None
+        hints = get_type_hints(ObjectiveConfig)
+        parts = tuple(
+            tyro.constructors.StructFieldSpec(
+                name=part.name,
+                type=Annotated[hints[part.name], tyro.conf.Suppress] if part.name in hidden else hints[part.name],  # type: ignore[arg-type]
+                default=getattr(info.default, part.name),
+                helptext=f"options of {part.name}." if part.name != "terms" else "the sum of terms and their weights.",
+            )
+            for part in fields(ObjectiveConfig)
+        )
+        return tyro.constructors.StructConstructorSpec(instantiate=ObjectiveConfig, fields=parts)
+
+    return registry
 
 
 def parse_json(flag: str, text: str) -> dict[str, Any]:
@@ -332,7 +359,7 @@ def _with_parts(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
         elif current is not None and name not in (None, current.name):
             of_the_old: dict[str, Any] = {"options": {}}
             if part != "data":
-                of_the_old |= dict.fromkeys(("classifier", "feature_map", "weights", "normalization"))
+                of_the_old |= dict.fromkeys(("classifier", "feature_map", "taps", "weights", "normalization"))
             current = replace(current, name=name, **of_the_old)
         if options is not None:
             flag = f"--{part}.options"
