@@ -31,6 +31,30 @@ if TYPE_CHECKING:
         MSDCRDConfig,
         PCKDConfig,
     )
+    from fastkd.trainer.objective.options.logits import (
+        CTKDConfig,
+        DISTConfig,
+        DKDConfig,
+        IPWDConfig,
+        LSKDConfig,
+        MLKDConfig,
+        WSLDConfig,
+    )
+    from fastkd.trainer.objective.options.maps import (
+        ABConfig,
+        ATConfig,
+        FitNetConfig,
+        FTConfig,
+        NORMConfig,
+        NSTConfig,
+        OFDConfig,
+        ParaphraserConfig,
+        ReviewKDConfig,
+        SimKDConfig,
+        SRRLConfig,
+        VIDConfig,
+    )
+    from fastkd.trainer.objective.options.relations import CCConfig, CRDConfig, PKTConfig, RKDConfig, SPConfig
     from fastkd.trainer.objective.terms.registry import TERMS
     from fastkd.trainer.optim import OptimConfig
     from fastkd.trainer.pulse import RankLostError
@@ -40,6 +64,7 @@ if TYPE_CHECKING:
     from fastkd.trainer.run.loop import TrainResult, train
     from fastkd.trainer.run.meter import NonFiniteLossError
     from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint, load_weights
+    from fastkd.trainer.run.stages import train_stages
 
 _HOME = {
     "callbacks": ("Callback",),
@@ -54,6 +79,14 @@ _HOME = {
     "models.features": ("FeatureModel", "ModelOutput", "ModelShapes", "find_classifier"),
     "objective.config": ("ObjectiveConfig",),
     "objective.options.fused": (*("CEConfig", "CKDConfig", "DCDConfig", "KDConfig", "MSDCRDConfig", "PCKDConfig"),),
+    "objective.options.logits": (
+        *("CTKDConfig", "DISTConfig", "DKDConfig", "IPWDConfig", "LSKDConfig", "MLKDConfig", "WSLDConfig"),
+    ),
+    "objective.options.relations": ("CCConfig", "CRDConfig", "PKTConfig", "RKDConfig", "SPConfig"),
+    "objective.options.maps": (
+        *("ABConfig", "ATConfig", "FitNetConfig", "FTConfig", "NORMConfig", "NSTConfig", "OFDConfig"),
+        *("ParaphraserConfig", "ReviewKDConfig", "SimKDConfig", "SRRLConfig", "VIDConfig"),
+    ),
     "objective.objective": ("Objective",),
     "objective.terms.registry": ("TERMS",),
     "optim": ("OptimConfig",),
@@ -64,36 +97,61 @@ _HOME = {
     "run.evaluate": ("evaluate",),
     "run.loop": ("TrainResult", "train"),
     "run.meter": ("NonFiniteLossError",),
+    "run.stages": ("train_stages",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "RECIPES",
     "TERMS",
+    "ABConfig",
+    "ATConfig",
     "BrokenImagesError",
+    "CCConfig",
     "CEConfig",
     "CKDConfig",
+    "CRDConfig",
+    "CTKDConfig",
     "Callback",
     "CheckpointError",
     "DCDConfig",
+    "DISTConfig",
+    "DKDConfig",
     "DataConfig",
     "Distiller",
     "EvalResult",
+    "FTConfig",
     "FeatureModel",
+    "FitNetConfig",
+    "IPWDConfig",
     "KDConfig",
+    "LSKDConfig",
+    "MLKDConfig",
     "MSDCRDConfig",
     "ModelConfig",
     "ModelOutput",
     "ModelShapes",
+    "NORMConfig",
+    "NSTConfig",
     "NonFiniteLossError",
+    "OFDConfig",
     "Objective",
     "ObjectiveConfig",
     "OptimConfig",
     "PCKDConfig",
+    "PKTConfig",
+    "ParaphraserConfig",
+    "RKDConfig",
     "RankLostError",
+    "ReviewKDConfig",
+    "SPConfig",
+    "SRRLConfig",
+    "SimKDConfig",
     "TensorImages",
     "TrainConfig",
     "TrainResult",
+    "VIDConfig",
+    "WSLDConfig",
     "build_model",
     "evaluate",
     "evaluate_checkpoint",
@@ -105,6 +163,7 @@ __all__ = [
     "load_weights",
     "published_teacher",
     "train",
+    "train_stages",
     "weights_hash",
 ]
 

@@ -1,12 +1,15 @@
 """Every recipe: what it says of its sources, and what the sources say."""
 
+import dataclasses
+import math
+
 import pytest
 
 from fastkd.cli import main
-from fastkd.trainer import RECIPES, TrainConfig
+from fastkd.trainer import RECIPES, DCDConfig, TrainConfig
 from fastkd.trainer.commands.reopen import is_known_model
 from fastkd.trainer.models.build import torchvision_weights
-from fastkd.trainer.recipes import summary
+from fastkd.trainer.recipes import STAGED_RECIPES, summary
 
 SOURCES = {"dcd": "2407.11802", "pckd": "2410.14143", "ckd": "2404.14109"}
 
@@ -42,20 +45,33 @@ def settings(name: str) -> tuple:
     optim = config.optim
     return (
         *(config.objective.terms, config.epochs, config.data.batch_size, optim.name, optim.lr, optim.weight_decay),
-        optim.milestones or optim.schedule,
+        *(optim.milestones or optim.schedule, optim.momentum, optim.nesterov, optim.warmup_epochs),
+        *(optim.decayed, config.data.drop_last, optim.per_epoch),
     )
 
 
 def test_settings_are_those_of_the_sources():
     steps, imagenet_steps = (150, 180, 210), (30, 60, 90)
+    # momentum without Nesterov and warm-up; what decays, whether the last batch is dropped, steps or epochs
+    plain = (0.9, False, 0.0)
+    ours, cifar = (*plain, "weights", True, False), (*plain, "all", False)
     for pair in ("r34-r18", "r50-r18", "r50-mv2"):
-        expected = (120, 256, "sgd", 0.1, 1e-4, imagenet_steps)
+        expected = (120, 256, "sgd", 0.1, 1e-4, imagenet_steps, *ours)
         assert settings(f"imagenet-{pair}-dcd") == ("dcd", *expected)
         assert settings(f"imagenet-{pair}-dcd-kd") == ("dcd + kd", *expected)
-    assert settings("imagenet-r34-r18-ckd") == ("10*ckd", 200, 512, "sgd", 0.2, 1e-4, "cosine")
-    assert settings("cifar100-ckd") == ("100*ckd", 480, 64, "sgd", 0.05, 5e-4, "cosine")
+    assert settings("imagenet-r34-r18-ckd") == ("10*ckd", 200, 512, "sgd", 0.2, 1e-4, "cosine", *ours)
+    assert settings("cifar100-ckd") == ("100*ckd", 480, 64, "sgd", 0.05, 5e-4, "cosine", *cifar, True)
     for name, terms in (("dcd-kd", "dcd + kd"), ("pckd", "pckd"), ("resnet32x4", "ce"), ("wrn-40-2", "ce")):
-        assert settings(f"cifar100-{name}") == (terms, 240, 64, "sgd", 0.05, 5e-4, steps)
+        assert settings(f"cifar100-{name}") == (terms, 240, 64, "sgd", 0.05, 5e-4, steps, *cifar, False)
+    assert RECIPES["cifar100-dcd-kd"]().objective.dcd.consistency == "teacher||student"
+    pckd = RECIPES["cifar100-pckd"]().objective.pckd
+    assert (pckd.first_epoch, pckd.preview_gradient, pckd.category_eps) == (1, True, 1e-7)
+    as_run, paper = (RECIPES[f"imagenet-r34-r18-dcd{variant}"]() for variant in ("-as-run", ""))
+    assert as_run.objective.dcd == DCDConfig(
+        consistency="teacher||student", learnable=False, temperature=math.exp(-1), group="local"
+    )
+    assert as_run.optim == dataclasses.replace(paper.optim, decayed="all")
+    assert as_run.data.options == {**paper.data.options, "min_scale": 0.1, "max_aspect": 1.25}
     large = RECIPES["imagenet-large-batch"]()
     assert (large.data.batch_size, large.optim.warmup_epochs, large.objective.ce.label_smoothing) == (16384, 5, 0.1)
 
@@ -76,5 +92,5 @@ def test_teachers_are_published_weights_or_another_recipes_run():
 def test_fastkd_recipes_lists_them_a_line_each(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(RECIPES)
-    assert all(line.endswith(summary(name)) for line, name in zip(lines, RECIPES, strict=True))
+    assert [line.split()[0] for line in lines] == [*RECIPES, *STAGED_RECIPES]
+    assert all(line.endswith(summary(line.split()[0])) for line in lines)
