@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastkd.cli import main
 from fastkd.trainer import FeatureModel, ModelConfig, build_model, published_teacher
 from fastkd.trainer.commands.reopen import is_known_model
+from fastkd.trainer.commands.train import parse_flags
 from fastkd.trainer.models.cifar import NETWORKS
 from fastkd.trainer.models.features import measure_shapes
 from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_weights
@@ -106,6 +108,22 @@ def test_a_published_teacher_is_read_from_the_file_of_the_benchmark(tmp_path: Pa
         find_weights(teacher.weights).load_into(model)
     with pytest.raises(ValueError, match=r"name: got 'vgg8', expected one of \['ResNet50', "):
         published_teacher("vgg8")
+
+
+def test_the_file_of_a_published_teacher_says_which_model_it_is_and_how_accurate(capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = "teachers/vgg13_vanilla/ckpt_epoch_240.pth"
+    flags = ["--data.options.root", "x", "--teacher.weights", weights]
+    for recipe in ("cifar100-dcd-kd", "cifar100-resnet32x4"):  # with another teacher, and with none
+        teacher = parse_flags([recipe, *flags]).settings.teacher
+        assert teacher == published_teacher("vgg13")
+    assert parse_flags([recipe, *flags, "--teacher.min-accuracy", "0.5"]).settings.teacher.min_accuracy == 0.5
+    other = parse_flags([recipe, *flags, "--teacher.name", "cifar:vgg8"]).settings.teacher
+    assert (other.name, other.min_accuracy) == ("cifar:vgg8", None)
+    with pytest.raises(ValueError, match=r"expected a run, or --teacher\.name too"):
+        parse_flags([recipe, *flags[:-1], "teachers/vgg8_vanilla/ckpt_epoch_240.pth"])
+    assert main(["train", recipe, *flags]) == 1
+    assert f"is not there; download http://shape2prog.csail.mit.edu/repo/{weights[9:]}" in capsys.readouterr().err
 
 
 def test_bad_names_and_depths_are_told() -> None:
