@@ -15,9 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastkd.trainer import ModelConfig, build_model, published_teacher
+from fastkd.cli import main
+from fastkd.trainer import FeatureModel, ModelConfig, build_model, published_teacher
 from fastkd.trainer.commands.reopen import is_known_model
+from fastkd.trainer.commands.train import parse_flags
 from fastkd.trainer.models.cifar import NETWORKS
+from fastkd.trainer.models.features import measure_shapes
 from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_weights
 
 GOLDEN = json.loads(Path(__file__).parents[1].joinpath("golden", "cifar_networks.json").read_text())
@@ -71,24 +74,20 @@ def test_a_network_computes_what_the_benchmarks_compute_and_taps_give_their_maps
     with torch.device("meta"):
         model = NETWORKS[name]().double().eval()
     model.load_state_dict(filled(model.state_dict()), assign=True)
-    taps = model.tap_layers
-    calls: dict[str, list[Tensor]] = {}
-    for layer in {taps["stem"], *taps["maps"], *taps["preactivations"]}:
-        model.get_submodule(layer).register_forward_hook(
-            lambda _layer, _args, value, layer=layer: calls.setdefault(layer, []).append(value)
-        )
+    wrapped = FeatureModel(model)
+    shapes = measure_shapes(wrapped, picture(), taps=True, preactivations=True).taps
     with torch.no_grad():
-        logits = model(picture())
-    assert {len(values) for values in calls.values()} == {1}
-    # Read after the whole pass: a layer that works in place would have changed them.
-    assert fingerprint(logits) == pytest.approx(expected["logits"], rel=1e-10)
+        output = wrapped(picture())
+    assert fingerprint(output.logits) == pytest.approx(expected["logits"], rel=1e-10)
+    assert shapes is not None
+    assert output.taps is not None
     for kind in ("maps", "preactivations"):
-        found = [calls[layer][0] for layer in (taps["stem"], *taps[kind])]
+        found = [output.taps.stem, *getattr(output.taps, kind)]
         assert [list(value.shape[1:]) for value in found] == expected["shapes"], kind
         assert [fingerprint(value) for value in found] == pytest.approx(expected[kind], rel=1e-10), kind
-    norms = taps["norms"]
-    assert norms == expected["norms"]
-    assert all(norm is None or isinstance(model.get_submodule(norm), nn.BatchNorm2d) for norm in norms)
+    norms = [None if norm is None else model.get_submodule(norm) for norm in expected["norms"]]
+    assert list(shapes.norms) == norms
+    assert all(norm is None or isinstance(norm, nn.BatchNorm2d) for norm in norms)
 
 
 def test_a_published_teacher_is_read_from_the_file_of_the_benchmark(tmp_path: Path) -> None:
@@ -109,6 +108,22 @@ def test_a_published_teacher_is_read_from_the_file_of_the_benchmark(tmp_path: Pa
         find_weights(teacher.weights).load_into(model)
     with pytest.raises(ValueError, match=r"name: got 'vgg8', expected one of \['ResNet50', "):
         published_teacher("vgg8")
+
+
+def test_the_file_of_a_published_teacher_says_which_model_it_is_and_how_accurate(capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = "teachers/vgg13_vanilla/ckpt_epoch_240.pth"
+    flags = ["--data.options.root", "x", "--teacher.weights", weights]
+    for recipe in ("cifar100-dcd-kd", "cifar100-resnet32x4"):  # with another teacher, and with none
+        teacher = parse_flags([recipe, *flags]).settings.teacher
+        assert teacher == published_teacher("vgg13")
+    assert parse_flags([recipe, *flags, "--teacher.min-accuracy", "0.5"]).settings.teacher.min_accuracy == 0.5
+    other = parse_flags([recipe, *flags, "--teacher.name", "cifar:vgg8"]).settings.teacher
+    assert (other.name, other.min_accuracy) == ("cifar:vgg8", None)
+    with pytest.raises(ValueError, match=r"expected a run, or --teacher\.name too"):
+        parse_flags([recipe, *flags[:-1], "teachers/vgg8_vanilla/ckpt_epoch_240.pth"])
+    assert main(["train", recipe, *flags]) == 1
+    assert f"is not there; download http://shape2prog.csail.mit.edu/repo/{weights[9:]}" in capsys.readouterr().err
 
 
 def test_bad_names_and_depths_are_told() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.models.features import ModelOutput
 from fastkd.trainer.precision import autocast
 from fastkd.trainer.run.distiller import Distiller
 
@@ -57,14 +59,12 @@ def memory_of(
         output = student(images)
     activations = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     found["student's activations"] = activations if chunks > 1 else views * activations
-    outputs = (
-        2 * views * _bytes(value for value in vars(output).values() if isinstance(value, Tensor))
-    )  # with their gradients
+    outputs = 2 * views * _bytes_of(output)  # with their gradients
     if teacher is not None:
         with LiveBytes() as live, autocast(images.device, config.precision):
             taught = teacher(images)
         found["teacher's forward pass"] = live.peak
-        outputs += views * _bytes(value for value in vars(taught).values() if isinstance(value, Tensor))
+        outputs += views * _bytes_of(taught)
     if chunks > 1:
         found["outputs of all chunks"] = outputs * rows // part
     if world_size > 1:
@@ -103,6 +103,10 @@ class LiveBytes(TorchDispatchMode):
         if self._views[key] == 0:
             del self._views[key]
             self.live -= size
+
+
+def _bytes_of(output: ModelOutput) -> int:
+    return _bytes(value for value in tree_leaves(list(vars(output).values())) if isinstance(value, Tensor))
 
 
 def _bytes(tensors: Any) -> int:

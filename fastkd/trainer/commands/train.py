@@ -10,28 +10,30 @@ import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 import tyro
 
 from fastkd.trainer.commands.dry_run import plan
 from fastkd.trainer.commands.messages import errors_in_one_line
-from fastkd.trainer.commands.reopen import is_known_model
 from fastkd.trainer.commands.seeds import train_seeds
+from fastkd.trainer.commands.teacher import teacher_of_weights
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.options import options_class
 from fastkd.trainer.imports import import_object
 from fastkd.trainer.models.build import ModelConfig
-from fastkd.trainer.objective.config import describe_terms
+from fastkd.trainer.models.cifar.teachers import TEACHER_URL, published_teacher_in
+from fastkd.trainer.objective.config import ObjectiveConfig, describe_terms
 from fastkd.trainer.objective.objective import needs
+from fastkd.trainer.objective.terms.registry import TERMS
 from fastkd.trainer.recipes import RECIPES, STAGED_RECIPES, summary
 from fastkd.trainer.recipes.methods import PRETRAINING, SUMS, objective_of
 from fastkd.trainer.recipes.stages import pretrained
 from fastkd.trainer.run.loop import train
-from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint, read_manifest
 from fastkd.trainer.run.saved.config_file import read_config
 from fastkd.trainer.run.stages import linked, links_of, put, train_stages
 
@@ -40,7 +42,8 @@ _NOTE = """
 
 Another --student.name (teacher, data too) drops the recipe's options, layers and weights of that model.
 --student.options '{"width": 8}' (teacher, data too) replaces all options, as JSON. --teacher.name NAME gives a teacher
-to a recipe that has none. Run `fastkd train RECIPE --help-verbose` for what each flag does."""
+to a recipe that has none. Run `fastkd train RECIPE --help-verbose` for what each flag does, and for the options of
+methods that are not in the loss."""
 _USAGE = """\
 usage: fastkd train RECIPE [flags]           every setting of the recipe is a flag
        fastkd train RECIPE --config FILE     settings of a YAML file on top of the recipe's, and flags on top of both
@@ -79,13 +82,13 @@ class Flags(Generic[Options]):
 def recipes_command() -> None:
     """The recipes there are; ``fastkd train NAME --help`` says all of one, ``--dry-run`` what it comes to."""
     print("\n".join(_recipe_lines()))
-    print(textwrap.fill(f"--method chooses the loss of any recipe: {', '.join(SUMS)}", 120))
 
 
 def train_command(arguments: list[str]) -> int:
     """Run ``fastkd train`` with these arguments and return the exit status."""
     if arguments[:1] in ([], ["-h"], ["--help"]):
         print(_USAGE + "\n".join(f"  {line}" for line in _recipe_lines()))
+        print(textwrap.fill(f"--method NAME takes the loss of a method: {', '.join(SUMS)}", 120))
         return 0
     # The user's own recipes, models and datasets usually lie in the current folder, which a console script lacks.
     sys.path.insert(0, os.getcwd())
@@ -196,7 +199,8 @@ def _parse(name: str, text: str, config: TrainConfig, arguments: list[str]) -> F
             object.__setattr__(options, field, tyro.MISSING)  # tyro asks for it
     without = replace(config, data=replace(config.data, options={}))  # they have flags of their own
     generic: Any = Flags
-    with errors_in_one_line(rest, _names_of_flags(without, options)):
+    hidden = set(TERMS) - set(config.objective.weights) if {"-h", "--help"} & set(rest) else set()
+    with errors_in_one_line(rest, _names_of_flags(without, options)), _objective_flags(hidden):
         flags: Flags[Any] = tyro.cli(
             generic[kind or dict[str, Any]],
             prog=f"fastkd train {name}".strip(),
@@ -223,6 +227,29 @@ def _parse(name: str, text: str, config: TrainConfig, arguments: list[str]) -> F
     if flags.ranks is not None and (flags.ranks < 1 or not flags.dry_run):
         raise ValueError(f"--ranks: got {flags.ranks}, expected a number of ranks, with --dry-run")
     return flags
+
+
+def _objective_flags(hidden: Set[str]) -> AbstractContextManager[Any]:
+    """Within it, tyro does not know the flags of these terms: ``--help`` is short enough to be read."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.struct_rule
+    def _rule(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+        if info.type is not ObjectiveConfig:
+            return None
+        hints = get_type_hints(ObjectiveConfig)
+        parts = tuple(
+            tyro.constructors.StructFieldSpec(
+                name=part.name,
+                type=Annotated[hints[part.name], tyro.conf.Suppress] if part.name in hidden else hints[part.name],  # type: ignore[arg-type]
+                default=getattr(info.default, part.name),
+                helptext=f"options of {part.name}." if part.name != "terms" else "the sum of terms and their weights.",
+            )
+            for part in fields(ObjectiveConfig)
+        )
+        return tyro.constructors.StructConstructorSpec(instantiate=ObjectiveConfig, fields=parts)
+
+    return registry
 
 
 def parse_json(flag: str, text: str) -> dict[str, Any]:
@@ -325,14 +352,14 @@ def _with_parts(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     for part in PARTS:
         name, options = given[f"{part}.name"], given[f"{part}.options"]
         current = getattr(config, part)
-        if part == "teacher" and given["teacher.weights"] is not None and current is None:
-            current = _model_of_run(given["teacher.weights"], name)
+        if part == "teacher" and given["teacher.weights"] is not None:
+            current = teacher_of_weights(given["teacher.weights"], name, current)
         if current is None and name is not None:
             current = ModelConfig(name=name)
         elif current is not None and name not in (None, current.name):
             of_the_old: dict[str, Any] = {"options": {}}
             if part != "data":
-                of_the_old |= dict.fromkeys(("classifier", "feature_map", "weights", "normalization"))
+                of_the_old |= dict.fromkeys(("classifier", "feature_map", "taps", "weights", "normalization"))
             current = replace(current, name=name, **of_the_old)
         if options is not None:
             flag = f"--{part}.options"
@@ -343,27 +370,14 @@ def _with_parts(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     return config
 
 
-def _model_of_run(path: str, name: str | None) -> ModelConfig | None:
-    """The model that a run trained, if ``path`` is one and its model has this name, or no name was given."""
-    if not Path(path).is_dir():
-        if name is None:
-            what = "is not a run folder" if Path(path).exists() else "is not there"
-            raise ValueError(f"--teacher.weights: got {path!r}, which {what}, expected a run, or --teacher.name too")
-        return None
-    try:
-        saved = TrainConfig.from_dict(read_manifest(find_checkpoint(path))["config"]).student
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its config is not valid ({error})") from None
-    if saved is None or (name is None and not is_known_model(saved.name)):
-        raise ValueError(f"--teacher.weights: {path!r} does not say which model it is of, expected --teacher.name too")
-    return saved.without_weights() if name in (None, saved.name) else None
-
-
 def _check_teacher_is_there(config: TrainConfig) -> None:
-    """Raise ValueError that names the recipe to run first, if the teacher is another recipe's run and not there."""
+    """Raise ValueError if a published teacher, or one that another recipe trains, is not there. It says what to do."""
     weights = None if config.teacher is None else config.teacher.weights
     if weights is None or Path(weights).exists() or config.resume:
         return
+    if (published := published_teacher_in(weights)) is not None:
+        address = TEACHER_URL.format(name=published.name.removeprefix("cifar:"))
+        raise ValueError(f"teacher.weights: {weights} is not there; download {address}")
     first = next((name for name, recipe in RECIPES.items() if recipe().run_dir == weights), None)
     if first is not None:
         raise ValueError(

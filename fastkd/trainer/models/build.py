@@ -27,6 +27,8 @@ class ModelConfig:
         num_classes: the width of the logits. None leaves it to the builder.
         classifier: the name of the classifier layer, such as ``head.fc``. None finds it.
         feature_map: the name of the layer whose output is the last feature map, such as ``layer4``. None finds it.
+        taps: the names of the layers whose outputs are the intermediate maps, from the first stage to the last, such as
+            ``layer1 layer2 layer3``. None finds them. Student and teacher need equally many.
         weights: a file of weights (``.safetensors``, or what ``torch.save`` wrote), a fastkd checkpoint or run folder.
         pretrained: take the published weights of timm / torchvision, which are downloaded. ``weights`` switch it off.
         normalization: (means, standard deviations) of the channels of the images that the weights were trained with.
@@ -45,6 +47,7 @@ class ModelConfig:
     num_classes: int | None = None
     classifier: str | None = None
     feature_map: str | None = None
+    taps: tuple[str, ...] | None = None
     weights: str | None = None
     pretrained: bool = False
     normalization: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
@@ -59,6 +62,10 @@ class ModelConfig:
         if self.num_classes is not None:
             check_int("model.num_classes", self.num_classes, 1)
         check_type("model.options", self.options, dict)
+        if self.taps is not None:
+            check_type("model.taps", self.taps, (tuple, list))
+            for name in self.taps:
+                check_type("model.taps", name, str)
         check_type("model.pretrained", self.pretrained, bool)
         if self.weights is not None:
             object.__setattr__(self, "pretrained", False)

@@ -18,6 +18,20 @@ from fastkd.trainer.objective.options.logits import (
     MLKDConfig,
     WSLDConfig,
 )
+from fastkd.trainer.objective.options.maps import (
+    ABConfig,
+    ATConfig,
+    FitNetConfig,
+    FTConfig,
+    NORMConfig,
+    NSTConfig,
+    OFDConfig,
+    ParaphraserConfig,
+    ReviewKDConfig,
+    SimKDConfig,
+    SRRLConfig,
+    VIDConfig,
+)
 from fastkd.trainer.objective.options.relations import CCConfig, CRDConfig, PKTConfig, RKDConfig, SPConfig
 from fastkd.validate import check_type
 
@@ -52,6 +66,18 @@ class ObjectiveConfig:
         pkt: options of PKT.
         sp: options of SP.
         crd: options of CRD.
+        fitnet: options of FitNet.
+        at: options of AT.
+        nst: options of NST.
+        vid: options of VID.
+        ab: options of AB.
+        paraphraser: options of the first stage of FT.
+        ft: options of FT.
+        ofd: options of OFD.
+        reviewkd: options of ReviewKD.
+        simkd: options of SimKD.
+        srrl: options of SRRL.
+        norm: options of NORM.
     """
 
     terms: str = "ce+kd+dcd"
@@ -73,6 +99,18 @@ class ObjectiveConfig:
     pkt: PKTConfig = field(default_factory=PKTConfig)
     sp: SPConfig = field(default_factory=SPConfig)
     crd: CRDConfig = field(default_factory=CRDConfig)
+    fitnet: FitNetConfig = field(default_factory=FitNetConfig)
+    at: ATConfig = field(default_factory=ATConfig)
+    nst: NSTConfig = field(default_factory=NSTConfig)
+    vid: VIDConfig = field(default_factory=VIDConfig)
+    ab: ABConfig = field(default_factory=ABConfig)
+    paraphraser: ParaphraserConfig = field(default_factory=ParaphraserConfig)
+    ft: FTConfig = field(default_factory=FTConfig)
+    ofd: OFDConfig = field(default_factory=OFDConfig)
+    reviewkd: ReviewKDConfig = field(default_factory=ReviewKDConfig)
+    simkd: SimKDConfig = field(default_factory=SimKDConfig)
+    srrl: SRRLConfig = field(default_factory=SRRLConfig)
+    norm: NORMConfig = field(default_factory=NORMConfig)
 
     def __post_init__(self) -> None:
         _ = self.weights

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.trainer.models.features import ModelOutput, ModelShapes
+from fastkd.trainer.models.extended import ExtendedModel
+from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShapes
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.objective.terms.base import CallableTerm, TermFunction
 from fastkd.trainer.objective.terms.registry import TERMS
@@ -23,10 +24,31 @@ _RESERVED = {"kind", "step", "epoch", "lr", "loss", "accuracy", "eval_loss", "gr
 
 
 def needs(what: str, config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
-    """Whether any term needs the ``"teacher"``, the ``"features"`` or the ``"maps"``: see ``objective.terms.base``."""
+    """Whether any term has ``needs_WHAT``, such as ``"teacher"`` or ``"taps"``: see ``objective.terms.base``."""
     known = {**TERMS, **(terms or {})}
-    default = what != "maps"
-    return any(getattr(known.get(name), f"needs_{what}", default) for name in config.weights)
+    default = what in ("teacher", "features")
+    found = [getattr(known.get(name), f"needs_{what}", default) for name in config.weights]
+    return any(value(config) if callable(value) else value for value in found)
+
+
+def extended_student(
+    config: ObjectiveConfig, student: FeatureModel, teacher: FeatureModel, own: ModelShapes, other: ModelShapes
+) -> nn.Module | None:
+    """The student with the layers that a method gives it for good; None if no method does.
+
+    ``own`` and ``other`` are the shapes of the student and of the teacher.
+
+    Raises ValueError: two methods would, or one has already.
+    """
+    found = [name for name in config.weights if hasattr(TERMS.get(name), "extend_student")]
+    if not found:
+        return None
+    if len(found) > 1 or isinstance(student.model, ExtendedModel):
+        raise ValueError(
+            f"objective.terms: got {config.terms!r}, expected a student that is extended once, by {found[0]} alone"
+        )
+    extend: Callable[..., nn.Module] = getattr(TERMS[found[0]], "extend_student")  # noqa: B009 (not of every builder)
+    return extend(config, student, teacher, own, other)
 
 
 def additions_of(config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> list[str]:

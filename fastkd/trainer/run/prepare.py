@@ -22,7 +22,13 @@ from fastkd.trainer.objective.objective import additions_of
 from fastkd.trainer.objective.terms.base import TermFunction
 from fastkd.trainer.precision import DTYPES
 from fastkd.trainer.run.check import check_classes, check_fit, check_outputs, origin_of, range_of_labels
-from fastkd.trainer.run.distiller import Distiller, build_distiller, takes_classes, weights_hash
+from fastkd.trainer.run.distiller import (
+    Distiller,
+    build_distiller,
+    load_paraphraser,
+    takes_classes,
+    weights_hash,
+)
 from fastkd.trainer.run.ranks import Ranks
 from fastkd.trainer.run.state import Identity
 
@@ -125,6 +131,8 @@ def build_models(
     distiller = build_distiller(
         config, data.sample, student=student, teacher=teacher, terms=terms, tell=told.append
     ).to(device)
+    if not resumed:
+        told += load_paraphraser(distiller, config.objective.ft.paraphraser)
     outputs = check_fit(config, distiller, data.sample, data.batches, data.train_set, data.eval_set)
     if not resumed:
         check_outputs(outputs, names_of_classes(data.train_set))
@@ -180,6 +188,7 @@ def prepare(
                 f"sync_batchnorm: got True with {ranks.world_size} rank(s) on {device.type}, expected several on CUDA"
             )
         student.model = nn.SyncBatchNorm.convert_sync_batchnorm(student.model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(distiller.objective)  # those of connectors
     if config.student is not None and ranks.is_main:
         own = trained_normalization(config.student, student.model)
         if own is not None and data_normalization is not None and not _same(own, data_normalization):

@@ -42,3 +42,12 @@ def published_teacher(name: str, folder: str = "teachers") -> ModelConfig:
         weights=str(Path(folder) / TEACHER_FILE.format(name=name)),
         min_accuracy=round((PUBLISHED_ACCURACY[name] - _ALLOWED_LOSS) / 100, 4),
     )
+
+
+def published_teacher_in(path: str) -> ModelConfig | None:
+    """The published teacher whose file ``path`` is, as its folder and its name tell; None for other files."""
+    file = Path(path)
+    name = file.parent.name.removesuffix("_vanilla")
+    if name not in PUBLISHED_ACCURACY or not file.match(TEACHER_FILE.format(name=name)):
+        return None
+    return published_teacher(name, str(file.parent.parent))

@@ -24,7 +24,7 @@ def loss_options(config: Any, loss: Callable[..., Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in known}
 
 
-def check_options(term: str, config: Any, loss: Callable[..., Any], *widths: int) -> None:
+def check_options(term: str, config: Any, loss: Callable[..., Any], *widths: Any) -> None:
     """Raise what the loss says of its options, with the term's name before the argument's: ``kd.temperature: ...``."""
     if hasattr(config, "group"):
         check_choice(f"{term}.group", config.group, GROUPS)

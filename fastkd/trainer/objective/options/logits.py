@@ -18,7 +18,8 @@ class DKDConfig:
         temperature: divides the logits.
         alpha: weight of the divergence of the label's probability.
         beta: weight of the divergence of the other classes.
-        warmup_epochs: in the first epochs the weight of the term rises: e / warmup_epochs in epoch e, counted from 1.
+        warmup_epochs: the weight is multiplied by ``min(epoch / warmup_epochs, 1)``, epochs counted from 1. 0 leaves
+            the warm-up out.
 
     Example:
         >>> config = ObjectiveConfig(terms="ce + dkd", dkd=DKDConfig(beta=2.0))
@@ -30,7 +31,7 @@ class DKDConfig:
     warmup_epochs: int = 20
 
     def __post_init__(self) -> None:
-        check_int("dkd.warmup_epochs", self.warmup_epochs, 1)
+        check_int("dkd.warmup_epochs", self.warmup_epochs, 0)
         check_options("dkd", self, DKDLoss)
 
 
@@ -80,7 +81,7 @@ class LSKDConfig:
 
     def __post_init__(self) -> None:
         check_choice("lskd.loss", self.loss, ("kd", "dkd"))
-        check_int("lskd.warmup_epochs", self.warmup_epochs, 1)
+        check_int("lskd.warmup_epochs", self.warmup_epochs, 0)
         check_options("lskd", self, KDLoss if self.loss == "kd" else DKDLoss)
 
 

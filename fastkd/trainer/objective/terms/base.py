@@ -10,6 +10,8 @@ weights. These attributes, of its class or of a user's module or function, say m
                                     strong view, and ``strong_teacher`` the teacher's
     same_on_ranks                   names of buffers that all ranks change alike, so that they are not sent
     warmth                          a factor of its weight, which may change from epoch to epoch; 1 by default
+    needs_taps                      whether it reads the intermediate maps, ``ModelOutput.taps``; False by default
+    needs_preactivations            whether it reads these before their activations, too; False by default
     unlabelled                      a term that has it is told whether labels may be -1; it then gets them as they are,
                                     and not with the teacher's classes in their place
     spans_ranks                     whether it returns this rank's part of a loss over the global batch, which contains
@@ -17,7 +19,8 @@ weights. These attributes, of its class or of a user's module or function, say m
 
 and these methods: ``set_epoch(epoch)`` is called before every epoch; ``scalars()`` gives further values to log;
 ``columns_sent(classes)`` says how many numbers per row go to the other ranks, for the memory estimate; ``fuses_with``
-and ``fused`` make a pair of terms one computation, see ``KDTerm``.
+and ``fused`` make a pair of terms one computation, see ``KDTerm``; ``extend_student`` of a class gives the student
+layers of the method, see ``SimKDTerm``. Each ``needs_...`` may be a function of the ObjectiveConfig.
 """
 
 from __future__ import annotations
@@ -39,11 +42,13 @@ TermBuilder = Callable[[ObjectiveConfig, ModelShapes, ModelShapes], nn.Module]
 class LossTerm(nn.Module):
     """A module of ``fastkd.losses`` as a term: ``build`` makes it, ``inputs`` are its arguments.
 
-    With ``warmup_epochs`` its weight rises in the first epochs, to all of it in the epoch of this number.
+    With ``warmup_epochs`` the weight of the term rises until the epoch of this number. ``first_epoch`` is the number of
+    the first epoch there.
     """
 
     epoch = 0
-    warmup_epochs = 1
+    warmup_epochs = 0
+    first_epoch = 1
 
     def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:
         super().__init__()
@@ -66,7 +71,7 @@ class LossTerm(nn.Module):
     @property
     def warmth(self) -> float:
         """The factor of the weight in this epoch."""
-        return min((self.epoch + 1) / self.warmup_epochs, 1.0)
+        return min((self.epoch + self.first_epoch) / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
 
     def for_layers(self, *features: Tensor) -> tuple[Tensor, ...]:
         """The features in the dtype of the loss's layers; autocast converts by itself, all but float64."""
@@ -103,3 +108,10 @@ class CallableTerm(nn.Module):
 def one_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both as they are when their dtypes agree, else both in float32."""
     return (student, teacher) if student.dtype == teacher.dtype else (student.float(), teacher.float())
+
+
+def as_linear(classifier: nn.Module | None) -> Any:
+    """A classifier that is a 1x1 convolution as the pair (weight, bias); others as they are."""
+    if isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1) and classifier.groups == 1:
+        return classifier.weight.flatten(1), classifier.bias
+    return classifier

@@ -15,7 +15,7 @@ from fastkd.numerics import accumulation_dtype
 from fastkd.trainer.models.features import ModelOutput, ModelShapes
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.objective.options.check import loss_options
-from fastkd.trainer.objective.terms.base import LossTerm, RelationalTerm, TermBuilder, one_dtype
+from fastkd.trainer.objective.terms.base import LossTerm, RelationalTerm, TermBuilder, as_linear, one_dtype
 from fastkd.validate import NO_LABEL, check_labels
 
 # Where cross-entropy and KD together are one read of the logits; on a CPU torch's own cross-entropy is as fast.
@@ -118,8 +118,8 @@ class PCKDTerm(RelationalTerm):
             *self.for_layers(student.features, teacher.features),
             *one_dtype(student.logits, teacher.logits),
             labels,
-            _as_linear(student.classifier),
-            _as_linear(teacher.classifier),
+            as_linear(student.classifier),
+            as_linear(teacher.classifier),
             self.epoch,
         )
 
@@ -155,13 +155,6 @@ class MSDCRDTerm(RelationalTerm):
         assert student.feature_map is not None
         assert teacher.feature_map is not None
         return (*self.for_layers(student.feature_map, teacher.feature_map), teacher.map_classifier, labels)
-
-
-def _as_linear(classifier: nn.Module | None) -> Any:
-    """A classifier that is a 1x1 convolution as the pair (weight, bias); others as they are."""
-    if isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1) and classifier.groups == 1:
-        return classifier.weight.flatten(1), classifier.bias
-    return classifier
 
 
 TERMS: dict[str, TermBuilder] = {
