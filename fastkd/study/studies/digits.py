@@ -30,6 +30,8 @@ at other networks used test images.) No student had been distilled when all but 
 - The methods that were added as terms later have the weights of their papers, as ``fastkd.trainer.recipes.methods``
   lists them, and no other setting.
 - MLKD has half of the learning rate, as its authors take it on CIFAR-100. With all of it, it diverges here.
+- Methods that compare several maps see the first two of the teacher's three blocks, which have the student's sizes.
+  FSP is left out, because it needs networks of equal widths.
 - CRD contrasts an image with 1,024 others, not with 16,384: there are 1,077 images of other classes.
 - Accuracy: it is measured after the last epoch, so the test images pick nothing. Every student of every method is
   reported.
@@ -68,6 +70,9 @@ SCRATCH_PASSES = STEPS // (LABELLED // BATCH)  # over the labelled images, in as
 DEMO_METHODS = ("ce", "kd", "dcd", "dcd-e", "dcd+kd", "100*ckd", "pckd", "msdcrd", "msdcrd+kd")
 # Methods that are no sum of terms: the terms with options that are not the defaults.
 ABLATIONS = {"dcd-e": ObjectiveConfig(terms="dcd", dcd=DCDConfig(learnable=False, temperature=math.exp(-1)))}
+SEVERAL_MAPS = ("fitnet", "at", "nst", "vid", "ofd", "reviewkd", "ab")
+TAPS = ("features.2", "features.5")
+LEFT_OUT = ("ckd", "fsp")  # "100*ckd" is the same; FSP needs equal widths
 NEGATIVES = 1024  # of CRD
 RATES = {"mlkd": 0.5, "mlkd-paper": 0.5}  # shares of the learning rate, as the methods' authors have them
 ABLATION_NOTE = "DCD, scale e is an ablation: exp(tau) stays at e, as in the authors' code for ImageNet."
@@ -132,7 +137,7 @@ def digits(options: DigitsOptions) -> Study:
 
 def methods() -> tuple[str, ...]:
     """The methods of the demo, and every other one that the trainer has."""
-    return (*DEMO_METHODS, *(method for method in papers.SUMS if method not in (*DEMO_METHODS, "ckd")))
+    return (*DEMO_METHODS, *(method for method in papers.SUMS if method not in (*DEMO_METHODS, *LEFT_OUT)))
 
 
 def objective_of(method: str) -> ObjectiveConfig:
@@ -177,11 +182,12 @@ def student_config(options: DigitsOptions, folder: Path, method: str, seed: int)
     distilled = needs("teacher", objective) or method in papers.PRETRAINING
     passes = 1 if distilled else SCRATCH_PASSES
     config = teacher_config(options)
+    teacher = replace(TEACHER, weights=str(folder / TEACHER_PLACE), taps=TAPS if method in SEVERAL_MAPS else None)
     return replace(
         config,
         student=STUDENT,
         optim=replace(config.optim, lr=RATES.get(method, 1.0) * config.optim.lr),
-        teacher=replace(TEACHER, weights=str(folder / TEACHER_PLACE)) if distilled else None,
+        teacher=teacher if distilled else None,
         data=DataConfig(
             name="digits",
             options=DIGITS,
