@@ -28,7 +28,7 @@ from fastkd.trainer import (
     TrainConfig,
     train,
 )
-from fastkd.trainer.data.additions import Additions
+from fastkd.trainer.data.additions import Additions, stand_ins
 from fastkd.trainer.data.loader import train_loader
 from fastkd.trainer.data.strong import strong_views
 from fastkd.trainer.models.features import measure_shapes
@@ -48,16 +48,6 @@ def build(config: ObjectiveConfig) -> Distiller:
     models = [FeatureModel(network.double()) for network in networks()]
     shapes = [measure_shapes(model, batch()[0].double(), taps=True) for model in models]
     return Distiller(models[0], models[1], Objective(config, *shapes)).double()
-
-
-def additions(rows: int = 8) -> dict[str, Tensor]:
-    """What the trainer's loader would add to ``batch()`` for a data set of 20 samples."""
-    generator = torch.Generator().manual_seed(2)
-    return {
-        "index": torch.arange(rows),
-        "contrast_index": torch.randint(20, (rows, 13), generator=generator),
-        "strong": torch.randn(rows, 1, 4, 4, generator=generator).double(),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +117,8 @@ def test_each_term_is_its_module_on_what_the_models_give() -> None:
     distiller.begin_epoch(2)
     terms = distiller.objective.terms
     before = {name: x.clone() for name, x in terms["crd"].loss.named_buffers()}
-    (images, labels), given = batch(), additions()
+    images, labels = batch()
+    given = stand_ins(distiller.objective.additions, batch(8)[0].flip(0).double(), samples=20, negatives=12)
     total, named = distiller(images.double(), labels, additions=given)
     terms["crd"].loss.load_state_dict({**terms["crd"].loss.state_dict(), **before})
     s, t = distiller.student(images.double()), distiller.teacher(images.double())
