@@ -143,9 +143,10 @@ def extended_like(model: nn.Module, state: Mapping[str, Tensor], source: Any) ->
         check_fields(values, _FIELDS, NOTE)
         how = Extension(**values)
         model.get_submodule(how.layer)
-        first, *_, last = (x for name, x in state.items() if name.startswith("layers.") and x.ndim == 4)
+        first = state["layers.0.weight"]
         if how.kind == "simkd":
-            layers: nn.Module = SimKDLoss(first.shape[1], len(last), len(last) // len(first)).projector
+            wide = len(state["layers.6.weight"])
+            layers: nn.Module = SimKDLoss(first.shape[1], wide, wide // len(first)).projector
             weight = state["classifier.weight"]
             then: nn.Module = nn.Linear(weight.shape[1], len(weight), bias="classifier.bias" in state)
         elif how.kind == "norm":
