@@ -30,6 +30,15 @@ if TYPE_CHECKING:
         MSDCRDConfig,
         PCKDConfig,
     )
+    from fastkd.trainer.objective.options.logits import (
+        CTKDConfig,
+        DISTConfig,
+        DKDConfig,
+        IPWDConfig,
+        LSKDConfig,
+        MLKDConfig,
+        WSLDConfig,
+    )
     from fastkd.trainer.objective.options.maps import (
         ABConfig,
         ATConfig,
@@ -44,6 +53,7 @@ if TYPE_CHECKING:
         SRRLConfig,
         VIDConfig,
     )
+    from fastkd.trainer.objective.options.relations import CCConfig, CRDConfig, PKTConfig, RKDConfig, SPConfig
     from fastkd.trainer.objective.terms.registry import TERMS
     from fastkd.trainer.optim import OptimConfig
     from fastkd.trainer.pulse import RankLostError
@@ -53,6 +63,7 @@ if TYPE_CHECKING:
     from fastkd.trainer.run.loop import TrainResult, train
     from fastkd.trainer.run.meter import NonFiniteLossError
     from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint, load_weights
+    from fastkd.trainer.run.stages import train_stages
 
 _HOME = {
     "callbacks": ("Callback",),
@@ -66,6 +77,10 @@ _HOME = {
     "models.features": ("FeatureModel", "ModelOutput", "ModelShapes", "find_classifier"),
     "objective.config": ("ObjectiveConfig",),
     "objective.options.fused": (*("CEConfig", "CKDConfig", "DCDConfig", "KDConfig", "MSDCRDConfig", "PCKDConfig"),),
+    "objective.options.logits": (
+        *("CTKDConfig", "DISTConfig", "DKDConfig", "IPWDConfig", "LSKDConfig", "MLKDConfig", "WSLDConfig"),
+    ),
+    "objective.options.relations": ("CCConfig", "CRDConfig", "PKTConfig", "RKDConfig", "SPConfig"),
     "objective.options.maps": (
         *("ABConfig", "ATConfig", "FitNetConfig", "FTConfig", "NORMConfig", "NSTConfig", "OFDConfig"),
         *("ParaphraserConfig", "ReviewKDConfig", "SimKDConfig", "SRRLConfig", "VIDConfig"),
@@ -80,6 +95,7 @@ _HOME = {
     "run.evaluate": ("evaluate",),
     "run.loop": ("TrainResult", "train"),
     "run.meter": ("NonFiniteLossError",),
+    "run.stages": ("train_stages",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -89,18 +105,26 @@ __all__ = [
     "ABConfig",
     "ATConfig",
     "BrokenImagesError",
+    "CCConfig",
     "CEConfig",
     "CKDConfig",
+    "CRDConfig",
+    "CTKDConfig",
     "Callback",
     "CheckpointError",
     "DCDConfig",
+    "DISTConfig",
+    "DKDConfig",
     "DataConfig",
     "Distiller",
     "EvalResult",
     "FTConfig",
     "FeatureModel",
     "FitNetConfig",
+    "IPWDConfig",
     "KDConfig",
+    "LSKDConfig",
+    "MLKDConfig",
     "MSDCRDConfig",
     "ModelConfig",
     "ModelOutput",
@@ -113,15 +137,19 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "PCKDConfig",
+    "PKTConfig",
     "ParaphraserConfig",
+    "RKDConfig",
     "RankLostError",
     "ReviewKDConfig",
+    "SPConfig",
     "SRRLConfig",
     "SimKDConfig",
     "TensorImages",
     "TrainConfig",
     "TrainResult",
     "VIDConfig",
+    "WSLDConfig",
     "build_model",
     "evaluate",
     "evaluate_checkpoint",
@@ -132,6 +160,7 @@ __all__ = [
     "load_digits",
     "load_weights",
     "train",
+    "train_stages",
     "weights_hash",
 ]
 

@@ -23,7 +23,7 @@ from fastkd.trainer.objective.objective import needs
 from fastkd.trainer.optim import Schedule
 from fastkd.trainer.precision import DTYPES
 from fastkd.trainer.run.distiller import Distiller, build_distiller
-from fastkd.trainer.run.prepare import with_classes
+from fastkd.trainer.run.prepare import with_classes, with_samples
 from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint
 
 MIB = 2**20
@@ -89,7 +89,7 @@ def _data(config: TrainConfig) -> tuple[TrainConfig, int | None, tuple[int, ...]
     except (ValueError, OSError) as error:
         if shape is None:
             raise
-        return config, None, shape, str(error)
+        return with_samples(config, 50_000), None, shape, str(error)  # as many as CIFAR has
     config = with_classes(config, train_set, eval_set, None)
     return config, len(train_set), shape or tuple(first_images(train_set).shape[1:]), ""
 
@@ -161,7 +161,7 @@ def _rule(config: TrainConfig) -> str:
         parts.append(f"warm-up {optim.warmup_epochs:g} epochs")
     if optim.milestones:
         parts.append(f"times {optim.gamma:g} after epochs {' '.join(f'{epoch:g}' for epoch in optim.milestones)}")
-    parts.append(f"weight decay {optim.weight_decay:g}")
+    parts.append(f"weight decay {optim.weight_decay:g}{' of everything' if optim.decayed == 'all' else ''}")
     if optim.clip_norm is not None:
         parts.append(f"gradient norm at most {optim.clip_norm:g}")
     return ", ".join(parts)

@@ -29,7 +29,7 @@ def memory_of(
     weights = _bytes(trained)
     moments = {"sgd": int(config.optim.momentum > 0), "lars": 1, "adamw": 2, "lamb": 2}[config.optim.name]
     found = {
-        "student and terms": weights + _bytes(student.buffers()),
+        "student and terms": weights + _bytes(student.buffers()) + _bytes(objective.buffers()),
         "gradients": weights,
         f"optimiser ({config.optim.name})": moments * weights,
     }
@@ -40,8 +40,9 @@ def memory_of(
     if teacher is not None:
         found["teacher"] = _bytes(teacher.state_dict().values())
     part = -(-rows // chunks)
+    views = 2 if "strong" in objective.additions else 1
     images = torch.empty(part, *shape)
-    found["images"] = rows * images[0].nbytes
+    found["images"] = views * rows * images[0].nbytes
     own = {tensor.untyped_storage()._cdata for tensor in (*student.parameters(), *student.buffers(), images)}
     saved: dict[int, Tensor] = {}
 
@@ -56,13 +57,14 @@ def memory_of(
         autocast(images.device, config.precision),
     ):
         output = student(images)
-    found["student's activations"] = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    outputs = 2 * _bytes_of(output)  # with their gradients
+    activations = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    found["student's activations"] = activations if chunks > 1 else views * activations
+    outputs = 2 * views * _bytes_of(output)  # with their gradients
     if teacher is not None:
         with LiveBytes() as live, autocast(images.device, config.precision):
             taught = teacher(images)
         found["teacher's forward pass"] = live.peak
-        outputs += _bytes_of(taught)
+        outputs += views * _bytes_of(taught)
     if chunks > 1:
         found["outputs of all chunks"] = outputs * rows // part
     if world_size > 1:

@@ -85,14 +85,26 @@ class Trained(nn.Module):
         self.chunks = chunks
 
     def forward(
-        self, images: Tensor, teacher: ModelOutput | None, labels: Tensor, rank_weight: float = 1.0
+        self,
+        images: Tensor,
+        teacher: ModelOutput | None,
+        labels: Tensor,
+        rank_weight: float = 1.0,
+        additions: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total loss and its named terms; ``teacher`` is the teacher's output, ``rank_weight`` the objective's."""
+        """The total loss and its named terms.
+
+        ``teacher`` is the teacher's output, ``rank_weight`` the objective's; ``additions``: see ``Distiller.add``.
+        """
+        student, additions = self._learn(images), dict(additions or {})
+        if "strong" in additions:
+            additions["strong"] = self._learn(additions["strong"])
+        return self.objective(student, teacher, labels, rank_weight, additions)
+
+    def _learn(self, images: Tensor) -> ModelOutput:
         if self.chunks == 1:
-            student = self.student(images)
-        else:
-            student = in_chunks(lambda part: recomputed(self.student, part), images, self.chunks)
-        return self.objective(student, teacher, labels, rank_weight)
+            return self.student(images)
+        return in_chunks(lambda part: recomputed(self.student, part), images, self.chunks)
 
 
 class Distiller(nn.Module):
@@ -126,6 +138,12 @@ class Distiller(nn.Module):
         """The teacher's output, without a graph, computed on ``chunks`` parts of the images; None without a teacher."""
         return None if self.teacher is None else in_chunks(self.teacher, images, chunks)
 
+    def add(self, additions: Mapping[str, Tensor], chunks: int = 1) -> dict[str, Any]:
+        """The additions of a batch, and the teacher's output for its strong view if a term reads that."""
+        if "strong" not in additions or "strong_teacher" not in self.objective.additions:
+            return dict(additions)
+        return {**additions, "strong_teacher": self.teach(additions["strong"], chunks)}
+
     def begin_epoch(self, epoch: int) -> None:
         """Switch to training mode and tell the objective's terms the epoch, counted from 0."""
         self.train()
@@ -135,9 +153,19 @@ class Distiller(nn.Module):
         """The objective's further values (tau and scale) on the host."""
         return {name: value.item() for name, value in self.objective.scalars().items()}
 
-    def forward(self, images: Tensor, labels: Tensor, rank_weight: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total loss and its named terms; ``rank_weight``: see ``Objective.forward``."""
-        return Trained(self.student, self.objective)(images, self.teach(images), labels, rank_weight)
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        rank_weight: float = 1.0,
+        additions: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total loss and its named terms.
+
+        ``rank_weight``: see ``Objective.forward``. ``additions``: what ``fastkd.trainer.data.additions`` makes.
+        """
+        trained = Trained(self.student, self.objective)
+        return trained(images, self.teach(images), labels, rank_weight, self.add(additions or {}))
 
 
 def load_paraphraser(distiller: Distiller, path: str | None) -> list[str]:

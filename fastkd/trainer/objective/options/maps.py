@@ -182,7 +182,7 @@ class ReviewKDConfig:
 
     Attributes:
         width: of the joined maps. None for the width of the student's features, at most 512.
-        warmup_epochs: the loss is multiplied by ``min(epoch / warmup_epochs, 1)``. 0 leaves the warm-up out.
+        warmup_epochs: the weight is multiplied by ``min(epoch / warmup_epochs, 1)``. 0 leaves the warm-up out.
         first_epoch: from which number epochs are counted there: 0 in the authors' code, 1 in mdistiller.
 
     Example:

@@ -181,30 +181,21 @@ class ReviewKDTerm(TapTerm):
     needs_features = True
     needs_preactivations = True
     of_teacher = "preactivations"
-    factor = 1.0
 
     def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> ReviewKDLoss:
         self.options, self.features = config.reviewkd, (student.features, teacher.features)
+        self.warmup_epochs, self.first_epoch = self.options.warmup_epochs, self.options.first_epoch
         loss: ReviewKDLoss = super().build(config, student, teacher)
-        self.set_epoch(0)
         return loss
 
     def made_of(self, config: ObjectiveConfig, student: TapShapes, teacher: TapShapes) -> ReviewKDLoss:
         own, other = _channels(student.maps), _channels(teacher.preactivations)
         return ReviewKDLoss([*own, self.features[0]], [*other, self.features[1]], self.options.width)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the loop before every epoch, counted from 0."""
-        warmup = self.options.warmup_epochs
-        self.factor = 1.0 if warmup == 0 else min((epoch + self.options.first_epoch) / warmup, 1.0)
-
     def inputs(self, student: ModelOutput, teacher: ModelOutput, labels: Tensor) -> tuple[Any, ...]:
         lists = super().inputs(student, teacher, labels)
         pooled = self.for_layers(student.features, teacher.features)
         return tuple([*maps, x[:, :, None, None]] for maps, x in zip(lists, pooled, strict=True))
-
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
-        return {self.name: self.factor * value for value in super().forward(student, teacher, labels).values()}
 
 
 class ParaphraserTerm(TapTerm):
