@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,6 +118,17 @@ def test_killed_anywhere_the_same_call_goes_on(
         here, there = tmp_path / "moved" / name, uninterrupted / name
         assert lines(here) == lines(there)
         assert same(weights(here, 13), weights(there, 13))
+
+
+def test_a_signal_leaves_the_other_stages_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Callback):
+        def on_record(self, kind: str, step: int, values: dict[str, float]) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(runner, "train", lambda config, callbacks: train(config, callbacks=[*callbacks, Stop()]))
+    (result,) = train_stages(two_stages(tmp_path))
+    assert (result.stopped_by, result.path) == (signal.SIGTERM, tmp_path / "both/1-pretrain/checkpoints/step-00000001")
+    assert not (tmp_path / "both" / "2-train").exists()
 
 
 def test_a_command_trains_all_stages_and_others_find_the_last(
