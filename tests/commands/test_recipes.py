@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 
 from fastkd.cli import main
 from fastkd.trainer import RECIPES, DCDConfig, TrainConfig
 from fastkd.trainer.commands.reopen import is_known_model
+from fastkd.trainer.commands.train import parse_flags
 from fastkd.trainer.models.build import torchvision_weights
 from fastkd.trainer.recipes import STAGED_RECIPES, summary
 
@@ -59,7 +61,7 @@ def test_settings_are_those_of_the_sources():
         expected = (120, 256, "sgd", 0.1, 1e-4, imagenet_steps, *ours)
         assert settings(f"imagenet-{pair}-dcd") == ("dcd", *expected)
         assert settings(f"imagenet-{pair}-dcd-kd") == ("dcd + kd", *expected)
-    assert settings("imagenet-r34-r18-ckd") == ("10*ckd", 200, 512, "sgd", 0.2, 1e-4, "cosine", *ours)
+    assert settings("imagenet-r34-r18-ckd") == ("10*ckd", 200, 512, "sgd", 0.2, 1e-4, "cosine", *cifar, True)
     assert settings("cifar100-ckd") == ("100*ckd", 480, 64, "sgd", 0.05, 5e-4, "cosine", *cifar, True)
     for name, terms in (("dcd-kd", "dcd + kd"), ("pckd", "pckd"), ("resnet32x4", "ce"), ("wrn-40-2", "ce")):
         assert settings(f"cifar100-{name}") == (terms, 240, 64, "sgd", 0.05, 5e-4, steps, *cifar, False)
@@ -94,3 +96,23 @@ def test_fastkd_recipes_lists_them_a_line_each(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [*RECIPES, *STAGED_RECIPES]
     assert all(line.endswith(summary(line.split()[0])) for line in lines)
+
+
+def test_a_method_replaces_the_loss_of_any_recipe_before_the_other_flags() -> None:
+    config = parse_flags(["cifar100", "--method", "crd+kd", "--objective.crd.negatives", "4096"]).settings
+    assert (config.objective.terms, config.run_dir) == ("ce + kd + 0.8*crd", "runs/cifar100-crd-kd")
+    assert config.objective.crd.negatives == 4096
+    plain = RECIPES["cifar100"]()
+    assert dataclasses.replace(config, objective=plain.objective, run_dir=plain.run_dir) == plain
+    given = parse_flags(["digits", "--method", "dist", "--run-dir", "mine", "--objective.terms", "dist"]).settings
+    assert (given.objective.terms, given.objective.dist.temperature, given.run_dir) == ("dist", 4.0, "mine")
+    with pytest.raises(ValueError, match="method: got 'rdk', did you mean rkd"):
+        parse_flags(["digits", "--method", "rdk"])
+
+
+def test_help_has_the_options_of_the_methods_in_the_loss_alone(capsys) -> None:
+    for argument, shown in (("--help", {"ce", "rkd"}), ("--help-verbose", {"ce", "rkd", "dkd", "crd"})):
+        with pytest.raises(SystemExit):
+            parse_flags(["digits", "--method", "rkd", argument])
+        found = set(re.findall(r"--objective\.(\w+)\.", capsys.readouterr().out))
+        assert found == shown if argument == "--help" else found >= shown

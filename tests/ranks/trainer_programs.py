@@ -67,7 +67,7 @@ def trained(rank: int, changes: dict[str, Any], stop_at: int | None = None, bad_
 
     config = TrainConfig(
         data=DataConfig(batch_size=8, **{"drop_last": False, **changes.pop("data", {})}),
-        objective=ObjectiveConfig(terms=f"{terms or 'dcd+kd'}+stop"),
+        objective=ObjectiveConfig(terms=f"{terms or 'dcd+kd'}+stop", **changes.pop("options", {})),
         optim=OptimConfig(lr=0.05, clip_norm=1.0),
         **{"epochs": 3, "device": "cpu", "log_every": 1, "tensorboard": False, "progress": False, **changes},
     )
@@ -86,10 +86,11 @@ def trained(rank: int, changes: dict[str, Any], stop_at: int | None = None, bad_
             )
     except StopTraining:
         return "stopped"
-    parameters = dict(result.distiller.named_parameters())
+    distiller = result.distiller
+    state = {**dict(distiller.named_parameters()), **dict(distiller.objective.named_buffers())}
     return {
         "history": result.history,
-        "weights": {name: value.detach() for name, value in parameters.items()},
+        "weights": {name: value.detach() for name, value in state.items()},
         "path": str(result.path),
         "resumed_from": result.resumed_from,
         "printed": printed.getvalue(),

@@ -14,6 +14,7 @@ from fastkd.trainer.data.strong import strong_views
 from fastkd.trainer.rng import mix_seed
 from fastkd.validate import NO_LABEL, check_choice
 
+# "strong_teacher" is made of "strong".
 ADDITIONS = ("index", "contrast_index", "strong", "strong_teacher")
 
 
@@ -70,3 +71,14 @@ class Additions:
             images = read_again()
             found["strong"] = strong_views(images, self.normalization, [mix_seed(seed, epoch, i, 1) for i in indices])
         return found
+
+
+def stand_ins(names: Sequence[str], images: Tensor, samples: int, negatives: int) -> dict[str, Tensor]:
+    """Additions of the right shapes for these images, where a step is to be measured and nothing learnt."""
+    rows, device = len(images), images.device
+    made = {
+        "index": torch.arange(rows, device=device) % samples,
+        "contrast_index": torch.randint(samples, (rows, negatives + 1), device=device),
+        "strong": images,
+    }
+    return {name: value for name, value in made.items() if name in names}

@@ -12,7 +12,7 @@ from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.models.build import ModelConfig
 from fastkd.trainer.objective.config import ObjectiveConfig
-from fastkd.trainer.objective.options.fused import DCDConfig, PCKDConfig
+from fastkd.trainer.objective.options.fused import DCDConfig
 from fastkd.trainer.optim import OptimConfig
 from fastkd.trainer.recipes.methods import objective_of
 from fastkd.trainer.recipes.stages import pretrained
@@ -95,15 +95,7 @@ def pckd() -> TrainConfig:
     ``preview_gradient``.) Three things differ. Their category and feature terms see every image in four rotations, ours
     in one. Their channels are normalised by .4866 .4409 for means of .4867 .4408. Their MLP may have a batch norm.
     """
-    terms = PCKDConfig(
-        category_weight=0.05 * 4 / 0.07,
-        feature_weight=20.0,
-        kd_weight=0.0,
-        first_epoch=1,
-        preview_gradient=True,
-        category_eps=1e-7,
-    )
-    return _run("cifar100-pckd", WRN_16_2, ObjectiveConfig(terms="pckd", pckd=terms), TRAINED_WRN_40_2)
+    return _run("cifar100-pckd", WRN_16_2, objective_of("pckd"), TRAINED_WRN_40_2)
 
 
 def ab() -> dict[str, TrainConfig]:

@@ -23,7 +23,7 @@ SUMS = {
     "dcd": "ce + dcd",
     "dcd+kd": "ce + dcd + kd",
     "ckd": "ce + 100*ckd",
-    "pckd": "ce + pckd",
+    "pckd": "pckd",
     "msdcrd": "ce + msdcrd",
     "msdcrd+kd": "ce + msdcrd + kd",
     # of logits
@@ -59,7 +59,14 @@ SUMS = {
 }
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "pckd": lambda: {
-        "pckd": PCKDConfig(category_weight=0.05 * 4 / 0.07, center_weight=1.0, feature_weight=20.0, kd_weight=0.0)
+        "pckd": PCKDConfig(
+            category_weight=0.05 * 4 / 0.07,
+            feature_weight=20.0,
+            kd_weight=0.0,
+            first_epoch=1,
+            preview_gradient=True,
+            category_eps=1e-7,
+        )
     },
     "dist": lambda: {"dist": DISTConfig(temperature=4.0)},
     "lskd-dkd": lambda: {"lskd": LSKDConfig(loss="dkd")},

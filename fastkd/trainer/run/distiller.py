@@ -140,7 +140,7 @@ class Distiller(nn.Module):
 
     def add(self, additions: Mapping[str, Tensor], chunks: int = 1) -> dict[str, Any]:
         """The additions of a batch, and the teacher's output for its strong view if a term reads that."""
-        if "strong_teacher" not in self.objective.additions:
+        if "strong" not in additions or "strong_teacher" not in self.objective.additions:
             return dict(additions)
         return {**additions, "strong_teacher": self.teach(additions["strong"], chunks)}
 

@@ -132,9 +132,11 @@ class Ranks:
         """
         if self.world_size == 1:
             return trained
-        # What all ranks compute alike (the memories of CRD) is not sent before every step.
+        # What all ranks compute alike (the memories of CRD) is sent once, and not before every step.
         alike = [f"{name}.{buffer}" for name, module in trained.named_modules()
                  for buffer in getattr(module, "same_on_ranks", ())]  # fmt: skip
+        for name in alike:
+            dist.broadcast(trained.get_buffer(name), 0)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, alike)
         # static_graph: parameters that no term uses (a classifier without cross-entropy) are found once.
         return DistributedDataParallel(trained, static_graph=True)
