@@ -85,7 +85,7 @@ def _one_column(study: Study, table: Table) -> Grid:
         seconds = "" if entry.seconds is None else f"{entry.seconds:.1f}"
         rows.append([study.display(name), here, *differences, published, seconds])
     kept = [number for number in range(len(headings)) if any(row[number] for row in rows)]
-    return Grid(study.title, [headings[n] for n in kept], [[row[n] for n in kept] for row in rows])
+    return Grid(study.columns[0], [headings[n] for n in kept], [[row[n] for n in kept] for row in rows])
 
 
 def remarks(study: Study, table: Table) -> list[str]:
@@ -121,7 +121,7 @@ def markdown(study: Study, table: Table) -> str:
     """The whole study as Markdown."""
     parts = [f"# {study.title}", study.about]
     for grid in grids(study, table):
-        parts += [f"## {grid.title}" if grid.title != study.title else "", grid.markdown()]
+        parts += [f"## {grid.title}", grid.markdown()]
     parts += ["\n".join(f"- {line}" for line in remarks(study, table))]
     if errors := failed(study, table):
         parts += ["## Failed runs", "\n".join(f"- {line}" for line in errors)]

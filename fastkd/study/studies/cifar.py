@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import tyro
@@ -55,9 +56,14 @@ def network(name: str) -> ModelConfig:
 
 def benchmark(pair: str, row: str) -> TrainConfig:
     """RepDistiller's settings for the student of ``pair``, and the objective of the method ``row``."""
-    config = RECIPES["cifar100-resnet32x4"]()
-    lr = 0.01 if pair.partition("-")[2] in LIGHT else 0.05
-    return replace(config, objective=objective(row), optim=replace(config.optim, lr=lr), teacher=None)
+    config = _benchmark(row)
+    lr = 0.01 if pair.partition("-")[2] in LIGHT else config.optim.lr
+    return replace(config, optim=replace(config.optim, lr=lr))
+
+
+@cache  # an objective takes a while to be checked
+def _benchmark(row: str) -> TrainConfig:
+    return replace(RECIPES["cifar100-resnet32x4"](), objective=objective(row), teacher=None)
 
 
 def cells_of(

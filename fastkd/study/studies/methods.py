@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.recipes import RECIPES
@@ -31,6 +32,7 @@ def display(method: str) -> str:
     return NAMES.get(method) or (method.upper() if method in SUMS else method)
 
 
+@cache  # an objective takes a while to be checked
 def objective(method: str) -> ObjectiveConfig:
     """The objective of a method with its paper's weights; DCD as its authors' code for CIFAR-100 runs it.
 
