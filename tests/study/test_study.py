@@ -1,6 +1,7 @@
 """Studies: a table of runs that is killed and resumed, failures beside results, numbers, and what a dry run says."""
 
 import csv
+import doctest
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from fastkd.cli import main
-from fastkd.study import runner
+from fastkd.study import aggregate, runner
 from fastkd.study.aggregate import entries, improvements, paired
 from fastkd.study.command import run_study
 from fastkd.study.grid import Cell, Options, Outcome, Study
@@ -282,3 +283,17 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["study", *flags]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
+
+
+def test_examples_and_the_study_of_the_documentation() -> None:
+    assert doctest.testmod(aggregate).failed == 0
+    assert doctest.testmod(aggregate).attempted == 2
+    text = (Path(__file__).parents[2] / "docs/howto/studies.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    study = names["temperatures"](Options(seeds=2))
+    assert (study.rows, len(study.cells)) == (["T = 1", "T = 4", "T = 8"], 6)
+    job = study.cells[-1].make(Path())
+    assert (job.config.objective.kd.temperature, job.config.seed) == (8.0, 1)
+    assert set(re.findall(r"`((?:dcd|ckd|pckd|msdcrd|digits)[-\w]*)`", text)) <= set(STUDIES)

@@ -20,7 +20,10 @@ METHODS = (
     *("ofd", "wsld", "ipwd", "ctkd", "dcd", "dcd+kd"),
 )
 SETTINGS = "RepDistiller's settings: 240 epochs, batch 64, SGD with weight decay 5e-4 and steps after 150, 180 and 210."
-IPWD_NOTE = "IPWD is our reading of a summary: no public code of it was found."
+NOTES = {
+    "ipwd": "IPWD is our reading of a summary: no public code of it was found.",
+    "fsp": "FSP needs networks of equal widths. The pairs that have none are left out.",
+}
 
 
 def table1(options: CifarOptions) -> Study:
@@ -58,7 +61,7 @@ def _figure(options: CifarOptions, name: str, title: str) -> Study:
 
 
 def _on_pairs(options: CifarOptions, name: str, title: str, pairs: list[str], rows: list[str]) -> Study:
-    cells = cells_of(options, pairs, rows)
+    cells = [cell for cell in cells_of(options, pairs, rows) if not _is_impossible(cell)]
     return Study(
         name=name,
         title=title,
@@ -71,8 +74,13 @@ def _on_pairs(options: CifarOptions, name: str, title: str, pairs: list[str], ro
         vanilla=SCRATCH,
         sources=sources(options, pairs),
         samples=SAMPLES,
-        notes=(IPWD_NOTE,) if "ipwd" in rows else (),
+        notes=tuple(note for row, note in NOTES.items() if row in rows),
     )
+
+
+def _is_impossible(cell: Cell) -> bool:
+    """Whether this is FSP on a pair of table 1 whose networks have different widths."""
+    return cell.row == "fsp" and cell.column in PAIRS and ("fsp", cell.column) not in TABLE1
 
 
 @dataclass(kw_only=True, frozen=True)
