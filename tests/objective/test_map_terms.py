@@ -263,6 +263,9 @@ def test_a_larger_map_of_the_student_is_averaged_and_its_taps_stay_where_they_we
     named = distiller(images, labels)[1]
     torch.testing.assert_close(named["simkd"], loss(features, taught.features(images))["simkd"].detach())
     assert [tap.layer for tap in distiller.student.tap_sources.maps] == ["model.features.2"]
+    named_by_user = FeatureModel(SmallConvNet(width=3), taps=("features.1",))
+    distiller = build(objective("0*ce + simkd + at"), images, student=named_by_user, teacher=teacher)
+    assert [tap.layer for tap in distiller.student.tap_sources.maps] == ["model.features.1"]
 
 
 def test_a_note_about_the_layers_that_is_damaged_names_the_file(tmp_path: Path) -> None:
