@@ -126,6 +126,16 @@ def test_the_file_of_a_published_teacher_says_which_model_it_is_and_how_accurate
     assert f"is not there; download http://shape2prog.csail.mit.edu/repo/{weights[9:]}" in capsys.readouterr().err
 
 
+def test_vgg_pools_larger_images_once_more() -> None:
+    with torch.device("meta"):
+        model = NETWORKS["vgg8"]()
+        found = []
+        model.block4.register_forward_hook(lambda _layer, _args, value: found.append(value.shape[2:]))
+        for side in (32, 64):
+            model(torch.empty(2, 3, side, side))
+    assert found == [(4, 4), (4, 4)]
+
+
 def test_bad_names_and_depths_are_told() -> None:
     with pytest.raises(ValueError, match=r"student\.name: got 'cifar:resnet21', expected one of cifar:resnet8, "):
         build_model(ModelConfig(name="cifar:resnet21"), "student")
