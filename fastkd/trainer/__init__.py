@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastkd.trainer.data.readers.encoded import BrokenImagesError
     from fastkd.trainer.data.readers.memory import TensorImages, load_digits
     from fastkd.trainer.models.build import ModelConfig, build_model
+    from fastkd.trainer.models.cifar.teachers import published_teacher
     from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShapes, find_classifier
     from fastkd.trainer.objective.config import ObjectiveConfig
     from fastkd.trainer.objective.objective import Objective
@@ -74,6 +75,7 @@ _HOME = {
     "data.labels": ("labelled_subset",),
     "data.readers.memory": ("TensorImages", "load_digits"),
     "models.build": ("ModelConfig", "build_model"),
+    "models.cifar.teachers": ("published_teacher",),
     "models.features": ("FeatureModel", "ModelOutput", "ModelShapes", "find_classifier"),
     "objective.config": ("ObjectiveConfig",),
     "objective.options.fused": (*("CEConfig", "CKDConfig", "DCDConfig", "KDConfig", "MSDCRDConfig", "PCKDConfig"),),
@@ -159,6 +161,7 @@ __all__ = [
     "labelled_subset",
     "load_digits",
     "load_weights",
+    "published_teacher",
     "train",
     "train_stages",
     "weights_hash",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastkd.demo import ddp as demo_ddp
-from fastkd.trainer import CRDConfig, evaluate_checkpoint
+from fastkd.trainer import CRDConfig, evaluate_checkpoint, load_weights
 from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.data.loader import EpochSampler, GlobalBatches
 from tests.helpers.checks import relative_error
@@ -47,7 +47,7 @@ def test_every_number_of_ranks_takes_the_same_steps(world_size: int, one_process
 
 # Several at once, because most of the time goes to what a run begins and ends with.
 SUMS = {
-    "fused": "10*ckd + pckd + msdcrd + kd",
+    "fused and maps": "10*ckd + pckd + msdcrd + kd + at + nst + vid + paraphraser",
     "logits": "dkd + 2*dist + lskd + wsld + 0.9*ctkd + 0.1*ce_strong + 0.9*mlkd",
     "relations": "0.02*cc + 0.1*rkd + 100*pkt + 10*sp + 0.8*crd",
 }
@@ -158,6 +158,18 @@ def test_with_batch_norm_what_is_reported_is_the_checkpoints(tmp_path: Path) -> 
     checkpoint = evaluate_checkpoint(paths[0], trust_code=True, device="cpu")
     assert checkpoint.accuracy == records[0]["accuracy"]
     assert checkpoint.loss == pytest.approx(records[0]["eval_loss"], rel=1e-5)
+
+
+def test_stages_on_ranks_begin_with_what_the_ones_before_have_trained(tmp_path: Path) -> None:
+    write_teacher(tmp_path / "teacher.safetensors")
+    first, second = (tmp_path / "both" / name / "checkpoints" for name in ("1-pretrain", "2-train"))
+    results = succeeded(run_ranks(2, programs.staged, str(tmp_path), False, timeout=60))
+    expected = [(str(folder / "step-00000013"), False) for folder in (first, second)]
+    assert results == [expected, expected]
+    trained, begun = (load_weights(step) for step in (first / "step-00000013", second / "step-00000000"))
+    assert all(torch.equal(value, begun[name]) for name, value in trained.items())
+    again = succeeded(run_ranks(2, programs.staged, str(tmp_path), True, timeout=60))
+    assert again == [[(expected[1][0], True)]] * 2
 
 
 def test_the_demo_under_torchrun_matches_one_process(tmp_path: Path) -> None:

@@ -129,3 +129,14 @@ def trained_with_batch_norm(rank: int, folder: str) -> tuple[dict[str, float], s
 
     result = run(tiny_config(Path(folder), epochs=1, save_every_steps=4))
     return result.history[-1], str(result.path), result.distiller.student.model.fc.weight.detach()
+
+
+def staged(rank: int, folder: str, resume: bool) -> list[tuple[str, bool]]:
+    """Two stages: of each that was trained now its last checkpoint, and whether there was nothing left to do."""
+    from dataclasses import replace
+
+    from fastkd.trainer import train_stages
+    from tests.run.test_stages import two_stages
+
+    stages = {name: replace(config, resume=resume) for name, config in two_stages(Path(folder)).items()}
+    return [(str(result.path), result.already_finished) for result in train_stages(stages)]

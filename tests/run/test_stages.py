@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +28,9 @@ from fastkd.trainer import (
 from fastkd.trainer.commands.train import parse_stages
 from fastkd.trainer.recipes import STAGED_RECIPES
 from fastkd.trainer.recipes.stages import pretrained
+from fastkd.trainer.report.records import read_groups
 from fastkd.trainer.run import stages as runner
-from fastkd.trainer.run.saved.checkpoint import last_stage, read_checkpoint
+from fastkd.trainer.run.saved.checkpoint import read_checkpoint
 from tests.helpers.trainer_runs import lines, one_thread, same, tiny_config  # noqa: F401 (used by being imported)
 
 
@@ -86,7 +88,7 @@ def test_a_stage_begins_with_what_the_one_before_has_trained(uninterrupted: Path
     assert find_checkpoint(uninterrupted) == second / "checkpoints" / "step-00000013"
 
 
-@pytest.mark.parametrize(("stage", "step"), [(1, 6), (1, 13), (2, 0), (2, 6)])
+@pytest.mark.parametrize(("stage", "step"), [(1, 13), (2, 0), (2, 6)])
 def test_killed_anywhere_the_same_call_goes_on(
     stage: int, step: int, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +121,17 @@ def test_killed_anywhere_the_same_call_goes_on(
         assert same(weights(here, 13), weights(there, 13))
 
 
+def test_a_signal_leaves_the_other_stages_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Callback):
+        def on_record(self, kind: str, step: int, values: dict[str, float]) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(runner, "train", lambda config, callbacks: train(config, callbacks=[*callbacks, Stop()]))
+    (result,) = train_stages(two_stages(tmp_path))
+    assert (result.stopped_by, result.path) == (signal.SIGTERM, tmp_path / "both/1-pretrain/checkpoints/step-00000001")
+    assert not (tmp_path / "both" / "2-train").exists()
+
+
 def test_a_command_trains_all_stages_and_others_find_the_last(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,20 +152,21 @@ def test_a_command_trains_all_stages_and_others_find_the_last(
     assert main(["eval", folder, "--trust-code"]) == 0
     assert "2-train/checkpoints/step-00000008: step 8, accuracy" in capsys.readouterr().out
     assert main(["export", folder, str(tmp_path / "x.safetensors"), "--trust-code"]) == 0
-    assert main(["report", folder, "--out", str(tmp_path / "page.html")]) == 0
+    assert read_groups([folder])[0][0].runs[0].folder == tmp_path / "all" / "2-train"
     assert main(["train", name, *flags, "--resume"]) == 0
     assert "2-train: the run is already finished (8 steps" in capsys.readouterr().out
 
 
 def test_seeds_of_stages_have_folders_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "seeds"
-    arguments = ["train", "tests.run.test_stages:recipe", "--run-dir", str(folder), "--seeds", "0", "1"]
-    assert main([*arguments, "--data.batch-size", "26", "--quiet"]) == 0
-    found = {seed: lines(last_stage(folder / f"seed-{seed}"))[-1]["accuracy"] for seed in (0, 1)}
-    assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 0
-    page = (tmp_path / "page.html").read_text()
-    assert "seed 1" in page
-    assert sum(found.values()) > 0
+    arguments = ["train", "tests.run.test_stages:recipe", "--run-dir", str(folder), "--seeds", "3", "1"]
+    assert main([*arguments, "--data.batch-size", "52"]) == 0
+    found = [lines(folder / f"seed-{seed}" / "2-train")[-1]["accuracy"] for seed in (3, 1)]
+    assert f"accuracy {sum(found) / 2:.4f} ±" in capsys.readouterr().out
+    ((group,), problems) = read_groups([folder])
+    assert [run.name for run in group.runs] == ["seeds, seed 1", "seeds, seed 3"]
+    assert [run.folder.name for run in group.runs] == ["2-train", "2-train"]
+    assert problems == []
 
 
 def test_what_is_wrong_with_stages_is_told_in_a_line(tmp_path: Path) -> None:

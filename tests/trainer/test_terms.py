@@ -129,7 +129,9 @@ def test_all_terms_together_train_in_every_precision(
         run_dir=None,
         epochs=1,
         precision=precision,
-        objective=ObjectiveConfig(terms="kd + dcd + ckd + 0.1*pckd + msdcrd + mine"),
+        objective=ObjectiveConfig(
+            terms="kd + dcd + ckd + 0.1*pckd + msdcrd + mine + fitnet + at + nst + vid + ab + ofd + reviewkd + srrl"
+        ),
     )
     student, teacher = networks()
     head = nn.Linear(8, 4)

@@ -17,6 +17,7 @@ from fastkd.trainer.commands.memory import memory_of
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.datasets import choose_data, without_download
 from fastkd.trainer.data.loader import first_images
+from fastkd.trainer.data.options import options_class, with_defaults
 from fastkd.trainer.models.build import ModelConfig, build_model, count_parameters, torchvision_weights
 from fastkd.trainer.objective.config import describe_terms
 from fastkd.trainer.objective.objective import needs
@@ -81,8 +82,8 @@ def _data(config: TrainConfig) -> tuple[TrainConfig, int | None, tuple[int, ...]
 
     The number is None in that case, and the reason is empty otherwise.
     """
-    side = 32 if config.data.name == "cifar" else int(config.data.options.get("image_size", 224))
-    named = config.data.name in ("images", "cifar") or config.data.name.startswith("torchvision:")
+    side = int(with_defaults(config.data.name, config.data.options).get("image_size", 32))
+    named = options_class(config.data.name) is not None and config.data.name != "digits"
     shape = (3, side, side) if named else None
     try:
         train_set, eval_set = choose_data(without_download(config.data), None, None)

@@ -120,8 +120,8 @@ def is_known_model(name: str) -> bool:
     # Looked up without following dots, and not what the module merely imports: nets:nn.functional... reaches anything.
     ours = {module.__name__: module for module in (nets, cifar_nets)}
     found = vars(ours[source]).get(attribute) if source in ours else None
-    own = isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == source
-    return own or source in ("timm", "torchvision", "")
+    own = isinstance(found, type) and issubclass(found, nn.Module) and f"{found.__module__}.".startswith(f"{source}.")
+    return own or source in ("timm", "torchvision", "cifar", "")
 
 
 def _check_trust(path: Path, name: str, known: bool, trust_code: bool) -> None:

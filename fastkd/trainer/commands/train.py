@@ -20,12 +20,13 @@ import tyro
 
 from fastkd.trainer.commands.dry_run import plan
 from fastkd.trainer.commands.messages import errors_in_one_line
-from fastkd.trainer.commands.reopen import is_known_model
 from fastkd.trainer.commands.seeds import train_seeds
+from fastkd.trainer.commands.teacher import teacher_of_weights
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.options import options_class
 from fastkd.trainer.imports import import_object
 from fastkd.trainer.models.build import ModelConfig
+from fastkd.trainer.models.cifar.teachers import TEACHER_URL, published_teacher_in
 from fastkd.trainer.objective.config import ObjectiveConfig, describe_terms
 from fastkd.trainer.objective.objective import needs
 from fastkd.trainer.objective.terms.registry import TERMS
@@ -33,7 +34,6 @@ from fastkd.trainer.recipes import RECIPES, STAGED_RECIPES, summary
 from fastkd.trainer.recipes.methods import PRETRAINING, SUMS, objective_of
 from fastkd.trainer.recipes.stages import pretrained
 from fastkd.trainer.run.loop import train
-from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint, read_manifest
 from fastkd.trainer.run.saved.config_file import read_config
 from fastkd.trainer.run.stages import linked, links_of, put, train_stages
 
@@ -352,8 +352,8 @@ def _with_parts(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     for part in PARTS:
         name, options = given[f"{part}.name"], given[f"{part}.options"]
         current = getattr(config, part)
-        if part == "teacher" and given["teacher.weights"] is not None and current is None:
-            current = _model_of_run(given["teacher.weights"], name)
+        if part == "teacher" and given["teacher.weights"] is not None:
+            current = teacher_of_weights(given["teacher.weights"], name, current)
         if current is None and name is not None:
             current = ModelConfig(name=name)
         elif current is not None and name not in (None, current.name):
@@ -370,27 +370,14 @@ def _with_parts(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     return config
 
 
-def _model_of_run(path: str, name: str | None) -> ModelConfig | None:
-    """The model that a run trained, if ``path`` is one and its model has this name, or no name was given."""
-    if not Path(path).is_dir():
-        if name is None:
-            what = "is not a run folder" if Path(path).exists() else "is not there"
-            raise ValueError(f"--teacher.weights: got {path!r}, which {what}, expected a run, or --teacher.name too")
-        return None
-    try:
-        saved = TrainConfig.from_dict(read_manifest(find_checkpoint(path))["config"]).student
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its config is not valid ({error})") from None
-    if saved is None or (name is None and not is_known_model(saved.name)):
-        raise ValueError(f"--teacher.weights: {path!r} does not say which model it is of, expected --teacher.name too")
-    return saved.without_weights() if name in (None, saved.name) else None
-
-
 def _check_teacher_is_there(config: TrainConfig) -> None:
-    """Raise ValueError that names the recipe to run first, if the teacher is another recipe's run and not there."""
+    """Raise ValueError if a published teacher, or one that another recipe trains, is not there. It says what to do."""
     weights = None if config.teacher is None else config.teacher.weights
     if weights is None or Path(weights).exists() or config.resume:
         return
+    if (published := published_teacher_in(weights)) is not None:
+        address = TEACHER_URL.format(name=published.name.removeprefix("cifar:"))
+        raise ValueError(f"teacher.weights: {weights} is not there; download {address}")
     first = next((name for name, recipe in RECIPES.items() if recipe().run_dir == weights), None)
     if first is not None:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -20,9 +20,10 @@ class ModelConfig:
     """How to build a model, and which weights it starts from.
 
     Attributes:
-        name: ``timm:NAME``, ``torchvision:NAME``, ``package.module:callable``, or a bare name, which is looked up in
-            timm first and then in torchvision. NAME may say which published weights are meant, as in
-            ``timm:resnet50.tv_in1k`` and ``torchvision:resnet50.IMAGENET1K_V1``; else they are the library's default.
+        name: ``timm:NAME``, ``torchvision:NAME``, ``cifar:NAME`` (``fastkd.trainer.models.cifar.NETWORKS``),
+            ``package.module:callable``, or a bare name, which is looked up in timm first and then in torchvision. NAME
+            may say which published weights are meant, as in ``timm:resnet50.tv_in1k`` and
+            ``torchvision:resnet50.IMAGENET1K_V1``; else they are the library's default.
         num_classes: the width of the logits. None leaves it to the builder.
         classifier: the name of the classifier layer, such as ``head.fc``. None finds it.
         feature_map: the name of the layer whose output is the last feature map, such as ``layer4``. None finds it.
@@ -131,13 +132,21 @@ def build_model(config: ModelConfig, role: str = "model") -> nn.Module:
         )
     if config.pretrained:
         raise ValueError(f"{role}.pretrained: got True with name={config.name!r}, expected a timm or torchvision model")
-    build = import_object(config.name, f"{role}.name")
+    build = _cifar_network(name, role) if source == "cifar" else import_object(config.name, f"{role}.name")
     if not callable(build):
         raise TypeError(f"{role}.name: {config.name!r} is no function, but of type {type(build).__name__}")
     model = build(**options)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{role}.name: {config.name!r} returned {type(model).__name__}, expected an nn.Module")
     return model
+
+
+def _cifar_network(name: str, role: str) -> Callable[..., nn.Module]:
+    from fastkd.trainer.models.cifar import NETWORKS
+
+    if name not in NETWORKS:
+        raise ValueError(f"{role}.name: got 'cifar:{name}', expected one of cifar:{', '.join(NETWORKS)}")
+    return NETWORKS[name]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -62,19 +63,18 @@ class ExtendedModel(nn.Module):
             self.back = then
         note = json.dumps(asdict(extension)).encode()
         self.register_buffer(NOTE, torch.tensor(list(note), dtype=torch.uint8, device="cpu"))
-        self._maps: list[Tensor] = []
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, C]."""
         # Hooked per call, so that the given module carries nothing of ours before or after it.
-        handle = self.model.get_submodule(self.how.layer).register_forward_hook(self._read)
+        maps: list[Tensor] = []
+        handle = self.model.get_submodule(self.how.layer).register_forward_hook(partial(self._read, maps))
         try:
             logits: Any = self.model(images)
-            if self.how.kind == "simkd":
-                logits = self.classifier(self._maps[-1].mean((2, 3)))
         finally:
             handle.remove()
-            self._maps.clear()
+        if self.how.kind == "simkd":
+            return self.classifier(maps[-1].mean((2, 3)))
         return logits if isinstance(logits, Tensor) else logits.logits
 
     def get_classifier(self) -> nn.Module:
@@ -90,13 +90,13 @@ class ExtendedModel(nn.Module):
         lists = {key: [name and f"model.{name}" for name in names] for key, names in declared.items() if key != "stem"}
         return {**lists, "stem": f"model.{declared['stem']}"}
 
-    def _read(self, _layer: nn.Module, _args: Any, value: Tensor) -> Tensor:
-        """The value that the model goes on with. SimKD's projection of it is kept."""
+    def _read(self, maps: list[Tensor], _layer: nn.Module, _args: Any, value: Tensor) -> Tensor:
+        """The value that the model goes on with. SimKD's projection of it goes into ``maps``."""
         x = value.movedim(-1, 1) if self.how.channels_last else value
         if self.how.kind == "simkd":
             if x.shape[2] > self.how.side:
                 x = F.adaptive_avg_pool2d(x, self.how.side)
-            self._maps.append(self.layers(x))
+            maps.append(self.layers(x))
             return value
         x = x + self.back(self.layers(x))
         return x.movedim(1, -1) if self.how.channels_last else x

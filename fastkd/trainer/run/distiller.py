@@ -271,9 +271,9 @@ def _check_nothing_shared(student: FeatureModel, teacher: FeatureModel) -> None:
 
 
 def takes_classes(config: ModelConfig) -> bool:
-    """Whether the builder of this model has an argument ``num_classes``. Those of timm and torchvision have it."""
+    """Whether the builder of this model has an argument ``num_classes``. Those that are found by a name have it."""
     source = config.name.rpartition(":")[0]
-    if source in ("timm", "torchvision", ""):
+    if source in ("timm", "torchvision", "cifar", ""):
         return True
     try:
         return "num_classes" in inspect.signature(import_object(config.name, "model.name")).parameters

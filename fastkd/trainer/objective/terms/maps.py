@@ -197,6 +197,9 @@ class ReviewKDTerm(TapTerm):
         pooled = self.for_layers(student.features, teacher.features)
         return tuple([*maps, x[:, :, None, None]] for maps, x in zip(lists, pooled, strict=True))
 
+    def forward(self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor) -> dict[str, Tensor]:
+        return {self.name: super().forward(student, teacher, labels)["review"]}
+
 
 class ParaphraserTerm(TapTerm):
     """``Paraphraser`` on the teacher's last map. The student learns nothing: this is a stage of its own."""
