@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastkd.distributed.agree import agreeing, eagerly
+from fastkd.distributed.agree import Agreement, agreeing, eagerly
 from fastkd.distributed.gather import gather_rows
 from fastkd.distributed.group import Group, check_group, resolve_group
 from fastkd.losses.base import LossModule
@@ -15,8 +15,9 @@ from fastkd.losses.pairs import full_precision
 class RelationalLoss(LossModule):
     """A loss over the rows of all ranks of ``group``.
 
-    The ranks gather their rows, and each computes the whole loss of the global batch. The average of the gradients over
-    the ranks is the gradient of one process on all rows.
+    The ranks gather their rows, and each computes the whole loss of the global batch. Where that is much work,
+    ``_of_ranks`` is overridden, and each computes a part. The average of the gradients over the ranks is the gradient of
+    one process on all rows.
     """
 
     def __init__(self, group: Group = None) -> None:
@@ -29,7 +30,7 @@ class RelationalLoss(LossModule):
         raise NotImplementedError
 
     def _terms(self, *rows: Tensor) -> dict[str, Tensor]:
-        """The terms of the rows of all ranks."""
+        """The terms of these rows, which are those of all ranks."""
         raise NotImplementedError
 
     def _over_ranks(self, *inputs: Any) -> dict[str, Tensor]:
@@ -42,6 +43,18 @@ class RelationalLoss(LossModule):
             if ranks.several:
                 kinds = [(tuple(x.shape[1:]), x.dtype) for x in rows]
                 ranks.describe(rows[0], {"shapes and dtypes of the rows": kinds, "module": self.extra_repr()})
-        peers = ranks.peers
         with full_precision(rows[0]):
-            return self._terms(*(rows if peers is None else (gather_rows(x, peers) for x in rows)))
+            return self._of_ranks(ranks, *rows)
+
+    def _of_ranks(self, ranks: Agreement, *rows: Tensor) -> dict[str, Tensor]:
+        """The terms of the rows of all ranks, of which ``rows`` are this rank's."""
+        peers = ranks.peers
+        return self._terms(*(rows if peers is None else (gather_rows(x, peers) for x in rows)))
+
+
+def share_of(count: int, ranks: Agreement) -> slice:
+    """This rank's share of so many pieces of work; all of them where it is alone."""
+    if ranks.peers is None:
+        return slice(0, count)
+    rank, world_size = ranks.peers.rank, ranks.peers.world_size
+    return slice(count * rank // world_size, count * (rank + 1) // world_size)

@@ -29,7 +29,7 @@ from fastkd.losses import (
     activation_margin,
     total_loss,
 )
-from fastkd.losses.relations import rkd
+
 from tests.helpers.checks import assert_close, value_and_grads
 
 
@@ -137,16 +137,6 @@ def test_ipwd_weighs_by_either_ratio() -> None:
 
 
 # -- relations
-
-
-def test_rkd_in_blocks_is_rkd_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    student, teacher = rows(7, 4), rows(7, 5, seed=1)
-    expected = value_and_grads(lambda s: total_loss(RKDLoss()(s, teacher)), student)
-    monkeypatch.setattr(rkd, "BLOCK", 2 * 7**2)
-    for actual, wide in zip(
-        value_and_grads(lambda s: total_loss(RKDLoss()(s, teacher)), student), expected, strict=True
-    ):
-        assert_close(actual, wide, torch.float64)
 
 
 def test_rkd_does_not_depend_on_the_mean_of_the_features() -> None:
