@@ -1,18 +1,20 @@
 """``triplet_angles`` on a GPU: the angles at every corner i between the ends j and k, none of which is stored.
 
-Two kernels visit every triplet. The first sums over one end: the losses, and what the derivatives in the rows of the two
-matrices need. The second sums over the corners. One kernel for both would have to add the sums of all its programs, with
-atomics or through a buffer of another N^2 numbers per tile. Angles cost so little that they are computed twice.
+Two kernels visit every triplet. The first sums over one end: the losses, and what the derivatives in the rows of the
+two matrices need. The second sums over the corners. One kernel for both would have to add the sums of all its programs,
+with atomics or through a buffer of another N^2 numbers per tile. Angles cost so little that they are computed twice.
 
-Legend. ``GRAM_S``, ``GRAM_T`` [N, N]: products of the rows. ``INVERSE_S``, ``INVERSE_T`` [N, N]: u, the inverse
-distances, 0 where a pair has no direction. ``a, b``: angles of student and teacher. ``slope``: a - b, clamped to [-1, 1].
-``q = slope u_ij u_ik``, ``r = slope a``. OF_GRAM and OF_INVERSE [corners, N]: the sums of q and r over k. LOSS [corners,
-programs]: those of the losses over k and the program's j. ENDS [N, N]: the sums of q over the corners, which are the
-same for (j, k) and (k, j): only tiles on and above the diagonal are computed.
+Legend. ``GRAM_S``, ``GRAM_T`` [N, N]: products of the rows. ``INVERSE_S``, ``INVERSE_T`` [N, N]: the inverse distances
+u and v, 0 where a pair has no direction. ``a``, ``b``: the angles of student and teacher. ``slope``: a - b, clamped to
+[-1, 1]. ``q = slope u_ij u_ik``, ``r = slope a``. OF_GRAM and OF_INVERSE [corners, N]: the sums of q and r over k. LOSS
+[corners, programs]: those of the losses over k and the program's j. ENDS [N, N]: the sums of q over the corners. They
+are the same for (j, k) and (k, j), so that only tiles on and above the diagonal are computed.
 
 Work for N corners: 20 instructions a triplet in the first kernel, 19 for half of the triplets in the second. Bytes: the
 first reads 8 N^3 / CORNERS from the L2 cache, the second 32 N^3 / BLOCK_N.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -114,7 +116,7 @@ def triplet_angles(
     """The sum of the losses, 0-dim, and ENDS, OF_GRAM and OF_INVERSE for the corners in [first, last); all fp32."""
     n = len(gram_s)
     hardware = hardware_of(gram_s.device)
-    given = {"GRAM_S": gram_s, "INVERSE_S": inverse_s, "GRAM_T": gram_t, "INVERSE_T": inverse_t}
+    given: dict[str, Any] = {"GRAM_S": gram_s, "INVERSE_S": inverse_s, "GRAM_T": gram_t, "INVERSE_T": inverse_t}
     given |= {"n": n, "first": first, "last": last}
     config = launch_config("triplet_angles_corners", hardware=hardware)
     programs = cdiv(n, config.BLOCK_M)

@@ -99,11 +99,11 @@ def multiscale_pool(
 def triplet_angles(gram_s: Tensor, inverse_s: Tensor, gram_t: Tensor, inverse_t: Tensor) -> Tensor:
     """The angles of RKD per anchor i, [N]: ``sum_jk huber(a^s_ijk - a^t_ijk)`` (arXiv 1904.05068, eq. 7).
 
-    ``a_ijk = (G_jk - G_ij - G_ik + G_ii) u_ij u_ik``, which is the cosine of ``x_j - x_i`` and ``x_k - x_i``. G holds the
-    products of the rows, and u their inverse distances; both are [N, N]. u is 0 where a pair has no direction.
+    ``a_ijk = (G_jk - G_ij - G_ik + G_ii) u_ij u_ik``, which is the cosine of ``x_j - x_i`` and ``x_k - x_i``. G holds
+    the products of the rows, and u their inverse distances; both are [N, N]. u is 0 where a pair has no direction.
     """
     angles = []
     for G, u in ((gram_s, inverse_s), (gram_t, inverse_t)):
         sides = G - G[:, :, None] - G[:, None, :] + G.diagonal()[:, None, None]
         angles.append(sides * u[:, :, None] * u[:, None, :])
-    return F.smooth_l1_loss(*angles, reduction="none").sum(dim=(1, 2))
+    return F.smooth_l1_loss(angles[0], angles[1], reduction="none").sum(dim=(1, 2))

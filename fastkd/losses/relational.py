@@ -16,8 +16,8 @@ class RelationalLoss(LossModule):
     """A loss over the rows of all ranks of ``group``.
 
     The ranks gather their rows, and each computes the whole loss of the global batch. Where that is much work,
-    ``_of_ranks`` is overridden, and each computes a part. The average of the gradients over the ranks is the gradient of
-    one process on all rows.
+    ``_of_ranks`` is overridden, and each computes a part. The average of the gradients over the ranks is the gradient
+    of one process on all rows.
     """
 
     def __init__(self, group: Group = None) -> None:
@@ -52,9 +52,12 @@ class RelationalLoss(LossModule):
         return self._terms(*(rows if peers is None else (gather_rows(x, peers) for x in rows)))
 
 
+def rank_of(ranks: Agreement) -> tuple[int, int]:
+    """This rank's number, and how many there are."""
+    return (0, 1) if ranks.peers is None else (ranks.peers.rank, ranks.peers.world_size)
+
+
 def share_of(count: int, ranks: Agreement) -> slice:
     """This rank's share of so many pieces of work; all of them where it is alone."""
-    if ranks.peers is None:
-        return slice(0, count)
-    rank, world_size = ranks.peers.rank, ranks.peers.world_size
+    rank, world_size = rank_of(ranks)
     return slice(count * rank // world_size, count * (rank + 1) // world_size)

@@ -1,7 +1,4 @@
-"""``triplet_angles``: how far the angles of all triplets of rows are from the teacher's, which gets no gradient.
-
-:func:`sum_of_anchors` runs it as a plain autograd function. Under torch.compile a custom op takes its place.
-"""
+"""``triplet_angles``: how far the angles of all triplets of rows are from the teacher's, which gets no gradient."""
 
 from typing import Any
 
@@ -9,10 +6,11 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import implementation
-from fastkd.ops.eager import computing, differentiable_once, is_traced
+from fastkd.ops.eager import computing
+from fastkd.ops.with_gradients import custom_op, number
 
 
-def _forward(
+def _compute(
     gram_s: Tensor, inverse_s: Tensor, gram_t: Tensor, inverse_t: Tensor, first: int, last: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``sum_{i, j, k} huber(a^s_ijk - a^t_ijk)`` over the anchors i in [first, last), and its two gradients.
@@ -32,42 +30,9 @@ def _forward(
     return total, ends, grad_inverse
 
 
-triplet_angles = torch.library.custom_op("fastkd::triplet_angles", _forward, mutates_args=())
-
-
-@triplet_angles.register_fake
-def _(gram_s: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    shape = gram_s.shape
-    return gram_s.new_empty(()), gram_s.new_empty(shape), gram_s.new_empty(shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:2], *output[1:])
-
-
-def _op_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    *_, of_gram, of_inverse = ctx.saved_tensors
-    return grad * of_gram, grad * of_inverse, *[None] * 5
-
-
-triplet_angles.register_autograd(_op_backward, setup_context=_setup_context)
-
-
-class TripletAngles(torch.autograd.Function):
-    """The sum as a plain autograd function, which starts quicker than the custom op."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output[0]
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad * saved[2], grad * saved[3], *[None] * 5
+triplet_angles = custom_op("triplet_angles", _compute)
 
 
 def sum_of_anchors(*inputs: Any) -> Tensor:
     """The sum over the anchors, 0-dim, of the ``inputs`` of ``fastkd::triplet_angles``."""
-    return triplet_angles(*inputs)[0] if is_traced(*inputs[:4]) else TripletAngles.apply(*inputs)
+    return number(triplet_angles, _compute, *inputs)

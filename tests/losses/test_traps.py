@@ -29,7 +29,6 @@ from fastkd.losses import (
     activation_margin,
     total_loss,
 )
-
 from tests.helpers.checks import assert_close, value_and_grads
 
 

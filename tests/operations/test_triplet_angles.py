@@ -19,7 +19,7 @@ def matrices(rows: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         distances = torch.cdist(x, x)
         is_near = distances < 0.5
         found += [x @ x.T, distances.masked_fill(is_near, 1).reciprocal().masked_fill(is_near, 0)]
-    assert rows < 20 or 0 < ((found[1] == 0) != (found[3] == 0)).sum()
+    assert rows < 20 or ((found[1] == 0) != (found[3] == 0)).any()
     return [x.to(dtype) for x in found]
 
 
@@ -60,7 +60,8 @@ def test_equals_the_definition(rows: int, first: int, last: int) -> None:
     exact = definition(given, first, last)
     for dtype in (torch.float64, torch.float32):
         narrow = [x.to(dtype) for x in given]
-        found = value_and_grads(lambda *x, n=narrow: 2 * sum_of_anchors(*x, *n[2:], first, last, "blocked"), *narrow[:2])
+        rest = *narrow[2:], first, last, "blocked"
+        found = value_and_grads(lambda *x, rest=rest: 2 * sum_of_anchors(*x, *rest), *narrow[:2])
         for actual, expected in zip(found, exact, strict=True):
             assert actual.dtype == dtype
             assert_close(actual, 2 * expected, dtype)
@@ -82,6 +83,7 @@ def test_threads_share_out_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiled_it_is_one_operation() -> None:
     given = [x.requires_grad_(k < 2) for k, x in enumerate(matrices(6))]
     torch.library.opcheck(triplet_angles, (*given, 1, 5, "blocked"))
+
     def call(*x: Tensor) -> Tensor:
         return sum_of_anchors(*x, 1, 5, "blocked")
 

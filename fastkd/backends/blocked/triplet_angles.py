@@ -1,8 +1,8 @@
 """``triplet_angles`` of the blocked backend: blocks of anchors, or the extension's loops on a CPU.
 
-The gradients come with the losses, because the angles are the work and are at hand. With ``c`` the difference of two
-angles, clamped to [-1, 1], and ``u`` the inverse distances, the derivative of a triplet's loss is ``c u_ij u_ik`` in the
-product of its two sides, and ``c`` times its angle over ``u_ij`` in ``u_ij``.
+The gradients come with the losses, because the angles are the work and are at hand. Let ``c`` be the difference of two
+angles, clamped to [-1, 1], and ``u`` the inverse distances. The derivative of a triplet's loss is then ``c u_ij u_ik``
+in the product of its two sides, and ``c`` times its angle over ``u_ij`` in ``u_ij``.
 """
 
 import torch

@@ -77,8 +77,9 @@ class RKDLoss(RelationalLoss):
         grams = [_gram_and_distances(x) for x in (student, teacher)]
         parts = {}
         if self.distance_weight > 0:
-            relative = (_relative(distances)[corners] for _, distances in grams)
-            parts["distance"] = self.distance_weight / count**2 * F.smooth_l1_loss(*relative, reduction="sum")
+            relative_s, relative_t = (_relative(distances)[corners] for _, distances in grams)
+            total = F.smooth_l1_loss(relative_s, relative_t, reduction="sum")
+            parts["distance"] = self.distance_weight / count**2 * total
         if self.angle_weight > 0:
             matrices = [matrix for pair in grams for matrix in (pair[0], _inverses(*pair))]
             backend = resolve(None, "triplet_angles", student)
