@@ -43,5 +43,5 @@ def pair_divergence(
             gradient.add_cols(rows, cols, G)
 
     for_each_tile(shared_rounds(student, rank, world_size), add, student, buffers=0)
-    of_inverse = totals[1].to(student.dtype).div_(inverse_s).neg_()
+    of_inverse = -(totals[1] / inverse_s).to(student.dtype)
     return totals[0].sum().to(student.dtype), gradient.total().neg_(), of_inverse

@@ -27,8 +27,8 @@ class DISTLoss(RelationalLoss):
 
     The authors train with cross-entropy of weight 1 and give this loss the weight 2. Their temperature is 4 on
     CIFAR-100 and 1 on ImageNet. A row or a column without variance has the correlation 0. So a batch of one row has a
-    constant ``intra``. Several ranks exchange sums per class, and no logits. The gradient of a row whose logits are all equal is finite and very large. A classifier that is
-    initialised with zeros should not begin with this loss.
+    constant ``intra``. The gradient of a row whose logits are all equal is finite and very large. A classifier that is
+    initialised with zeros should not begin with this loss. Several ranks exchange sums per class, and no logits.
 
     Source: arXiv 2205.10536, as in the authors' code.
 
