@@ -9,7 +9,7 @@ from fastkd.distributed.agree import Agreement, agreeing, eagerly
 from fastkd.distributed.gather import gather_rows
 from fastkd.distributed.group import Group, check_group, resolve_group
 from fastkd.losses.base import LossModule
-from fastkd.losses.pairs import full_precision
+from fastkd.losses.pairs import feature_pair, full_precision
 
 
 class RelationalLoss(LossModule):
@@ -50,6 +50,20 @@ class RelationalLoss(LossModule):
         """The terms of the rows of all ranks, of which ``rows`` are this rank's."""
         peers = ranks.peers
         return self._terms(*(rows if peers is None else (gather_rows(x, peers) for x in rows)))
+
+
+class FeatureRelation(RelationalLoss):
+    """A relational loss of pooled features, of any widths."""
+
+    def forward(self, student_features: Tensor, teacher_features: Tensor) -> dict[str, Tensor]:
+        """Returns the terms, 0-dim. The teacher gets no gradient.
+
+        student_features: [B, D_s]. teacher_features: [B, D_t]. Both in float64, float32, bf16 or fp16.
+        """
+        return self._over_ranks(student_features, teacher_features)
+
+    def _rows(self, *inputs: Tensor, may_be_empty: bool) -> tuple[Tensor, ...]:
+        return feature_pair(*inputs, may_be_empty=may_be_empty)
 
 
 def rank_of(ranks: Agreement) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import torch
 
 from fastkd.ops.triplet_angles import sum_of_anchors
 from tests.helpers.checks import assert_close, value_and_grads
-from tests.operations.test_relations import definition, matrices
+from tests.losses.test_relations import definition, matrices
 
 
 @pytest.mark.parametrize(("rows", "first", "last"), [(1, 0, 1), (21, 3, 17), (16, 0, 16), (9, 4, 4)])

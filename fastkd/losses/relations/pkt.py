@@ -8,8 +8,7 @@ from torch import Tensor
 from fastkd.distributed.agree import Agreement
 from fastkd.distributed.gather import gather_shared_rows
 from fastkd.distributed.group import Group
-from fastkd.losses.pairs import feature_pair
-from fastkd.losses.relational import RelationalLoss, rank_of
+from fastkd.losses.relational import FeatureRelation, rank_of
 from fastkd.ops.pair_divergence import sum_of_pairs
 from fastkd.validate import check_choice
 
@@ -18,7 +17,7 @@ EPS = 1e-7
 WHOLE = 1024  # rows up to which a rank that is alone keeps the matrices
 
 
-class PKTLoss(RelationalLoss):
+class PKTLoss(FeatureRelation):
     r"""PKT: the similarities of a sample to all others, as probabilities, are those of the teacher.
 
     .. code-block:: text
@@ -54,16 +53,6 @@ class PKTLoss(RelationalLoss):
         super().__init__(group)
         check_choice("reduction", reduction, get_args(Reduction))
         self.reduction = reduction
-
-    def forward(self, student_features: Tensor, teacher_features: Tensor) -> dict[str, Tensor]:
-        """Returns ``{"pkt": loss}``, 0-dim. The teacher gets no gradient.
-
-        student_features: [B, D_s]. teacher_features: [B, D_t]. Both in float64, float32, bf16 or fp16.
-        """
-        return self._over_ranks(student_features, teacher_features)
-
-    def _rows(self, *inputs: Tensor, may_be_empty: bool) -> tuple[Tensor, ...]:
-        return feature_pair(*inputs, may_be_empty=may_be_empty)
 
     def _of_ranks(self, ranks: Agreement, *rows: Tensor) -> dict[str, Tensor]:
         student, teacher = (_units(gather_shared_rows(x, ranks.peers)) for x in rows)

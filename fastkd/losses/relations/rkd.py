@@ -9,14 +9,13 @@ from fastkd.distributed.agree import Agreement
 from fastkd.distributed.gather import gather_shared_rows
 from fastkd.distributed.group import Group
 from fastkd.losses.inputs import check_part_weights
-from fastkd.losses.pairs import feature_pair
-from fastkd.losses.relational import RelationalLoss, share_of
+from fastkd.losses.relational import FeatureRelation, share_of
 from fastkd.ops.triplet_angles import sum_of_anchors
 
 SHORTEST = 1e-6  # shorter distances count as this one, and get no gradient
 
 
-class RKDLoss(RelationalLoss):
+class RKDLoss(FeatureRelation):
     r"""RKD: the distances of all pairs of samples, and the angles of all triplets, are those of the teacher.
 
     .. code-block:: text
@@ -59,16 +58,6 @@ class RKDLoss(RelationalLoss):
         super().__init__(group)
         check_part_weights(distance_weight=distance_weight, angle_weight=angle_weight)
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
-
-    def forward(self, student_features: Tensor, teacher_features: Tensor) -> dict[str, Tensor]:
-        """Returns ``distance`` and ``angle``, 0-dim. The teacher gets no gradient.
-
-        student_features: [B, D_s]. teacher_features: [B, D_t]. Both in float64, float32, bf16 or fp16.
-        """
-        return self._over_ranks(student_features, teacher_features)
-
-    def _rows(self, *inputs: Tensor, may_be_empty: bool) -> tuple[Tensor, ...]:
-        return feature_pair(*inputs, may_be_empty=may_be_empty)
 
     def _of_ranks(self, ranks: Agreement, *rows: Tensor) -> dict[str, Tensor]:
         student, teacher = (gather_shared_rows(x, ranks.peers) for x in rows)
