@@ -44,6 +44,4 @@ def test_a_broken_promise_is_told(tmp_path: Path) -> None:
     assert broken(path, "case", {"A": (3.0, 0.05), "B": (2.0, 0.05)}) == []
     expected = "A, B = 1: 3.00x with 5.0% of the memory, expected 3.1x with 5%"
     assert broken(path, "case", {"A": (3.1, 0.05)}) == [expected]
-        "A, B = 1: 3.00x with 5.0% of the memory, expected 3.1x with 5%"
-    ]
     assert len(broken(path, "case", {"A": (3.0, 0.04), "B": (3.0, 1.0)})) == 2
