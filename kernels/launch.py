@@ -174,17 +174,12 @@ _SOFT_TARGET: _Lines = {
     },
     "soft_target_backward": {**_NARROW, (0, 0): LaunchConfig(1, 1024, 2, 1)},
 }
-_TRIPLETS: _Lines = {
-    "triplet_angles_corners": {(0, 0): LaunchConfig(8, 32, 4, 2, ctas_per_sm=4)},
-    "triplet_angles_ends": {(0, 0): LaunchConfig(32, 32, 4, 2, ctas_per_sm=4)},
-}
 _INTERPRETER: _Lines = {
     **{
         kernel: dict.fromkeys(lines, LaunchConfig(16, 16, 4, 1, rows_in_registers=True))
         for kernel, lines in _SM90.items()
     },
     **{kernel: {(0, 32): LaunchConfig(4, 32, 4, 1), (0, 0): LaunchConfig(2, 64, 4, 1)} for kernel in _SOFT_TARGET},
-    **{kernel: {(0, 0): LaunchConfig(8, 16, 4, 1)} for kernel in _TRIPLETS},
 }
 
 
@@ -215,10 +210,10 @@ def table_of(*parts: _Lines) -> dict[Entry, LaunchConfig]:
 
 
 TABLE = {
-    "sm_80": table_of(_SM80, _SOFT_TARGET, _TRIPLETS),
-    "sm_90": table_of(_SM90, _SOFT_TARGET, _TRIPLETS),
-    "sm_100": table_of(_SM90, _SM100, _SOFT_TARGET, _TRIPLETS),
-    "gfx942": table_of(_GFX942, _SOFT_TARGET, _TRIPLETS),
+    "sm_80": table_of(_SM80, _SOFT_TARGET),
+    "sm_90": table_of(_SM90, _SOFT_TARGET),
+    "sm_100": table_of(_SM90, _SM100, _SOFT_TARGET),
+    "gfx942": table_of(_GFX942, _SOFT_TARGET),
     "interpreter": table_of(_INTERPRETER),
 }
 

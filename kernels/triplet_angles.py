@@ -19,11 +19,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastkd.kernels.launch import cdiv, hardware_of, launch_config
+from fastkd.kernels.launch import cdiv
 from fastkd.kernels.plans import launch
 from torch import Tensor
 
 CORNERS = tl.constexpr(4)  # of a program of the first kernel, which share the tiles that it reads
+# BLOCK_M and BLOCK_N of the two kernels for four warps: the widest that leave 128 registers a thread. On every hardware.
+CORNERS_TILE, ENDS_TILE = (8, 32), (32, 32)
 
 
 @triton.jit
@@ -115,19 +117,17 @@ def triplet_angles(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum of the losses, 0-dim, and ENDS, OF_GRAM and OF_INVERSE for the corners in [first, last); all fp32."""
     n = len(gram_s)
-    hardware = hardware_of(gram_s.device)
     given: dict[str, Any] = {"GRAM_S": gram_s, "INVERSE_S": inverse_s, "GRAM_T": gram_t, "INVERSE_T": inverse_t}
-    given |= {"n": n, "first": first, "last": last}
-    config = launch_config("triplet_angles_corners", hardware=hardware)
-    programs = cdiv(n, config.BLOCK_M)
+    given |= {"n": n, "first": first, "last": last, "num_warps": 4}
+    BLOCK_M, BLOCK_N = CORNERS_TILE
+    programs = cdiv(n, BLOCK_M)
     loss = torch.empty(last - first, programs, device=gram_s.device)
     of_gram, of_inverse = torch.empty(2, last - first, n, device=gram_s.device)
     ends = torch.empty(n, n, device=gram_s.device)
     if last > first:
-        launch(corners_kernel, (cdiv(last - first, CORNERS.value), programs), **given, LOSS=loss, OF_GRAM=of_gram,
-               OF_INVERSE=of_inverse, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, num_warps=config.num_warps,
-               num_stages=config.num_stages)  # fmt: skip
-    config = launch_config("triplet_angles_ends", hardware=hardware)
-    launch(ends_kernel, (cdiv(n, config.BLOCK_M), cdiv(n, config.BLOCK_N)), **given, ENDS=ends, BLOCK_M=config.BLOCK_M,
-           BLOCK_N=config.BLOCK_N, num_warps=config.num_warps, num_stages=config.num_stages)  # fmt: skip
+        outputs = {"LOSS": loss, "OF_GRAM": of_gram, "OF_INVERSE": of_inverse}
+        grid = cdiv(last - first, CORNERS.value), programs
+        launch(corners_kernel, grid, **given, **outputs, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
+    BLOCK_M, BLOCK_N = ENDS_TILE
+    launch(ends_kernel, (cdiv(n, BLOCK_M), cdiv(n, BLOCK_N)), **given, ENDS=ends, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
     return loss.sum(), ends, of_gram, of_inverse

@@ -2,24 +2,15 @@
 
 from collections.abc import Iterator
 
-from fastkd.kernels import launch, triplet_angles
+from fastkd.kernels import triplet_angles
 
-from bench.aot.compile import Job, launched
-
-_KERNELS = {
-    "triplet_angles_corners": triplet_angles.corners_kernel,
-    "triplet_angles_ends": triplet_angles.ends_kernel,
-}
+from bench.aot.compile import Job
 
 
 def jobs(hardware: str) -> Iterator[Job]:
-    for entry, config in launch.TABLE[hardware].items():
-        if entry.kernel in _KERNELS:
-            yield Job(
-                name=f"{entry.kernel} fp32",
-                hardware=hardware,
-                kernel=_KERNELS[entry.kernel],
-                constants={"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N},
-                types={},
-                **launched(config),
-            )
+    for name, kernel, (BLOCK_M, BLOCK_N) in (
+        ("corners", triplet_angles.corners_kernel, triplet_angles.CORNERS_TILE),
+        ("ends", triplet_angles.ends_kernel, triplet_angles.ENDS_TILE),
+    ):
+        constants = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
+        yield Job(f"triplet_angles_{name} fp32", hardware, kernel, constants, types={}, ctas_per_sm=4)

@@ -148,6 +148,14 @@ def test_rkd_does_not_depend_on_the_mean_of_the_features() -> None:
     assert_close(actual, expected[0], torch.bfloat16)
 
 
+def test_rkd_has_digits_for_distances_within_clusters() -> None:
+    student = (rows(2, 16).repeat_interleave(4, dim=0) + 1e-2 * rows(8, 16, seed=1)).float()
+    loss, teacher = RKDLoss(1, 0), rows(8, 16, seed=2).float()
+    exact = value_and_grads(lambda s: loss(s, teacher.double())["distance"], student.double())
+    for actual, expected in zip(value_and_grads(lambda s: loss(s, teacher)["distance"], student), exact, strict=True):
+        assert_close(actual, expected, torch.float32)
+
+
 @pytest.mark.parametrize("distance", [0.0, 1e-9])
 def test_rkd_has_small_gradients_where_rows_nearly_agree(distance: float) -> None:
     student = rows(6, 4)

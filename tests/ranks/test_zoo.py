@@ -9,7 +9,7 @@ from tests.losses.calls import RELATIONAL
 from tests.ranks import zoo_programs as programs
 
 
-@pytest.mark.parametrize("sizes", [(3, 4), (0, 3), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("sizes", [(4,), (3, 4), (0, 3), (2, 1, 3)], ids=str)
 def test_ranks_equal_one_process(sizes: tuple[int, ...]) -> None:
     results = succeeded(run_ranks(len(sizes), programs.on_rank, sizes))
     for name in RELATIONAL:
