@@ -24,7 +24,7 @@ from fastkd.kernels.plans import launch
 from torch import Tensor
 
 CORNERS = tl.constexpr(4)  # of a program of the first kernel, which share the tiles that it reads
-# BLOCK_M and BLOCK_N of the two kernels for four warps: the widest that leave 128 registers a thread. On every hardware.
+# BLOCK_M and BLOCK_N of the two kernels, on every hardware, for four warps. No wider ones leave 128 registers a thread.
 CORNERS_TILE, ENDS_TILE = (8, 32), (32, 32)
 
 
