@@ -13,7 +13,7 @@ import torch
 
 from fastkd import DCDLoss, backends, dcd_loss
 from tests.helpers.checks import embeddings
-from tests.helpers.forks import Forks
+from tests.helpers.processes import Forks
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]

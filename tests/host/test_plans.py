@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastkd import native
-from tests.helpers.building import ROOT
-from tests.helpers.forks import Forks
+from tests.helpers.processes import ROOT, Forks
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("triton")

@@ -1,11 +1,20 @@
-"""Programs in processes of their own that need not import torch and Triton again: forks of one that has done it."""
+"""Processes that tests start: setup.py of this repository, and programs that need not import torch and Triton again."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.building import ROOT
+ROOT = Path(__file__).parents[2]
+
+
+def run_setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, **environment},
+    )  # fmt: skip
+
 
 _SERVER = """
 import importlib.util, json, os, sys, traceback
@@ -32,7 +41,7 @@ for line in sys.stdin:
 
 
 class Forks:
-    """Starts the process that the others are forks of; ends it where a ``with`` block ends."""
+    """Runs programs in forks of a process that has imported torch and Triton; it ends where a ``with`` block ends."""
 
     def __enter__(self) -> "Forks":
         self._server = subprocess.Popen(
