@@ -92,7 +92,7 @@ CASES: dict[str, tuple[tuple[int, int], dict[str, tuple[Loss, int]]]] = {
             "fastkd": (ours(RKDLoss()), 100),
         },
     ),
-    # Of a last map of 32 x 8 x 8. One of 256 x 8 x 8 takes minutes a step; the ratio of the products is the same.
+    # Of a last map of 32 x 8 x 8. With one of 256 x 8 x 8 a step of eager code takes minutes: see NOTES.md.
     "SP, B = 8192, D = 2048": ((8192, 2048), {"eager": (eager_sp, 1), "fastkd": (ours(SPLoss()), 1)}),
     "PKT, B = 4096, D = 512": ((4096, 512), {"eager": (eager_pkt, 3), "fastkd": (ours(PKTLoss()), 5)}),
     "DIST, B = 4096, C = 1000": (
