@@ -183,9 +183,26 @@ def one_scale(logit_scale: Tensor | float | None, temperature: Tensor | float | 
     return temperature.reciprocal()
 
 
-def check_temperature(temperature: Any) -> None:
+def check_temperature(temperature: Any, name: str = "temperature") -> None:
     """In [1e-4, 1e4]. Beyond it logits overflow, or squares of temperatures do, or nothing is left of the logits."""
-    check_number("temperature", temperature, 1e-4, 1e4)
+    check_number(name, temperature, 1e-4, 1e4)
+
+
+def check_row_temperature(name: str, temperature: Tensor, like: Tensor) -> Tensor:
+    """A tensor of temperatures, 0-dim or one per row, on the logits' device; with their range where it can be read.
+
+    Returns it as [B], in the dtype that the logits are computed in.
+    """
+    check_floating(name, temperature)
+    n = like.shape[0]
+    if temperature.shape not in ((), (n,)):
+        raise ValueError(f"{name}: got shape {list(temperature.shape)}, expected a 0-dim tensor or [{n}], one per row")
+    if temperature.device != like.device:
+        raise ValueError(f"{name}: got device {temperature.device}, expected that of the logits, {like.device}")
+    if _may_read(temperature):
+        for value in temperature.detach().aminmax():
+            check_temperature(value.item(), name)
+    return temperature.to(accumulation_dtype(like.dtype)).expand(n)
 
 
 def scale_bound(logit_scale: Tensor | float, max_scale: float) -> float:
