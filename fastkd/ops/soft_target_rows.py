@@ -125,9 +125,7 @@ class SoftTargetRows(torch.autograd.Function):
         upstream, grad = upstream.contiguous(), None
         if ctx.needs_input_grad[0]:
             with computing(inputs[0]):
-                grad = ctx.module.soft_target_rows_backward(
-                    *inputs, kept, upstream, ctx.exclude_label, ctx.standardize
-                )
+                grad = ctx.module.soft_target_rows_backward(*inputs, kept, upstream, ctx.exclude_label, ctx.standardize)
         return grad, None, None, *_scale_gradients(ctx.needs_input_grad[3:5], kept, upstream), *[None] * 4
 
 
