@@ -11,6 +11,7 @@ from fastkd.ops.contrast import contrast, contrast_backward
 from fastkd.ops.dual_softmax import dual_softmax, dual_softmax_backward
 from fastkd.ops.multiscale_pool import multiscale_pool, multiscale_pool_backward
 from fastkd.ops.soft_target import soft_target, soft_target_backward
+from fastkd.ops.soft_target_rows import soft_target_rows, soft_target_rows_backward
 from tests.helpers.checks import assert_close, embeddings
 from tests.helpers.contrast_cases import MODES, problem
 from tests.helpers.pool_cases import FORMATS, feature_map
@@ -31,6 +32,11 @@ def test_opcheck(dtype: torch.dtype, weighted: bool) -> None:
     labels = torch.arange(7) % 5
     for teacher, classes in ((b.detach(), labels), (b.detach(), None), (None, labels)):
         torch.library.opcheck(soft_target, (a, teacher, classes, w, 4.0, 0.1, "blocked"))
+    scales = (
+        torch.rand(2, 7, dtype=c.dtype if dtype == torch.float64 else torch.float32).requires_grad_() for _ in "ab"
+    )
+    rows = (a, b.detach(), labels, *scales)
+    torch.library.opcheck(soft_target_rows, (*rows, True, True, True, "blocked"))
     a, b, c = a.detach(), b.detach(), c.detach()
     *_, stats = dual_softmax(a, b, c, w, "student||teacher", 10.0, "blocked")
     one = torch.ones((), dtype=stats.dtype)
@@ -38,6 +44,9 @@ def test_opcheck(dtype: torch.dtype, weighted: bool) -> None:
         torch.library.opcheck(
             dual_softmax_backward, (a, b, c, w, stats, one, one, "student||teacher", 10.0, need, True, "blocked")
         )
+    rows = tuple(x.detach() for x in rows)
+    found, kept = soft_target_rows(*rows, True, True, True, "blocked")
+    torch.library.opcheck(soft_target_rows_backward, (*rows, kept, torch.ones_like(found), True, True, "blocked"))
     *_, stats = soft_target(a, b, labels, w, 4.0, 0.1, "blocked")
     torch.library.opcheck(soft_target_backward, (a, b, labels, w, stats, one, one, 4.0, 0.1, "blocked"))
 
