@@ -1,8 +1,10 @@
 """``soft_target_rows`` on a GPU: a row of both logits is read from memory once per pass, whatever the number of views.
 
 A program owns whole rows and goes over them in tiles: for the maxima, for the mean and the squares of standardised
-rows, and for the sums of each view. After the first time a row lies in the caches: the widest that is not split over
-registers, 131072 classes in bf16, is 512 KiB of an L2 of tens of MiB. The backward visits each tile once.
+rows, and for the sums of each view. Only the first time does a row come from memory, because then it lies in a cache:
+both rows of 131072 classes in bf16 are 512 KiB, of an L2 of tens of MiB. The backward visits each tile once. So the
+forward reads 2 e bytes per logit of e bytes, the backward reads 2 e and writes e, and each has two exponentials per
+logit and view.
 
 Legend, beside that of the blocked backend. ``X``, ``Y``: logits [n, C] of student and teacher. SCALE_X, SCALE_Y
 [views, n]. FOUND [4, views, n]: the results. KEPT [5 + 5 views, n]: what the backward needs. UPSTREAM [4, views, n].
@@ -19,19 +21,23 @@ from fastkd.kernels.plans import launch
 from fastkd.kernels.tiles import LN2, LOG2E
 from torch import Tensor
 
-MAX_ROWS = 8  # of a program: 32 rows of 16 classes would need 600 registers more than a thread has
+MAX_ROWS, WARP_ELEMENTS = 2, 512  # of a program, and of a tile's part: more of either would spill registers
 
 
 @triton.jit
-def _tile(X, rows, stride, start, in_rows, label, C, BLOCK_N: tl.constexpr, EXCLUDE_LABEL: tl.constexpr):
-    """The logits of a tile, -inf outside, which classes are in the row, and which of them count."""
+def _classes(start, in_rows, label, C, BLOCK_N: tl.constexpr, EXCLUDE_LABEL: tl.constexpr):
+    """Which elements of a tile are in a row, [BLOCK_M, BLOCK_N]; EXCLUDE_LABEL: and are not the row's label."""
     offs_n = start + tl.arange(0, BLOCK_N)
     inside = in_rows[:, None] & (offs_n < C)[None, :]
-    counts = inside
     if EXCLUDE_LABEL:
-        counts = inside & (offs_n[None, :] != label[:, None])
-    x = tl.load(X + (rows * stride)[:, None] + offs_n[None, :], mask=inside, other=-float("inf")).to(tl.float32)
-    return x, inside, counts
+        inside &= offs_n[None, :] != label[:, None]
+    return inside
+
+
+@triton.jit
+def _tile(X, rows, stride, start, inside, BLOCK_N: tl.constexpr):
+    offs_n = start + tl.arange(0, BLOCK_N)
+    return tl.load(X + (rows * stride)[:, None] + offs_n[None, :], mask=inside, other=-float("inf")).to(tl.float32)
 
 
 @triton.jit
@@ -40,26 +46,32 @@ def _maximum(
 ):  # fmt: skip
     largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     for start in range(0, C, BLOCK_N):
-        x, inside, counts = _tile(X, rows, stride, start, in_rows, label, C, BLOCK_N, EXCLUDE_LABEL)
-        largest = tl.maximum(largest, tl.max(tl.where(counts, x, -float("inf")), 1))
+        counted = _classes(start, in_rows, label, C, BLOCK_N, EXCLUDE_LABEL)
+        largest = tl.maximum(largest, tl.max(_tile(X, rows, stride, start, counted, BLOCK_N), 1))
     # A row that holds only -inf has no finite maximum: subtracting 0 keeps exp(-inf) = 0.
     return tl.where(largest == -float("inf"), 0.0, largest)
 
 
 @triton.jit
-def _mean_and_std(X, rows, stride, largest, in_rows, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of a row less its maximum; the standard deviation is that of a sample."""
+def _mean(X, rows, stride, largest, in_rows, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The mean of a row less its maximum."""
     total = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, C, BLOCK_N):
-        x, inside, counts = _tile(X, rows, stride, start, in_rows, rows, C, BLOCK_N, False)
+        inside = _classes(start, in_rows, rows, C, BLOCK_N, False)
+        x = _tile(X, rows, stride, start, inside, BLOCK_N)
         total += tl.sum(tl.where(inside, x - largest[:, None], 0.0), 1)
-    mean = total / C
+    return total / C
+
+
+@triton.jit
+def _std(X, rows, stride, mean, in_rows, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The standard deviation of a row, a sample, around its mean."""
     squares = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, C, BLOCK_N):
-        x, inside, counts = _tile(X, rows, stride, start, in_rows, rows, C, BLOCK_N, False)
-        z = tl.where(inside, x - (largest + mean)[:, None], 0.0)
+        inside = _classes(start, in_rows, rows, C, BLOCK_N, False)
+        z = tl.where(inside, _tile(X, rows, stride, start, inside, BLOCK_N) - mean[:, None], 0.0)
         squares += tl.sum(z * z, 1)
-    return mean, tl.sqrt(squares / (C - 1))
+    return tl.sqrt(squares / (C - 1))
 
 
 @triton.jit(do_not_specialize=["stride_xn", "stride_yn", "n", "C", "views"])
@@ -80,10 +92,10 @@ def forward_kernel(
     none = tl.zeros([BLOCK_M], tl.float32)
     mean, spread_x, spread_y, own_x, own_y = none, none + 1, none + 1, none, none
     if STANDARDIZE:
-        mean, spread_x = _mean_and_std(X, rows, stride_xn, mx, in_rows, C, BLOCK_M, BLOCK_N)
-        mean_y, spread_y = _mean_and_std(Y, rows, stride_yn, my, in_rows, C, BLOCK_M, BLOCK_N)
-        spread_x += eps
-        spread_y += eps
+        mean = _mean(X, rows, stride_xn, mx, in_rows, C, BLOCK_M, BLOCK_N)
+        mean_y = _mean(Y, rows, stride_yn, my, in_rows, C, BLOCK_M, BLOCK_N)
+        spread_x = _std(X, rows, stride_xn, mx + mean, in_rows, C, BLOCK_M, BLOCK_N) + eps
+        spread_y = _std(Y, rows, stride_yn, my + mean_y, in_rows, C, BLOCK_M, BLOCK_N) + eps
     if HAS_LABELS:
         is_label = (label >= 0) & (label < C)
         own_x = tl.load(X + rows * stride_xn + label, mask=in_rows & is_label, other=0.0).to(tl.float32) - mx
@@ -105,11 +117,11 @@ def forward_kernel(
         su = tl.where(in_rows, none, 1.0)  # beyond the rows nothing is added to these, and nothing is divided by 0
         sv, v_d, v_zy, u_zx, v_zx, v_zy_d = su, none, none, none, none, none
         for start in range(0, C, BLOCK_N):
-            x, inside, counts = _tile(X, rows, stride_xn, start, in_rows, label, C, BLOCK_N, EXCLUDE_LABEL)
-            y, in_y, counts_y = _tile(Y, rows, stride_yn, start, in_rows, label, C, BLOCK_N, EXCLUDE_LABEL)
-            zx, zy = tl.where(counts, x - mx[:, None], 0.0), tl.where(counts, y - my[:, None], 0.0)
-            u = tl.where(counts, tl.exp2(zx * (a * LOG2E)[:, None]), 0.0)
-            v = tl.where(counts, tl.exp2(zy * (b * LOG2E)[:, None]), 0.0)
+            counted = _classes(start, in_rows, label, C, BLOCK_N, EXCLUDE_LABEL)
+            zx = tl.where(counted, _tile(X, rows, stride_xn, start, counted, BLOCK_N) - mx[:, None], 0.0)
+            zy = tl.where(counted, _tile(Y, rows, stride_yn, start, counted, BLOCK_N) - my[:, None], 0.0)
+            u = tl.where(counted, tl.exp2(zx * (a * LOG2E)[:, None]), 0.0)
+            v = tl.where(counted, tl.exp2(zy * (b * LOG2E)[:, None]), 0.0)
             d = zy * b[:, None] - zx * a[:, None]
             su += tl.sum(u, 1)
             sv += tl.sum(v, 1)
@@ -146,11 +158,11 @@ def backward_kernel(
     label = rows
     if HAS_LABELS:
         label = tl.load(LABELS + rows, mask=in_rows, other=0)
-    x, inside, counts = _tile(X, rows, stride_xn.to(tl.int64), start, in_rows, label, C, BLOCK_N, EXCLUDE_LABEL)
-    y, in_y, counts_y = _tile(Y, rows, stride_yn.to(tl.int64), start, in_rows, label, C, BLOCK_N, EXCLUDE_LABEL)
+    inside = _classes(start, in_rows, label, C, BLOCK_N, False)
     KEPT += rows
-    zx = x - tl.load(KEPT, mask=in_rows, other=0.0)[:, None]
-    zy = y - tl.load(KEPT + stride_k, mask=in_rows, other=0.0)[:, None]
+    mx, my = tl.load(KEPT, mask=in_rows, other=0.0), tl.load(KEPT + stride_k, mask=in_rows, other=0.0)
+    zx = _tile(X, rows, stride_xn.to(tl.int64), start, inside, BLOCK_N) - mx[:, None]
+    zy = _tile(Y, rows, stride_yn.to(tl.int64), start, inside, BLOCK_N) - my[:, None]
     spread_x = tl.load(KEPT + 3 * stride_k, mask=in_rows, other=1.0)
     spread_y = tl.load(KEPT + 4 * stride_k, mask=in_rows, other=1.0)
     BY_VIEW = KEPT + 5 * stride_k
@@ -171,7 +183,7 @@ def backward_kernel(
             moment = g * tl.load(BY_VIEW + 2 * plane + at, mask=in_rows, other=0.0)
             moment += h * tl.load(BY_VIEW + 4 * plane + at, mask=in_rows, other=0.0)
             of_std += a * moment
-    grad = tl.where(counts, grad, 0.0)
+    grad = tl.where(_classes(start, in_rows, label, C, BLOCK_N, EXCLUDE_LABEL), grad, 0.0)
     if HAS_LABELS:
         grad += tl.where(offs_n[None, :] == label[:, None], at_label[:, None], 0.0)
         grad = tl.where(((label >= 0) & (label < C))[:, None], grad, float("nan"))
@@ -184,8 +196,10 @@ def backward_kernel(
 
 
 def tile_of(config: LaunchConfig) -> LaunchConfig:
-    """The tile for rows that ``soft_target`` goes over in ``config``; with fewer rows, as each has more numbers here."""
-    return dataclasses.replace(config, BLOCK_M=min(config.BLOCK_M, MAX_ROWS))
+    """The tile for rows that ``soft_target`` goes over in ``config``: fewer rows or more warps, for there are more sums."""
+    rows = min(config.BLOCK_M, MAX_ROWS)
+    warps = max(config.num_warps, rows * config.BLOCK_N // WARP_ELEMENTS)
+    return dataclasses.replace(config, BLOCK_M=rows, num_warps=warps)
 
 
 def _unit_columns(logits: Tensor) -> Tensor:

@@ -155,9 +155,9 @@ def soft_target_rows(
                        probability P over all classes
         standardize:   each row of logits is first divided by 1e-7 + its standard deviation, of the sample
 
-    ``divergence`` and ``student_label`` have gradients, by the student's logits and by the temperatures. ``entropy`` and
-    ``teacher_label`` are constants. A loss is then a mean over numbers per row: ``-student_label`` at temperature 1 is
-    cross-entropy, and ``temperature^2 * divergence`` is KD, which may have a weight for each row.
+    ``divergence`` and ``student_label`` have gradients, for the student's logits and for the temperatures. ``entropy``
+    and ``teacher_label`` are constants. A loss is then a mean over numbers per row: ``-student_label`` at temperature 1
+    is cross-entropy, and ``temperature^2 * divergence`` is KD, which may have a weight for each row.
 
     Source: arXiv 1503.02531; 2203.08679 for the excluded label, 2403.01427 for standardised rows, 2211.16231 for a
     temperature with a gradient.

@@ -1,8 +1,6 @@
 """What a row of logits says at several temperatures; what holds of every operation is in test_contract."""
 
-import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,41 +10,18 @@ from torch import Tensor
 from fastkd import kd_loss, native
 from fastkd.backends.blocked import soft_target_rows as blocked
 from fastkd.functional.kd import SoftTargetRows, ce_kd_terms, soft_target_rows
-from tests.helpers.checks import assert_close, logits, relative_error, value_and_grads
-
-FLAGS = [
-    {"exclude_label": exclude, "standardize": standardize}
-    for exclude, standardize in itertools.product((False, True), repeat=2)
-]
+from tests.helpers.checks import assert_close, logits, relative_error
+from tests.helpers.rows_cases import FLAGS, results, temperatures
 
 
 @pytest.fixture(params=["loops", "blocks"])
-def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the extension's loops, and in blocks of at most two of the widest rows here."""
     if request.param == "loops" and native.extension() is None:
         pytest.skip("the extension is not built")
     if request.param == "blocks":
         monkeypatch.setattr(blocked, "loops", lambda _: None)
         monkeypatch.setattr("fastkd.backends.blocked.sums.BLOCK_ELEMENTS", 5000)
-    yield
-
-
-def temperatures(n: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    return tuple(1 + 3 * torch.rand(n, generator=generator, dtype=torch.float64) for _ in range(2))
-
-
-def results(student: Tensor, teacher: Tensor, labels: Tensor, T: tuple[Tensor, ...], **options: object) -> list[Tensor]:
-    """The rows, and the gradients of the student and of both temperatures for some upstream gradients."""
-
-    def loss(x: Tensor, of_student: Tensor, of_teacher: Tensor) -> Tensor:
-        found = soft_target_rows(x, teacher, of_student, teacher_temperature=of_teacher, labels=labels, **options)
-        wave = torch.arange(len(x), device=x.device).cos()
-        rows.extend(y.detach() for y in found)
-        return (found.divergence * wave + found.student_label * wave.flip(0)).sum()
-
-    rows: list[Tensor] = []
-    return [*value_and_grads(loss, student, *T)[1:], *rows]
 
 
 def test_the_definition_is_made_of_torchs_functions() -> None:

@@ -20,8 +20,8 @@ class WSLDLoss(LossModule):
         wsld = temperature^2 * mean_i w_i H(softmax(teacher_i / temperature), softmax(student_i / temperature))
 
     H is the cross-entropy, so the loss is not zero where both agree. Its gradient is that of :func:`fastkd.kd_loss`
-    with the weights ``w``. The logits are read once for both temperatures. The authors add cross-entropy of weight 1. They give this loss the weight
-    2.25 at temperature 4 on CIFAR-100, and 2.5 at temperature 2 on ImageNet.
+    with the weights ``w``. The logits are read once for both temperatures. The authors add cross-entropy of weight 1.
+    They give this loss the weight 2.25 at temperature 4 on CIFAR-100, and 2.5 at temperature 2 on ImageNet.
 
     Every row stands alone, so there is no ``group``: with several ranks the mean is over the rows of this rank.
 
