@@ -6,8 +6,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 
 #include <algorithm>
-#include <array>
 #include <limits>
+#include <vector>
 
 namespace fastkd {
 namespace {
@@ -29,34 +29,29 @@ struct Call {
   double eps;
 };
 
-// The classes of a row, without the label if it is left out, as two ranges.
-using Ranges = std::array<std::pair<int64_t, int64_t>, 2>;
-
-template <class T>
-Ranges ranges_of(const Call<T>& call, int64_t label) {
-  if (!call.exclude_label) return {{{0, call.classes}, {0, 0}}};
-  return {{{0, label}, {label + 1, call.classes}}};
-}
-
 template <class T>
 int64_t label_of(const Call<T>& call, int64_t i) {
   return call.labels ? std::min(std::max(call.labels[i], int64_t(0)), call.classes - 1) : 0;
 }
 
 template <class T>
-FASTKD_INLINE T largest_of(const T* x, const Ranges& ranges) {
+FASTKD_INLINE T largest_of(const T* x, int64_t classes) {
   T largest = -std::numeric_limits<T>::infinity();
-  bool is_nan = false;
-  for (const auto& [first, last] : ranges) {
-    int unordered = 0;
-#pragma omp simd reduction(max : largest) reduction(| : unordered)
-    for (int64_t c = first; c < last; ++c) {
-      largest = x[c] > largest ? x[c] : largest;
-      unordered |= x[c] != x[c];
-    }
-    is_nan |= unordered != 0;
+  int is_nan = 0;
+#pragma omp simd reduction(max : largest) reduction(| : is_nan)
+  for (int64_t c = 0; c < classes; ++c) {
+    largest = x[c] > largest ? x[c] : largest;
+    is_nan |= x[c] != x[c];
   }
   return is_nan ? std::numeric_limits<T>::quiet_NaN() : largest;
+}
+
+// Copies a row, with the largest logit of the other classes in the label's place, and returns that logit.
+template <class T>
+FASTKD_INLINE T without_label(const T* x, T* copy, int64_t classes, int64_t label) {
+  std::copy(x, x + classes, copy);
+  copy[label] = -std::numeric_limits<T>::infinity();
+  return copy[label] = largest_of(copy, classes);
 }
 
 // The mean and the standard deviation of a row less its maximum.
@@ -87,10 +82,10 @@ struct Sums {
 
 // a and b in base 2.
 template <bool MOMENTS, class T>
-FASTKD_INLINE void add_classes(const T* x, const T* y, int64_t begin, int64_t end, T largest_x, T largest_y, T a, T b,
-                               Sums& sums) {
-  for (int64_t first = begin; first < end; first += kBlock) {
-    const int64_t last = std::min(first + kBlock, end);
+FASTKD_INLINE Sums sums_of(const T* x, const T* y, int64_t classes, T largest_x, T largest_y, T a, T b) {
+  Sums sums;
+  for (int64_t first = 0; first < classes; first += kBlock) {
+    const int64_t last = std::min(first + kBlock, classes);
     T sum_u = 0, sum_v = 0, excess = 0, v_d = 0, v_zy = 0, u_zx = 0, v_zx = 0, v_zy_d = 0;
 #pragma omp simd reduction(+ : sum_u, sum_v, excess, v_d, v_zy, u_zx, v_zx, v_zy_d)
     for (int64_t c = first; c < last; ++c) {
@@ -116,16 +111,20 @@ FASTKD_INLINE void add_classes(const T* x, const T* y, int64_t begin, int64_t en
     sums.v_zx += v_zx;
     sums.v_zy_d += v_zy_d;
   }
+  return sums;
 }
 
 template <class T>
 FASTKD_INLINE void forward_loop(const Call<T>& call, T* found, T* kept) {
   const int64_t n = call.n, classes = call.classes, plane = call.views * n;
+  const int64_t copied = call.exclude_label ? classes : 0;
+  std::vector<T> copies(2 * copied);
   for (int64_t i = 0; i < n; ++i) {
     const T *x = call.x + i * classes, *y = call.y + i * classes;
     const int64_t label = label_of(call, i);
-    const Ranges ranges = ranges_of(call, label);
-    const T largest_x = largest_of(x, ranges), largest_y = largest_of(y, ranges);
+    T* copy = copies.data();
+    const T largest_x = copied ? without_label(x, copy, classes, label) : largest_of(x, classes);
+    const T largest_y = copied ? without_label(y, copy + classes, classes, label) : largest_of(y, classes);
     double mean = 0, spread_x = 1, spread_y = 1;
     if (call.standardize) {
       std::tie(mean, spread_x) = mean_and_std(x, largest_x, classes);
@@ -136,17 +135,14 @@ FASTKD_INLINE void forward_loop(const Call<T>& call, T* found, T* kept) {
     for (int64_t m = 0; m < kBase; ++m) kept[m * n + i] = T(base[m]);
     const double own_x = call.labels ? x[label] - largest_x : T(0), own_y = call.labels ? y[label] - largest_y : T(0);
     const double no_label = !call.labels || call.labels[i] == label ? 0 : std::numeric_limits<double>::quiet_NaN();
+    if (copied) x = copy, y = copy + classes;
     for (int64_t k = 0; k < call.views; ++k) {
       const int64_t at = k * n + i;
       const double a = call.scale_x[at] / spread_x, b = call.scale_y[at] / spread_y;
-      Sums sums;
-      for (const auto& [first, last] : ranges) {
-        if (call.moments) {
-          add_classes<true>(x, y, first, last, largest_x, largest_y, T(a / kLog2), T(b / kLog2), sums);
-        } else {
-          add_classes<false>(x, y, first, last, largest_x, largest_y, T(a / kLog2), T(b / kLog2), sums);
-        }
-      }
+      const T a2 = T(a / kLog2), b2 = T(b / kLog2);
+      Sums sums = call.moments ? sums_of<true>(x, y, classes, largest_x, largest_y, a2, b2)
+                               : sums_of<false>(x, y, classes, largest_x, largest_y, a2, b2);
+      if (copied) sums.u -= 1, sums.v -= 1;  // a class of the largest logits adds nothing to the other sums
       const double mean_d = sums.v_d / sums.v * kLog2, mean_zy = sums.v_zy / sums.v, mean_zx = sums.u_zx / sums.u;
       found[at] = T(mean_d + log_ratio(sums.u, sums.v, sums.excess));
       found[plane + at] = T(std::log(sums.v) - b * mean_zy);

@@ -70,7 +70,7 @@ def soft_target_rows(
     teacher_scale: Tensor,
     exclude_label: bool = False,
     standardize: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """KL(q || p) per row and view, the entropy of q, and the label's log-probability in p and in q, each [K, B].
 
     ``p_ki = softmax(student_scale_ki student_i)`` and q likewise of the teacher; scales [K, B]. ``standardize``: rows

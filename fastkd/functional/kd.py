@@ -1,7 +1,7 @@
 """Losses on logits: Hinton's KD, alone or together with cross-entropy, and what its family needs of every row."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -205,6 +205,7 @@ def soft_target_rows(
                              f"{len(student_scale)}")  # fmt: skip
     backend_name = backends.resolve(backend, "soft_target_rows", student_logits)
     inputs = student_logits, teacher_logits, labels, student_scale, teacher_scale, exclude_label, standardize
+    rows: tuple[Tensor, ...]
     if backend_name == "reference":
         with torch.autocast(student_logits.device.type, enabled=False):
             rows = reference.soft_target_rows(*inputs)
@@ -219,13 +220,13 @@ def _scales(name: str, temperature: float | Tensor | Sequence[float], like: Tens
     """The inverse temperatures, [K, B]."""
     if isinstance(temperature, Tensor):
         return check_row_temperature(name, temperature, like).reciprocal()[None]
-    temperatures = temperature if isinstance(temperature, list | tuple) else [temperature]
+    temperatures: Sequence[Any] = temperature if isinstance(temperature, list | tuple) else [temperature]
     if not temperatures:
         raise ValueError(f"{name}: got no number, expected at least one")
     for value in temperatures:
         check_temperature(value, name)
-    options = {"dtype": accumulation_dtype(like.dtype), "device": like.device}
-    return torch.stack([torch.full((len(like),), 1 / value, **options) for value in temperatures])
+    dtype = accumulation_dtype(like.dtype)
+    return torch.stack([torch.full((len(like),), 1 / T, dtype=dtype, device=like.device) for T in temperatures])
 
 
 def _soft_target_means(

@@ -55,8 +55,15 @@ class KDLoss(LossModule):
         student_logits, teacher_logits: [B, C], in float64, float32, bf16 or fp16; the teacher's are cast to the
         student's dtype. sample_weight: [B], >= 0. standardize: see :func:`fastkd.kd_loss`.
         """
-        options = {"sample_weight": sample_weight, "standardize": standardize, "backend": self.backend}
-        return {"kd": kd_loss(student_logits, teacher_logits, self.temperature, **options)}
+        loss = kd_loss(
+            student_logits,
+            teacher_logits,
+            self.temperature,
+            sample_weight=sample_weight,
+            standardize=standardize,
+            backend=self.backend,
+        )
+        return {"kd": loss}
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"

@@ -62,7 +62,7 @@ def soft_target_rows_forward(
             mean_zy = torch.linalg.vecdot(v, zy).div_(sums[1])
             found[0, k, rows] = mean_d + ratio
             found[1, k, rows] = sums[1].log() - b * mean_zy
-            if label is not None:
+            if label is not None and labels is not None:
                 for kind, scale, z, total in ((2, a, own[0], sums[0]), (3, b, own[1], sums[1])):
                     found[kind, k, rows] = (scale * z - total.log()).where(label[:, 0] == labels[rows], torch.nan)
             by_view[0, k, rows], by_view[1, k, rows] = sums

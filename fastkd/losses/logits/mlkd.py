@@ -117,12 +117,8 @@ class MLKDLoss(RelationalLoss):
     def _terms(self, *rows: Tensor) -> dict[str, Tensor]:
         views = list(zip(rows[::2], rows[1::2], strict=True))
         if self.reading == "paper":
-            kinds = {"instance": [self._instances(*view).sum() for view in views], "batch": [], "class": []}
-            for view in views:
-                batch, of_classes = self._relations(*view)
-                kinds["batch"].append(batch)
-                kinds["class"].append(of_classes)
-            return {name: torch.stack(terms).sum() for name, terms in kinds.items()}
+            parts = [torch.stack((self._instances(*view).sum(), *self._relations(*view))) for view in views]
+            return dict(zip(("instance", "batch", "class"), torch.stack(parts).sum(dim=0), strict=True))
         weak, strong = views
         p = F.softmax(weak[1], dim=1)
         samples, classes = _part_below_median(p.amax(dim=1)), _part_below_median(p.sum(dim=0))

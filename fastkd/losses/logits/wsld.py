@@ -57,8 +57,8 @@ class WSLDLoss(LossModule):
         """
         check_floating("student_logits", student_logits)
         check_row_labels("labels", labels, student_logits)
-        options = {"labels": labels, "backend": self.backend}
-        rows = soft_target_rows(student_logits, teacher_logits, [1.0, self.temperature], **options)
+        views = [1.0, self.temperature]
+        rows = soft_target_rows(student_logits, teacher_logits, views, labels=labels, backend=self.backend)
         ce_s, ce_t = -rows.student_label[0].detach(), -rows.teacher_label[0]
         weight = -torch.expm1(-ce_s / (ce_t + EPS))
         # H(t, s) = KL(t || s) + H(t)
