@@ -48,8 +48,9 @@ def _maximum(
     for start in range(0, C, BLOCK_N):
         counted = _classes(start, in_rows, label, C, BLOCK_N, EXCLUDE_LABEL)
         largest = tl.maximum(largest, tl.max(_tile(X, rows, stride, start, counted, BLOCK_N), 1))
-    # A row that holds only -inf has no finite maximum: subtracting 0 keeps exp(-inf) = 0.
-    return tl.where(largest == -float("inf"), 0.0, largest)
+    # A row that holds only -inf has no finite maximum: subtracting a finite number keeps exp(-inf) = 0. Triton 3.6 fails
+    # to compile a maximum that is read twice, as by tl.where.
+    return tl.maximum(largest, -3.4e38)
 
 
 @triton.jit
@@ -196,7 +197,7 @@ def backward_kernel(
 
 
 def tile_of(config: LaunchConfig) -> LaunchConfig:
-    """The tile for rows that ``soft_target`` goes over in ``config``: fewer rows or more warps, for there are more sums."""
+    """The tile for rows that ``soft_target`` goes over in ``config``: fewer rows or more warps, for more sums."""
     rows = min(config.BLOCK_M, MAX_ROWS)
     warps = max(config.num_warps, rows * config.BLOCK_N // WARP_ELEMENTS)
     return dataclasses.replace(config, BLOCK_M=rows, num_warps=warps)
