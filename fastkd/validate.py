@@ -226,18 +226,18 @@ def _check_scalar_tensor(name: str, value: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name}: got device {value.device}, expected that of the embeddings, {like.device}")
 
 
-def check_weight(sample_weight: Tensor | None, like: Tensor) -> Tensor | None:
-    if sample_weight is None:
+def check_weight(weight: Tensor | None, like: Tensor, name: str = "sample_weight") -> Tensor | None:
+    if weight is None:
         return None
-    check_floating("sample_weight", sample_weight)
+    check_floating(name, weight)
     n = like.shape[0]
-    if sample_weight.shape != (n,):
-        raise ValueError(f"sample_weight: got shape {list(sample_weight.shape)}, expected [{n}], one weight per row")
-    if sample_weight.device != like.device:
-        raise ValueError(f"sample_weight: got device {sample_weight.device}, expected {like.device}")
-    if sample_weight.requires_grad:
-        raise ValueError("sample_weight: got a tensor that requires a gradient, expected a constant; detach() it")
-    return check_not_negative("sample_weight", sample_weight, "weights")
+    if weight.shape != (n,):
+        raise ValueError(f"{name}: got shape {list(weight.shape)}, expected [{n}], one weight per row")
+    if weight.device != like.device:
+        raise ValueError(f"{name}: got device {weight.device}, expected {like.device}")
+    if weight.requires_grad:
+        raise ValueError(f"{name}: got a tensor that requires a gradient, expected a constant; detach() it")
+    return check_not_negative(name, weight, "weights")
 
 
 def check_not_negative(name: str, x: Tensor, what: str) -> Tensor:

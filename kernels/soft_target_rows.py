@@ -21,7 +21,8 @@ from fastkd.kernels.plans import launch
 from fastkd.kernels.tiles import LN2, LOG2E
 from torch import Tensor
 
-MAX_ROWS, WARP_ELEMENTS = 2, 512  # of a program, and of a tile's part: more of either would spill registers
+# Of a program; of a warp's part of a tile; of a tile, which has 8 warps then. More of any would spill registers.
+MAX_ROWS, WARP_ELEMENTS, MAX_COLUMNS = 2, 256, 2048
 
 
 @triton.jit
@@ -48,8 +49,8 @@ def _maximum(
     for start in range(0, C, BLOCK_N):
         counted = _classes(start, in_rows, label, C, BLOCK_N, EXCLUDE_LABEL)
         largest = tl.maximum(largest, tl.max(_tile(X, rows, stride, start, counted, BLOCK_N), 1))
-    # A row that holds only -inf has no finite maximum: subtracting a finite number keeps exp(-inf) = 0. Triton 3.6 fails
-    # to compile a maximum that is read twice, as by tl.where.
+    # A row of -inf has no finite maximum: subtracting a finite number keeps exp(-inf) = 0. Triton 3.6 cannot compile a
+    # maximum that is read twice, as by tl.where.
     return tl.maximum(largest, -3.4e38)
 
 
@@ -197,10 +198,10 @@ def backward_kernel(
 
 
 def tile_of(config: LaunchConfig) -> LaunchConfig:
-    """The tile for rows that ``soft_target`` goes over in ``config``: fewer rows or more warps, for more sums."""
-    rows = min(config.BLOCK_M, MAX_ROWS)
-    warps = max(config.num_warps, rows * config.BLOCK_N // WARP_ELEMENTS)
-    return dataclasses.replace(config, BLOCK_M=rows, num_warps=warps)
+    """The tile for rows that ``soft_target`` goes over in ``config``: fewer elements per thread, for more sums."""
+    rows, columns = min(config.BLOCK_M, MAX_ROWS), min(config.BLOCK_N, MAX_COLUMNS)
+    warps = max(1, rows * columns // WARP_ELEMENTS)
+    return dataclasses.replace(config, BLOCK_M=rows, BLOCK_N=columns, num_warps=warps)
 
 
 def _unit_columns(logits: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ def ce_kd_terms(
     *,
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
+    kd_weight: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Cross-entropy with the labels and :func:`kd_loss`, in one read of the logits.
@@ -97,6 +98,7 @@ def ce_kd_terms(
 
         ce = mean_i w_i [-sum_c target_ic log softmax(student_i)_c]
         target_ic = (1 - label_smoothing) [c = label_i] + label_smoothing / C
+        kd = temperature^2 * mean_i w_i k_i KL_i
 
     Both are means over the rows of this rank, as for :func:`kd_loss`.
 
@@ -105,6 +107,8 @@ def ce_kd_terms(
         labels: [B], int64, in [0, C). No value is ignored. On CUDA, and under torch.compile, another value makes the
             cross-entropy NaN, because raising would wait for the device.
         label_smoothing: in [0, 1].
+        kd_weight: ``k``, [B], >= 0: a weight for each row that KD alone has. With label smoothing, the logits are then
+            read twice.
 
     Returns:
         The mean cross-entropy and the KD loss, both 0-dim.
@@ -117,9 +121,22 @@ def ce_kd_terms(
     teacher_logits = check_student_and_teacher(*logits, "[B, C]")
     check_labels(labels, student_logits)
     check_number("label_smoothing", label_smoothing, minimum=0, maximum=1)
-    return _soft_target_means(
-        student_logits, teacher_logits, labels, temperature, label_smoothing, sample_weight, backend
+    inputs = student_logits, teacher_logits, labels, temperature, label_smoothing
+    if kd_weight is None:
+        return _soft_target_means(*inputs, sample_weight, backend)
+    weight, kd_weight = (
+        check_weight(sample_weight, student_logits),
+        check_weight(kd_weight, student_logits, "kd_weight"),
     )
+    assert kd_weight is not None
+    kd_weight = kd_weight if weight is None else kd_weight * weight
+    if label_smoothing > 0:
+        ce, _ = _soft_target_means(*inputs, sample_weight, backend)
+        return ce, kd_loss(student_logits, teacher_logits, temperature, sample_weight=kd_weight, backend=backend)
+    rows = soft_target_rows(student_logits, teacher_logits, [1.0, temperature], labels=labels, backend=backend)
+    n = len(student_logits)
+    ce, kd = weighted_sum(-rows.student_label[0], weight) / n, weighted_sum(rows.divergence[1], kd_weight) / n
+    return ce, temperature**2 * kd
 
 
 class SoftTargetRows(NamedTuple):

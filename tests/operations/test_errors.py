@@ -82,6 +82,8 @@ ROWS: dict[str, list[Row]] = {
         ({"labels": L4 + 2}, ValueError, r"labels: got 3, expected class indices in \[0, 3\)"),
         ({"label_smoothing": 1.1}, ValueError, "label_smoothing: got 1.1, expected a finite number >= 0 and <"),
         ({"label_smoothing": True}, TypeError, "label_smoothing: got True"),
+        ({"kd_weight": W[:3]}, ValueError, r"kd_weight: got shape \[3\], expected \[4\]"),
+        ({"kd_weight": W - 2}, ValueError, "kd_weight: got -1.0, expected weights >= 0"),
     ],
     "soft_target_rows": [
         ({"student_logits": [1.0]}, TypeError, "student_logits: got list, expected a torch.Tensor"),

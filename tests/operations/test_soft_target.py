@@ -72,6 +72,23 @@ def test_one_term_alone_gives_its_own_gradient(term: int, backend: str) -> None:
     assert_close(leaf.grad, expected, torch.float64)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_weight_for_kd_alone_leaves_the_cross_entropy(backend: str, weighted: bool, label_smoothing: float) -> None:
+    student, teacher, labels = logits(6, 5)
+    w, k = torch.rand(6, dtype=torch.float64) if weighted else torch.ones(6).double(), torch.arange(6).double()
+    options = {"label_smoothing": label_smoothing, "backend": backend}
+    weights = {"sample_weight": w if weighted else None, "kd_weight": k}
+    ce, kd, grad = terms_and_gradient(student, teacher, labels, (0.3, -2.0), **weights, **options)
+    leaf = student.clone().requires_grad_()
+    expected_ce = ce_kd_terms(leaf, teacher, labels, sample_weight=w, **options)[0]
+    expected_kd = kd_loss(leaf, teacher, sample_weight=w * k, backend="reference")
+    (0.3 * expected_ce - 2.0 * expected_kd).backward()
+    for actual, expected in ((ce, expected_ce), (kd, expected_kd), (grad, leaf.grad)):
+        assert_close(actual, expected, torch.float64)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_impossible_classes_keep_the_cross_entropy_finite(backend: str) -> None:
     student, teacher, labels = logits(6, 5, dtype=torch.float32)
