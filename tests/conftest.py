@@ -12,8 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and f
 import torch
 
 from fastkd.native import LIBRARY
-from tests.helpers.building import run_setup
 from tests.helpers.gpu import is_lost
+from tests.helpers.processes import run_setup
 
 
 def pytest_report_header() -> str:

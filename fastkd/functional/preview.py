@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastkd.distributed.agree import Agreement, agreeing, eagerly
+from fastkd.distributed.agree import agreeing, eagerly
 from fastkd.distributed.group import Group, resolve_group
 from fastkd.numerics import accumulation_dtype
 from fastkd.validate import check_not_negative, check_number, check_vector
@@ -50,11 +50,11 @@ def _weights(group: ProcessGroup | None, ce_per_sample: Tensor, threshold: float
         check_number("threshold", threshold, minimum=0)
         ce = check_not_negative("ce_per_sample", ce_per_sample, "cross-entropies")
         ranks.describe(ce, {"threshold": threshold, "dtype": accumulation_dtype(ce.dtype)})
-    return weights_by_difficulty(ce, threshold, ranks)
+    ce = ce.detach().to(accumulation_dtype(ce.dtype))
+    return weights_by_difficulty(ce, ranks.mean_of_all(ce), threshold)
 
 
-def weights_by_difficulty(ce_per_sample: Tensor, threshold: float, ranks: Agreement) -> Tensor:
-    """:func:`preview_weight` of checked arguments, with the mean over the samples of all ``ranks``."""
-    ce = ce_per_sample.detach().to(accumulation_dtype(ce_per_sample.dtype))
-    difficulty = ce / ranks.mean_of_all(ce).clamp_min(torch.finfo(ce.dtype).tiny)
+def weights_by_difficulty(ce: Tensor, mean: Tensor, threshold: float) -> Tensor:
+    """:func:`preview_weight` of cross-entropies in the accumulation dtype and their ``mean``. A gradient passes."""
+    difficulty = ce / mean.clamp_min(torch.finfo(ce.dtype).tiny)
     return torch.where(difficulty <= threshold, torch.ones_like(difficulty), (-difficulty.square()).exp())

@@ -18,7 +18,8 @@ class CKDLoss(LossModule):
 
     The authors' recipes weigh this loss with 100 on CIFAR-100 and with 10 on ImageNet, beside cross-entropy with 1.
 
-    Source: arXiv 2404.14109, eq. 5-7.
+    Source: arXiv 2404.14109, eq. 5-7, with the negatives (t_i, s_j) of the authors' code. The paper's summary writes
+    (s_i, s_j).
 
     Args:
         temperature: divides the cosines; in [1e-4, 1e4]. The paper uses 1.

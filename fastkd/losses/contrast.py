@@ -9,7 +9,19 @@ from fastkd.losses.base import LossModule
 from fastkd.validate import Backend, check_bool, check_temperature
 
 
-class InfoNCELoss(LossModule):
+class _ContrastLoss(LossModule):
+    """What both have: a fixed temperature, cosines or dot products, the ranks and the backend."""
+
+    def __init__(self, temperature: float, normalize: bool, group: Group, backend: Backend | None) -> None:
+        super().__init__()
+        check_temperature(temperature)
+        check_bool("normalize", normalize)
+        check_group(group)
+        backends.check_name(backend)
+        self.temperature, self.normalize, self.group, self.backend = temperature, normalize, group, backend
+
+
+class InfoNCELoss(_ContrastLoss):
     r"""InfoNCE with in-batch negatives as a module: :func:`fastkd.info_nce_loss` at a fixed temperature.
 
     .. code-block:: text
@@ -45,12 +57,7 @@ class InfoNCELoss(LossModule):
         group: Group = None,
         backend: Backend | None = None,
     ) -> None:
-        super().__init__()
-        _check_options(temperature, normalize, group, backend)
-        self.temperature = temperature
-        self.normalize = normalize
-        self.group = group
-        self.backend = backend
+        super().__init__(temperature, normalize, group, backend)
 
     def forward(self, query: Tensor, key: Tensor, sample_weight: Tensor | None = None) -> dict[str, Tensor]:
         """Returns ``{"info_nce": loss}``, 0-dim. Key i is the positive of query i.
@@ -72,7 +79,7 @@ class InfoNCELoss(LossModule):
         return f"temperature={self.temperature}, normalize={self.normalize}"
 
 
-class SupConLoss(LossModule):
+class SupConLoss(_ContrastLoss):
     r"""Supervised contrast as a module: :func:`fastkd.sup_con_loss` at a fixed temperature.
 
     .. code-block:: text
@@ -111,14 +118,9 @@ class SupConLoss(LossModule):
         group: Group = None,
         backend: Backend | None = None,
     ) -> None:
-        super().__init__()
-        _check_options(temperature, normalize, group, backend)
+        super().__init__(temperature, normalize, group, backend)
         check_bool("exclude_self", exclude_self)
-        self.temperature = temperature
         self.exclude_self = exclude_self
-        self.normalize = normalize
-        self.group = group
-        self.backend = backend
 
     def forward(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> dict[str, Tensor]:
         """Returns ``{"sup_con": loss}``, 0-dim.
@@ -139,10 +141,3 @@ class SupConLoss(LossModule):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, exclude_self={self.exclude_self}, normalize={self.normalize}"
-
-
-def _check_options(temperature: float, normalize: bool, group: Group, backend: Backend | None) -> None:
-    check_temperature(temperature)
-    check_bool("normalize", normalize)
-    check_group(group)
-    backends.check_name(backend)

@@ -34,13 +34,14 @@ class DCDLoss(LossModule):
 
     :func:`fastkd.dcd_loss` describes the loss. This module adds one linear layer for each side, and tau.
 
-    All parameters of this module belong in the optimiser. tau gets no weight decay. With several ranks the module
+    All parameters of this module belong in the optimiser. tau should get no weight decay. With several ranks the module
     belongs inside the module that DistributedDataParallel wraps, and the loss is computed in that module's ``forward``.
     Then the parameters stay identical on all ranks, and their averaged gradients are the gradients of the global batch.
 
     The bounds of exp(tau) are kept by projection: every forward first sets tau back to the bound that it went beyond
     (:meth:`project_tau`). tau's gradient is never blocked. So tau leaves the bound as soon as the loss asks for it, and
-    ranks that average their gradients stay exact.
+    ranks that average their gradients stay exact. (The authors' code clamps instead: beyond the bound tau gets no
+    gradient, and stays there.)
 
     Source: arXiv 2407.11802, eq. 2-8. Where the paper and the authors' code differ, an argument chooses.
 
@@ -56,6 +57,8 @@ class DCDLoss(LossModule):
             max_scale=exp(tau_max)`` for that reading.
         learnable: ``False`` fixes the scale at ``1 / temperature`` without bounds, as in the paper's ablation.
         temperature: fixes the scale if ``learnable=False``, and is unused otherwise; in [1e-4, 1e4], 0.07 in the paper.
+            The authors' code multiplies the cosines by 0.07 there: ``1 / 0.07``. On ImageNet its scale stays e:
+            ``exp(-1)``, with ``group="local"``.
         logit_bias: keeps a parameter ``logit_bias``, so that state dicts that hold one load. Its gradient is zero.
         group, backend: see :func:`fastkd.dcd_loss`. A module that holds a ProcessGroup, of any method, can be neither
             deep-copied nor pickled, because the group cannot. With ``None`` or ``"local"`` it can.

@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,15 @@ from fastkd.validate import (
     check_choice,
     check_feature_map,
     check_int,
+    check_number,
+    check_row_labels,
     check_sides,
     check_temperature,
     check_type,
     check_windows,
 )
 
+Selection = Literal["all", "confident", "teacher_class", "image_class", "one_per_class"]
 MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens that are looked for in front of a square grid
 
 
@@ -51,10 +55,12 @@ class MSDCRDLoss(LossModule):
     the products of the channels, [C, C], and their norms, so no sample travels between ranks. Channels no longer than
     1e-12 count as zero.
 
-    Source: arXiv 2502.05835. From the paper: the multi-scale sliding-window pooling, the categorization of local
-    samples, the sample-wise and the feature-wise contrast within one batch, without a memory of samples. Our reading:
-    the scales and strides, the temperature, that the teacher's own classifier categorizes, the channels' vectors, equal
-    weights.
+    Source: arXiv 2502.05835, version 3 (version 2 has one contrastive loss, and says "sample categorization" where
+    version 3 says "sample selection"). From the paper: the multi-scale sliding-window pooling, the selection of local
+    samples by their category, the sample-wise and the feature-wise contrast within one batch, without a memory of
+    samples. Our reading: the scales and strides, the temperature, that the teacher's own classifier categorizes, the
+    channels' vectors, equal weights. Which samples the paper selects is not known to us: ``selection`` offers
+    candidates.
 
     All parameters of this module belong in the optimiser, and with several ranks inside the module that
     DistributedDataParallel wraps, as for :class:`fastkd.DCDLoss`. Samples and channels then span all ranks: the average
@@ -69,6 +75,13 @@ class MSDCRDLoss(LossModule):
         temperature: divides the cosines; in [1e-4, 1e4].
         positives: ``"index"`` is the formula above. With ``"label"`` all teacher samples of the label are positives,
             their mean is taken, and the denominator is over all samples.
+        selection: which local samples take part in both terms, as queries and as negatives. ``"all"``: each.
+            ``"confident"``: those to whose class the teacher's classifier gives a probability of ``confidence`` or
+            more. ``"teacher_class"``: those whose class is the one that it gives the average of the whole map.
+            ``"image_class"``: those whose class is the image's label. ``"one_per_class"``: of every class that an image
+            has samples of, the one with the highest probability. Where no rank has a sample left, the terms are zero.
+            Anything but ``"all"`` waits for the device, and does not compile without a graph break.
+        confidence: for ``"confident"``; in [0, 1].
         sample_term_weight, feature_weight: weights of the terms ``sample`` and ``feature``; >= 0. A term of weight zero
             is left out.
         student_prefix_tokens, teacher_prefix_tokens: how many tokens stand before the grid's (class, registers) and are
@@ -99,6 +112,8 @@ class MSDCRDLoss(LossModule):
         strides: Sequence[int] | None = None,
         temperature: float = 0.1,
         positives: Positives = "index",
+        selection: Selection = "all",
+        confidence: float = 0.5,
         sample_term_weight: float = 1.0,
         feature_weight: float = 1.0,
         student_prefix_tokens: int | None = None,
@@ -111,6 +126,8 @@ class MSDCRDLoss(LossModule):
         check_int("teacher_channels", teacher_channels, minimum=1)
         check_temperature(temperature)
         check_choice("positives", positives, POSITIVES)
+        check_choice("selection", selection, get_args(Selection))
+        check_number("confidence", confidence, 0.0, 1.0)
         check_part_weights(sample_term_weight=sample_term_weight, feature_weight=feature_weight)
         self.weights = {"sample": sample_term_weight, "feature": feature_weight}
         for name, tokens in (("student", student_prefix_tokens), ("teacher", teacher_prefix_tokens)):
@@ -130,6 +147,8 @@ class MSDCRDLoss(LossModule):
         self.strides = None if strides is None else tuple(strides)
         self.temperature = temperature
         self.positives = positives
+        self.selection = selection
+        self.confidence = confidence
         self.student_prefix_tokens = student_prefix_tokens
         self.teacher_prefix_tokens = teacher_prefix_tokens
         self.group = group
@@ -138,7 +157,11 @@ class MSDCRDLoss(LossModule):
         self.adapter = nn.Conv2d(student_channels, teacher_channels, kernel_size=1) if differ else None
 
     def forward(
-        self, student_map: Tensor, teacher_map: Tensor, teacher_classifier: Classifier | Callable[[Tensor], Tensor]
+        self,
+        student_map: Tensor,
+        teacher_map: Tensor,
+        teacher_classifier: Classifier | Callable[[Tensor], Tensor],
+        labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Returns the terms ``sample`` and ``feature``, 0-dim, weights applied. Their sum is the MSDCRD loss.
 
@@ -146,16 +169,18 @@ class MSDCRDLoss(LossModule):
         dtypes may differ. teacher_classifier: an nn.Linear, or a pair (weight [classes, teacher_channels], bias or
         None), or any function of the samples [B * M, teacher_channels] that returns their logits, for a teacher with
         further layers between pooling and classes. A layer or a pair computes in its own float dtype, under autocast
-        too. A function is called under the caller's autocast.
+        too. A function is called under the caller's autocast. labels: [B], int64, the images' classes; they are read by
+        ``selection="image_class"`` alone, which needs them.
         """
         group = resolve_group(self.group)
-        return eagerly(group, self._forward)(student_map, teacher_map, teacher_classifier, group)
+        return eagerly(group, self._forward)(student_map, teacher_map, teacher_classifier, labels, group)
 
     def _forward(
         self,
         student_map: Tensor,
         teacher_map: Tensor,
         teacher_classifier: Classifier | Callable[[Tensor], Tensor],
+        labels: Tensor | None,
         group: ProcessGroup | None,
     ) -> dict[str, Tensor]:
         with agreeing(group, "MSDCRDLoss") as ranks:
@@ -173,6 +198,8 @@ class MSDCRDLoss(LossModule):
                 check_layer_input("student_map", student, self.adapter)
             if isinstance(teacher_classifier, nn.Linear) or not callable(teacher_classifier):
                 weight_and_bias("teacher_classifier", teacher_classifier, teacher)
+            if self.selection == "image_class":
+                check_row_labels("labels", labels, student)
             windows, strides = self.scales(teacher.shape[2], teacher.shape[3])
             check_windows(check_sides("windows", windows), check_sides("strides", strides), teacher)
             if ranks.several:
@@ -191,14 +218,25 @@ class MSDCRDLoss(LossModule):
             for x in (student, teacher)
         )
         terms = {}
+        categories: Tensor | None = None
+        if self.selection != "all":
+            logits = self._classify(t, teacher_classifier)
+            if self.selection == "teacher_class":
+                labels = self._classify(teacher.mean(dim=(2, 3)), teacher_classifier).argmax(dim=1)
+            chosen = self._chosen(logits, len(teacher), labels)
+            s, t, categories = s[chosen], t[chosen], logits.argmax(dim=1)[chosen]
+            if int(ranks.sum(chosen.sum())) == 0:
+                nothing = 0 * student.sum().to(accumulation_dtype(student.dtype))
+                return {name: nothing for name, weight in self.weights.items() if weight > 0}
         if self.weights["sample"] > 0:
-            labels = self._labels(t, teacher_classifier)
+            if categories is None:
+                categories = self._classify(t, teacher_classifier).argmax(dim=1)
             terms["sample"] = masked_contrast_loss(
                 s,
                 t,
                 1 / self.temperature,
-                labels,
-                labels,
+                categories,
+                categories,
                 positives=self.positives,
                 group=self.group,
                 backend=self.backend,
@@ -220,18 +258,38 @@ class MSDCRDLoss(LossModule):
         return filled, halves if self.strides is None else list(self.strides)
 
     @torch.no_grad()
-    def _labels(self, samples: Tensor, classifier: Classifier | Callable[[Tensor], Tensor]) -> Tensor:
-        """The class that the teacher's classifier gives each of its local samples."""
+    def _classify(self, samples: Tensor, classifier: Classifier | Callable[[Tensor], Tensor]) -> Tensor:
+        """The logits that the teacher's classifier gives each of its local samples, [samples, classes]."""
         if isinstance(classifier, nn.Linear) or not callable(classifier):
             weight, bias = weight_and_bias("teacher_classifier", classifier, samples)
             with torch.autocast(samples.device.type, enabled=False):  # a rounded tie would be another class
-                return F.linear(samples.to(weight.dtype), weight, bias).argmax(dim=1)
-        return classifier(samples).argmax(dim=1)
+                return F.linear(samples.to(weight.dtype), weight, bias)
+        return classifier(samples)
+
+    def _chosen(self, logits: Tensor, images: int, labels: Tensor | None) -> Tensor:
+        """Whether each local sample takes part, [images * M]. ``labels``: the classes that the samples must have."""
+        category = logits.argmax(dim=1)
+        probability = logits.to(accumulation_dtype(logits.dtype)).softmax(dim=1).amax(dim=1)
+        if self.selection == "confident":
+            return probability >= self.confidence
+        per_image = len(logits) // max(images, 1)
+        if self.selection != "one_per_class":
+            assert labels is not None
+            return category == labels.repeat_interleave(per_image)
+        row = torch.arange(len(logits), device=logits.device)
+        # Sorted by image and class, then by falling probability: a sample is chosen where another class begins.
+        order = probability.argsort(descending=True, stable=True)
+        group = row // max(per_image, 1) * logits.shape[1] + category
+        order = order[group[order].argsort(stable=True)]
+        begins = torch.ones_like(row, dtype=torch.bool)
+        begins[1:] = group[order][1:] != group[order][:-1]
+        return torch.zeros_like(begins).index_put_((order,), begins)
 
     def extra_repr(self) -> str:
         return (
             f"{self.student_channels}, {self.teacher_channels}, windows={self.windows}, strides={self.strides}, "
-            f"temperature={self.temperature}, positives={self.positives!r}, "
+            f"temperature={self.temperature}, positives={self.positives!r}, selection={self.selection!r}, "
+            f"confidence={self.confidence}, "
             f"sample_term_weight={self.weights['sample']}, feature_weight={self.weights['feature']}"
         )
 

@@ -8,14 +8,16 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastkd import backends
-from fastkd.backends.reference import cross_entropy
+from fastkd.backends.reference import cross_entropy, soft_target
 from fastkd.distributed.agree import Agreement, agreeing, eagerly
+from fastkd.distributed.gather import gather_rows
 from fastkd.distributed.group import Group, check_group, resolve_group
 from fastkd.functional.contrast import sup_con_loss
 from fastkd.functional.kd import kd_loss
 from fastkd.functional.preview import weights_by_difficulty
 from fastkd.losses.base import LossModule
 from fastkd.losses.inputs import Classifier, check_layer_input, check_part_weights, weight_and_bias
+from fastkd.losses.pairs import full_precision
 from fastkd.numerics import accumulation_dtype, unit_rows
 from fastkd.validate import (
     Backend,
@@ -25,6 +27,7 @@ from fastkd.validate import (
     check_rows,
     check_student_and_teacher,
     check_temperature,
+    check_type,
 )
 
 MAX_LOG_THRESHOLD = 700.0  # beyond it, exp overflows a float; no sample is that hard
@@ -43,7 +46,7 @@ class PCKDLoss(LossModule):
         center   = center_weight   * mean of the squares of [W_s | b_s] - [W_t | b_t]
         feature  = feature_weight  * mean_i (2 - 2 cos(MLP(f_i), teacher feature_i))
         kd       = kd_weight       * mean_i w_i temperature^2 KL(teacher_i || student_i), logits / temperature
-        w        = preview_weight(cross-entropy of the student, preview_base^epoch)
+        w        = preview_weight(cross-entropy of the student, preview_base^(epoch + first_epoch))
 
     ``norm`` scales a vector to L2 norm 1. L1 and L2 are linear layers to the widths of the two classifiers. The
     category term is twice :func:`fastkd.sup_con_loss`, because that function's mean is over all 2 B anchors: each has
@@ -51,10 +54,12 @@ class PCKDLoss(LossModule):
     classifier gets one.
 
     Source: arXiv 2410.14143, as in the authors' public code (MuHeDing/PCKD). That code multiplies the category term by
-    4 / 0.07 in addition to its weight; here the constant belongs to ``category_weight``. Two things are our reading.
-    The code fixes no weights (its options default to 0); ours are 1. The form of the MLP is not published; ours is two
-    linear layers with a ReLU, ``min(16 * teacher_dim, 4096)`` wide, which is the authors' width for teachers of up to
-    256 features. The MLP has no batch norm, so that several ranks compute what one rank computes.
+    4 / 0.07 in addition to its weight; here the constant belongs to ``category_weight``. That code differs from the
+    defaults in three more places, each an option: ``first_epoch=1, preview_gradient=True, category_eps=1e-7``. Two
+    things are our reading. The code fixes no weights (its options default to 0); ours are 1. The form of the MLP is not
+    published; ours is two linear layers with a ReLU, ``min(16 * teacher_dim, 4096)`` wide, which is the authors' width
+    for teachers of up to 256 features. The MLP has no batch norm, which theirs may have, so that several ranks compute
+    what one rank computes.
 
     All parameters of this module belong in the optimiser, and with several ranks inside the module that
     DistributedDataParallel wraps, as for :class:`fastkd.DCDLoss`. Every term already contains the scaling by W n / N
@@ -66,7 +71,16 @@ class PCKDLoss(LossModule):
         relation_scale: multiplies the products of relations; > 0. The authors' code uses 1 / 4.
         category_weight, center_weight, feature_weight, kd_weight: weights of the four parts; >= 0. A part of weight
             zero is left out: it is not computed, it is not among the terms, and it has no parameters.
-        preview_base: the preview's threshold is ``preview_base^epoch``; > 0. The authors' code uses 1.005.
+        preview_base: the preview's threshold is ``preview_base^(epoch + first_epoch)``; > 0. The authors' code uses
+            1.005.
+        first_epoch: is added to the epoch; an int >= 0. The authors' code counts epochs from 1.
+        preview_gradient: let a gradient pass through the weights w of the part ``kd``, as the authors' loop does. With
+            it, KD is computed in plain PyTorch, and two numbers per row travel between ranks. The part ``category``
+            never passes one.
+        category_eps: is added inside the logarithm of the part ``category``, which then is ``max_b x_ab + log(eps +
+            sum_{b != a} exp(x_ab - max_b x_ab)) - mean_p x_ap``; in [0, 1]. The authors' code uses 1e-7. Their maximum
+            includes ``x_aa``, so that eps may outweigh the sum. With it, every rank gathers all relations and computes
+            whole matrices of them.
         hidden_dim: width of the MLP's hidden layer; ``None`` chooses it as above.
         group, backend: see :class:`fastkd.DCDLoss`.
 
@@ -98,6 +112,9 @@ class PCKDLoss(LossModule):
         feature_weight: float = 1.0,
         kd_weight: float = 1.0,
         preview_base: float = 1.005,
+        first_epoch: int = 0,
+        preview_gradient: bool = False,
+        category_eps: float = 0.0,
         hidden_dim: int | None = None,
         group: Group = None,
         backend: Backend | None = None,
@@ -109,6 +126,9 @@ class PCKDLoss(LossModule):
         check_temperature(temperature)
         for name, value in (("relation_scale", relation_scale), ("preview_base", preview_base)):
             check_number(name, value, minimum=0, exclusive=True)
+        check_int("first_epoch", first_epoch, minimum=0)
+        check_type("preview_gradient", preview_gradient, bool)
+        check_number("category_eps", category_eps, 0.0, 1.0)
         self.weights = {
             "category": category_weight,
             "center": center_weight,
@@ -123,6 +143,9 @@ class PCKDLoss(LossModule):
         self.temperature = temperature
         self.relation_scale = relation_scale
         self.preview_base = preview_base
+        self.first_epoch = first_epoch
+        self.preview_gradient = preview_gradient
+        self.category_eps = category_eps
         self.group = group
         self.backend = backend
         self.student_head = nn.Linear(student_dim, student_dim) if category_weight > 0 else None
@@ -193,25 +216,38 @@ class PCKDLoss(LossModule):
                 options = {"epoch": epoch, "module": self.extra_repr(), "center": has_center}
                 ranks.describe(student_logits, {"dtype": student_logits.dtype, **options})
         per_sample = ranks.part_per_row(len(student_logits))
-        preview = self._preview(student_logits, labels, epoch, ranks)
+        threshold = self._threshold(epoch)
+        with torch.no_grad():
+            ce = cross_entropy(student_logits, labels)
+            preview = weights_by_difficulty(ce, ranks.mean_of_all(ce), threshold)
         terms = {}
         if self.student_head is not None and self.teacher_head is not None:
             own = _relations(self.student_head, student_features, student[0])
             other = _relations(self.teacher_head, student_features, teacher[0].detach())
-            terms["category"] = 2 * sup_con_loss(
-                torch.cat([own, other.to(own.dtype)]),
-                torch.cat([labels, labels]),
-                self.relation_scale,
-                normalize=False,  # the lengths of relations carry meaning
-                sample_weight=torch.cat([preview, preview]),
-                group=self.group,
-                backend=self.backend,
-            )
+            if self.category_eps > 0:
+                own, other, y, w = (_all_rows(x, ranks) for x in (own, other.to(own.dtype), labels, preview))
+                terms["category"] = _category_with_eps(own, other, y, w, self.relation_scale, self.category_eps)
+            else:
+                terms["category"] = 2 * sup_con_loss(
+                    torch.cat([own, other.to(own.dtype)]),
+                    torch.cat([labels, labels]),
+                    self.relation_scale,
+                    normalize=False,  # the lengths of relations carry meaning
+                    sample_weight=torch.cat([preview, preview]),
+                    group=self.group,
+                    backend=self.backend,
+                )
         if has_center:
             terms["center"] = _mean_square(student, teacher)
         if self.mlp is not None:
             terms["feature"] = per_sample * _cosine_distances(self.mlp(student_features), teacher_features).sum()
-        if self.weights["kd"] > 0:
+        if self.weights["kd"] > 0 and self.preview_gradient:
+            with full_precision(student_logits):
+                kd = soft_target(student_logits, teacher_logits.detach(), self.temperature)
+                both = torch.stack([cross_entropy(student_logits, labels), kd], dim=1)
+                ce, kd = _all_rows(both, ranks).unbind(dim=1)
+                terms["kd"] = (weights_by_difficulty(ce, ce.mean(), threshold) * kd).mean()
+        elif self.weights["kd"] > 0:
             terms["kd"] = per_sample * self._kd_sum(student_logits, teacher_logits, preview)
         return {name: self.weights[name] * term for name, term in terms.items()}
 
@@ -227,11 +263,10 @@ class PCKDLoss(LossModule):
         has_bias = [bias is not None for _, bias in (student, teacher)]
         return self.weights["center"] > 0 and student[0].shape == teacher[0].shape and has_bias[0] == has_bias[1]
 
-    def _preview(self, logits: Tensor, labels: Tensor, epoch: float, ranks: Agreement) -> Tensor:
-        with torch.no_grad():
-            ce = cross_entropy(logits, labels)
+    def _threshold(self, epoch: float) -> float:
+        epoch = epoch + self.first_epoch
         is_finite = epoch * math.log(self.preview_base) < MAX_LOG_THRESHOLD
-        return weights_by_difficulty(ce, self.preview_base**epoch if is_finite else math.inf, ranks)
+        return self.preview_base**epoch if is_finite else math.inf
 
     def _kd_sum(self, student_logits: Tensor, teacher_logits: Tensor, weight: Tensor) -> Tensor:
         n = len(student_logits)
@@ -242,7 +277,9 @@ class PCKDLoss(LossModule):
     def extra_repr(self) -> str:
         weights = ", ".join(f"{name}_weight={value}" for name, value in self.weights.items())
         options = (
-            f"temperature={self.temperature}, relation_scale={self.relation_scale}, preview_base={self.preview_base}"
+            f"temperature={self.temperature}, relation_scale={self.relation_scale}, preview_base={self.preview_base}, "
+            f"first_epoch={self.first_epoch}, preview_gradient={self.preview_gradient}, "
+            f"category_eps={self.category_eps}"
         )
         return f"{self.student_dim}, {self.teacher_dim}, {options}, {weights}"
 
@@ -252,6 +289,23 @@ def _relations(head: nn.Linear, features: Tensor, centers: Tensor) -> Tensor:
     projected = head(features)
     units = unit_rows(projected.to(accumulation_dtype(projected.dtype)))[0]
     return F.linear(units.to(centers.dtype), centers)
+
+
+def _all_rows(x: Tensor, ranks: Agreement) -> Tensor:
+    return x if ranks.peers is None else gather_rows(x, ranks.peers)
+
+
+def _category_with_eps(own: Tensor, other: Tensor, labels: Tensor, weight: Tensor, scale: float, eps: float) -> Tensor:
+    """The part ``category`` with ``eps`` inside its logarithm, of the relations [N, C] of all ranks."""
+    with full_precision(own):
+        Z = torch.cat([own, other]).to(accumulation_dtype(own.dtype))
+        x = scale * (Z @ Z.T)  # [2N, 2N]
+        itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+        peak = x.detach().amax(dim=1)
+        total = (x - peak[:, None]).exp().masked_fill(itself, 0).sum(dim=1)
+        positive = (labels[:, None] == labels).repeat(2, 2) & ~itself
+        mean = x.masked_fill(~positive, 0).sum(dim=1) / positive.sum(dim=1)
+        return (weight.repeat(2) * (peak + (total + eps).log() - mean)).sum() / len(own)
 
 
 def _cosine_distances(x: Tensor, teacher: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastkd.trainer.data.readers.encoded import BrokenImagesError
     from fastkd.trainer.data.readers.memory import TensorImages, load_digits
     from fastkd.trainer.models.build import ModelConfig, build_model
+    from fastkd.trainer.models.cifar.teachers import published_teacher
     from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShapes, find_classifier
     from fastkd.trainer.objective.config import ObjectiveConfig
     from fastkd.trainer.objective.objective import Objective
@@ -30,6 +31,30 @@ if TYPE_CHECKING:
         MSDCRDConfig,
         PCKDConfig,
     )
+    from fastkd.trainer.objective.options.logits import (
+        CTKDConfig,
+        DISTConfig,
+        DKDConfig,
+        IPWDConfig,
+        LSKDConfig,
+        MLKDConfig,
+        WSLDConfig,
+    )
+    from fastkd.trainer.objective.options.maps import (
+        ABConfig,
+        ATConfig,
+        FitNetConfig,
+        FTConfig,
+        NORMConfig,
+        NSTConfig,
+        OFDConfig,
+        ParaphraserConfig,
+        ReviewKDConfig,
+        SimKDConfig,
+        SRRLConfig,
+        VIDConfig,
+    )
+    from fastkd.trainer.objective.options.relations import CCConfig, CRDConfig, PKTConfig, RKDConfig, SPConfig
     from fastkd.trainer.objective.terms.registry import TERMS
     from fastkd.trainer.optim import OptimConfig
     from fastkd.trainer.pulse import RankLostError
@@ -39,6 +64,7 @@ if TYPE_CHECKING:
     from fastkd.trainer.run.loop import TrainResult, train
     from fastkd.trainer.run.meter import NonFiniteLossError
     from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint, load_weights
+    from fastkd.trainer.run.stages import train_stages
 
 _HOME = {
     "callbacks": ("Callback",),
@@ -49,9 +75,18 @@ _HOME = {
     "data.labels": ("labelled_subset",),
     "data.readers.memory": ("TensorImages", "load_digits"),
     "models.build": ("ModelConfig", "build_model"),
+    "models.cifar.teachers": ("published_teacher",),
     "models.features": ("FeatureModel", "ModelOutput", "ModelShapes", "find_classifier"),
     "objective.config": ("ObjectiveConfig",),
     "objective.options.fused": (*("CEConfig", "CKDConfig", "DCDConfig", "KDConfig", "MSDCRDConfig", "PCKDConfig"),),
+    "objective.options.logits": (
+        *("CTKDConfig", "DISTConfig", "DKDConfig", "IPWDConfig", "LSKDConfig", "MLKDConfig", "WSLDConfig"),
+    ),
+    "objective.options.relations": ("CCConfig", "CRDConfig", "PKTConfig", "RKDConfig", "SPConfig"),
+    "objective.options.maps": (
+        *("ABConfig", "ATConfig", "FitNetConfig", "FTConfig", "NORMConfig", "NSTConfig", "OFDConfig"),
+        *("ParaphraserConfig", "ReviewKDConfig", "SimKDConfig", "SRRLConfig", "VIDConfig"),
+    ),
     "objective.objective": ("Objective",),
     "objective.terms.registry": ("TERMS",),
     "optim": ("OptimConfig",),
@@ -62,36 +97,61 @@ _HOME = {
     "run.evaluate": ("evaluate",),
     "run.loop": ("TrainResult", "train"),
     "run.meter": ("NonFiniteLossError",),
+    "run.stages": ("train_stages",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "RECIPES",
     "TERMS",
+    "ABConfig",
+    "ATConfig",
     "BrokenImagesError",
+    "CCConfig",
     "CEConfig",
     "CKDConfig",
+    "CRDConfig",
+    "CTKDConfig",
     "Callback",
     "CheckpointError",
     "DCDConfig",
+    "DISTConfig",
+    "DKDConfig",
     "DataConfig",
     "Distiller",
     "EvalResult",
+    "FTConfig",
     "FeatureModel",
+    "FitNetConfig",
+    "IPWDConfig",
     "KDConfig",
+    "LSKDConfig",
+    "MLKDConfig",
     "MSDCRDConfig",
     "ModelConfig",
     "ModelOutput",
     "ModelShapes",
+    "NORMConfig",
+    "NSTConfig",
     "NonFiniteLossError",
+    "OFDConfig",
     "Objective",
     "ObjectiveConfig",
     "OptimConfig",
     "PCKDConfig",
+    "PKTConfig",
+    "ParaphraserConfig",
+    "RKDConfig",
     "RankLostError",
+    "ReviewKDConfig",
+    "SPConfig",
+    "SRRLConfig",
+    "SimKDConfig",
     "TensorImages",
     "TrainConfig",
     "TrainResult",
+    "VIDConfig",
+    "WSLDConfig",
     "build_model",
     "evaluate",
     "evaluate_checkpoint",
@@ -101,7 +161,9 @@ __all__ = [
     "labelled_subset",
     "load_digits",
     "load_weights",
+    "published_teacher",
     "train",
+    "train_stages",
     "weights_hash",
 ]
 

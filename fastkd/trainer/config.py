@@ -19,17 +19,18 @@ from fastkd.trainer.optim import OptimConfig
 from fastkd.validate import check_choice, check_int, check_number, check_type
 
 # What may differ between a run and its resumption: nothing that changes what it computes. The teacher's file and the
-# data may have moved, because hashes of the weights and of the labels are compared. ``chunks`` only changes the order
-# of sums; it may differ so that fewer GPUs can take over. With more epochs the schedule follows the new total.
+# data may have moved, because hashes of the weights and of the labels are compared. What the run began with may have
+# moved, because it is in the checkpoint. ``chunks`` only changes the order of sums; it may differ so that fewer GPUs
+# can take over. With more epochs the schedule follows the new total.
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "resume_or_start", "keep", "max_skipped", "tensorboard", "progress", "quiet", "device"),
     *("log_every", "save_every_steps", "save_every_epochs", "chunks", "teacher.weights", "teacher.min_accuracy"),
     *("data.options.root", "data.options.max_broken", "data.options.download", "data.eval_batch_size"),
-    *("data.num_workers", "epochs", "track", "rank_timeout"),
+    *("data.num_workers", "epochs", "track", "rank_timeout", "student.weights", "objective.ft.paraphraser"),
 )
 
 # Settings that the data decide where they are None; what they decided is saved.
-FROM_THE_DATA = ("student.num_classes", "teacher.num_classes")
+FROM_THE_DATA = ("student.num_classes", "teacher.num_classes", "objective.crd.samples")
 
 # Settings that earlier versions saved under another name: the old path, and the name of the field now.
 RENAMED = {"objective.msdcrd.sample_weight": "sample_term_weight"}
@@ -151,7 +152,12 @@ class TrainConfig:
 
     def _check_mix(self) -> None:
         """Mixed batches have class probabilities, and no labels of single samples."""
-        readers = {"pckd": True, "msdcrd": self.objective.msdcrd.positives == "label"}
+        msdcrd, lskd = self.objective.msdcrd, self.objective.lskd
+        readers = dict.fromkeys(("pckd", "dkd", "wsld", "ipwd", "mlkd", "ce_strong", "crd"), True)
+        readers |= {
+            "msdcrd": msdcrd.positives == "label" or msdcrd.selection == "image_class",
+            "lskd": lskd.loss == "dkd",
+        }
         for name in ("mixup", "cutmix"):
             term = next((term for term in self.objective.weights if readers.get(term, False)), None)
             if getattr(self.data, name) and term is not None:

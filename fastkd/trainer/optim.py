@@ -28,10 +28,12 @@ class OptimConfig:
         momentum: of SGD and LARS.
         nesterov: Nesterov's momentum, of SGD and LARS.
         betas: decays of the moments of AdamW and LAMB.
-        weight_decay: of weights with two or more dimensions; never of biases, norms or tau. The layer-wise rates of
-            LARS and LAMB reach these alone, too.
+        weight_decay: of the parameters that ``decayed`` names. The layer-wise rates of LARS and LAMB reach these, too.
+        decayed: ``weights`` are the parameters with two or more dimensions, which leaves out biases, norms and tau.
+            ``all`` are all that are trained, heads and connectors included, as in most papers' code.
         trust_coefficient: of LARS.
         schedule: after the warm-up a cosine to ``min_lr``, steps (``gamma`` at each of ``milestones``) or constant.
+        per_epoch: after the warm-up, the learning rate of an epoch's first step is that of the whole epoch.
         warmup_epochs: the first epochs, in which the learning rate rises linearly to the peak. Fewer than all epochs.
         min_lr: where the cosine ends.
         milestones: with ``schedule`` step, the epochs at which the learning rate falls.
@@ -47,8 +49,10 @@ class OptimConfig:
     nesterov: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 5e-4
+    decayed: Literal["weights", "all"] = "weights"
     trust_coefficient: float = 0.001
     schedule: Literal["cosine", "step", "constant"] = "cosine"
+    per_epoch: bool = False
     warmup_epochs: float = 0.0
     min_lr: float = 0.0
     milestones: tuple[float, ...] = ()
@@ -70,6 +74,8 @@ class OptimConfig:
         for beta in self.betas:
             _check_below_one("optim.betas", beta)
         check_number("optim.weight_decay", self.weight_decay, 0.0)
+        check_choice("optim.decayed", self.decayed, ("weights", "all"))
+        check_type("optim.per_epoch", self.per_epoch, bool)
         check_choice("optim.schedule", self.schedule, ("cosine", "step", "constant"))
         check_number("optim.warmup_epochs", self.warmup_epochs, 0.0)
         check_number("optim.min_lr", self.min_lr, 0.0)
@@ -97,11 +103,13 @@ class Schedule:
 
     With peak ``lr``, warm-up of ``w`` steps and ``total`` steps, at step k = 0, 1, ...:
     ``lr (k + 1) / w`` for k < w; then ``min_lr + (lr - min_lr) (1 + cos(pi (k - w) / (total - w))) / 2`` (cosine),
-    ``lr gamma^(number of milestones reached)`` (step) or ``lr`` (constant).
+    ``lr gamma^(number of milestones reached)`` (step) or ``lr`` (constant). With ``per_epoch``, the k of the
+    schedule is the first step of its epoch.
     """
 
     def __init__(self, config: OptimConfig, *, steps_per_epoch: int, epochs: int, global_batch: int) -> None:
         self.config = config
+        self.steps_per_epoch = steps_per_epoch
         self.total = steps_per_epoch * epochs
         self.warmup = round(config.warmup_epochs * steps_per_epoch)
         if self.warmup >= self.total > 0:
@@ -120,12 +128,15 @@ class Schedule:
             self.rule = f"lr {self.peak:g} = {config.lr:g} x {shown}"
         if config.min_lr > self.peak:
             raise ValueError(f"optim.min_lr: got {config.min_lr}, expected at most the peak learning rate {self.peak}")
-        self.rule += f", {config.schedule}" + (f", warm-up {self.warmup} steps" if self.warmup else "")
+        self.rule += f", {config.schedule}{' per epoch' if config.per_epoch else ''}"
+        self.rule += f", warm-up {self.warmup} steps" if self.warmup else ""
 
     def __call__(self, step: int) -> float:
         """Learning rate of step ``step``, counted from 0."""
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
+        if self.config.per_epoch:
+            step = max(step - step % self.steps_per_epoch, self.warmup)
         if self.config.schedule == "cosine":
             done = (step - self.warmup) / (self.total - self.warmup)
             return self.config.min_lr + (self.peak - self.config.min_lr) * (1 + math.cos(math.pi * done)) / 2
@@ -133,11 +144,11 @@ class Schedule:
         return self.peak * self.config.gamma**reached
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """All trainable parameters in two groups: one with weight decay, one without.
+def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """All trainable parameters in two groups: those of two or more dimensions, which are decayed, and the others.
 
-    A parameter of two or more dimensions is decayed. Biases, norm weights, tau, positional scalars and gains have fewer
-    dimensions and are not.
+    Biases, norm weights, tau, positional scalars and gains have fewer dimensions. They are decayed with
+    ``decayed="all"`` alone.
     """
     decayed: list[tuple[str, nn.Parameter]] = []
     rest: list[tuple[str, nn.Parameter]] = []
@@ -150,14 +161,14 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
             "names": [name for name, _ in members],
             "weight_decay": decay,
         }
-        for members, decay in ((decayed, weight_decay), (rest, 0.0))
+        for members, decay in ((decayed, config.weight_decay), (rest, config.weight_decay * (config.decayed == "all")))
         if members
     ]
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
     """The optimiser over every trainable parameter of ``module``: student, projection heads and tau."""
-    groups = parameter_groups(module, config.weight_decay)
+    groups = parameter_groups(module, config)
     if not groups:
         raise ValueError("student: has no trainable parameter")
     # One fused kernel instead of a Python loop over parameters; fp32 and fp64 parameters on CPU and CUDA have it.

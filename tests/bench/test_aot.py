@@ -20,21 +20,23 @@ MAIN = "sm_90"
 
 
 def one_of_each(work: list[aot.Job]) -> list[int]:
-    """Of every kernel and dtype the variant with the most flags, on sm_90 of every width and launch configuration too.
+    """The variant with the most flags: of every kernel on every target; on sm_90 of each of its dtypes and widths.
 
     make aot has all.
     """
     chosen: dict[tuple[object, ...], tuple[int, int]] = {}
     for index, job in enumerate(work):
-        sizes = (job.constants.get(name) for name in ("BLOCK_M", "BLOCK_N", "BOUNDED"))
-        key = (
-            (job.hardware, *job.name.split()[:3], *sizes)
-            if job.hardware == MAIN
-            else (job.hardware, *job.name.split()[:2])
-        )
+        words = job.name.split()
+        dtype = next(iter({"bf16", "fp16", "fp32"}.intersection(words)), None)
+        kernel, rest = words[:1] if dtype else words[:2], [word for word in words[1:] if word != dtype]
         flags = sum(value is True for value in job.constants.values())
-        chosen[key] = max(chosen.get(key, (0, index)), (flags, index))
-    return sorted(index for _, index in chosen.values())
+        keys: list[tuple[object, ...]] = [(job.hardware, *kernel)]
+        if job.hardware == MAIN:
+            sizes = (job.constants.get(name) for name in ("BLOCK_M", "BLOCK_N", "BOUNDED"))
+            keys = [(*kernel, dtype), (*kernel, *rest[:1], *sizes)]
+        for key in keys:
+            chosen[key] = max(chosen.get(key, (-1, 0)), (flags, -index))
+    return sorted({-index for _, index in chosen.values()})
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def test_a_recipe_that_gives_no_config_is_one_line(tmp_path, monkeypatch, refuse
     )
     monkeypatch.chdir(tmp_path)
     for name, message in (
-        ("empty", "recipe: 'own_recipes:empty' returned dict, expected a TrainConfig"),
+        ("empty", "recipe: 'own_recipes:empty' returned dict, expected a TrainConfig, or a dict of stages"),
         ("number", "recipe: 'own_recipes:number' is of type int, expected a function"),
         ("typed", "epochs: got '3' of type str, expected an int >= 1"),
     ):

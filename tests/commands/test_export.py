@@ -6,13 +6,14 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastkd.cli import main
 from fastkd.trainer import DataConfig, ModelConfig, ObjectiveConfig, train
 from fastkd.trainer.commands.export import ExportError, export
-from fastkd.trainer.commands.linear_probe import linear_probe
+from fastkd.trainer.commands.linear_probe import SGDProbe, linear_probe, linear_probe_by_sgd
 from fastkd.trainer.commands.reopen import reopen
-from fastkd.trainer.data.readers.memory import TensorImages
+from fastkd.trainer.data.readers.memory import TensorImages, load_digits
 from fastkd.trainer.models.features import FeatureModel
 from tests.helpers.trainer_runs import one_thread, tiny_config  # noqa: F401
 
@@ -147,11 +148,51 @@ def test_a_probe_separates_what_the_features_separate():
     assert 0.6 < result.accuracy < 0.9  # two classes for certain, two by chance
 
 
-def test_the_probe_command(run, capsys, refused):
-    assert main(["probe", str(run.path), "--data", "digits", "--options", '{"train_size": 600}']) == 0
-    printed = capsys.readouterr().out
-    accuracy = float(printed.split("linear probe on digits: accuracy ")[1].split()[0])
-    assert accuracy > 0.3  # ten classes
-    assert "of the 600 it was fitted to" in printed
+def test_a_probe_by_sgd_renews_the_statistics_of_batch_norms_and_follows_the_authors_schedule():
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(1, momentum=0.5)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(self.bn(images).flatten(1))
+
+    torch.manual_seed(0)
+    labels = torch.arange(300) % 2
+    images = 1000 + 0.1 * torch.randn(300, 1, 2, 2) + labels.view(-1, 1, 1, 1)
+    sets = TensorImages(images[:200], labels[:200]), TensorImages(images[200:], labels[200:])
+    model = FeatureModel(Shifted().eval())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rates = []
+    watch = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(dict(optimizer.param_groups[0])))
+    settings = SGDProbe(epochs=8)
+    found = linear_probe_by_sgd(model, *sets, DataConfig(), torch.device("cpu"), settings)
+    watch.remove()
+    assert (found.accuracy, found.train_samples, found.eval_samples) == (1.0, 200, 100)
+    assert found.train_accuracy > 0.9
+    four_batches = [rate for power in range(4) for rate in [0.05 * 0.1**power] * 8]  # of 64, 64, 64 and 8 images
+    assert [rate["lr"] for rate in rates] == pytest.approx(four_batches)
+    assert (rates[0]["momentum"], rates[0]["weight_decay"]) == (0.9, 5e-4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model.model.training
+    assert linear_probe_by_sgd(model, *sets, DataConfig(), torch.device("cpu"), settings) == found
+    with pytest.raises(ValueError, match=r"sgd\.epochs: got 0, expected"):
+        SGDProbe(epochs=0)
+
+
+def test_the_probe_command(run, capsys, refused, monkeypatch):
+    for flags in ([], ["--method", "sgd", "--sgd.epochs", "20", "--sgd.lr", "1"]):
+        assert main(["probe", str(run.path), "--data", "digits", "--options", '{"train_size": 600}', *flags]) == 0
+        printed = capsys.readouterr().out
+        accuracy = float(printed.split("linear probe on digits: accuracy ")[1].split()[0])
+        assert accuracy > 0.3  # ten classes
+        assert "of the 600 it was fitted to" in printed
     error = refused("probe", run.path, "--data", "digits", "--options", "[1]")
     assert "--options: got '[1]', expected a JSON object" in error
+    seen = []
+    build = lambda config: seen.append(config.options) or load_digits()  # noqa: E731
+    monkeypatch.setattr("fastkd.trainer.commands.linear_probe.build_datasets", build)
+    for flags in (["--method", "lbfgs"], ["--method", "sgd", "--sgd.epochs", "1"]):
+        assert main(["probe", str(run.path), "--data", "stl10", "--options", '{"root": "x"}', *flags]) == 0
+    assert seen == [{"augment": False, "root": "x"}, {"augment": True, "root": "x"}]

@@ -1,14 +1,17 @@
 """Every recipe: what it says of its sources, and what the sources say."""
 
+import dataclasses
+import math
+import re
+
 import pytest
-import torch
 
 from fastkd.cli import main
-from fastkd.trainer import RECIPES, ModelConfig, TrainConfig, build_model
+from fastkd.trainer import RECIPES, DCDConfig, TrainConfig
 from fastkd.trainer.commands.reopen import is_known_model
+from fastkd.trainer.commands.train import parse_flags
 from fastkd.trainer.models.build import torchvision_weights
-from fastkd.trainer.models.cifar import CifarResNet, WideResNet
-from fastkd.trainer.recipes import summary
+from fastkd.trainer.recipes import STAGED_RECIPES, summary
 
 SOURCES = {"dcd": "2407.11802", "pckd": "2410.14143", "ckd": "2404.14109"}
 
@@ -44,20 +47,33 @@ def settings(name: str) -> tuple:
     optim = config.optim
     return (
         *(config.objective.terms, config.epochs, config.data.batch_size, optim.name, optim.lr, optim.weight_decay),
-        optim.milestones or optim.schedule,
+        *(optim.milestones or optim.schedule, optim.momentum, optim.nesterov, optim.warmup_epochs),
+        *(optim.decayed, config.data.drop_last, optim.per_epoch),
     )
 
 
 def test_settings_are_those_of_the_sources():
     steps, imagenet_steps = (150, 180, 210), (30, 60, 90)
+    # momentum without Nesterov and warm-up; what decays, whether the last batch is dropped, steps or epochs
+    plain = (0.9, False, 0.0)
+    ours, cifar = (*plain, "weights", True, False), (*plain, "all", False)
     for pair in ("r34-r18", "r50-r18", "r50-mv2"):
-        expected = (120, 256, "sgd", 0.1, 1e-4, imagenet_steps)
+        expected = (120, 256, "sgd", 0.1, 1e-4, imagenet_steps, *ours)
         assert settings(f"imagenet-{pair}-dcd") == ("dcd", *expected)
         assert settings(f"imagenet-{pair}-dcd-kd") == ("dcd + kd", *expected)
-    assert settings("imagenet-r34-r18-ckd") == ("10*ckd", 200, 512, "sgd", 0.2, 1e-4, "cosine")
-    assert settings("cifar100-ckd") == ("100*ckd", 480, 64, "sgd", 0.05, 5e-4, "cosine")
+    assert settings("imagenet-r34-r18-ckd") == ("10*ckd", 200, 512, "sgd", 0.2, 1e-4, "cosine", *ours)
+    assert settings("cifar100-ckd") == ("100*ckd", 480, 64, "sgd", 0.05, 5e-4, "cosine", *cifar, True)
     for name, terms in (("dcd-kd", "dcd + kd"), ("pckd", "pckd"), ("resnet32x4", "ce"), ("wrn-40-2", "ce")):
-        assert settings(f"cifar100-{name}") == (terms, 240, 64, "sgd", 0.05, 5e-4, steps)
+        assert settings(f"cifar100-{name}") == (terms, 240, 64, "sgd", 0.05, 5e-4, steps, *cifar, False)
+    assert RECIPES["cifar100-dcd-kd"]().objective.dcd.consistency == "teacher||student"
+    pckd = RECIPES["cifar100-pckd"]().objective.pckd
+    assert (pckd.first_epoch, pckd.preview_gradient, pckd.category_eps) == (1, True, 1e-7)
+    as_run, paper = (RECIPES[f"imagenet-r34-r18-dcd{variant}"]() for variant in ("-as-run", ""))
+    assert as_run.objective.dcd == DCDConfig(
+        consistency="teacher||student", learnable=False, temperature=math.exp(-1), group="local"
+    )
+    assert as_run.optim == dataclasses.replace(paper.optim, decayed="all")
+    assert as_run.data.options == {**paper.data.options, "min_scale": 0.1, "max_aspect": 1.25}
     large = RECIPES["imagenet-large-batch"]()
     assert (large.data.batch_size, large.optim.warmup_epochs, large.objective.ce.label_smoothing) == (16384, 5, 0.1)
 
@@ -75,25 +91,28 @@ def test_teachers_are_published_weights_or_another_recipes_run():
             assert (run.student.name, run.student.options) == (teacher.name, teacher.options), name
 
 
-def test_the_benchmarks_networks_have_their_published_sizes():
-    # As printed by the benchmarks' public code for 100 classes.
-    for model, parameters in (
-        (CifarResNet(8, (32, 64, 128, 256)), 1_233_540),
-        (CifarResNet(32, (32, 64, 128, 256)), 7_433_860),
-        (CifarResNet(20), 278_324),
-        (WideResNet(16, 2), 703_284),
-        (WideResNet(40, 2), 2_255_156),
-    ):
-        assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-        assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 100)
-    for kind, depth in ((CifarResNet, 21), (WideResNet, 20)):
-        with pytest.raises(ValueError, match=f"depth: got {depth}, expected 6 n"):
-            kind(depth)
-    build_model(ModelConfig(name="fastkd.trainer.models.cifar:CifarResNet", options={"depth": 14}))
-
-
 def test_fastkd_recipes_lists_them_a_line_each(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(RECIPES)
-    assert all(line.endswith(summary(name)) for line, name in zip(lines, RECIPES, strict=True))
+    assert [line.split()[0] for line in lines] == [*RECIPES, *STAGED_RECIPES]
+    assert all(line.endswith(summary(line.split()[0])) for line in lines)
+
+
+def test_a_method_replaces_the_loss_of_any_recipe_before_the_other_flags() -> None:
+    config = parse_flags(["cifar100", "--method", "crd+kd", "--objective.crd.negatives", "4096"]).settings
+    assert (config.objective.terms, config.run_dir) == ("ce + kd + 0.8*crd", "runs/cifar100-crd-kd")
+    assert config.objective.crd.negatives == 4096
+    plain = RECIPES["cifar100"]()
+    assert dataclasses.replace(config, objective=plain.objective, run_dir=plain.run_dir) == plain
+    given = parse_flags(["digits", "--method", "dist", "--run-dir", "mine", "--objective.terms", "dist"]).settings
+    assert (given.objective.terms, given.objective.dist.temperature, given.run_dir) == ("dist", 4.0, "mine")
+    with pytest.raises(ValueError, match="method: got 'rdk', did you mean rkd"):
+        parse_flags(["digits", "--method", "rdk"])
+
+
+def test_help_has_the_options_of_the_methods_in_the_loss_alone(capsys) -> None:
+    for argument, shown in (("--help", {"ce", "rkd"}), ("--help-verbose", {"ce", "rkd", "dkd", "crd"})):
+        with pytest.raises(SystemExit):
+            parse_flags(["digits", "--method", "rkd", argument])
+        found = set(re.findall(r"--objective\.(\w+)\.", capsys.readouterr().out))
+        assert found == shown if argument == "--help" else found >= shown

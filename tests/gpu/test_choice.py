@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from fastkd import DCDLoss, backends, dcd_loss
 from tests.helpers.checks import embeddings
+from tests.helpers.processes import Forks
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
@@ -121,6 +123,12 @@ def test_importing_fastkd_neither_imports_triton_nor_looks_for_a_driver() -> Non
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
 
 
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with Forks() as started:
+        yield started
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "allowed"),
@@ -134,11 +142,11 @@ def test_importing_fastkd_neither_imports_triton_nor_looks_for_a_driver() -> Non
         ("torch.backends.fp32_precision = 'tf32'", True),
     ],
 )
-def test_tf32_is_used_where_any_of_the_settings_allows_it(setting: str, allowed: bool) -> None:
-    script = (
-        f"import torch; {setting}; from fastkd.kernels.launch import allows_tf32; assert allows_tf32() is {allowed}"
-    )
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
+def test_tf32_is_used_where_any_of_the_settings_allows_it(
+    setting: str, allowed: bool, forks: Forks, tmp_path: Path
+) -> None:
+    check = f"from fastkd.kernels.launch import allows_tf32; assert allows_tf32() is {allowed}"
+    forks.run(f"import torch; {setting}; {check}", errors=tmp_path / "errors")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 def preview(ce: Tensor, threshold: float) -> Tensor:
     a = ce / ce.mean()
-    return torch.tensor([1.0 if x <= threshold else torch.exp(-x * x).item() for x in a], dtype=ce.dtype)
+    return torch.stack([torch.ones_like(x) if x <= threshold else torch.exp(-x * x) for x in a])
 
 
 def pckd(
@@ -25,11 +25,16 @@ def pckd(
     temperature: float = 4.0,
     relation_scale: float = 0.25,
     preview_base: float = 1.005,
+    first_epoch: int = 0,
+    preview_gradient: bool = False,
+    category_eps: float = 0.0,
 ) -> dict[str, Tensor]:
     """The terms before weights, of the module's own heads."""
     B = len(labels)
     (W_s, b_s), (W_t, b_t) = student_classifier, teacher_classifier
-    w = preview(F.cross_entropy(student_logits.detach(), labels, reduction="none"), preview_base**epoch)
+    threshold = preview_base ** (epoch + first_epoch)
+    with_gradient = preview(F.cross_entropy(student_logits, labels, reduction="none"), threshold)
+    w = with_gradient.detach()
     r1 = torch.stack([W_s @ F.normalize(module.student_head(f), dim=0) for f in student_features])
     r2 = torch.stack([W_t.detach() @ F.normalize(module.teacher_head(f), dim=0) for f in student_features])
     Z, y = torch.cat([r1, r2]), torch.cat([labels, labels])
@@ -38,7 +43,8 @@ def pckd(
         x = relation_scale * Z @ Z[a]
         others = [b for b in range(2 * B) if b != a]
         positives = [p for p in others if y[p] == y[a]]
-        anchors.append(x[others].exp().sum().log() - x[positives].mean())
+        peak = x.max().detach()
+        anchors.append(peak + ((x[others] - peak).exp().sum() + category_eps).log() - x[positives].mean())
     terms = {"category": sum(w[i] * (anchors[i] + anchors[B + i]) for i in range(B)) / B}
     own = W_s if b_s is None else torch.cat([W_s, b_s[:, None]], dim=1)
     other = W_t if b_t is None else torch.cat([W_t, b_t[:, None]], dim=1)
@@ -50,6 +56,7 @@ def pckd(
     terms["feature"] = (2 - 2 * F.cosine_similarity(projected, teacher_features.detach(), dim=1)).mean()
     p = (teacher_logits.detach() / temperature).softmax(dim=1)
     log_ratio = p.log() - (student_logits / temperature).log_softmax(dim=1)
+    w = with_gradient if preview_gradient else w
     terms["kd"] = temperature**2 * (w * (p * log_ratio).sum(dim=1)).mean()
     return terms
 
@@ -69,6 +76,9 @@ def msdcrd(
     adapter: nn.Conv2d | None = None,
     temperature: float = 0.1,
     positives: str = "index",
+    selection: str = "all",
+    confidence: float = 0.5,
+    image_labels: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """The terms before weights, of maps [B, C, H, W]."""
     teacher_map = teacher_map.detach()
@@ -78,6 +88,21 @@ def msdcrd(
     student_map = F.adaptive_avg_pool2d(student_map, teacher_map.shape[2:])
     s, t = (local_samples(x, windows, strides) for x in (student_map, teacher_map))
     labels = F.linear(t, *classifier).argmax(dim=1)
+    if selection != "all":
+        chosen, M = [], len(t) // len(teacher_map)
+        probability = F.linear(t, *classifier).softmax(dim=1)
+        whole = F.linear(teacher_map.mean(dim=(2, 3)), *classifier).argmax(dim=1)
+        for r, c in enumerate(labels.tolist()):
+            image, p = r // M, probability[r, c]
+            rivals = [q for q in range(image * M, image * M + M) if labels[q] == c]
+            takes_part = {
+                "confident": p >= confidence,
+                "teacher_class": whole[image] == c,
+                "image_class": len(image_labels) and image_labels[image] == c,
+                "one_per_class": r == max(rivals, key=lambda q: (probability[q, labels[q]].item(), -q)),
+            }
+            chosen += [r] if takes_part[selection] else []
+        s, t, labels = s[chosen], t[chosen], labels[chosen]
     x = F.normalize(s, dim=1) @ F.normalize(t, dim=1).T / temperature
     rows = []
     for r in range(len(x)):

@@ -1,15 +1,15 @@
 """Launches through the extension: the driver receives what Triton's own launcher gives it, byte by byte."""
 
-import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from fastkd import native
-from tests.helpers.building import ROOT
+from tests.helpers.processes import ROOT, Forks
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("triton")
@@ -38,18 +38,30 @@ def remembered(of=kernel):
 """
 
 
-def run(program: str, library: Path, folder: Path, capability: int = 90, launcher: str = "native") -> None:
+Run = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
     if shutil.which("cc") is None:
         pytest.skip("there is no C compiler")
-    result = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + program, str(library), str(folder), str(capability)],
-        cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, "FASTKD_LAUNCHER": launcher},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
+    with Forks() as started:
+        yield started
+
+
+@pytest.fixture
+def run(forks: Forks, tmp_path: Path) -> Run:
+    """Runs a program after the preamble."""
+
+    def run(program: str, library: Path, capability: int = 90, launcher: str = "native") -> None:
+        arguments = str(library), str(tmp_path), str(capability)
+        forks.run(PREAMBLE + program, *arguments, errors=tmp_path / "errors", FASTKD_LAUNCHER=launcher)
+
+    return run
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_driver_receives_what_triton_gives_it(capability: int, library: Path, tmp_path: Path) -> None:
+def test_the_driver_receives_what_triton_gives_it(capability: int, run: Run, library: Path) -> None:
     run(
         """
 rows = torch.zeros(80, 96, dtype=torch.bfloat16)
@@ -82,12 +94,11 @@ for grid, given in cases:  # in turn, so that a plan that fits another case woul
 assert len(kernel.device_caches[0][0]) > 12
 """,
         library,
-        tmp_path,
         capability,
     )
 
 
-def test_a_tensor_map_is_made_once_for_each_address_and_layout(library: Path, tmp_path: Path) -> None:
+def test_a_tensor_map_is_made_once_for_each_address_and_layout(run: Run, library: Path) -> None:
     run(
         """
 rows = torch.zeros(2, 64, 32, dtype=torch.bfloat16)
@@ -103,11 +114,10 @@ assert encodes(rows[1][:32]) == 1
 assert encodes(rows[0]) + encodes(rows[1]) == 0
 """,
         library,
-        tmp_path,
     )
 
 
-def test_errors_of_the_driver_are_raised_with_its_text(library: Path, tmp_path: Path) -> None:
+def test_errors_of_the_driver_are_raised_with_its_text(run: Run, library: Path) -> None:
     run(
         """
 given = arguments()
@@ -120,11 +130,10 @@ stub.answer(2)
 assert "cuLaunchKernelEx: another error" in raised(RuntimeError, lambda: plans.launch(kernel, (1,), **given))
 """,
         library,
-        tmp_path,
     )
 
 
-def test_triton_launches_what_the_extension_does_not_cover(library: Path, tmp_path: Path) -> None:
+def test_triton_launches_what_the_extension_does_not_cover(run: Run, library: Path) -> None:
     run(
         """
 import triton
@@ -167,11 +176,10 @@ assert "absent" in raised(ValueError, lambda: known.plans.add(given, None, 1, 4,
 assert plans._slots({"n": "fp16"}, None) is None
 """,
         library,
-        tmp_path,
     )
 
 
-def test_a_thread_without_a_context_gets_one(library: Path, tmp_path: Path) -> None:
+def test_a_thread_without_a_context_gets_one(run: Run, library: Path) -> None:
     run(
         """
 import threading
@@ -187,11 +195,10 @@ assert remembered().launch((1,), given)
 assert stub.contexts == contexts + 1
 """,
         library,
-        tmp_path,
     )
 
 
-def test_statistics_are_launched_by_the_extension_the_second_time(library: Path, tmp_path: Path) -> None:
+def test_statistics_are_launched_by_the_extension_the_second_time(run: Run, library: Path) -> None:
     run(
         """
 from fastkd.kernels.dual_softmax import per_row
@@ -205,11 +212,10 @@ for weight in (None, torch.ones(5)):
 assert native.extension().counts() == (2, 0)
 """,
         library,
-        tmp_path,
     )
 
 
-def test_triton_launches_unless_the_extension_is_asked_for(library: Path, tmp_path: Path) -> None:
+def test_triton_launches_unless_the_extension_is_asked_for(run: Run, library: Path) -> None:
     run(
         """
 import os
@@ -222,12 +228,11 @@ assert native.extension().counts() == (0, 0)
 assert stub.launches == 2
 """,
         library,
-        tmp_path,
         launcher="fast",
     )
 
 
-def test_without_the_extension_triton_launches_after_a_warning(tmp_path: Path) -> None:
+def test_without_the_extension_triton_launches_after_a_warning(run: Run) -> None:
     run(
         """
 import warnings
@@ -240,7 +245,6 @@ assert stub.launches == 2
 assert remembered() is None
 """,
         native.LIBRARY.with_name("absent"),
-        tmp_path,
     )
 
 

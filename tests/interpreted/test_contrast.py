@@ -65,13 +65,15 @@ def stable_definition(p: Problem) -> Callable[..., Tensor]:
     return loss
 
 
+# The first: a row-block's last positive is the first column of a whole tile.
+STREAMED, SPLIT, WIDE = (streaming, 1, 1, 37, (33, 34)), (streaming, 3, 13, 37, (19, 20)), (wide, 1, 13, 37, (19, 20))
+
+
 @pytest.mark.parametrize(
-    ("kernels", "splits", "start", "stop", "cuts"),
-    # The first: a row-block's last positive is the first column of a whole tile.
-    [(streaming, 1, 1, 37, (33, 34)), (streaming, 3, 13, 37, (19, 20)), (wide, 1, 13, 37, (19, 20))],
-    ids=["streaming", "split", "wide"],
+    ("mode", "kernels", "splits", "start", "stop", "cuts"),
+    # Every mode once as it is, and once split over programs or wider than a tile.
+    [(mode, *way) for i, mode in enumerate(MODES) for way in (STREAMED, (SPLIT, WIDE)[i % 2])],
 )
-@pytest.mark.parametrize("mode", MODES)
 def test_own_rows_against_columns_that_arrive_in_blocks(
     kernels: ModuleType, mode: str, splits: int, start: int, stop: int, cuts: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,

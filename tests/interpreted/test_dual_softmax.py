@@ -29,14 +29,14 @@ def test_one_launch_a_side_equals_one_for_both(monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    ("kernels", "splits"), [(streaming, 1), (streaming, 3), (wide, 1)], ids=["streaming", "split", "wide"]
-)
+# The last: a row-block's last positive is the first column of a whole tile.
+FEW_ROWS, ONE_ROW, EDGE = (13, 37, (19, 20)), (36, 37, (19, 20)), (1, 37, (33, 34))
+
+
 @pytest.mark.parametrize("bounded", [True, False], ids=["bounded", "online"])
 @pytest.mark.parametrize(
-    ("start", "stop", "cuts"),
-    # The last: a row-block's last positive is the first column of a whole tile.
-    [(13, 37, (19, 20)), (36, 37, (19, 20)), (1, 37, (33, 34))],
+    ("kernels", "splits", "start", "stop", "cuts"),
+    [(streaming, 1, *own) for own in (FEW_ROWS, ONE_ROW, EDGE)] + [(streaming, 3, *EDGE), (wide, 1, *FEW_ROWS)],
 )
 def test_own_rows_against_columns_that_arrive_in_chunks(
     kernels: ModuleType, bounded: bool, start: int, stop: int, cuts: tuple[int, int], splits: int,

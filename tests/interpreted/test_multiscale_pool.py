@@ -71,12 +71,12 @@ def test_both_formats_and_slices_of_rows_or_channels_are_read_without_a_copy() -
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("shape", [(2, 34, 3, 3), (2, 18, 7, 7), (1, 2, 1, 17)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 10, 3, 3), (2, 18, 7, 7), (1, 2, 1, 17)], ids=str)
 def test_pairs_of_channels_whose_maps_start_at_odd_elements(shape: tuple[int, ...], normalize: bool) -> None:
     arguments = ([(min(shape[2], 3), 3), 1], [2, 3]) if shape[2] > 1 else ([(1, 17), (1, 4)], [1, 3])
     x = feature_map(*shape, dtype=torch.float16)
     check_pool(x, *arguments, normalize=normalize)
-    if shape[1] > 2:
+    if shape[2] == 3:
         for view in (x[1:], x[:, 2:8], x[:, 1:7], x[:, :, 1:], x[:, 1:4]):
             check_pool(view, [2], [1], normalize=normalize)
 

@@ -36,6 +36,9 @@ def maps(
     return s.to(dtype), t.to(dtype), nn.Linear(channels, CLASSES).to(dtype)
 
 
+IMAGES = torch.tensor([0, 2, 1])
+
+
 def check(
     module: MSDCRDLoss,
     s: Tensor,
@@ -46,7 +49,7 @@ def check(
 ) -> None:
     """Both terms and the gradients of the map and the adapter against the formulas; ``as_maps``: tokens as maps."""
     s, t = s.requires_grad_(), t.requires_grad_()
-    actual = module(s, t, classifier)
+    actual = module(s, t, classifier, IMAGES)
     pair = (classifier.weight, classifier.bias)
     expected = msdcrd(*(as_maps or (s, t)), pair, adapter=module.adapter, **literal)
     assert list(actual) == ["sample", "feature"]
@@ -86,6 +89,29 @@ def test_other_channels_and_grids(student: tuple[int, ...], backend: str | None)
     s, t, classifier = maps(student, (6, 7, 7))
     windows, strides, _ = DEFAULTS[7]
     check(module, s, t, classifier, {"windows": windows, "strides": strides, "temperature": 0.3})
+
+
+@pytest.mark.parametrize("positives", ["index", "label"])
+@pytest.mark.parametrize("selection", ["confident", "teacher_class", "image_class", "one_per_class"])
+def test_the_selected_samples_alone_take_part(selection: str, positives: str) -> None:
+    options: dict[str, Any] = {"selection": selection, "positives": positives, "confidence": 0.4}
+    s, t, classifier = maps((4, 7, 7), (6, 7, 7))
+    windows, strides, _ = DEFAULTS[7]
+    literal = {"windows": windows, "strides": strides, "image_labels": IMAGES.tolist(), **options}
+    module = MSDCRDLoss(4, 6, **options).double()
+    check(module, s, t, classifier, literal)
+    selected = module(s, t, classifier, IMAGES)["sample"]
+    module.selection = "all"
+    assert module(s, t, classifier)["sample"] != selected
+
+
+def test_a_batch_without_a_selected_sample_costs_nothing() -> None:
+    s, t, classifier = maps((5, 4, 4), (5, 4, 4))
+    s.requires_grad_()
+    terms = MSDCRDLoss(5, 5, selection="confident", confidence=1.0)(s, t, classifier)
+    sum(terms.values()).backward()
+    assert {name: term.item() for name, term in terms.items()} == {"sample": 0, "feature": 0}
+    assert not s.grad.any()
 
 
 def test_a_rectangular_map_has_its_global_window() -> None:
@@ -271,11 +297,15 @@ def test_more_errors_name_the_argument() -> None:
         ({"windows": (0,)}, "windows: got 0"),
         ({"strides": (0,)}, "strides: got 0"),
         ({"positives": "class"}, "positives: got 'class'"),
+        ({"selection": "best"}, "selection: got 'best'"),
+        ({"confidence": 1.5}, "confidence: got 1.5"),
         ({"student_prefix_tokens": -1}, "student_prefix_tokens: got -1"),
         ({"sample_term_weight": 0, "feature_weight": 0}, "sample_term_weight, feature_weight: got 0 for all"),
     ):
         with pytest.raises(ValueError, match=message):
             MSDCRDLoss(4, 6, **options)
+    with pytest.raises(TypeError, match="labels: got NoneType"):
+        MSDCRDLoss(4, 6, selection="image_class").double()(s, t, classifier)
     with pytest.raises(TypeError, match="strides: got None"):
         MSDCRDLoss(4, 6, strides=(None,))
 

@@ -55,13 +55,10 @@ class Case:
         }
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("same", [True, False])
-def test_every_term_and_gradient_is_the_formula(same: bool, bias: bool, backend: str | None) -> None:
-    case = Case(same, bias, backend=backend)
-    actual, expected = case.terms(), case.literal()
-    assert list(actual) == ["category", *(["center"] if same else []), "feature", "kd"]
+AUTHORS = {"first_epoch": 1, "preview_gradient": True, "category_eps": 0.01}
+
+
+def compare(case: Case, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     trained = list(case.trained().values())
     for name, term in actual.items():
         assert_close(term, expected[name], torch.float64)
@@ -71,6 +68,33 @@ def test_every_term_and_gradient_is_the_formula(same: bool, bias: bool, backend:
         )
         for grad, other in zip(*gradients, strict=True):
             assert_close(grad, other, torch.float64)
+
+
+@pytest.mark.parametrize("option", AUTHORS)
+def test_the_readings_of_the_authors_code_are_the_formula_and_not_the_default(option: str) -> None:
+    chosen: dict[str, Any] = {"preview_base": 1.2, option: AUTHORS[option]}
+    case = Case(same=True, **chosen)
+    actual = case.terms(1)
+    compare(case, actual, case.literal(1, **chosen))
+    del chosen[option]
+    default = case.literal(1, **chosen)
+    changed = {"first_epoch": "kd", "preview_gradient": "kd", "category_eps": "category"}[option]
+    values = actual, default
+    if option == "preview_gradient":  # the value is the same
+        values = tuple({"kd": torch.autograd.grad(x["kd"], case.student_logits)[0]} for x in values)
+    assert not torch.allclose(values[0][changed], values[1][changed], rtol=1e-5)
+    # Once every sample is easy, the weights are constant.
+    assert_close(case.terms(2000)["kd"], case.literal(2000, **chosen)["kd"], torch.float64)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("same", [True, False])
+def test_every_term_and_gradient_is_the_formula(same: bool, bias: bool, backend: str | None) -> None:
+    case = Case(same, bias, backend=backend)
+    actual, expected = case.terms(), case.literal()
+    assert list(actual) == ["category", *(["center"] if same else []), "feature", "kd"]
+    compare(case, actual, expected)
 
 
 def test_some_samples_are_too_hard_at_first_and_none_in_the_end() -> None:
@@ -201,6 +225,8 @@ def test_more_errors_name_the_argument() -> None:
         ({"kd_weight": -1.0}, "kd_weight: got -1.0"),
         ({"hidden_dim": 0}, "hidden_dim: got 0"),
         ({"preview_base": 0}, "preview_base: got 0"),
+        ({"first_epoch": -1}, "first_epoch: got -1"),
+        ({"category_eps": 2.0}, "category_eps: got 2.0"),
     ):
         with pytest.raises(ValueError, match=message):
             PCKDLoss(4, 4, **options)
@@ -286,7 +312,7 @@ def test_compiles_without_a_graph_break_for_changing_shapes() -> None:
     case = Case(same=True, backend="blocked")
     compiled = torch.compile(case.module, fullgraph=True, backend="aot_eager", dynamic=True)
     layers = case.student_classifier, case.teacher_classifier
-    for rows, epoch in ((10, 20), (9, 21), (8, 0.5)):
+    for rows, epoch in ((10, 20), (9, 21)):
         arguments = [x[:rows] for x in case.arguments()]
         expected = case.module(*arguments, *layers, epoch)
         for name, term in compiled(*arguments, *layers, epoch).items():

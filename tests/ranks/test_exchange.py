@@ -11,9 +11,9 @@ import torch
 from fastkd.distributed.agree import Peers
 from fastkd.distributed.exchange import CHUNK_BYTES, MAX_CHUNKS, chunk_bounds
 from fastkd.numerics import unit_rows
-from tests.helpers.building import ROOT
 from tests.helpers.checks import assert_close, embeddings
 from tests.helpers.gpu import on_every_device
+from tests.helpers.processes import ROOT
 from tests.helpers.ranks import run_ranks, succeeded
 from tests.ranks import rank_programs as programs
 from tests.ranks.cases import KINDS, Case, check_cases

@@ -24,6 +24,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pckd without category": ("pckd", {"same": True, "category_weight": 0}),
     "msdcrd": ("msdcrd", {}),
     "msdcrd by label": ("msdcrd", {"positives": "label", "same": True}),
+    "pckd of the authors' code": (
+        "pckd",
+        {"same": True, "preview_base": 1.01, "preview_gradient": True, "category_eps": 0.01, "first_epoch": 1},
+    ),
+    "msdcrd of one sample per class": ("msdcrd", {"selection": "one_per_class"}),
+    "msdcrd of sure samples": ("msdcrd", {"selection": "confident", "confidence": 0.36}),
     "msdcrd of channels": ("msdcrd", {"sample_term_weight": 0, "feature_weight": 0.5}),
 }
 

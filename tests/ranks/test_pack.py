@@ -19,9 +19,9 @@ from bench import measure
 from fastkd import native
 from fastkd.distributed import pack
 from fastkd.numerics import unit_rows
-from tests.helpers.building import ROOT, run_setup
 from tests.helpers.checks import TOLERANCES, assert_close, embeddings
 from tests.helpers.gpu import bandwidth, gpu, sanitizer
+from tests.helpers.processes import ROOT, run_setup
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 5), (0, 4), (17, 16), (65, 128), (5, 1000)]

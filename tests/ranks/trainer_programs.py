@@ -67,7 +67,7 @@ def trained(rank: int, changes: dict[str, Any], stop_at: int | None = None, bad_
 
     config = TrainConfig(
         data=DataConfig(batch_size=8, **{"drop_last": False, **changes.pop("data", {})}),
-        objective=ObjectiveConfig(terms=f"{terms or 'dcd+kd'}+stop"),
+        objective=ObjectiveConfig(terms=f"{terms or 'dcd+kd'}+stop", **changes.pop("options", {})),
         optim=OptimConfig(lr=0.05, clip_norm=1.0),
         **{"epochs": 3, "device": "cpu", "log_every": 1, "tensorboard": False, "progress": False, **changes},
     )
@@ -86,10 +86,11 @@ def trained(rank: int, changes: dict[str, Any], stop_at: int | None = None, bad_
             )
     except StopTraining:
         return "stopped"
-    parameters = dict(result.distiller.named_parameters())
+    distiller = result.distiller
+    state = {**dict(distiller.named_parameters()), **dict(distiller.objective.named_buffers())}
     return {
         "history": result.history,
-        "weights": {name: value.detach() for name, value in parameters.items()},
+        "weights": {name: value.detach() for name, value in state.items()},
         "path": str(result.path),
         "resumed_from": result.resumed_from,
         "printed": printed.getvalue(),
@@ -128,3 +129,14 @@ def trained_with_batch_norm(rank: int, folder: str) -> tuple[dict[str, float], s
 
     result = run(tiny_config(Path(folder), epochs=1, save_every_steps=4))
     return result.history[-1], str(result.path), result.distiller.student.model.fc.weight.detach()
+
+
+def staged(rank: int, folder: str, resume: bool) -> list[tuple[str, bool]]:
+    """Two stages: of each that was trained now its last checkpoint, and whether there was nothing left to do."""
+    from dataclasses import replace
+
+    from fastkd.trainer import train_stages
+    from tests.run.test_stages import two_stages
+
+    stages = {name: replace(config, resume=resume) for name, config in two_stages(Path(folder)).items()}
+    return [(str(result.path), result.already_finished) for result in train_stages(stages)]

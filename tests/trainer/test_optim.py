@@ -36,6 +36,22 @@ def test_all_loss_parameters_are_optimised_and_tau_has_no_weight_decay(name):
         assert not torch.equal(before[key], parameter), key
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
+def test_with_decayed_all_everything_that_is_trained_decays(name):
+    model = distiller()
+    optimizer = build_optimizer(model, OptimConfig(name=name, weight_decay=0.1, decayed="all"), torch.device("cpu"))
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1}
+    tau = model.objective.terms["dcd"].loss.tau
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert 0 < tau.item() < 1
+    with pytest.raises(ValueError, match=r"optim\.decayed: got 'some', expected"):
+        OptimConfig(decayed="some")
+
+
 def test_sgd_equals_the_plain_one_and_takes_a_late_first_gradient():
     a, b, c, d = (nn.Linear(5, 5) for _ in range(4))
     c.load_state_dict(a.state_dict())
@@ -127,6 +143,11 @@ def test_schedules():
     assert cosine[55] == pytest.approx(0.55)
     assert 0.1 < cosine[-1] < 0.11
     assert rule == "lr 1, cosine, warm-up 10 steps"
+    stairs, rule = rates(warmup_epochs=1, min_lr=0.1, per_epoch=True)
+    assert stairs[:10] == cosine[:10]
+    assert stairs[10:] == [cosine[10 * (k // 10)] for k in range(10, 100)]
+    assert rule == "lr 1, cosine per epoch, warm-up 10 steps"
+    assert rates(warmup_epochs=1.5, per_epoch=True)[0][15:20] == [1.0] * 5  # the rest of the epoch of the warm-up
     step, _ = rates(schedule="step", milestones=(3, 6.5), gamma=0.5)
     assert [step[k] for k in (29, 30, 64, 65, 99)] == [1.0, 0.5, 0.5, 0.25, 0.25]
     constant, rule = rates(schedule="constant", reference_batch=64)

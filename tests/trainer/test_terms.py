@@ -24,6 +24,7 @@ from fastkd.trainer import (
     train,
 )
 from fastkd.trainer.models.features import measure_shapes
+from fastkd.trainer.objective.options.check import loss_options
 from tests.helpers.trainer_runs import batch, convolutional, networks, one_thread, tiny_config  # noqa: F401
 
 TERMS = ("ckd", "pckd", "msdcrd")
@@ -83,7 +84,39 @@ def test_the_options_of_the_terms_are_those_of_their_modules() -> None:
         (PCKDConfig(), fastkd.PCKDLoss(4, 8), lambda **options: fastkd.PCKDLoss(4, 8, **options)),
         (MSDCRDConfig(), fastkd.MSDCRDLoss(4, 8), lambda **options: fastkd.MSDCRDLoss(4, 8, **options)),
     ):
-        assert str(build_module(**dataclasses.asdict(config))) == str(module)
+        assert str(build_module(**loss_options(config, type(module)))) == str(module)
+        assert set(vars(config)) == set(loss_options(config, type(module)))  # none is left out
+
+
+def test_local_negatives_make_a_term_a_mean_over_own_rows() -> None:
+    names = ("dcd", "ckd", "pckd", "msdcrd")
+    whole = ObjectiveConfig(terms=f"0*ce + {' + '.join(names)}")
+    local = dataclasses.replace(
+        whole, **{name: dataclasses.replace(getattr(whole, name), group="local") for name in names}
+    )
+    found = {}
+    for config in (whole, local):
+        distiller = build(config)
+        terms = distiller.objective.terms
+        assert {term.spans_ranks for term in terms.values()} == {config is whole}
+        assert {term.loss.group for term in terms.values()} == {None if config is whole else "local"}
+        assert (distiller.objective.columns_sent(4) > 0) == (config is whole)
+        torch.manual_seed(0)
+        for parameter in distiller.objective.parameters():
+            nn.init.uniform_(parameter, -0.5, 0.5)
+        # A rank with 3 of 8 rows on two ranks: W n / N.
+        found[config.dcd.group] = distiller(*batch(), rank_weight=0.75)[1]
+    for name, value in found["global"].items():
+        torch.testing.assert_close(found["local"][name], 0.75 * value)
+    with pytest.raises(ValueError, match=r"pckd\.group: got 'mine', expected"):
+        PCKDConfig(group="mine")
+
+
+def test_the_labels_of_the_images_select_samples() -> None:
+    distiller = build(ObjectiveConfig(terms="0*ce + msdcrd", msdcrd=MSDCRDConfig(selection="image_class")))
+    images, labels = batch()
+    first, second = (distiller(images, y)[1]["msdcrd/feature"] for y in (labels, labels.roll(1)))
+    assert first != second
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -96,7 +129,9 @@ def test_all_terms_together_train_in_every_precision(
         run_dir=None,
         epochs=1,
         precision=precision,
-        objective=ObjectiveConfig(terms="kd + dcd + ckd + 0.1*pckd + msdcrd + mine"),
+        objective=ObjectiveConfig(
+            terms="kd + dcd + ckd + 0.1*pckd + msdcrd + mine + fitnet + at + nst + vid + ab + ofd + reviewkd + srrl"
+        ),
     )
     student, teacher = networks()
     head = nn.Linear(8, 4)

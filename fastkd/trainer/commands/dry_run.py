@@ -17,13 +17,14 @@ from fastkd.trainer.commands.memory import memory_of
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.datasets import choose_data, without_download
 from fastkd.trainer.data.loader import first_images
+from fastkd.trainer.data.options import options_class, with_defaults
 from fastkd.trainer.models.build import ModelConfig, build_model, count_parameters, torchvision_weights
 from fastkd.trainer.objective.config import describe_terms
 from fastkd.trainer.objective.objective import needs
 from fastkd.trainer.optim import Schedule
 from fastkd.trainer.precision import DTYPES
 from fastkd.trainer.run.distiller import Distiller, build_distiller
-from fastkd.trainer.run.prepare import with_classes
+from fastkd.trainer.run.prepare import with_classes, with_samples
 from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint
 
 MIB = 2**20
@@ -81,15 +82,15 @@ def _data(config: TrainConfig) -> tuple[TrainConfig, int | None, tuple[int, ...]
 
     The number is None in that case, and the reason is empty otherwise.
     """
-    side = 32 if config.data.name == "cifar" else int(config.data.options.get("image_size", 224))
-    named = config.data.name in ("images", "cifar") or config.data.name.startswith("torchvision:")
+    side = int(with_defaults(config.data.name, config.data.options).get("image_size", 32))
+    named = options_class(config.data.name) is not None and config.data.name != "digits"
     shape = (3, side, side) if named else None
     try:
         train_set, eval_set = choose_data(without_download(config.data), None, None)
     except (ValueError, OSError) as error:
         if shape is None:
             raise
-        return config, None, shape, str(error)
+        return with_samples(config, 50_000), None, shape, str(error)  # as many as CIFAR has
     config = with_classes(config, train_set, eval_set, None)
     return config, len(train_set), shape or tuple(first_images(train_set).shape[1:]), ""
 
@@ -161,7 +162,7 @@ def _rule(config: TrainConfig) -> str:
         parts.append(f"warm-up {optim.warmup_epochs:g} epochs")
     if optim.milestones:
         parts.append(f"times {optim.gamma:g} after epochs {' '.join(f'{epoch:g}' for epoch in optim.milestones)}")
-    parts.append(f"weight decay {optim.weight_decay:g}")
+    parts.append(f"weight decay {optim.weight_decay:g}{' of everything' if optim.decayed == 'all' else ''}")
     if optim.clip_norm is not None:
         parts.append(f"gradient norm at most {optim.clip_norm:g}")
     return ", ".join(parts)

@@ -18,6 +18,7 @@ from fastkd.trainer.data.datasets import build_datasets, names_of_classes
 from fastkd.trainer.data.loader import eval_loader, first_images
 from fastkd.trainer.data.options import TransformOptions
 from fastkd.trainer.models.build import ModelConfig, build_model, count_parameters, torchvision_weights
+from fastkd.trainer.models.extended import extended_like
 from fastkd.trainer.models.features import FeatureModel, measure_shapes
 from fastkd.trainer.models.weights import Origin
 from fastkd.trainer.precision import choose_device
@@ -163,7 +164,9 @@ def evaluate_model(config: ModelConfig, data: DataConfig, *, device: str = "auto
         size, crop = data.options["image_size"], data.options.get("crop", TransformOptions.crop)
         print(f"images of {size} x {size}, crop {crop:g} (another: --data.options '{{\"image_size\": {size}}}')")
     if config.weights is not None:
-        print(find_weights(config.weights).load_into(model))
+        found = find_weights(config.weights)
+        model = extended_like(model, found.state, found.path)
+        print(found.load_into(model))
     return _measure(
         FeatureModel(model, optional=True),
         eval_data,

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
+from rich.progress import track
+from torch import nn
+from torch.nn.functional import cross_entropy
 
 from fastkd.trainer.commands.reopen import reopen
 from fastkd.trainer.commands.train import parse_json
 from fastkd.trainer.data.config import DataConfig
-from fastkd.trainer.data.datasets import build_datasets
-from fastkd.trainer.data.loader import eval_loader
-from fastkd.trainer.models.features import FeatureModel
+from fastkd.trainer.data.datasets import build_datasets, names_of_classes
+from fastkd.trainer.data.labels import labels_of
+from fastkd.trainer.data.loader import eval_loader, first_images, train_loader
+from fastkd.trainer.data.options import options_class
+from fastkd.trainer.models.features import FeatureModel, measure_shapes
 from fastkd.trainer.precision import choose_device
-from fastkd.validate import check_number
+from fastkd.trainer.rng import seed_everything
+from fastkd.validate import check_int, check_number
 
 
 @dataclass
 class ProbeResult:
-    """Top-1 ``accuracy`` in [0, 1] on the other data's evaluation set, and ``train_accuracy`` on its training set."""
+    """Top-1 ``accuracy`` in [0, 1] on the other data's evaluation set, and ``train_accuracy`` on its training set.
+
+    By SGD, ``train_accuracy`` is the mean over the batches of the last epoch, as they were trained on.
+    """
 
     accuracy: float
     train_accuracy: float
@@ -68,6 +79,84 @@ def linear_probe(
     )
 
 
+@dataclass(kw_only=True, frozen=True)
+class SGDProbe:
+    """How DCD's authors fit the linear classifier (transfer_student.py of their public code).
+
+    Attributes:
+        epochs: passes over the training images. The learning rate is divided by 10 after each quarter of them.
+        lr: the learning rate. The authors take 0.01 for MobileNetV2, ShuffleV1 and ShuffleV2.
+        batch_size: images of a training batch. The last, smaller batch takes part.
+        weight_decay: of the classifier.
+        seed: of the classifier's weights, the order of the images and their augmentation.
+    """
+
+    epochs: int = 120
+    lr: float = 0.05
+    batch_size: int = 64
+    weight_decay: float = 5e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("sgd.epochs", self.epochs, 1)
+        check_number("sgd.lr", self.lr, 0.0, exclusive=True)
+        check_int("sgd.batch_size", self.batch_size, 1)
+        check_number("sgd.weight_decay", self.weight_decay, 0.0)
+        check_int("sgd.seed", self.seed, 0)
+
+
+def linear_probe_by_sgd(
+    model: FeatureModel,
+    train_data: Any,
+    eval_data: Any,
+    config: DataConfig,
+    device: torch.device,
+    settings: SGDProbe = SGDProbe(),
+) -> ProbeResult:
+    """Fit a linear classifier to the penultimate features of ``model`` by SGD with momentum 0.9, as DCD's authors do.
+
+    The network is in train mode meanwhile: its batch norms normalise with the batch, and their running statistics
+    become those of the new images. It is evaluated with these. All of this happens to a copy of ``model``. The training
+    set should augment its images. Reseeds torch's, Python's and numpy's generators.
+    """
+    seed_everything(settings.seed)
+    model = deepcopy(model).to(device)
+    config = replace(config, batch_size=settings.batch_size, drop_last=False)
+    loader, set_epoch = train_loader(train_data, config, settings.seed, device)
+    width = measure_shapes(model, first_images(eval_data)).features
+    head = nn.Linear(width, len(names_of_classes(train_data) or ()) or int(labels_of(train_data).max()) + 1)
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    head.to(device)
+    optimizer = torch.optim.SGD(head.parameters(), settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
+    quarters = [settings.epochs * quarter // 4 for quarter in (1, 2, 3)]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [epoch for epoch in quarters if epoch])
+    for epoch in track(range(settings.epochs), "probe", transient=True, disable=not sys.stdout.isatty()):
+        set_epoch(epoch, 0)
+        model.train()
+        right = torch.zeros((), dtype=torch.long, device=device)
+        for images, labels in loader:
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            with torch.no_grad():
+                features = model(images).features.float()
+            logits = head(features)
+            optimizer.zero_grad()
+            cross_entropy(logits, labels).backward()
+            optimizer.step()
+            right += (logits.argmax(1) == labels).sum()
+        schedule.step()
+    x, y = extract_features(model, eval_data, config, device)
+    found = head.cpu()(torch.from_numpy(x)).argmax(1).numpy()
+    return ProbeResult(
+        accuracy=float((found == y).mean()),
+        train_accuracy=int(right) / len(train_data),
+        features=width,
+        train_samples=len(train_data),
+        eval_samples=len(y),
+        converged=True,
+    )
+
+
 @torch.no_grad()
 def extract_features(
     model: FeatureModel, data: Any, config: DataConfig, device: torch.device
@@ -88,30 +177,40 @@ def probe_command(
     best: bool = False,
     batch_size: int = 256,
     num_workers: int = 0,
+    method: Literal["lbfgs", "sgd"] = "lbfgs",
     penalty: float = 1e-4,
+    sgd: SGDProbe = SGDProbe(),
     device: str = "auto",
     trust_code: bool = False,
 ) -> None:
-    """Logistic regression on the frozen features of a checkpoint's student, on other data.
+    """A linear classifier on the frozen features of a checkpoint's student, on other data.
 
     Args:
         checkpoint: a checkpoint folder, or a run folder for its newest one.
-        data: digits, images, cifar, or package.module:callable.
-        options: of the data, as JSON; without augmentation, such as '{"root": "...", "augment": false}'.
+        data: digits, images, cifar, stl10, tiny-imagenet, torchvision:NAME, or package.module:callable.
+        options: of the data, as JSON, such as '{"root": "..."}'. Images are augmented for sgd alone.
         best: of a run folder the checkpoint with the highest accuracy, not the newest.
-        batch_size: images at a time.
+        batch_size: images at a time, where none are trained on.
         num_workers: processes that read them.
-        penalty: of the squared weights.
+        method: lbfgs fits a logistic regression to the features of eval mode. sgd is what DCD's authors do.
+        penalty: of the squared weights, for lbfgs.
+        sgd: settings of sgd.
         device: auto, cpu, cuda, ...
         trust_code: allow the config in the checkpoint to import and call package.module:callable.
     """
+    chosen = parse_json("--options", options)
+    kind = options_class(data)
+    if kind is not None and "augment" in {field.name for field in fields(kind)}:
+        chosen = {"augment": method == "sgd", **chosen}
     reopened = reopen(checkpoint, best=best, with_data=False, trust_code=trust_code)
-    config = DataConfig(
-        name=data, options=parse_json("--options", options), eval_batch_size=batch_size, num_workers=num_workers
-    )
+    config = DataConfig(name=data, options=chosen, eval_batch_size=batch_size, num_workers=num_workers)
     classifier = None if reopened.config.student is None else reopened.config.student.classifier
     model = FeatureModel(reopened.model, classifier)
-    result = linear_probe(model, *build_datasets(config), config, choose_device(device), penalty=penalty)
+    sets = build_datasets(config)
+    if method == "sgd":
+        result = linear_probe_by_sgd(model, *sets, config, choose_device(device), sgd)
+    else:
+        result = linear_probe(model, *sets, config, choose_device(device), penalty=penalty)
     print(
         f"{reopened.checkpoint.path}: linear probe on {data}: accuracy {result.accuracy:.4f} of "
         f"{result.eval_samples} samples ({result.train_accuracy:.4f} of the {result.train_samples} it was fitted to), "

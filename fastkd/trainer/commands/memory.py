@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.models.features import ModelOutput
 from fastkd.trainer.precision import autocast
 from fastkd.trainer.run.distiller import Distiller
 
@@ -27,7 +29,7 @@ def memory_of(
     weights = _bytes(trained)
     moments = {"sgd": int(config.optim.momentum > 0), "lars": 1, "adamw": 2, "lamb": 2}[config.optim.name]
     found = {
-        "student and terms": weights + _bytes(student.buffers()),
+        "student and terms": weights + _bytes(student.buffers()) + _bytes(objective.buffers()),
         "gradients": weights,
         f"optimiser ({config.optim.name})": moments * weights,
     }
@@ -38,8 +40,9 @@ def memory_of(
     if teacher is not None:
         found["teacher"] = _bytes(teacher.state_dict().values())
     part = -(-rows // chunks)
+    views = 2 if "strong" in objective.additions else 1
     images = torch.empty(part, *shape)
-    found["images"] = rows * images[0].nbytes
+    found["images"] = views * rows * images[0].nbytes
     own = {tensor.untyped_storage()._cdata for tensor in (*student.parameters(), *student.buffers(), images)}
     saved: dict[int, Tensor] = {}
 
@@ -54,13 +57,14 @@ def memory_of(
         autocast(images.device, config.precision),
     ):
         output = student(images)
-    found["student's activations"] = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    outputs = 2 * _bytes(value for value in vars(output).values() if isinstance(value, Tensor))  # with their gradients
+    activations = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    found["student's activations"] = activations if chunks > 1 else views * activations
+    outputs = 2 * views * _bytes_of(output)  # with their gradients
     if teacher is not None:
         with LiveBytes() as live, autocast(images.device, config.precision):
             taught = teacher(images)
         found["teacher's forward pass"] = live.peak
-        outputs += _bytes(value for value in vars(taught).values() if isinstance(value, Tensor))
+        outputs += views * _bytes_of(taught)
     if chunks > 1:
         found["outputs of all chunks"] = outputs * rows // part
     if world_size > 1:
@@ -99,6 +103,10 @@ class LiveBytes(TorchDispatchMode):
         if self._views[key] == 0:
             del self._views[key]
             self.live -= size
+
+
+def _bytes_of(output: ModelOutput) -> int:
+    return _bytes(value for value in tree_leaves(list(vars(output).values())) if isinstance(value, Tensor))
 
 
 def _bytes(tensors: Any) -> int:

@@ -16,6 +16,7 @@ from fastkd.trainer.imports import current_name
 from fastkd.trainer.models import cifar as cifar_nets
 from fastkd.trainer.models import small as nets
 from fastkd.trainer.models.build import ModelConfig, build_model
+from fastkd.trainer.models.extended import extended_like
 from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.models.weights import load_into
 from fastkd.trainer.run.saved.checkpoint import MANIFEST, Checkpoint, CheckpointError, find_checkpoint, read_checkpoint
@@ -84,6 +85,7 @@ def reopen(
             raise CheckpointError(f"{checkpoint.path}: its data was given as objects; pass it as eval_data=...")
         _check_trust(checkpoint.path, config.data.name, is_known_data(config.data.name), trust_code)
         train_data, eval_data = build_datasets(without_download(config.data))
+    model = extended_like(model, checkpoint.weights[checkpoint.deployed], weights)
     load_into(model, checkpoint.weights[checkpoint.deployed], weights, "student")
     return Reopened(checkpoint, config, model, train_data, eval_data, data or config.data)
 
@@ -118,8 +120,8 @@ def is_known_model(name: str) -> bool:
     # Looked up without following dots, and not what the module merely imports: nets:nn.functional... reaches anything.
     ours = {module.__name__: module for module in (nets, cifar_nets)}
     found = vars(ours[source]).get(attribute) if source in ours else None
-    own = isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == source
-    return own or source in ("timm", "torchvision", "")
+    own = isinstance(found, type) and issubclass(found, nn.Module) and f"{found.__module__}.".startswith(f"{source}.")
+    return own or source in ("timm", "torchvision", "cifar", "")
 
 
 def _check_trust(path: Path, name: str, known: bool, trust_code: bool) -> None:

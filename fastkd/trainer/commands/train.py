@@ -9,34 +9,41 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 import tyro
 
 from fastkd.trainer.commands.dry_run import plan
 from fastkd.trainer.commands.messages import errors_in_one_line
-from fastkd.trainer.commands.reopen import is_known_model
 from fastkd.trainer.commands.seeds import train_seeds
+from fastkd.trainer.commands.teacher import teacher_of_weights
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.options import options_class
 from fastkd.trainer.imports import import_object
 from fastkd.trainer.models.build import ModelConfig
-from fastkd.trainer.objective.config import describe_terms
+from fastkd.trainer.models.cifar.teachers import TEACHER_URL, published_teacher_in
+from fastkd.trainer.objective.config import ObjectiveConfig, describe_terms
 from fastkd.trainer.objective.objective import needs
-from fastkd.trainer.recipes import RECIPES, summary
+from fastkd.trainer.objective.terms.registry import TERMS
+from fastkd.trainer.recipes import RECIPES, STAGED_RECIPES, summary
+from fastkd.trainer.recipes.methods import PRETRAINING, SUMS, objective_of
+from fastkd.trainer.recipes.stages import pretrained
 from fastkd.trainer.run.loop import train
-from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint, read_manifest
 from fastkd.trainer.run.saved.config_file import read_config
+from fastkd.trainer.run.stages import linked, links_of, put, train_stages
 
 PARTS = ("student", "teacher", "data")
 _NOTE = """
 
 Another --student.name (teacher, data too) drops the recipe's options, layers and weights of that model.
 --student.options '{"width": 8}' (teacher, data too) replaces all options, as JSON. --teacher.name NAME gives a teacher
-to a recipe that has none. Run `fastkd train RECIPE --help-verbose` for what each flag does."""
+to a recipe that has none. Run `fastkd train RECIPE --help-verbose` for what each flag does, and for the options of
+methods that are not in the loss."""
 _USAGE = """\
 usage: fastkd train RECIPE [flags]           every setting of the recipe is a flag
        fastkd train RECIPE --config FILE     settings of a YAML file on top of the recipe's, and flags on top of both
@@ -56,6 +63,7 @@ class Flags(Generic[Options]):
         options: of the data set.
         config: take settings from this YAML file. Flags beside it have the last word.
         seeds: train with each of these seeds, in the folders seed-N of the run folder, and print mean and deviation.
+        method: take the loss of this method, with its authors' weights, and add its name to the run folder.
         no_teacher: train without the recipe's teacher and without the terms that need one.
         dry_run: print what the settings come to, with a memory estimate, and stop.
         ranks: with --dry-run, the number of processes of the run.
@@ -65,6 +73,7 @@ class Flags(Generic[Options]):
     options: Annotated[Options, tyro.conf.arg(name="data.options")]
     config: str | None = None
     seeds: tuple[int, ...] = ()
+    method: str | None = None
     no_teacher: tyro.conf.FlagCreatePairsOff[bool] = False
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     ranks: int | None = None
@@ -79,18 +88,25 @@ def train_command(arguments: list[str]) -> int:
     """Run ``fastkd train`` with these arguments and return the exit status."""
     if arguments[:1] in ([], ["-h"], ["--help"]):
         print(_USAGE + "\n".join(f"  {line}" for line in _recipe_lines()))
+        print(textwrap.fill(f"--method NAME takes the loss of a method: {', '.join(SUMS)}", 120))
         return 0
     # The user's own recipes, models and datasets usually lie in the current folder, which a console script lacks.
     sys.path.insert(0, os.getcwd())
-    flags = parse_flags(arguments)
+    parsed = parse_stages(arguments)
+    flags, stages = next(iter(parsed.values())), {name: each.settings for name, each in parsed.items()}
     config = flags.settings
     if flags.dry_run:
         ranks = flags.ranks or int(os.environ.get("WORLD_SIZE", "1"))
-        print("\n".join(plan(config, ranks)))
+        for name, stage in stages.items() if "" in stages else linked(stages).items():
+            print("\n".join([*([f"stage {name}:"] if name else []), *plan(stage, ranks)]))
         return 0
-    _check_teacher_is_there(config)
+    for stage in stages.values():
+        _check_teacher_is_there(stage)
     speaks = not config.quiet and os.environ.get("RANK", "0") == "0"
-    result = train_seeds(config, flags.seeds)[-1] if flags.seeds else train(config)
+    if flags.seeds:
+        result = train_seeds(stages.get("", stages), flags.seeds)[-1]
+    else:
+        result = train(config) if "" in stages else train_stages(stages)[-1]
     if result.stopped_by is not None:
         if speaks and not flags.seeds and result.path is not None:
             again = [argument for argument in arguments if argument != "--resume"]
@@ -106,13 +122,62 @@ def train_command(arguments: list[str]) -> int:
 
 
 def parse_flags(arguments: list[str]) -> Flags[Any]:
-    """What a command line says, after ``fastkd train``: a recipe or a file, and flags on top.
+    """What a command line for a single run says, after ``fastkd train``: see ``parse_stages``."""
+    (flags,) = parse_stages(arguments).values()
+    return flags
+
+
+def parse_stages(arguments: list[str]) -> dict[str, Flags[Any]]:
+    """What a command line says, after ``fastkd train``: a recipe or a file, and flags on top, for every stage.
+
+    The only stage of a single run is ``""``. A flag is that of all stages; ``--STAGE.FLAG`` is that of one.
 
     Raises ValueError or TypeError for settings that are wrong; SystemExit for flags that cannot be read.
     """
     name = "" if arguments[0].startswith("-") else arguments[0]
-    given, rest = _flags_that_come_first(arguments[1:] if name else arguments)
-    config, text = _recipe(name) if name else (TrainConfig(), "The settings of a file.")
+    rest = arguments[1:] if name else arguments
+    recipe, text = _recipe(name) if name else (TrainConfig(), "The settings of a file.")
+    method = _flags_that_come_first(rest)[0]["method"]
+    stages = {"": recipe} if isinstance(recipe, TrainConfig) else dict(recipe)
+    if method is not None:
+        if "" not in stages:
+            raise ValueError(f"--method: got {method!r}, expected none with a recipe of stages, {', '.join(stages)}")
+        stages = _by_method(stages[""], method)
+    if "" not in stages:
+        text += f"\n\nStages, one after the other: {', '.join(stages)}. --{next(iter(stages))}.FLAG is for one of them."
+    found = {}
+    for stage, config in stages.items():
+        no_teacher = config.teacher is None and not needs("teacher", config.objective)
+        own = _flags_of(stage, list(stages), rest, drop="--teacher." if stage and no_teacher else None)
+        found[stage] = _parse(name, text, config, own)
+    for shared in ("seeds", "dry_run", "ranks"):
+        if len({getattr(flags, shared) for flags in found.values()}) > 1:
+            raise ValueError(f"--{shared.replace('_', '-')}: is for all stages, expected it without the name of one")
+    return found
+
+
+def _flags_of(stage: str, stages: list[str], arguments: list[str], drop: str | None) -> list[str]:
+    """The flags of all stages, but for those that begin with ``drop``, and then those of ``stage``."""
+    common: list[str] = []
+    own: list[str] = []
+    left_out: list[str] = []
+    current = common
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, dot, rest = argument[2:].partition(".")
+            named = dot and flag in stages and flag
+            current = common if not named else own if named == stage else left_out
+            if drop is not None and argument.startswith(drop):
+                current = left_out
+            argument = f"--{rest}" if named else argument
+        current.append(argument)
+    return common + own
+
+
+def _parse(name: str, text: str, config: TrainConfig, arguments: list[str]) -> Flags[Any]:
+    """``config`` with the settings of a file and of flags on top. Its links to other stages stay."""
+    given, rest = _flags_that_come_first(arguments)
+    links = links_of(config.to_dict())
     if given["config"] is not None:
         config = read_config(given["config"], config)
     elif not name:
@@ -134,7 +199,8 @@ def parse_flags(arguments: list[str]) -> Flags[Any]:
             object.__setattr__(options, field, tyro.MISSING)  # tyro asks for it
     without = replace(config, data=replace(config.data, options={}))  # they have flags of their own
     generic: Any = Flags
-    with errors_in_one_line(rest, _names_of_flags(without, options)):
+    hidden = set(TERMS) - set(config.objective.weights) if {"-h", "--help"} & set(rest) else set()
+    with errors_in_one_line(rest, _names_of_flags(without, options)), _objective_flags(hidden):
         flags: Flags[Any] = tyro.cli(
             generic[kind or dict[str, Any]],
             prog=f"fastkd train {name}".strip(),
@@ -154,9 +220,36 @@ def parse_flags(arguments: list[str]) -> Flags[Any]:
             if name in given_options or getattr(flags.options, name) != default
         }
     flags.settings = replace(flags.settings, data=replace(flags.settings.data, options=chosen))
+    values = flags.settings.to_dict()
+    for path, link in links.items():
+        put(values, path, link)
+    flags.settings = TrainConfig.from_dict(values) if links else flags.settings
     if flags.ranks is not None and (flags.ranks < 1 or not flags.dry_run):
         raise ValueError(f"--ranks: got {flags.ranks}, expected a number of ranks, with --dry-run")
     return flags
+
+
+def _objective_flags(hidden: Set[str]) -> AbstractContextManager[Any]:
+    """Within it, tyro does not know the flags of these terms: ``--help`` is short enough to be read."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.struct_rule
+    def _rule(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+        if info.type is not ObjectiveConfig:
+            return None
+        hints = get_type_hints(ObjectiveConfig)
+        parts = tuple(
+            tyro.constructors.StructFieldSpec(
+                name=part.name,
+                type=Annotated[hints[part.name], tyro.conf.Suppress] if part.name in hidden else hints[part.name],  # type: ignore[arg-type]
+                default=getattr(info.default, part.name),
+                helptext=f"options of {part.name}." if part.name != "terms" else "the sum of terms and their weights.",
+            )
+            for part in fields(ObjectiveConfig)
+        )
+        return tyro.constructors.StructConstructorSpec(instantiate=ObjectiveConfig, fields=parts)
+
+    return registry
 
 
 def parse_json(flag: str, text: str) -> dict[str, Any]:
@@ -189,14 +282,16 @@ def _names_of_flags(config: TrainConfig, options: Any) -> list[str]:
 
 
 def _recipe_lines() -> list[str]:
-    width = max(map(len, RECIPES))
-    return [f"{name:<{width}}  {summary(name)}" for name in RECIPES]
+    names = [*RECIPES, *STAGED_RECIPES]
+    width = max(map(len, names))
+    return [f"{name:<{width}}  {summary(name)}" for name in names]
 
 
 def _flags_that_come_first(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The flags that decide which others there are, and the arguments for tyro."""
     parser = argparse.ArgumentParser(prog="fastkd train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
+    parser.add_argument("--method")
     parser.add_argument("--no-teacher", dest="no_teacher", action="store_true")
     parser.add_argument("--teacher.weights")
     for part in PARTS:
@@ -209,19 +304,30 @@ def _flags_that_come_first(arguments: list[str]) -> tuple[dict[str, Any], list[s
     return given, rest + [f"--{name}={given[name]}" for name in again if given[name]]
 
 
-def _recipe(name: str) -> tuple[TrainConfig, str]:
-    """The config of a recipe, and what it says of itself."""
-    if ":" not in name and name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, 3)
+def _recipe(name: str) -> tuple[TrainConfig | Mapping[str, TrainConfig], str]:
+    """The config of a recipe, or those of its stages by their names, and what it says of itself."""
+    known: dict[str, Callable[[], Any]] = {**RECIPES, **STAGED_RECIPES}
+    if ":" not in name and name not in known:
+        near = difflib.get_close_matches(name, known, 3)
         meant = f"did you mean {' or '.join(near)}?" if near else "expected a recipe or package.module:function;"
         raise ValueError(f"got the recipe {name!r}, {meant} `fastkd recipes` lists them")
-    recipe: Callable[[], Any] = RECIPES.get(name) or import_object(name, "recipe")
+    recipe: Callable[[], Any] = known.get(name) or import_object(name, "recipe")
     if not callable(recipe):
         raise TypeError(f"recipe: {name!r} is of type {type(recipe).__name__}, expected a function")
     config = recipe()
-    if not isinstance(config, TrainConfig):
-        raise TypeError(f"recipe: {name!r} returned {type(config).__name__}, expected a TrainConfig")
+    stages = list(config.values()) if isinstance(config, Mapping) and config else [config]
+    if not all(isinstance(stage, TrainConfig) for stage in stages):
+        kind = type(next(stage for stage in stages if not isinstance(stage, TrainConfig))).__name__
+        raise TypeError(f"recipe: {name!r} returned {kind}, expected a TrainConfig, or a dict of stages")
     return config, inspect.cleandoc(recipe.__doc__ or "")
+
+
+def _by_method(config: TrainConfig, method: str) -> dict[str, TrainConfig]:
+    """The config with the loss of a method, and a run folder of its own; by its stages if the method has some."""
+    objective = objective_of(method)
+    folder = None if config.run_dir is None else f"{config.run_dir}-{method.replace('+', '-')}"
+    config = replace(config, objective=objective, run_dir=folder)
+    return pretrained(config, method) if method in PRETRAINING else {"": config}
 
 
 def _without_teacher(config: TrainConfig) -> TrainConfig:
@@ -246,14 +352,14 @@ def _with_parts(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     for part in PARTS:
         name, options = given[f"{part}.name"], given[f"{part}.options"]
         current = getattr(config, part)
-        if part == "teacher" and given["teacher.weights"] is not None and current is None:
-            current = _model_of_run(given["teacher.weights"], name)
+        if part == "teacher" and given["teacher.weights"] is not None:
+            current = teacher_of_weights(given["teacher.weights"], name, current)
         if current is None and name is not None:
             current = ModelConfig(name=name)
         elif current is not None and name not in (None, current.name):
             of_the_old: dict[str, Any] = {"options": {}}
             if part != "data":
-                of_the_old |= dict.fromkeys(("classifier", "feature_map", "weights", "normalization"))
+                of_the_old |= dict.fromkeys(("classifier", "feature_map", "taps", "weights", "normalization"))
             current = replace(current, name=name, **of_the_old)
         if options is not None:
             flag = f"--{part}.options"
@@ -264,27 +370,14 @@ def _with_parts(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     return config
 
 
-def _model_of_run(path: str, name: str | None) -> ModelConfig | None:
-    """The model that a run trained, if ``path`` is one and its model has this name, or no name was given."""
-    if not Path(path).is_dir():
-        if name is None:
-            what = "is not a run folder" if Path(path).exists() else "is not there"
-            raise ValueError(f"--teacher.weights: got {path!r}, which {what}, expected a run, or --teacher.name too")
-        return None
-    try:
-        saved = TrainConfig.from_dict(read_manifest(find_checkpoint(path))["config"]).student
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its config is not valid ({error})") from None
-    if saved is None or (name is None and not is_known_model(saved.name)):
-        raise ValueError(f"--teacher.weights: {path!r} does not say which model it is of, expected --teacher.name too")
-    return saved.without_weights() if name in (None, saved.name) else None
-
-
 def _check_teacher_is_there(config: TrainConfig) -> None:
-    """Raise ValueError that names the recipe to run first, if the teacher is another recipe's run and not there."""
+    """Raise ValueError if a published teacher, or one that another recipe trains, is not there. It says what to do."""
     weights = None if config.teacher is None else config.teacher.weights
     if weights is None or Path(weights).exists() or config.resume:
         return
+    if (published := published_teacher_in(weights)) is not None:
+        address = TEACHER_URL.format(name=published.name.removeprefix("cifar:"))
+        raise ValueError(f"teacher.weights: {weights} is not there; download {address}")
     first = next((name for name, recipe in RECIPES.items() if recipe().run_dir == weights), None)
     if first is not None:
         raise ValueError(

@@ -14,8 +14,9 @@ class DataConfig:
     """Which data a run reads, how many of them are labelled, and how they are batched.
 
     Attributes:
-        name: ``digits``, ``images``, ``cifar``, ``torchvision:NAME``, or ``package.module:callable``. It is called with
-            ``options`` and returns (training set, evaluation set), each a map-style dataset of (image, label).
+        name: ``digits``, ``images``, ``cifar``, ``stl10``, ``tiny-imagenet``, ``torchvision:NAME``, or
+            ``package.module:callable``. It is called with ``options`` and returns (training set, evaluation set), each
+            a map-style dataset of (image, label).
         options: keyword arguments of the data set. Those of fastkd's own are in ``fastkd.trainer.data.options``.
         labelled: keep this many training samples, balanced over the classes. None keeps all.
         unlabelled: images without a label take part: their label is -1. With ``labelled``, these are the training

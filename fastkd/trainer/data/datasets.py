@@ -19,6 +19,8 @@ DATASETS = {
     "digits": "fastkd.trainer.data.readers.memory:load_digits",
     "images": "fastkd.trainer.data.images:load_images",
     "cifar": "fastkd.trainer.data.readers.cifar:load_cifar",
+    "stl10": "fastkd.trainer.data.readers.stl10:load_stl10",
+    "tiny-imagenet": "fastkd.trainer.data.readers.tiny_imagenet:load_tiny_imagenet",
 }
 
 

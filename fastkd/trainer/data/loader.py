@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
+from fastkd.trainer.data.additions import Additions
 from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.data.readers.memory import TensorImages
 from fastkd.trainer.rng import mix_seed
@@ -88,12 +89,14 @@ class SeededFetch(Dataset[Any]):
     """Wraps a dataset: seeds all generators per batch, from seed, epoch and the first index, and then puts them back.
 
     Random augmentations then depend neither on the process that runs them (a worker, or the training process where
-    there is none) nor on whether the run was resumed. CUDA's generators are left alone.
+    there is none) nor on whether the run was resumed. CUDA's generators are left alone. With ``additions`` a batch is
+    (images, labels, a dict of the additions).
     """
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: Any, seed: int, additions: Additions | None = None) -> None:
         self.dataset = dataset
         self.seed = seed
+        self.additions = additions
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def __len__(self) -> int:
@@ -102,12 +105,17 @@ class SeededFetch(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> Any:
         # NumPy's global generator too: augmentations of others use it.
         before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-        mixed = mix_seed(self.seed, int(self.epoch), indices[0])
+        epoch = int(self.epoch)
+        mixed = mix_seed(self.seed, epoch, indices[0])
         random.seed(mixed)
         np.random.seed(mixed % 2**32)  # noqa: NPY002
         torch.default_generator.manual_seed(mixed)
         try:
-            return fetch(self.dataset, indices)
+            batch = fetch(self.dataset, indices)
+            if self.additions is None:
+                return batch
+            added = self.additions(indices, self.seed, epoch, lambda: collate(fetch(self.dataset, indices))[0])
+            return *collate(batch), added
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])  # noqa: NPY002
@@ -136,11 +144,18 @@ def collate(batch: Any) -> Any:
 
 
 def train_loader(
-    dataset: Any, config: DataConfig, seed: int, device: torch.device, rank: int = 0, world_size: int = 1
+    dataset: Any,
+    config: DataConfig,
+    seed: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    additions: Additions | None = None,
 ) -> tuple[DataLoader[Any], Callable[[int, int], None]]:
     """The training loader of one rank, and the function that must tell it the epoch, and its first batch before a pass.
 
-    Its ``batch_sampler`` is a ``GlobalBatches``. The batches are the same for every number of workers.
+    Its ``batch_sampler`` is a ``GlobalBatches``. The batches are the same for every number of workers. With
+    ``additions`` they have a third part, see ``SeededFetch``.
 
     Raises:
         ValueError: the dataset does not fill a single batch, or a global batch has fewer rows than there are ranks.
@@ -159,7 +174,8 @@ def train_loader(
             f"data.batch_size: got {config.batch_size}, whose smallest batch has {smallest} rows, expected at least "
             f"one row for each of the {world_size} ranks"
         )
-    fetcher = dataset if _draws_nothing(dataset) else SeededFetch(dataset, seed)
+    plain = additions is None and _draws_nothing(dataset)
+    fetcher = dataset if plain else SeededFetch(dataset, seed, additions)
     loader: DataLoader[Any] = DataLoader(
         fetcher,
         batch_sampler=batches,

@@ -65,6 +65,54 @@ class CifarOptions(_Folder):
 
 
 @dataclass(kw_only=True, frozen=True)
+class _ScaledOptions(_Folder):
+    """Images that are scaled once and held in memory.
+
+    Attributes:
+        image_size: height and width that the images are scaled to.
+        augment: shift and mirror the training images at random.
+    """
+
+    image_size: int = 32
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("data.options.image_size", self.image_size, 1)
+        check_type("data.options.augment", self.augment, bool)
+
+
+@dataclass(kw_only=True, frozen=True)
+class Stl10Options(_ScaledOptions):
+    """STL-10 (5,000 training and 8,000 test images of 10 classes), in ``root`` or in a folder in it, unpacked.
+
+    Attributes:
+        download: fetch the archive into ``root`` if it is not there.
+    """
+
+    download: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_type("data.options.download", self.download, bool)
+
+
+@dataclass(kw_only=True, frozen=True)
+class TinyImageNetOptions(_ScaledOptions):
+    """Tiny-ImageNet (100,000 training and 10,000 validation images of 200 classes), in ``root`` or in a folder in it.
+
+    Attributes:
+        max_broken: this many images may be unreadable. One more ends the run.
+    """
+
+    max_broken: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("data.options.max_broken", self.max_broken, 0)
+
+
+@dataclass(kw_only=True, frozen=True)
 class TransformOptions:
     """What an image goes through before a model sees it.
 
@@ -168,7 +216,13 @@ class TorchvisionOptions(TransformOptions, _Folder):
         check_type("data.options.download", self.download, bool)
 
 
-_OPTIONS: dict[str, type] = {"digits": DigitsOptions, "images": ImagesOptions, "cifar": CifarOptions}
+_OPTIONS: dict[str, type] = {
+    "digits": DigitsOptions,
+    "images": ImagesOptions,
+    "cifar": CifarOptions,
+    "stl10": Stl10Options,
+    "tiny-imagenet": TinyImageNetOptions,
+}
 
 
 def options_class(data: str) -> type | None:

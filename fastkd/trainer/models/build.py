@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -20,12 +20,15 @@ class ModelConfig:
     """How to build a model, and which weights it starts from.
 
     Attributes:
-        name: ``timm:NAME``, ``torchvision:NAME``, ``package.module:callable``, or a bare name, which is looked up in
-            timm first and then in torchvision. NAME may say which published weights are meant, as in
-            ``timm:resnet50.tv_in1k`` and ``torchvision:resnet50.IMAGENET1K_V1``; else they are the library's default.
+        name: ``timm:NAME``, ``torchvision:NAME``, ``cifar:NAME`` (``fastkd.trainer.models.cifar.NETWORKS``),
+            ``package.module:callable``, or a bare name, which is looked up in timm first and then in torchvision. NAME
+            may say which published weights are meant, as in ``timm:resnet50.tv_in1k`` and
+            ``torchvision:resnet50.IMAGENET1K_V1``; else they are the library's default.
         num_classes: the width of the logits. None leaves it to the builder.
         classifier: the name of the classifier layer, such as ``head.fc``. None finds it.
         feature_map: the name of the layer whose output is the last feature map, such as ``layer4``. None finds it.
+        taps: the names of the layers whose outputs are the intermediate maps, from the first stage to the last, such as
+            ``layer1 layer2 layer3``. None finds them. Student and teacher need equally many.
         weights: a file of weights (``.safetensors``, or what ``torch.save`` wrote), a fastkd checkpoint or run folder.
         pretrained: take the published weights of timm / torchvision, which are downloaded. ``weights`` switch it off.
         normalization: (means, standard deviations) of the channels of the images that the weights were trained with.
@@ -44,6 +47,7 @@ class ModelConfig:
     num_classes: int | None = None
     classifier: str | None = None
     feature_map: str | None = None
+    taps: tuple[str, ...] | None = None
     weights: str | None = None
     pretrained: bool = False
     normalization: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
@@ -58,6 +62,10 @@ class ModelConfig:
         if self.num_classes is not None:
             check_int("model.num_classes", self.num_classes, 1)
         check_type("model.options", self.options, dict)
+        if self.taps is not None:
+            check_type("model.taps", self.taps, (tuple, list))
+            for name in self.taps:
+                check_type("model.taps", name, str)
         check_type("model.pretrained", self.pretrained, bool)
         if self.weights is not None:
             object.__setattr__(self, "pretrained", False)
@@ -124,13 +132,21 @@ def build_model(config: ModelConfig, role: str = "model") -> nn.Module:
         )
     if config.pretrained:
         raise ValueError(f"{role}.pretrained: got True with name={config.name!r}, expected a timm or torchvision model")
-    build = import_object(config.name, f"{role}.name")
+    build = _cifar_network(name, role) if source == "cifar" else import_object(config.name, f"{role}.name")
     if not callable(build):
         raise TypeError(f"{role}.name: {config.name!r} is no function, but of type {type(build).__name__}")
     model = build(**options)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{role}.name: {config.name!r} returned {type(model).__name__}, expected an nn.Module")
     return model
+
+
+def _cifar_network(name: str, role: str) -> Callable[..., nn.Module]:
+    from fastkd.trainer.models.cifar import NETWORKS
+
+    if name not in NETWORKS:
+        raise ValueError(f"{role}.name: got 'cifar:{name}', expected one of cifar:{', '.join(NETWORKS)}")
+    return NETWORKS[name]
 
 
 @contextmanager

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastkd.trainer.models.maps import CONVOLUTIONS, MapSource, find_map, pool_features
+from fastkd.trainer.models.taps import Taps, TapShapes, TapSources, find_taps
 
 _HEAD_NAMES = ("fc", "classifier", "head", "heads", "linear")
 _HOW_TO_NAME = "name it with ModelConfig(classifier='...'), or pass FeatureModel(module, '...') as the module"
@@ -27,6 +29,7 @@ class ModelOutput:
         feature_map: the last map [B, C, H, W] before global pooling, or tokens [B, L, C]. Only for terms that need it.
         prefix_tokens: this many of the first tokens stand for no position.
         map_classifier: gives the logits [n, C] of n positions [n, D] of the map. None where the model cannot.
+        taps: the intermediate maps. Only for terms that need them.
 
     Example:
         >>> import torchvision
@@ -41,11 +44,12 @@ class ModelOutput:
     feature_map: Tensor | None = None
     prefix_tokens: int = 0
     map_classifier: Callable[[Tensor], Tensor] | None = None
+    taps: Taps | None = None
 
 
 @dataclass(kw_only=True, frozen=True)
 class ModelShapes:
-    """What a forward pass tells about a model: the features' width, the classes, and the last map if asked for.
+    """What a forward pass tells about a model: the features' width, the classes, and its maps if asked for.
 
     Example:
         >>> shapes = ModelShapes(features=512, classes=100)  # a ResNet-18 for CIFAR-100
@@ -54,6 +58,7 @@ class ModelShapes:
     features: int
     classes: int
     feature_map: MapSource | None = None
+    taps: TapShapes | None = None
 
 
 def find_classifier(model: nn.Module, name: str | None = None) -> str:
@@ -107,6 +112,7 @@ class FeatureModel(nn.Module):
         model: any module. ``train`` takes a FeatureModel wherever it takes a module.
         classifier: the name of the classifier layer. None finds it (``find_classifier``).
         feature_map: the name of the layer whose output is the last map. None finds it when a term needs maps.
+        taps: the names of the layers whose outputs are the intermediate maps. None finds them: see ``find_taps``.
         optional: features are not needed. They are [B, 0] unless one classifier layer is called once.
 
     Example:
@@ -117,7 +123,13 @@ class FeatureModel(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, classifier: str | None = None, *, feature_map: str | None = None, optional: bool = False
+        self,
+        model: nn.Module,
+        classifier: str | None = None,
+        *,
+        feature_map: str | None = None,
+        taps: Sequence[str] | None = None,
+        optional: bool = False,
     ) -> None:
         super().__init__()
         self.optional = optional
@@ -126,10 +138,13 @@ class FeatureModel(nn.Module):
         self.guessed = classifier is None and not callable(getattr(model, "get_classifier", None))
         self.map_name = feature_map
         self.map_source: MapSource | None = None  # set by ``measure_shapes`` when maps are needed
+        self.tap_names = tuple(taps or ())
+        self.tap_sources: TapSources | None = None  # and this when taps are
         self.channels_last = False
         # Filled by the hooks of one forward pass. They stay the same lists, because torch.compile has traced them.
         self._inputs: list[Tensor] = []
         self._maps: list[Tensor] = []
+        self._tapped: list[tuple[int, Tensor]] = []
         self._compiled: Callable[[Tensor], Any] | None = None
         try:
             self.classifier_name = find_classifier(model, classifier)
@@ -147,14 +162,19 @@ class FeatureModel(nn.Module):
             handles.append(layer.register_forward_pre_hook(self._note_input))
         if source is not None:
             handles.append(self.model.get_submodule(source.layer).register_forward_hook(self._note_map))
+        for number, tap in enumerate(self.tap_sources.every if self.tap_sources else ()):
+            tapped, note = self.model.get_submodule(tap.layer), partial(self._note_tap, number, tap.overwritten)
+            hook = tapped.register_forward_pre_hook if tap.of_input else tapped.register_forward_hook
+            handles.append(hook(note))
         try:
-            output, captured, maps = (self._compiled or self._traced)(images)
+            output, captured, maps, tapped_values = (self._compiled or self._traced)(images)
         finally:
             for handle in handles:
                 handle.remove()
             # A compiled graph is valid for lists of the length that it was traced with: empty at the start.
             self._inputs.clear()
             self._maps.clear()
+            self._tapped.clear()
         if len(captured) != 1 and not self.optional:
             raise RuntimeError(
                 f"classifier: layer {self.classifier_name!r} of {type(self.model).__name__} was called {len(captured)} "
@@ -171,6 +191,8 @@ class FeatureModel(nn.Module):
             found.feature_map = source.read(maps[-1])
             found.prefix_tokens = source.prefix_tokens
             found.map_classifier = source.classifier(self.model)
+        if self.tap_sources is not None:
+            found.taps = self.tap_sources.read(tapped_values)
         return found
 
     @property
@@ -182,15 +204,21 @@ class FeatureModel(nn.Module):
         """Run the model through ``torch.compile`` with these ``options`` from now on. Names and weights stay."""
         self._compiled = torch.compile(self._traced, **options)
 
-    def _traced(self, images: Tensor) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def _traced(
+        self, images: Tensor
+    ) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...], tuple[tuple[int, Tensor], ...]]:
         """The model's output, and what the hooks caught during the call."""
-        return self._run(images), tuple(self._inputs), tuple(self._maps)
+        return self._run(images), tuple(self._inputs), tuple(self._maps), tuple(self._tapped)
 
     def _note_input(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
         self._inputs.extend(args[:1])
 
     def _note_map(self, _layer: nn.Module, _args: Any, value: Tensor) -> None:
         self._maps.append(value)
+
+    def _note_tap(self, number: int, copied: bool, _layer: nn.Module, args: tuple[Any, ...], *output: Tensor) -> None:
+        value = output[0] if output else args[0]
+        self._tapped.append((number, value.clone() if copied else value))
 
     def _run(self, images: Tensor) -> Any:
         if self.channels_last and images.ndim == 4:
@@ -218,24 +246,33 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def measure_shapes(model: FeatureModel, images: Tensor, *, feature_map: bool = False) -> ModelShapes:
+def measure_shapes(
+    model: FeatureModel, images: Tensor, *, feature_map: bool = False, taps: bool = False, preactivations: bool = False
+) -> ModelShapes:
     """The shapes of ``model``, from one forward pass in eval mode; changes no state of the wrapped module.
 
-    ``feature_map`` also finds the last map, in a second pass, and lets ``model`` return it from then on.
+    ``feature_map`` also finds the last map, in a second pass, and lets ``model`` return it from then on; so does
+    ``taps`` with the intermediate maps, and ``preactivations`` with what these are before their activations.
 
     Raises:
         ValueError: the classifier layer is not as wide as the logits; it was found by its name and gives something else
             than the logits; or there is no map.
     """
     images = images.to(next(model.parameters(), images).device)
-    model.map_source = None  # a model may have been in another run, with other terms
+    model.map_source = model.tap_sources = None  # a model may have been in another run, with other terms
     with evaluating(model):
         shapes = _check_classifier(model, images)
-        if not feature_map:
-            return shapes
-        assert model.classifier_name is not None
-        model.map_source = find_map(lambda: model(images).features, model.model, model.classifier_name, model.map_name)
-        return replace(shapes, feature_map=model.map_source)
+        network, classifier = model.model, model.classifier_name or ""
+        if feature_map:
+            model.map_source = find_map(lambda: model(images).features, network, classifier, model.map_name)
+        if taps:
+            found = find_taps(lambda x: model(x).features, network, classifier, images, model.tap_names)
+            model.tap_sources = replace(found, with_preactivations=preactivations)
+    return replace(
+        shapes,
+        feature_map=model.map_source,
+        taps=None if model.tap_sources is None else model.tap_sources.shapes(network),
+    )
 
 
 def _check_classifier(model: FeatureModel, images: Tensor) -> ModelShapes:

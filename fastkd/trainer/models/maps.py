@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _HOW_TO_NAME = "name it with ModelConfig(feature_map='...') or FeatureModel(module, feature_map='...')"
-_PASS_ON = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+PASS_ON = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,21 @@ class MapSource:
         return classify
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a layer, and what it returned."""
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a layer: what it returned and what it was given first, with the state of both at that moment.
+
+    ``node`` is the value's node in the autograd graph. A version that has changed since means that a later layer has
+    worked in place.
+    """
 
     name: str
     layer: nn.Module
     value: Tensor
+    given: Tensor | None = None
+    node: Any = None
+    version: int = 0
+    given_version: int = 0
 
 
 def find_map(run: Callable[[], Tensor], model: nn.Module, classifier: str, given: str | None = None) -> MapSource:
@@ -84,11 +92,11 @@ def find_map(run: Callable[[], Tensor], model: nn.Module, classifier: str, given
     Raises:
         ValueError: there is no such layer, or ``given`` is not one. The message names the last layers.
     """
-    calls, features, output = _trace(run, model, classifier)
+    calls, features, output = trace(run, model, classifier)
     width = features.shape[1]
     maps = [call for call in calls if call.name == given]
     if given is None:
-        maps = [call for call in calls if not isinstance(call.layer, _PASS_ON) and _positions(call.value, width) > 1]
+        maps = [call for call in calls if not isinstance(call.layer, PASS_ON) and _positions(call.value, width) > 1]
     maps = [call for call in maps if call.value.ndim in (3, 4)]
     if not maps:
         asked = "found no layer" if given is None else f"got {given!r}, expected a layer"
@@ -109,7 +117,7 @@ def find_map(run: Callable[[], Tensor], model: nn.Module, classifier: str, given
     source = MapSource(call.name, (), channels_last=_is_channels_last(call.value, width))
     source = replace(source, shape=tuple(source.read(call.value).shape[1:]))
     if call.value.ndim == 3:
-        source = replace(source, prefix_tokens=_prefix_tokens(model, call.value.shape[1]))
+        source = replace(source, prefix_tokens=prefix_tokens(model, call.value.shape[1]))
     follow = [later.name for later in calls[calls.index(call) + 1 :] if not list(later.layer.children())]
     for tail in ((*follow, classifier), (classifier,)):
         for takes_maps in (call.value.ndim == 4, False):
@@ -131,23 +139,30 @@ def pool_features(features: Tensor, layer: nn.Module) -> Tensor:
     return features.flatten(2).mean(2) if channels_first else features.flatten(1, -2).mean(1)
 
 
-def _trace(run: Callable[[], Tensor], model: nn.Module, classifier: str) -> tuple[list[_Call], Tensor, Tensor]:
+def trace(run: Callable[[], Tensor], model: nn.Module, classifier: str) -> tuple[list[Call], Tensor, Tensor]:
     """Every call that ends before the classifier is called, the features, and the classifier's output [B, C]."""
-    calls: list[_Call] = []
+    calls: list[Call] = []
     outputs: list[Tensor] = []
+    versions: dict[int, int] = {}  # of the first argument, by the layer that is being called
     head = model.get_submodule(classifier)
 
+    def enter(layer: nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], Tensor):
+            versions[id(layer)] = args[0]._version
+
     def record(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, _args: Any, value: Any) -> None:
+        def hook(layer: nn.Module, args: Any, value: Any) -> None:
             if layer is head:
                 outputs.append(pool_features(value, head))  # at once: the next layer may work in place
             elif isinstance(value, Tensor) and not entered:
-                calls.append(_Call(name, layer, value))
+                given = args[0] if args and isinstance(args[0], Tensor) else None
+                calls.append(Call(name, layer, value, given, value.grad_fn, value._version, versions.get(id(layer), 0)))
 
         return hook
 
     entered: list[bool] = []
     handles = [layer.register_forward_hook(record(name)) for name, layer in model.named_modules() if name]
+    handles += [layer.register_forward_pre_hook(enter) for name, layer in model.named_modules() if name]
     handles.append(head.register_forward_pre_hook(lambda _layer, _args: entered.append(True)))
     try:
         features = run()
@@ -165,7 +180,7 @@ def _is_channels_last(value: Tensor, width: int) -> bool:
     if value.ndim != 4:
         return False
     _, first, second, last = value.shape
-    if width in (first, last):
+    if width in (first, last) and not first != second == last:
         return first != width
     return first == second != last
 
@@ -185,7 +200,7 @@ def _pooled(value: Tensor, width: int) -> Sequence[Tensor]:
     return (value.mean((1, 2)) if _is_channels_last(value, width) else value.mean((2, 3)),)
 
 
-def _single_position(calls: Sequence[_Call], features: Tensor) -> str | None:
+def _single_position(calls: Sequence[Call], features: Tensor) -> str | None:
     """The layer that gives the features as a map of one position, before anything is pooled. None if there is none.
 
     ``calls`` are those after the last map of several positions.
@@ -194,7 +209,7 @@ def _single_position(calls: Sequence[_Call], features: Tensor) -> str | None:
     for call in calls:
         if any("Pool" in type(layer).__name__ for layer in call.layer.modules()):
             break
-        if call.value.ndim == 4 and not isinstance(call.layer, _PASS_ON) and _close(call.value.flatten(1), features):
+        if call.value.ndim == 4 and not isinstance(call.layer, PASS_ON) and _close(call.value.flatten(1), features):
             found = call.name
     return found
 
@@ -220,9 +235,9 @@ def _classifies(source: MapSource, model: nn.Module, pooled: Sequence[Tensor], o
     return False
 
 
-def _prefix_tokens(model: nn.Module, length: int) -> int:
+def prefix_tokens(model: nn.Module, length: int) -> int:
     """The number of tokens that stand for no position: timm's models say it, else a square grid leaves them over."""
-    said = getattr(model, "num_prefix_tokens", None)
+    said = getattr(model, "numprefix_tokens", None)
     if isinstance(said, int):
         return said
     side = int(length**0.5)

@@ -9,6 +9,30 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 from fastkd.trainer.objective.options.fused import CEConfig, CKDConfig, DCDConfig, KDConfig, MSDCRDConfig, PCKDConfig
+from fastkd.trainer.objective.options.logits import (
+    CTKDConfig,
+    DISTConfig,
+    DKDConfig,
+    IPWDConfig,
+    LSKDConfig,
+    MLKDConfig,
+    WSLDConfig,
+)
+from fastkd.trainer.objective.options.maps import (
+    ABConfig,
+    ATConfig,
+    FitNetConfig,
+    FTConfig,
+    NORMConfig,
+    NSTConfig,
+    OFDConfig,
+    ParaphraserConfig,
+    ReviewKDConfig,
+    SimKDConfig,
+    SRRLConfig,
+    VIDConfig,
+)
+from fastkd.trainer.objective.options.relations import CCConfig, CRDConfig, PKTConfig, RKDConfig, SPConfig
 from fastkd.validate import check_type
 
 
@@ -23,13 +47,37 @@ class ObjectiveConfig:
         ObjectiveConfig(terms="0.5*kd + 2*dcd", kd=KDConfig(temperature=2.0))
 
     Attributes:
-        terms: the sum, such as ``"0.5*kd + dcd"``, of ce, kd, dcd, ckd, pckd, msdcrd and terms of your own.
+        terms: the sum, such as ``"0.5*kd + dcd"``, of the names below, ``ce_strong`` and terms of your own.
         ce: options of cross-entropy.
         kd: options of KD.
         dcd: options of DCD.
         ckd: options of CKD.
         pckd: options of PCKD.
         msdcrd: options of MSDCRD.
+        dkd: options of DKD.
+        dist: options of DIST.
+        lskd: options of LSKD.
+        wsld: options of WSLD.
+        ctkd: options of CTKD.
+        mlkd: options of MLKD.
+        ipwd: options of IPWD.
+        cc: options of CC.
+        rkd: options of RKD.
+        pkt: options of PKT.
+        sp: options of SP.
+        crd: options of CRD.
+        fitnet: options of FitNet.
+        at: options of AT.
+        nst: options of NST.
+        vid: options of VID.
+        ab: options of AB.
+        paraphraser: options of the first stage of FT.
+        ft: options of FT.
+        ofd: options of OFD.
+        reviewkd: options of ReviewKD.
+        simkd: options of SimKD.
+        srrl: options of SRRL.
+        norm: options of NORM.
     """
 
     terms: str = "ce+kd+dcd"
@@ -39,6 +87,30 @@ class ObjectiveConfig:
     ckd: CKDConfig = field(default_factory=CKDConfig)
     pckd: PCKDConfig = field(default_factory=PCKDConfig)
     msdcrd: MSDCRDConfig = field(default_factory=MSDCRDConfig)
+    dkd: DKDConfig = field(default_factory=DKDConfig)
+    dist: DISTConfig = field(default_factory=DISTConfig)
+    lskd: LSKDConfig = field(default_factory=LSKDConfig)
+    wsld: WSLDConfig = field(default_factory=WSLDConfig)
+    ctkd: CTKDConfig = field(default_factory=CTKDConfig)
+    mlkd: MLKDConfig = field(default_factory=MLKDConfig)
+    ipwd: IPWDConfig = field(default_factory=IPWDConfig)
+    cc: CCConfig = field(default_factory=CCConfig)
+    rkd: RKDConfig = field(default_factory=RKDConfig)
+    pkt: PKTConfig = field(default_factory=PKTConfig)
+    sp: SPConfig = field(default_factory=SPConfig)
+    crd: CRDConfig = field(default_factory=CRDConfig)
+    fitnet: FitNetConfig = field(default_factory=FitNetConfig)
+    at: ATConfig = field(default_factory=ATConfig)
+    nst: NSTConfig = field(default_factory=NSTConfig)
+    vid: VIDConfig = field(default_factory=VIDConfig)
+    ab: ABConfig = field(default_factory=ABConfig)
+    paraphraser: ParaphraserConfig = field(default_factory=ParaphraserConfig)
+    ft: FTConfig = field(default_factory=FTConfig)
+    ofd: OFDConfig = field(default_factory=OFDConfig)
+    reviewkd: ReviewKDConfig = field(default_factory=ReviewKDConfig)
+    simkd: SimKDConfig = field(default_factory=SimKDConfig)
+    srrl: SRRLConfig = field(default_factory=SRRLConfig)
+    norm: NORMConfig = field(default_factory=NORMConfig)
 
     def __post_init__(self) -> None:
         _ = self.weights

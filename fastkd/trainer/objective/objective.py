@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.trainer.models.features import ModelOutput, ModelShapes
+from fastkd.trainer.models.extended import ExtendedModel
+from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShapes
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.objective.terms.base import CallableTerm, TermFunction
 from fastkd.trainer.objective.terms.registry import TERMS
@@ -23,10 +24,37 @@ _RESERVED = {"kind", "step", "epoch", "lr", "loss", "accuracy", "eval_loss", "gr
 
 
 def needs(what: str, config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
-    """Whether any term needs the ``"teacher"``, the ``"features"`` or the ``"maps"``: see ``objective.terms.base``."""
+    """Whether any term has ``needs_WHAT``, such as ``"teacher"`` or ``"taps"``: see ``objective.terms.base``."""
     known = {**TERMS, **(terms or {})}
-    default = what != "maps"
-    return any(getattr(known.get(name), f"needs_{what}", default) for name in config.weights)
+    default = what in ("teacher", "features")
+    found = [getattr(known.get(name), f"needs_{what}", default) for name in config.weights]
+    return any(value(config) if callable(value) else value for value in found)
+
+
+def extended_student(
+    config: ObjectiveConfig, student: FeatureModel, teacher: FeatureModel, own: ModelShapes, other: ModelShapes
+) -> nn.Module | None:
+    """The student with the layers that a method gives it for good; None if no method does.
+
+    ``own`` and ``other`` are the shapes of the student and of the teacher.
+
+    Raises ValueError: two methods would, or one has already.
+    """
+    found = [name for name in config.weights if hasattr(TERMS.get(name), "extend_student")]
+    if not found:
+        return None
+    if len(found) > 1 or isinstance(student.model, ExtendedModel):
+        raise ValueError(
+            f"objective.terms: got {config.terms!r}, expected a student that is extended once, by {found[0]} alone"
+        )
+    extend: Callable[..., nn.Module] = getattr(TERMS[found[0]], "extend_student")  # noqa: B009 (not of every builder)
+    return extend(config, student, teacher, own, other)
+
+
+def additions_of(config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> list[str]:
+    """The names of what the terms read of a batch beside images and labels, sorted: see ``objective.terms.base``."""
+    known = {**TERMS, **(terms or {})}
+    return sorted({wanted for name in config.weights for wanted in getattr(known.get(name), "additions", ())})
 
 
 class Objective(nn.Module):
@@ -79,6 +107,7 @@ class Objective(nn.Module):
                 known = sorted({*TERMS, *given})
                 raise ValueError(f"objective.terms: got {name!r} in {config.terms!r}, expected terms among {known}")
         self.terms = nn.ModuleDict(built)
+        self.additions = additions_of(config, terms)
         for term in built.values():
             if hasattr(term, "unlabelled"):
                 setattr(term, "unlabelled", unlabelled)  # noqa: B010 (its type is the term's own)
@@ -90,13 +119,18 @@ class Objective(nn.Module):
         ]
 
     def forward(
-        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, rank_weight: float = 1.0
+        self,
+        student: ModelOutput,
+        teacher: ModelOutput | None,
+        labels: Tensor,
+        rank_weight: float = 1.0,
+        additions: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and every named term before weights, detached (``ce``, ``kd``, ``dcd/contrast``, ...).
 
         ``rank_weight``: with several ranks W n / N, by which means over this rank's n of N rows are multiplied, so that
         the average over the W ranks is the mean over the global batch. The values of a term whose attribute
-        ``spans_ranks`` is true contain it already.
+        ``spans_ranks`` is true contain it already. ``additions``: what the terms' attributes of this name ask for.
         """
         total: Tensor | None = None
         named = {}
@@ -111,7 +145,9 @@ class Objective(nn.Module):
             together.update(zip(pair, values or (), strict=False))
         for name, term in self.terms.items():
             given = labels if hasattr(term, "unlabelled") else classes
-            values = together[name] if name in together else term(student, teacher, given)
+            values = together.get(name)
+            if values is None:
+                values = term(student, teacher, given, **self._additions(name, additions or {}))
             if not isinstance(values, Mapping) or not values:
                 raise TypeError(
                     f"terms: {name!r} returned {'an empty dict' if values == {} else type(values).__name__}, expected "
@@ -124,10 +160,17 @@ class Objective(nn.Module):
                 if rank_weight != 1.0 and not getattr(term, "spans_ranks", False):
                     value = rank_weight * value
                 named[name if part == name else f"{name}/{part}"] = value.detach()
-                weighted = self.weights[name] * value
+                weighted = self.weights[name] * getattr(term, "warmth", 1.0) * value
                 total = weighted if total is None else total + weighted
         assert total is not None
         return total, named
+
+    def _additions(self, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those that the term reads."""
+        wanted = getattr(self.terms[name], "additions", ())
+        if missing := [addition for addition in wanted if addition not in given]:
+            raise ValueError(f"additions: got {sorted(given)}, expected {missing} too, which the term {name!r} reads")
+        return {addition: given[addition] for addition in wanted}
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the epoch, counted from 0, to the terms that have a method ``set_epoch``."""
@@ -141,7 +184,8 @@ class Objective(nn.Module):
 
     def columns_sent(self, classes: int) -> int:
         """How many numbers per row go to the other ranks, as the terms with a method ``columns_sent`` say."""
-        return sum(columns_sent(classes) for _, columns_sent in self._methods("columns_sent"))
+        found = self._methods("columns_sent")
+        return sum(columns(classes) for name, columns in found if getattr(self.terms[name], "spans_ranks", False))
 
     def _methods(self, method: str) -> list[tuple[str, Callable[..., Any]]]:
         """The terms' names and methods of this name, of the terms that have it."""

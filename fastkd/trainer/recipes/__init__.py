@@ -21,10 +21,12 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "digits-teacher": digits.digits_teacher,
     "cifar100-resnet32x4": cifar.resnet32x4,
     "cifar100-wrn-40-2": cifar.wrn_40_2,
+    "cifar100": cifar.any_method,
     "cifar100-dcd-kd": cifar.dcd_kd,
     "cifar100-ckd": cifar.ckd,
     "cifar100-pckd": cifar.pckd,
     "imagenet-r34-r18-dcd": imagenet.resnet34_resnet18_dcd,
+    "imagenet-r34-r18-dcd-as-run": imagenet.resnet34_resnet18_dcd_as_run,
     "imagenet-r34-r18-dcd-kd": imagenet.resnet34_resnet18_dcd_kd,
     "imagenet-r50-r18-dcd": imagenet.resnet50_resnet18_dcd,
     "imagenet-r50-r18-dcd-kd": imagenet.resnet50_resnet18_dcd_kd,
@@ -34,8 +36,14 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "imagenet-r34-r18-pckd": imagenet.resnet34_resnet18_pckd,
     "imagenet-large-batch": imagenet.large_batch,
 }
+# Those of several runs, one after the other: by the names of the stages.
+STAGED_RECIPES: dict[str, Callable[[], dict[str, TrainConfig]]] = {
+    "cifar100-ab": cifar.ab,
+    "cifar100-fsp": cifar.fsp,
+    "cifar100-ft": cifar.ft,
+}
 
 
 def summary(name: str) -> str:
     """The first line of a recipe's docstring."""
-    return (RECIPES[name].__doc__ or "").strip().splitlines()[0]
+    return ((RECIPES.get(name) or STAGED_RECIPES[name]).__doc__ or "").strip().splitlines()[0]

@@ -42,7 +42,7 @@ def digits() -> TrainConfig:
     """The student of digits-scratch, distilled by DCD + KD from the teacher of digits-teacher."""
     return replace(
         digits_scratch(),
-        teacher=replace(TEACHER, weights="runs/digits_teacher"),
+        teacher=replace(TEACHER, weights="runs/digits_teacher", taps=("features.5", "features")),  # two, as the student
         objective=ObjectiveConfig(terms="dcd+kd"),
         run_dir="runs/digits",
     )

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastkd.trainer.run.saved.checkpoint import MANIFEST, list_checkpoints
+from fastkd.trainer.run.saved.checkpoint import MANIFEST, CheckpointError, last_stage, list_checkpoints
 from fastkd.trainer.run.saved.log import CLASSES, METRICS, RUN, SEED_FOLDER, SPEED
 from fastkd.trainer.strict_json import check_fields, parse_json, read_json_object
 from fastkd.validate import check_int
@@ -100,7 +100,8 @@ class Group:
 def read_groups(folders: Sequence[str | Path]) -> tuple[list[Group], list[str]]:
     """The runs of the folders, and a line for every folder that cannot be read.
 
-    A folder is that of a run, or holds the runs of ``--seeds`` in its folders ``seed-N``.
+    A folder is that of a run, or holds stages, of which the last is read, or the runs of ``--seeds`` in its folders
+    ``seed-N``.
 
     Raises:
         ValueError: there are no folders, one is given twice, or none of them can be read.
@@ -121,8 +122,8 @@ def read_groups(folders: Sequence[str | Path]) -> tuple[list[Group], list[str]]:
         seeds = {} if (given / RUN).exists() else _seeds(given)
         for suffix, folder in (seeds or {"": given}).items():
             try:
-                runs.append(read_run(folder, f"{name}{suffix}"))
-            except ValueError as error:
+                runs.append(read_run(last_stage(folder), f"{name}{suffix}"))
+            except (ValueError, CheckpointError) as error:
                 problems.append(str(error))
         groups += [Group(name, given, runs)] if runs else []
     if not groups:

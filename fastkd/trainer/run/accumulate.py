@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from fastkd.trainer.models.features import ModelOutput
+from fastkd.trainer.models.taps import Taps
 from fastkd.trainer.rng import restore_rng, rng_state
 
 
@@ -72,8 +74,8 @@ def join_outputs(outputs: list[ModelOutput]) -> ModelOutput:
     """One output for the whole batch: the chunks' tensors joined in order; all other fields are the first chunk's."""
     first = outputs[0]
     joined: dict[str, Any] = {
-        field.name: torch.cat([getattr(output, field.name) for output in outputs])
+        field.name: tree_map(lambda *parts: torch.cat(parts), *(getattr(output, field.name) for output in outputs))
         for field in dataclasses.fields(first)
-        if isinstance(getattr(first, field.name), Tensor)
+        if isinstance(getattr(first, field.name), Tensor | Taps)
     }
     return dataclasses.replace(first, **joined)

@@ -55,6 +55,7 @@ def describe(
             "name": name,
             "classifier": model.classifier_name,
             "feature_map": None if model.map_source is None else model.map_source.layer,
+            "taps": None if model.tap_sources is None else [tap.layer for tap in model.tap_sources.maps],
             "parameters": count_parameters(model.model),
         }
 

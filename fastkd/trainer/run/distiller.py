@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.imports import import_object
 from fastkd.trainer.models.build import ModelConfig, Normalization, build_model
+from fastkd.trainer.models.extended import extended_like
 from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShapes, measure_shapes
-from fastkd.trainer.objective.objective import Objective, needs
+from fastkd.trainer.objective.objective import Objective, extended_student, needs
 from fastkd.trainer.objective.terms.base import TermFunction
+from fastkd.trainer.objective.terms.maps import FTTerm
 from fastkd.trainer.run.accumulate import in_chunks, recomputed
-from fastkd.trainer.run.saved.checkpoint import find_weights
+from fastkd.trainer.run.saved.checkpoint import LOSS, find_checkpoint, find_weights
 
 
 class FrozenModel(nn.Module):
@@ -82,14 +85,26 @@ class Trained(nn.Module):
         self.chunks = chunks
 
     def forward(
-        self, images: Tensor, teacher: ModelOutput | None, labels: Tensor, rank_weight: float = 1.0
+        self,
+        images: Tensor,
+        teacher: ModelOutput | None,
+        labels: Tensor,
+        rank_weight: float = 1.0,
+        additions: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total loss and its named terms; ``teacher`` is the teacher's output, ``rank_weight`` the objective's."""
+        """The total loss and its named terms.
+
+        ``teacher`` is the teacher's output, ``rank_weight`` the objective's; ``additions``: see ``Distiller.add``.
+        """
+        student, additions = self._learn(images), dict(additions or {})
+        if "strong" in additions:
+            additions["strong"] = self._learn(additions["strong"])
+        return self.objective(student, teacher, labels, rank_weight, additions)
+
+    def _learn(self, images: Tensor) -> ModelOutput:
         if self.chunks == 1:
-            student = self.student(images)
-        else:
-            student = in_chunks(lambda part: recomputed(self.student, part), images, self.chunks)
-        return self.objective(student, teacher, labels, rank_weight)
+            return self.student(images)
+        return in_chunks(lambda part: recomputed(self.student, part), images, self.chunks)
 
 
 class Distiller(nn.Module):
@@ -123,6 +138,12 @@ class Distiller(nn.Module):
         """The teacher's output, without a graph, computed on ``chunks`` parts of the images; None without a teacher."""
         return None if self.teacher is None else in_chunks(self.teacher, images, chunks)
 
+    def add(self, additions: Mapping[str, Tensor], chunks: int = 1) -> dict[str, Any]:
+        """The additions of a batch, and the teacher's output for its strong view if a term reads that."""
+        if "strong" not in additions or "strong_teacher" not in self.objective.additions:
+            return dict(additions)
+        return {**additions, "strong_teacher": self.teach(additions["strong"], chunks)}
+
     def begin_epoch(self, epoch: int) -> None:
         """Switch to training mode and tell the objective's terms the epoch, counted from 0."""
         self.train()
@@ -132,9 +153,39 @@ class Distiller(nn.Module):
         """The objective's further values (tau and scale) on the host."""
         return {name: value.item() for name, value in self.objective.scalars().items()}
 
-    def forward(self, images: Tensor, labels: Tensor, rank_weight: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total loss and its named terms; ``rank_weight``: see ``Objective.forward``."""
-        return Trained(self.student, self.objective)(images, self.teach(images), labels, rank_weight)
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        rank_weight: float = 1.0,
+        additions: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total loss and its named terms.
+
+        ``rank_weight``: see ``Objective.forward``. ``additions``: what ``fastkd.trainer.data.additions`` makes.
+        """
+        trained = Trained(self.student, self.objective)
+        return trained(images, self.teach(images), labels, rank_weight, self.add(additions or {}))
+
+
+def load_paraphraser(distiller: Distiller, path: str | None) -> list[str]:
+    """Give the term ``ft`` the paraphraser that another run, or a file, has; returns a line for the user.
+
+    Raises:
+        ValueError: ``path`` is None.
+        CheckpointError: there is no paraphraser, or one for other maps.
+    """
+    term = dict(distiller.objective.terms.items()).get("ft")
+    if not isinstance(term, FTTerm):
+        return []
+    if path is None:
+        raise ValueError(
+            "ft.paraphraser: got None, expected the run that trained it, with the terms '0*ce + paraphraser' "
+            "(--objective.ft.paraphraser RUN)"
+        )
+    file = find_checkpoint(path) / LOSS if Path(path).is_dir() else Path(path)
+    term.load_paraphraser(file)
+    return [f"paraphraser: {file}"]
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -173,12 +224,16 @@ def build_distiller(
             student and teacher with different numbers of classes, or with a parameter in common.
         CheckpointError: weights that are missing, damaged or do not fit.
     """
-    maps = needs("maps", config.objective, terms)
-    optional = not (maps or needs("features", config.objective, terms))
+    reads = {
+        "feature_map": needs("maps", config.objective, terms),
+        "taps": needs("taps", config.objective, terms),
+        "preactivations": needs("preactivations", config.objective, terms),
+    }
+    optional = not (any(reads.values()) or needs("features", config.objective, terms))
     student_model = _feature_model("student", config.student, student, optional, tell)
     if student_model is None:
         raise ValueError("student: got None, expected config.student or a module")
-    shapes = _measured("student", student_model, images, maps)
+    shapes = _measured("student", student_model, images, reads)
     wanted = needs("teacher", config.objective, terms)
     if wanted != (config.teacher is not None or teacher is not None):
         has = "needs a teacher but there is none; give --teacher.name and --teacher.weights, or --no-teacher"
@@ -193,9 +248,15 @@ def build_distiller(
     teacher_model = _feature_model("teacher", config.teacher, teacher, optional, tell)
     assert teacher_model is not None
     _check_nothing_shared(student_model, teacher_model)
-    teacher_shapes = _measured("teacher", teacher_model, images, maps)
+    teacher_shapes = _measured("teacher", teacher_model, images, reads)
     if shapes.classes != teacher_shapes.classes:
         raise ValueError(f"teacher: has {teacher_shapes.classes} classes, expected the student's {shapes.classes}")
+    extended = extended_student(config.objective, student_model, teacher_model, shapes, teacher_shapes)
+    if extended is not None:
+        student_model = FeatureModel(
+            extended, feature_map="layers", taps=[f"model.{name}" for name in student_model.tap_names]
+        )
+        shapes = _measured("student", student_model, images, reads)
     objective = Objective(config.objective, shapes, teacher_shapes, terms, unlabelled=config.data.unlabelled)
     return Distiller(student_model, teacher_model, objective, shapes.classes)
 
@@ -210,9 +271,9 @@ def _check_nothing_shared(student: FeatureModel, teacher: FeatureModel) -> None:
 
 
 def takes_classes(config: ModelConfig) -> bool:
-    """Whether the builder of this model has an argument ``num_classes``. Those of timm and torchvision have it."""
+    """Whether the builder of this model has an argument ``num_classes``. Those that are found by a name have it."""
     source = config.name.rpartition(":")[0]
-    if source in ("timm", "torchvision", ""):
+    if source in ("timm", "torchvision", "cifar", ""):
         return True
     try:
         return "num_classes" in inspect.signature(import_object(config.name, "model.name")).parameters
@@ -237,10 +298,10 @@ def _built(role: str, config: ModelConfig) -> nn.Module:
         ) from error
 
 
-def _measured(role: str, model: FeatureModel, images: Tensor, maps: bool) -> ModelShapes:
+def _measured(role: str, model: FeatureModel, images: Tensor, reads: dict[str, bool]) -> ModelShapes:
     """The model's shapes. ValueError for images that it cannot take."""
     try:
-        return measure_shapes(model, images, feature_map=maps)
+        return measure_shapes(model, images, **reads)
     except RuntimeError as error:
         shape = " x ".join(map(str, images.shape[1:]))
         raise ValueError(
@@ -254,7 +315,9 @@ def _feature_model(
     role: str, config: ModelConfig | None, module: nn.Module | None, optional: bool, tell: Callable[[str], None]
 ) -> FeatureModel | None:
     """The given module, or the configured one with its weights; None when there is neither."""
-    names = {} if config is None else {"classifier": config.classifier, "feature_map": config.feature_map}
+    names: dict[str, Any] = {}
+    if config is not None:
+        names = {name: getattr(config, name) for name in ("classifier", "feature_map", "taps")}
     if module is not None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"{role}: got {type(module).__name__}, expected an nn.Module")
@@ -263,5 +326,7 @@ def _feature_model(
         return None
     model = _built(role, config)
     if config.weights is not None:
-        tell(find_weights(config.weights).load_into(model, role))
+        found = find_weights(config.weights)
+        model = extended_like(model, found.state, found.path)
+        tell(found.load_into(model, role))
     return FeatureModel(model, **names, optional=optional)

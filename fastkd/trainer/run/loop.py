@@ -124,7 +124,7 @@ def _train(
 
     # What is trained: data, models, schedule.
     seed_everything(config.seed)
-    data = open_data(config, train_data, eval_data, device, ranks)
+    data = open_data(config, train_data, eval_data, device, ranks, terms)
     saved = None if checkpoint is None else checkpoint.manifest["config"]
     config = with_classes(config, data.train_set, data.eval_set, saved)
     initial = config if checkpoint is None else without_initial_weights(config)
@@ -200,12 +200,13 @@ def _train(
                 distiller.begin_epoch(epoch)
                 clock = Clock()
                 # A run that was stopped before its evaluation has the steps of this epoch behind it.
-                for images, labels in clock.watch(data.loader) if progress.step < end else ():
+                for images, labels, *more in clock.watch(data.loader) if progress.step < end else ():
                     lr = schedule(progress.step)
                     rows = data.batches.rows(progress.step % per_epoch)
                     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
                     images, labels = data.mix(images, labels)
-                    meter.add(progress.step + 1, *step(images, labels, ranks.weight(len(labels), rows), lr))
+                    added = {name: x.to(device, non_blocking=True) for part in more for name, x in part.items()}
+                    meter.add(progress.step + 1, *step(images, labels, ranks.weight(len(labels), rows), lr, added))
                     clock.images += rows
                     progress.step += 1
 

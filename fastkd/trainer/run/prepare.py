@@ -12,15 +12,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.data.additions import Additions
 from fastkd.trainer.data.datasets import build_datasets, choose_data, names_of_classes, without_download
 from fastkd.trainer.data.labels import labels_hash, normalization_of
 from fastkd.trainer.data.loader import GlobalBatches, eval_loader, first_images, train_loader
 from fastkd.trainer.data.mix import BatchMix
 from fastkd.trainer.models.build import Normalization, check_normalization, trained_normalization
+from fastkd.trainer.objective.objective import additions_of
 from fastkd.trainer.objective.terms.base import TermFunction
 from fastkd.trainer.precision import DTYPES
 from fastkd.trainer.run.check import check_classes, check_fit, check_outputs, origin_of, range_of_labels
-from fastkd.trainer.run.distiller import Distiller, build_distiller, takes_classes, weights_hash
+from fastkd.trainer.run.distiller import (
+    Distiller,
+    build_distiller,
+    load_paraphraser,
+    takes_classes,
+    weights_hash,
+)
 from fastkd.trainer.run.ranks import Ranks
 from fastkd.trainer.run.state import Identity
 
@@ -48,24 +56,35 @@ class RunData:
         return self.loader.batch_sampler
 
 
-def open_data(config: TrainConfig, train_data: Any, eval_data: Any, device: torch.device, ranks: Ranks) -> RunData:
-    """The given datasets, or the configured ones, with their loaders."""
+def open_data(
+    config: TrainConfig,
+    train_data: Any,
+    eval_data: Any,
+    device: torch.device,
+    ranks: Ranks,
+    terms: Mapping[str, nn.Module | TermFunction] | None = None,
+) -> RunData:
+    """The given datasets, or the configured ones, with their loaders, whose batches hold what the terms read."""
     if config.data.options.get("download") and ranks.world_size > 1:  # by one rank alone; then they all read it
         ranks.on_main(lambda: build_datasets(config.data) and None)
         config = replace(config, data=without_download(config.data))
     train_set, eval_set = choose_data(config.data, train_data, eval_data)
     place = (ranks.rank, ranks.world_size)
-    loader, set_epoch = train_loader(train_set, config.data, config.seed, device, *place)
+    names, crd = additions_of(config.objective, terms), config.objective.crd
+    additions = Additions(names, train_set, crd.negatives, crd.mode) if names else None
+    loader, set_epoch = train_loader(train_set, config.data, config.seed, device, *place, additions)
     evaluation = eval_loader(eval_set, config.data, device, *place)
     return RunData(train_set, eval_set, loader, set_epoch, evaluation, first_images(train_set))
 
 
 def with_classes(config: TrainConfig, train_set: Any, eval_set: Any, saved: dict[str, Any] | None) -> TrainConfig:
-    """The config with ``num_classes`` from the data, for models of whose classes it says nothing.
+    """The config with what the data say: ``num_classes``, for models of whose classes it says nothing, and the number
+    of samples, for CRD's memories.
 
     A resumed run, whose ``saved`` config is given, has the models that it began with. Left as they are: models of
     others that have no argument ``num_classes``, and teachers with published weights.
     """
+    config = with_samples(config, len(train_set))
     classes = count_classes(train_set, eval_set)
     for role in ("student", "teacher"):
         model: Any = getattr(config, role)
@@ -77,6 +96,14 @@ def with_classes(config: TrainConfig, train_set: Any, eval_set: Any, saved: dict
             chosen = classes if takes_classes(model) and not (role == "teacher" and model.pretrained) else None
         config = replace(config, **{role: replace(model, num_classes=chosen)})
     return config
+
+
+def with_samples(config: TrainConfig, samples: int) -> TrainConfig:
+    """The config with the number of training samples, if a term has to know it."""
+    if "crd" not in config.objective.weights:
+        return config
+    crd = replace(config.objective.crd, samples=samples)
+    return replace(config, objective=replace(config.objective, crd=crd))
 
 
 def count_classes(train_set: Any, eval_set: Any) -> int | None:
@@ -104,6 +131,8 @@ def build_models(
     distiller = build_distiller(
         config, data.sample, student=student, teacher=teacher, terms=terms, tell=told.append
     ).to(device)
+    if not resumed:
+        told += load_paraphraser(distiller, config.objective.ft.paraphraser)
     outputs = check_fit(config, distiller, data.sample, data.batches, data.train_set, data.eval_set)
     if not resumed:
         check_outputs(outputs, names_of_classes(data.train_set))
@@ -159,6 +188,7 @@ def prepare(
                 f"sync_batchnorm: got True with {ranks.world_size} rank(s) on {device.type}, expected several on CUDA"
             )
         student.model = nn.SyncBatchNorm.convert_sync_batchnorm(student.model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(distiller.objective)  # those of connectors
     if config.student is not None and ranks.is_main:
         own = trained_normalization(config.student, student.model)
         if own is not None and data_normalization is not None and not _same(own, data_normalization):

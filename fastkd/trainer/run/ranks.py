@@ -130,8 +130,16 @@ class Ranks:
 
         That gives every rank the weights of rank 0 now, and the mean of all ranks' gradients in each backward pass.
         """
+        if self.world_size == 1:
+            return trained
+        # What all ranks compute alike (the memories of CRD) is sent once, and not before every step.
+        alike = [f"{name}.{buffer}" for name, module in trained.named_modules()
+                 for buffer in getattr(module, "same_on_ranks", ())]  # fmt: skip
+        for name in alike:
+            dist.broadcast(trained.get_buffer(name), 0)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, alike)
         # static_graph: parameters that no term uses (a classifier without cross-entropy) are found once.
-        return trained if self.world_size == 1 else DistributedDataParallel(trained, static_graph=True)
+        return DistributedDataParallel(trained, static_graph=True)
 
     def largest(self, value: int) -> int:
         """The largest ``value`` of all ranks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 class TrainStep:
-    """``step(images, labels, rank_weight, lr)`` -> loss, named terms, gradient norm.
+    """``step(images, labels, rank_weight, lr, additions)`` -> loss, named terms, gradient norm.
 
     All three stay on the device, and nothing waits for it. (LARS and LAMB have no fused update: with them each step
     waits.) A loss or a gradient that is not finite leaves weights, optimiser and running statistics as they are. In
@@ -75,7 +76,12 @@ class TrainStep:
         self.trained: nn.Module | None = ranks.wrap(Trained(distiller.student, distiller.objective, config.chunks))
 
     def __call__(
-        self, images: Tensor, labels: Tensor, rank_weight: float, lr: float
+        self,
+        images: Tensor,
+        labels: Tensor,
+        rank_weight: float,
+        lr: float,
+        additions: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         assert self.trained is not None
         set_learning_rate(self.optimizer, lr)
@@ -83,7 +89,8 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.config.precision):
             teacher = self.distiller.teach(images, self.config.chunks)
-            loss, terms = self.trained(images, teacher, labels, rank_weight)
+            added = self.distiller.add(additions or {}, self.config.chunks)
+            loss, terms = self.trained(images, teacher, labels, rank_weight, added)
         # A loss that is not finite turns every gradient into NaN on all ranks, so the scaler skips the step everywhere.
         self.scaler.scale(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)).backward()
         self.scaler.unscale_(self.optimizer)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.trainer.data.readers.files import read_regular
+from fastkd.trainer.data.readers.encoded import Normalization
+from fastkd.trainer.data.readers.files import content_of, fetch_archive
 from fastkd.trainer.data.readers.memory import TensorImages
 from fastkd.trainer.data.readers.plain_pickle import array_of, read_pickle
 from fastkd.validate import check_choice, check_type
@@ -35,16 +36,26 @@ LAYOUTS: dict[tuple[str, int], tuple[str, list[str], list[str]]] = {
 
 
 class CifarImages(TensorImages):
-    """A dataset of uint8 ``images`` [N, 3, 32, 32], normalised when they are read.
+    """A dataset of uint8 ``images`` [N, 3, H, W], normalised when they are read. ``classes`` has the classes' names.
 
     ``augment`` shifts each image by up to 4 pixels and mirrors it at random. The random numbers come from torch's
     global generator: the trainer saves its state, and worker processes seed it per batch.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, classes: int, *, augment: bool) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        normalization: Normalization,
+        *,
+        augment: bool,
+        classes: Sequence[str] = (),
+    ) -> None:
         super().__init__(images, labels)
-        self.normalization = NORMALIZATION[classes]
+        self.normalization = normalization
         self.augment = augment
+        if classes:  # the binary files of CIFAR say none
+            self.classes = list(classes)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         images, labels = self.__getitems__([index])
@@ -91,10 +102,15 @@ def load_cifar(
                 sets = []
                 for names, shown in ((train_files, augment), (test_files, False)):
                     images, labels = zip(*(read(place / name, classes) for name in names), strict=True)
-                    sets.append(CifarImages(torch.cat(images), torch.cat(labels), classes, augment=shown))
+                    sets.append(
+                        CifarImages(torch.cat(images), torch.cat(labels), NORMALIZATION[classes], augment=shown)
+                    )
                 return sets[0], sets[1]
     if download:
-        _download(root, classes)
+        from torchvision import datasets
+
+        # The python layout, whose checksum torchvision knows.
+        fetch_archive(datasets.CIFAR100 if classes == 100 else datasets.CIFAR10, root)
         return load_cifar(root, classes=classes, augment=augment)
     expected = " or ".join(LAYOUTS[kind, classes][0] for kind in ("binary", "python"))
     raise ValueError(
@@ -103,24 +119,10 @@ def load_cifar(
     )
 
 
-def _download(root: str, classes: int) -> None:
-    """Fetch and unpack the archive of the python layout, whose checksum torchvision knows."""
-    from torchvision.datasets import CIFAR10, CIFAR100
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    kind = CIFAR100 if classes == 100 else CIFAR10
-    try:
-        download_and_extract_archive(kind.url, root, filename=kind.filename, md5=kind.tgz_md5)
-    except (RuntimeError, OSError) as error:
-        raise ValueError(
-            f"data.options.download: cannot fetch {kind.url} ({error}); unpack it in {root} yourself"
-        ) from None
-
-
 def _read_binary(path: Path, classes: int) -> tuple[Tensor, Tensor]:
     """Reads records of labels (CIFAR-10: one; CIFAR-100: a coarse one, then a fine one) and 3,072 pixels, all bytes."""
     before = 2 if classes == 100 else 1
-    data = np.frombuffer(_content(path), np.uint8)
+    data = np.frombuffer(content_of(path, MAX_BYTES), np.uint8)
     if data.size == 0 or data.size % (before + PIXELS):
         raise ValueError(f"{path}: has {data.size} bytes, expected a multiple of {before + PIXELS}")
     records = data.reshape(-1, before + PIXELS)
@@ -129,7 +131,7 @@ def _read_binary(path: Path, classes: int) -> tuple[Tensor, Tensor]:
 
 def _read_pickle(path: Path, classes: int) -> tuple[Tensor, Tensor]:
     key = b"fine_labels" if classes == 100 else b"labels"
-    pickled = _content(path)
+    pickled = content_of(path, MAX_BYTES)
     try:
         content = read_pickle(pickled)
         if not isinstance(content, dict) or not {b"data", key} <= content.keys():
@@ -142,13 +144,6 @@ def _read_pickle(path: Path, classes: int) -> tuple[Tensor, Tensor]:
     except Exception as error:
         raise ValueError(f"{path}: is not a file of CIFAR-{classes} ({type(error).__name__}: {error})") from error
     return _checked(path, pixels, np.array(labels, np.uint8), classes)
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return read_regular(path, MAX_BYTES)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _checked(path: Path, pixels: np.ndarray, labels: np.ndarray, classes: int) -> tuple[Tensor, Tensor]:

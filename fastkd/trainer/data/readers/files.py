@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class FileState(NamedTuple):
@@ -44,3 +44,23 @@ def read_regular(path: str | Path, most: int) -> bytes:
         if size > most:
             raise OSError(f"has {size} bytes, expected at most {most}")
         return file.read(most)
+
+
+def content_of(path: Path, most: int) -> bytes:
+    """``read_regular``, with a ValueError that names the file where that raises an OSError."""
+    try:
+        return read_regular(path, most)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def fetch_archive(kind: Any, root: str) -> None:
+    """Fetch and unpack the archive of a data set of torchvision, which knows its address and its checksum."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    try:
+        download_and_extract_archive(kind.url, root, filename=kind.filename, md5=kind.tgz_md5)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"data.options.download: cannot fetch {kind.url} ({error}); unpack it in {root} yourself"
+        ) from None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastkd.losses import CKDLoss, DCDLoss, KDLoss, MSDCRDLoss, PCKDLoss
-from fastkd.trainer.objective.options.check import check_options
+from fastkd.trainer.objective.options.check import GroupName, check_options
 from fastkd.validate import check_number
 
 
@@ -56,6 +56,7 @@ class DCDConfig:
         min_scale: lower bound of the logit scale.
         learnable: train the logit scale. If not, it stays at ``1 / temperature``.
         temperature: fixes the scale where it is not learnt, and is unused otherwise.
+        group: contrast the samples of all ranks, or those of each rank alone.
 
     Example:
         >>> config = ObjectiveConfig(terms="dcd", dcd=DCDConfig(embed_dim=64, max_scale=20.0))
@@ -68,6 +69,7 @@ class DCDConfig:
     min_scale: float | None = None
     learnable: bool = True
     temperature: float = 0.07
+    group: GroupName = "global"
 
     def __post_init__(self) -> None:
         check_options("dcd", self, DCDLoss, 1, 1)
@@ -79,12 +81,14 @@ class CKDConfig:
 
     Attributes:
         temperature: divides the logits.
+        group: contrast the samples of all ranks, or those of each rank alone.
 
     Example:
         >>> config = ObjectiveConfig(terms="ckd", ckd=CKDConfig(temperature=0.5))
     """
 
     temperature: float = 1.0
+    group: GroupName = "global"
 
     def __post_init__(self) -> None:
         check_options("ckd", self, CKDLoss)
@@ -102,7 +106,11 @@ class PCKDConfig:
         feature_weight: weight of the alignment of features.
         kd_weight: weight of its KD.
         preview_base: the preview's threshold is this number to the power of the epoch.
+        first_epoch: the number of the first epoch. The authors' code counts from 1.
+        preview_gradient: let a gradient pass through the weights of its KD, as in the authors' code.
+        category_eps: is added inside the logarithm of the contrast of relations. The authors' code has 1e-7.
         hidden_dim: width of the hidden layer of its heads. None chooses it.
+        group: contrast the samples of all ranks, or those of each rank alone.
 
     Example:
         >>> config = ObjectiveConfig(terms="pckd", pckd=PCKDConfig(kd_weight=0.0))
@@ -115,7 +123,11 @@ class PCKDConfig:
     feature_weight: float = 1.0
     kd_weight: float = 1.0
     preview_base: float = 1.005
+    first_epoch: int = 0
+    preview_gradient: bool = False
+    category_eps: float = 0.0
     hidden_dim: int | None = None
+    group: GroupName = "global"
 
     def __post_init__(self) -> None:
         check_options("pckd", self, PCKDLoss, 1, 1)
@@ -131,8 +143,12 @@ class MSDCRDConfig:
         strides: the distance of the windows, per scale. None means half of the window.
         temperature: divides the cosines.
         positives: the teacher's features of the same sample, or of all samples of its label.
+        selection: which local samples take part: all, those of a probability of ``confidence`` or more, those of the
+            class that the teacher gives the image, those of the image's label, or one per class and image.
+        confidence: the least probability of the teacher, with ``selection`` confident.
         sample_term_weight: weight of the contrast of samples.
         feature_weight: weight of the contrast of channels.
+        group: contrast the samples of all ranks, or those of each rank alone.
 
     Example:
         >>> config = ObjectiveConfig(terms="msdcrd", msdcrd=MSDCRDConfig(windows=(1, 2), positives="label"))
@@ -142,8 +158,11 @@ class MSDCRDConfig:
     strides: tuple[int, ...] | None = None
     temperature: float = 0.1
     positives: Literal["index", "label"] = "index"
+    selection: Literal["all", "confident", "teacher_class", "image_class", "one_per_class"] = "all"
+    confidence: float = 0.5
     sample_term_weight: float = 1.0
     feature_weight: float = 1.0
+    group: GroupName = "global"
 
     def __post_init__(self) -> None:
         check_options("msdcrd", self, MSDCRDLoss, 1, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,7 +14,8 @@ from fastkd.losses import CKDLoss, DCDLoss, KDLoss, MSDCRDLoss, PCKDLoss
 from fastkd.numerics import accumulation_dtype
 from fastkd.trainer.models.features import ModelOutput, ModelShapes
 from fastkd.trainer.objective.config import ObjectiveConfig
-from fastkd.trainer.objective.terms.base import LossTerm, TermBuilder, one_dtype
+from fastkd.trainer.objective.options.check import loss_options
+from fastkd.trainer.objective.terms.base import LossTerm, RelationalTerm, TermBuilder, as_linear, one_dtype
 from fastkd.validate import NO_LABEL, check_labels
 
 # Where cross-entropy and KD together are one read of the logits; on a CPU torch's own cross-entropy is as fast.
@@ -76,27 +76,24 @@ class KDTerm(LossTerm):
         return {"kd": kd_value}, {"ce": ce_value}
 
 
-class CKDTerm(LossTerm):
+class CKDTerm(RelationalTerm):
     """``CKDLoss`` on the logits."""
 
     needs_features = False
-    spans_ranks = True
 
     def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> CKDLoss:
-        return CKDLoss(config.ckd.temperature)
+        return CKDLoss(**loss_options(config.ckd, CKDLoss))
 
     def columns_sent(self, classes: int) -> int:
         """How many numbers per row go to the other ranks: both models' logits."""
         return 2 * classes
 
 
-class DCDTerm(LossTerm):
+class DCDTerm(RelationalTerm):
     """``DCDLoss`` on the penultimate features; owns both projection heads and tau."""
 
-    spans_ranks = True
-
     def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> DCDLoss:
-        return DCDLoss(student.features, teacher.features, **asdict(config.dcd))
+        return DCDLoss(student.features, teacher.features, **loss_options(config.dcd, DCDLoss))
 
     def inputs(self, student: ModelOutput, teacher: ModelOutput, labels: Tensor) -> tuple[Any, ...]:
         return self.for_layers(student.features, teacher.features)
@@ -110,26 +107,19 @@ class DCDTerm(LossTerm):
         return 2 * self.loss.student_head.out_features
 
 
-class PCKDTerm(LossTerm):
+class PCKDTerm(RelationalTerm):
     """``PCKDLoss`` on features, logits and both classifier layers; owns its heads. Its preview follows the epoch."""
 
-    spans_ranks = True
-    epoch = 0
-
     def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> PCKDLoss:
-        return PCKDLoss(student.features, teacher.features, **asdict(config.pckd))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the loop before every epoch, counted from 0."""
-        self.epoch = epoch
+        return PCKDLoss(student.features, teacher.features, **loss_options(config.pckd, PCKDLoss))
 
     def inputs(self, student: ModelOutput, teacher: ModelOutput, labels: Tensor) -> tuple[Any, ...]:
         return (
             *self.for_layers(student.features, teacher.features),
             *one_dtype(student.logits, teacher.logits),
             labels,
-            _as_linear(student.classifier),
-            _as_linear(teacher.classifier),
+            as_linear(student.classifier),
+            as_linear(teacher.classifier),
             self.epoch,
         )
 
@@ -138,14 +128,13 @@ class PCKDTerm(LossTerm):
         return 2 * classes
 
 
-class MSDCRDTerm(LossTerm):
+class MSDCRDTerm(RelationalTerm):
     """``MSDCRDLoss`` on the last feature maps; owns the convolution from the student's channels to the teacher's.
 
     Raises ValueError for a teacher that does not classify single positions of its map.
     """
 
     needs_maps = True
-    spans_ranks = True
 
     def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> MSDCRDLoss:
         own, other = student.feature_map, teacher.feature_map
@@ -160,19 +149,12 @@ class MSDCRDTerm(LossTerm):
             "student_prefix_tokens": own.prefix_tokens,
             "teacher_prefix_tokens": other.prefix_tokens,
         }
-        return MSDCRDLoss(own.channels, other.channels, **prefixes, **asdict(config.msdcrd))
+        return MSDCRDLoss(own.channels, other.channels, **prefixes, **loss_options(config.msdcrd, MSDCRDLoss))
 
     def inputs(self, student: ModelOutput, teacher: ModelOutput, labels: Tensor) -> tuple[Any, ...]:
         assert student.feature_map is not None
         assert teacher.feature_map is not None
-        return (*self.for_layers(student.feature_map, teacher.feature_map), teacher.map_classifier)
-
-
-def _as_linear(classifier: nn.Module | None) -> Any:
-    """A classifier that is a 1x1 convolution as the pair (weight, bias); others as they are."""
-    if isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1) and classifier.groups == 1:
-        return classifier.weight.flatten(1), classifier.bias
-    return classifier
+        return (*self.for_layers(student.feature_map, teacher.feature_map), teacher.map_classifier, labels)
 
 
 TERMS: dict[str, TermBuilder] = {

@@ -28,6 +28,8 @@ from fastkd.trainer.strict_json import check_fields, read_json_object
 STUDENT, LOSS, EMA = "student.safetensors", "loss.safetensors", "ema.safetensors"
 STATE, MANIFEST = "state.pt", "manifest.json"
 CHECKPOINTS = "checkpoints"  # the folder of them in the folder of a run
+STAGES = "stages.json"  # in a folder that holds runs one after the other: their names
+_STAGE = re.compile(r"[A-Za-z]\w*", re.ASCII)
 _FORMAT = 3
 _NAME = re.compile(r"step-(\d{1,18})(-evaluated)?", re.ASCII)
 
@@ -150,13 +152,15 @@ def best_checkpoint(checkpoints: list[Path]) -> Path | None:
 
 
 def find_checkpoint(path: str | Path, *, best: bool = False) -> Path:
-    """The checkpoint folder that ``path`` means: itself, or of a run folder the newest or the ``best`` one::
+    """The checkpoint folder that ``path`` means: itself, or of a run folder the newest or the ``best`` one.
+
+    Of a folder of stages the run is the last of them::
 
         find_checkpoint("runs/digits", best=True)  # runs/digits/checkpoints/step-00000160
 
     CheckpointError if there is none.
     """
-    path = Path(path)
+    path = last_stage(Path(path))
     if not path.is_dir():
         what = "is a file, expected a" if path.exists() else "no such"
         raise CheckpointError(f"{path}: {what} checkpoint or run folder")
@@ -173,6 +177,32 @@ def find_checkpoint(path: str | Path, *, best: bool = False) -> Path:
     if chosen is None:
         raise CheckpointError(f"{path}: none of its {len(found)} checkpoints was evaluated")
     return chosen
+
+
+def stage_folders(folder: Path, names: list[str]) -> list[Path]:
+    """The run folders of stages of these names. ValueError for a name that is none."""
+    for name in names:
+        if not isinstance(name, str) or not _STAGE.fullmatch(name):
+            raise ValueError(f"stages: got the name {name!r}, expected letters, digits and underscores")
+    return [folder / f"{number}-{name}" for number, name in enumerate(names, 1)]
+
+
+def last_stage(folder: Path) -> Path:
+    """The run folder of the last stage if ``folder`` holds stages, else ``folder`` itself.
+
+    CheckpointError if that stage has not begun, whose student is the one that is meant.
+    """
+    if not (folder / STAGES).is_file():
+        return folder
+    try:
+        names = read_json_object(folder / STAGES, {"stages": list})["stages"]
+        *_, last = stage_folders(folder, names)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / STAGES}: names no stages ({error})") from error
+    if not last.is_dir():
+        begun = [path.name for path in stage_folders(folder, names) if path.is_dir()]
+        raise CheckpointError(f"{folder}: its last stage, {last.name}, has not begun; there is {', '.join(begun)}")
+    return last
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
