@@ -199,8 +199,9 @@ def backward_kernel(
 
 def tile_of(config: LaunchConfig) -> LaunchConfig:
     """The tile for rows that ``soft_target`` goes over in ``config``: fewer elements per thread, for more sums."""
-    rows, columns = min(config.BLOCK_M, MAX_ROWS), min(config.BLOCK_N, MAX_COLUMNS)
-    warps = max(1, rows * columns // WARP_ELEMENTS)
+    columns = min(config.BLOCK_N, MAX_COLUMNS)
+    rows = min(config.BLOCK_M, MAX_ROWS, max(1, WARP_ELEMENTS // columns))
+    warps = max(1, columns // WARP_ELEMENTS)
     return dataclasses.replace(config, BLOCK_M=rows, BLOCK_N=columns, num_warps=warps)
 
 
