@@ -5,9 +5,8 @@ import torch
 
 from fastkd.functional.kd import soft_target_rows
 from tests.gpu.test_soft_target import on_gpu
-from tests.helpers.checks import assert_close
+from tests.helpers.checks import ROW_OPTIONS, assert_close, row_results, row_temperatures
 from tests.helpers.gpu import assert_replays_from_a_cuda_graph, gpu, sanitizer
-from tests.helpers.rows_cases import FLAGS, results, temperatures
 
 pytest.importorskip("triton")
 
@@ -18,13 +17,13 @@ pytest.importorskip("triton")
     ("n", "classes"),
     [pytest.param(64, 10, marks=sanitizer), (1000, 100), (256, 1000), (33, 1001), (7, 5000), (3, 131069)],
 )
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("flags", ROW_OPTIONS, ids=str)
 def test_equals_the_definition_on_a_gpu(n: int, classes: int, flags: dict[str, bool], dtype: torch.dtype) -> None:
     student, teacher, labels = on_gpu(n, classes, dtype)
-    T = temperatures(n, "cuda")
-    exact = results(student.double(), teacher.double(), labels, T, backend="reference", **flags)
-    low = results(student, teacher, labels, T, backend="reference", **flags)
-    actual, again = (results(student, teacher, labels, T, backend="triton", **flags) for _ in range(2))
+    T = row_temperatures(n, "cuda")
+    exact = row_results(student.double(), teacher.double(), labels, T, backend="reference", **flags)
+    low = row_results(student, teacher, labels, T, backend="reference", **flags)
+    actual, again = (row_results(student, teacher, labels, T, backend="triton", **flags) for _ in range(2))
     for a, e, of_torch, expected in zip(actual, exact, low, (dtype, *[torch.float32] * 6), strict=True):
         assert_close(a, e, expected, of_torch)
     assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))

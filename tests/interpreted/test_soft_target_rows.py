@@ -9,20 +9,19 @@ from torch import Tensor
 
 from fastkd.backends.triton import soft_target_rows as triton
 from fastkd.functional import kd
-from tests.helpers.checks import assert_close, logits
-from tests.helpers.rows_cases import FLAGS, results, temperatures
+from tests.helpers.checks import ROW_OPTIONS, assert_close, logits, row_results, row_temperatures
 
 
 def check(student: Tensor, teacher: Tensor, labels: Tensor, **options: bool) -> None:
-    T = temperatures(len(student))
-    exact = results(student.double(), teacher.double(), labels, T, backend="reference", **options)
-    low = results(student, teacher, labels, T, backend="reference", **options)
-    actual = results(student, teacher, labels, T, backend="triton", **options)
+    T = row_temperatures(len(student))
+    exact = row_results(student.double(), teacher.double(), labels, T, backend="reference", **options)
+    low = row_results(student, teacher, labels, T, backend="reference", **options)
+    actual = row_results(student, teacher, labels, T, backend="triton", **options)
     for a, e, of_torch, dtype in zip(actual, exact, low, (student.dtype, *[torch.float32] * 6), strict=True):
         assert_close(a, e, dtype, of_torch)
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("flags", ROW_OPTIONS, ids=str)
 @pytest.mark.parametrize(("n", "classes"), [(5, 33), (3, 70)])
 @pytest.mark.usefixtures("poison")
 def test_equals_the_definition(n: int, classes: int, flags: dict[str, bool]) -> None:
@@ -53,8 +52,8 @@ def test_certain_networks_and_constant_rows_are_finite() -> None:
     student, teacher, labels = torch.zeros(3, 70), logits(3, 70)[1].float(), torch.tensor([1, 69, 0])
     student[0, 1], student[1, 2] = 120.0, 120.0
     T = torch.ones(3), torch.ones(3)
-    for flags in FLAGS[::3]:
-        assert all(x.isfinite().all() for x in results(student, teacher, labels, T, backend="triton", **flags))
+    for flags in ROW_OPTIONS[::3]:
+        assert all(x.isfinite().all() for x in row_results(student, teacher, labels, T, backend="triton", **flags))
 
 
 @pytest.mark.parametrize("label", [-100, 70, 1 << 40])
