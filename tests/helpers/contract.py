@@ -125,16 +125,12 @@ def _weighted_terms(student: Tensor, teacher: Tensor, labels: Tensor, **options:
 
 
 def _rows(student: Tensor, teacher: Tensor, labels: Tensor, **options: object) -> Tensor:
-    """A mean of all that ``soft_target_rows`` gives, at two temperatures."""
+    """A mean of all that ``soft_target_rows`` gives, at two temperatures, with its options; of two classes at least."""
     weight = options.pop("sample_weight")
-    rows = soft_target_rows(student, teacher, [1.0, 3.0], labels=labels, **options)
+    options |= {"labels": labels, "exclude_label": True, "standardize": True}
+    rows = soft_target_rows(student, teacher, [1.0, 3.0], **options)
     each = 2.0 * rows.divergence[0] - 9.0 * rows.divergence[1] + 0.1 * (rows.entropy - rows.teacher_label).sum(dim=0)
     return weighted_sum(each - 0.3 * rows.student_label[0] + 0.5 * rows.student_label[1], weight) / len(student)
-
-
-def _on_two_classes(**options: bool) -> Callable[[Size], Case]:
-    """The rows of two classes at least, which have a gradient that is not rounding alone."""
-    return lambda size: _on_logits(partial(_rows, **options), 10.0)(replace(size, D=size.D + 2))
 
 
 def _contrast(mode: str, normalize: bool) -> Callable[[Size], Case]:
@@ -200,8 +196,7 @@ OPERATIONS: dict[str, Callable[[Size], Case]] = {
     "dcd reversed": _pair(dcd_loss, alpha=2.0, consistency="teacher||student"),
     "kd": _on_logits(lambda s, t, labels, **options: kd_loss(s, t, 3.0, **options), 10.0),
     "ce and kd": _on_logits(_weighted_terms, 10.0),
-    "rows": _on_two_classes(),
-    "rows of others": _on_two_classes(exclude_label=True, standardize=True),
+    "rows": lambda size: _on_logits(_rows, 10.0)(replace(size, D=size.D + 2)),
     "ckd": _on_logits(lambda s, t, labels, **options: ckd_loss(s, t, 0.25, **options), 4.0),
     "sup_con with self": _sup_con_with_self,
     **{mode: _contrast(mode, True) for mode in MODES},

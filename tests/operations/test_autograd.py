@@ -32,11 +32,6 @@ def test_opcheck(dtype: torch.dtype, weighted: bool) -> None:
     labels = torch.arange(7) % 5
     for teacher, classes in ((b.detach(), labels), (b.detach(), None), (None, labels)):
         torch.library.opcheck(soft_target, (a, teacher, classes, w, 4.0, 0.1, "blocked"))
-    scales = (
-        torch.rand(2, 7, dtype=c.dtype if dtype == torch.float64 else torch.float32).requires_grad_() for _ in "ab"
-    )
-    rows = (a, b.detach(), labels, *scales)
-    torch.library.opcheck(soft_target_rows, (*rows, True, True, True, "blocked"))
     a, b, c = a.detach(), b.detach(), c.detach()
     *_, stats = dual_softmax(a, b, c, w, "student||teacher", 10.0, "blocked")
     one = torch.ones((), dtype=stats.dtype)
@@ -44,11 +39,20 @@ def test_opcheck(dtype: torch.dtype, weighted: bool) -> None:
         torch.library.opcheck(
             dual_softmax_backward, (a, b, c, w, stats, one, one, "student||teacher", 10.0, need, True, "blocked")
         )
+    *_, stats = soft_target(a, b, labels, w, 4.0, 0.1, "blocked")
+    torch.library.opcheck(soft_target_backward, (a, b, labels, w, stats, one, one, 4.0, 0.1, "blocked"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_rows(dtype: torch.dtype) -> None:
+    student, teacher, _, _ = samples(7, 5, dtype)
+    scales = torch.rand(2, 2, 7, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True).unbind()
+    rows = student, teacher.detach(), torch.arange(7) % 5, *scales
+    torch.library.opcheck(soft_target_rows, (*rows, True, True, True, "blocked"))
     rows = tuple(x.detach() for x in rows)
     found, kept = soft_target_rows(*rows, True, True, True, "blocked")
     torch.library.opcheck(soft_target_rows_backward, (*rows, kept, torch.ones_like(found), True, True, "blocked"))
-    *_, stats = soft_target(a, b, labels, w, 4.0, 0.1, "blocked")
-    torch.library.opcheck(soft_target_backward, (a, b, labels, w, stats, one, one, 4.0, 0.1, "blocked"))
 
 
 @pytest.mark.slow
