@@ -195,7 +195,7 @@ def soft_target_rows(
 
     Example:
         >>> import torch
-        >>> from fastkd.functional.kd import soft_target_rows
+        >>> from fastkd import soft_target_rows
         >>> student_logits, teacher_logits = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
         >>> rows = soft_target_rows(student_logits, teacher_logits, [1.0, 4.0], labels=torch.arange(8))
         >>> rows.divergence.shape
