@@ -83,12 +83,12 @@ def _mlkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return means @ means.new_tensor(TEMPERATURES) ** 2
 
 
-CTKD = CTKDLoss()
+DKD, LSKD, WSLD, CTKD = DKDLoss(), LSKDLoss(), WSLDLoss(), CTKDLoss()
 CASES: dict[str, tuple[Loss, Loss]] = {
     "KD": (eager_kd, lambda s, t, labels: kd_loss(s, t)),
-    "DKD": (eager_dkd, lambda s, t, labels: total_loss(DKDLoss()(s, t, labels))),
-    "LSKD": (eager_lskd, lambda s, t, labels: LSKDLoss()(s, t)["kd"]),
-    "WSLD": (eager_wsld, lambda s, t, labels: WSLDLoss()(s, t, labels)["wsld"]),
+    "DKD": (eager_dkd, lambda s, t, labels: total_loss(DKD(s, t, labels))),
+    "LSKD": (eager_lskd, lambda s, t, labels: LSKD(s, t)["kd"]),
+    "WSLD": (eager_wsld, lambda s, t, labels: WSLD(s, t, labels)["wsld"]),
     "CTKD": (eager_ctkd, lambda s, t, labels: CTKD(s, t, 10)["ctkd"]),
     "MLKD, five temperatures": (eager_mlkd, _mlkd),
 }

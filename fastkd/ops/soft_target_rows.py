@@ -86,6 +86,8 @@ def _(student_logits: Tensor, *_: Any) -> Tensor:
 
 def _scale_gradients(needs: tuple[bool, ...], kept: Tensor, upstream: Tensor) -> list[Tensor | None]:
     """Those of the student's and of the teacher's scales, [K, B], where they are needed."""
+    if not any(needs):
+        return [None, None]
     _, _, of_divergence, of_teacher, of_label = kept[BASE:].unflatten(0, (PER_VIEW, -1))
     student = (upstream[0] * of_divergence + upstream[2] * of_label) / kept[3] if needs[0] else None
     return [student, upstream[0] * of_teacher / kept[4] if needs[1] else None]
