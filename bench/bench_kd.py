@@ -18,6 +18,8 @@ from fastkd.functional.kd import soft_target_rows
 from fastkd.losses import CTKDLoss, DKDLoss, LSKDLoss, WSLDLoss, total_loss
 
 SHAPE = 4096, 1000
+# Times faster than eager code at least, and parts of its memory at most.
+PROMISES = dict.fromkeys(("KD", "DKD", "LSKD", "MLKD"), (2.0, 1.0))
 TEMPERATURES = 4.0, 3.0, 5.0, 2.0, 6.0
 THETA = torch.ones((), requires_grad=True)
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -131,3 +131,34 @@ def multiscale_pool(
     if normalize:
         rows = unit_rows(rows.reshape(-1, C))[0].view(rows.shape)
     return rows.to(features.dtype if dtype is None else dtype).contiguous()
+
+
+def triplet_angles(gram_s: Tensor, inverse_s: Tensor, gram_t: Tensor, inverse_t: Tensor) -> Tensor:
+    """The angles of RKD per anchor i, [N]: ``sum_jk huber(a^s_ijk - a^t_ijk)`` (arXiv 1904.05068, eq. 7).
+
+    ``a_ijk = (G_jk - G_ij - G_ik + G_ii) u_ij u_ik``, which is the cosine of ``x_j - x_i`` and ``x_k - x_i``. G holds
+    the products of the rows, and u their inverse distances; both are [N, N]. u is 0 where a pair has no direction.
+    """
+    angles = []
+    for G, u in ((gram_s, inverse_s), (gram_t, inverse_t)):
+        sides = G - G[:, :, None] - G[:, None, :] + G.diagonal()[:, None, None]
+        angles.append(sides * u[:, :, None] * u[:, None, :])
+    return F.smooth_l1_loss(angles[0], angles[1], reduction="none").sum(dim=(1, 2))
+
+
+def gram_sums(student: Tensor, teacher: Tensor) -> Tensor:
+    """What SP needs of every row of two Gram matrices, [3, N]: sums of ``S_ij^2``, ``T_ij^2`` and ``S_ij T_ij`` over j.
+
+    ``S = student student^T``, ``T = teacher teacher^T`` (arXiv 1907.09682, eq. 2).
+    """
+    S, T = student @ student.T, teacher @ teacher.T
+    return torch.stack([(S * S).sum(dim=1), (T * T).sum(dim=1), (S * T).sum(dim=1)])
+
+
+def pair_divergence(student: Tensor, inverse_s: Tensor, teacher: Tensor, inverse_t: Tensor, eps: float) -> Tensor:
+    """PKT per row i, [N]: ``sum_j q_ij ln((q_ij + eps) / (p_ij + eps))`` (arXiv 1803.10837, eq. 8).
+
+    ``p_ij = r_i (1 + u_i . u_j)``: u are the rows of ``student``, and r is ``inverse_s`` [N]. q is the teacher's.
+    """
+    p, q = (r[:, None] * (1 + u @ u.T) for u, r in ((student, inverse_s), (teacher, inverse_t)))
+    return (q * ((q + eps) / (p + eps)).log()).sum(dim=1)
