@@ -12,16 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from bench import bench_relations, breakdown, report
+from bench import bench_kd, bench_relations, breakdown, report
 
 # For the cases of bench_<name>.py: the title of their table, and the name of its first column.
 TITLES = {
     "dcd": ("dcd_loss, forward + backward, float32, D = 128", "n"),
     "contrast": ("Losses over one softmax per row, forward + backward, float32", "case"),
     "pool": ("multiscale_pool with normalisation, forward + backward, float32", "case"),
+    "kd": ("The KD family on logits [4096, 1000], forward + backward, float32", "case"),
     "relations": ("Losses that relate samples, forward + backward, float32", "case"),
 }
-PROMISES = {"relations": bench_relations.PROMISES}
+PROMISES = {"kd": bench_kd.PROMISES, "relations": bench_relations.PROMISES}
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.backends.masks import Mask
-from fastkd.numerics import accumulation_dtype, unit_rows
+from fastkd.numerics import STD_EPS, accumulation_dtype, unit_rows
 
 
 def dual_softmax(
@@ -60,6 +60,43 @@ def soft_target(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
     log_s = F.log_softmax(student_logits.to(dtype) / temperature, dim=1)
     log_t = F.log_softmax(teacher_logits.to(dtype) / temperature, dim=1)
     return temperature**2 * (log_t.exp() * (log_t - log_s)).sum(dim=1)
+
+
+def soft_target_rows(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    student_scale: Tensor,
+    teacher_scale: Tensor,
+    exclude_label: bool = False,
+    standardize: bool = False,
+) -> tuple[Tensor, ...]:
+    """KL(q || p) per row and view, the entropy of q, and the label's log-probability in p and in q, each [K, B].
+
+    ``p_ki = softmax(student_scale_ki student_i)`` and q likewise of the teacher; scales [K, B]. ``standardize``: rows
+    are first divided by ``1e-7 + std_i``, of the sample. ``exclude_label``: p and q are over the other classes, and the
+    last two are ``log (probability / (1 - probability))`` over all classes. Without labels, the last two are 0; a label
+    outside [0, C) gives NaN.
+    """
+    dtype, classes = accumulation_dtype(student_logits.dtype), student_logits.shape[1]
+    label = torch.zeros(len(student_logits), dtype=torch.int64, device=student_logits.device)
+    label = label if labels is None else labels.clamp(0, classes - 1)
+    left_out = (torch.arange(classes, device=label.device) == label[:, None]) & exclude_label
+    log_probabilities, label_terms = [], []
+    for logits, scale in ((student_logits, student_scale), (teacher_logits, teacher_scale)):
+        z = logits.to(dtype)
+        if standardize:
+            z = (z - z.mean(dim=1, keepdim=True)) / (STD_EPS + z.std(dim=1, keepdim=True))
+        z = scale[:, :, None] * z  # [K, B, C]
+        log_p = z - z.masked_fill(left_out, -torch.inf).logsumexp(dim=2, keepdim=True)
+        own = log_p.gather(2, label[:, None].expand(len(scale), -1, 1))[:, :, 0]
+        log_probabilities.append(log_p)
+        label_terms.append(torch.zeros_like(own) if labels is None else own.masked_fill(label != labels, torch.nan))
+    log_p, log_q = log_probabilities
+    q = log_q.exp()
+    divergence = (q * (log_q - log_p)).masked_fill(left_out, 0).sum(dim=2)
+    entropy = -(q * log_q).masked_fill(left_out, 0).sum(dim=2)
+    return divergence, entropy, *label_terms
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
