@@ -230,7 +230,8 @@ def soft_target_rows(
         check_no_tangent(student_logits, teacher_logits, student_scale, teacher_scale)
         moments = standardize or student_scale.requires_grad or teacher_scale.requires_grad
         rows = rows_of(*inputs, moments, backend_name).unbind()
-    return SoftTargetRows(rows[0], rows[1].detach(), rows[2], rows[3].detach())
+    student_label = rows[2].detach() if labels is None else rows[2]  # zeros, which have no gradient
+    return SoftTargetRows(rows[0], rows[1].detach(), student_label, rows[3].detach())
 
 
 def _scales(name: str, temperature: float | Tensor | Sequence[float], like: Tensor) -> Tensor:
@@ -241,6 +242,8 @@ def _scales(name: str, temperature: float | Tensor | Sequence[float], like: Tens
     if not temperatures:
         raise ValueError(f"{name}: got no number, expected at least one")
     for value in temperatures:
+        if isinstance(value, Tensor):
+            raise TypeError(f"{name}: got a tensor in a {type(temperature).__name__}, expected numbers there")
         check_temperature(value, name)
     dtype = accumulation_dtype(like.dtype)
     return torch.stack([torch.full((len(like),), 1 / T, dtype=dtype, device=like.device) for T in temperatures])

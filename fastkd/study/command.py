@@ -47,7 +47,7 @@ def study_command(arguments: list[str]) -> int:
     options = parse_options(build, name, flags)
     if options.dry_run:
         study = build(options)
-        print("\n".join(plan(study, folder_of(study, options), count_workers(options))))
+        print("\n".join(plan(study, folder_of(study, options), 1 if study.sequential else count_workers(options))))
         return 0
     speaks = os.environ.get("RANK", "0") == "0"
     command = shlex.join(["fastkd", "study", *arguments])

@@ -169,6 +169,13 @@ class Study:
     notes: tuple[str, ...] = ()
     sequential: bool = False
 
+    def __post_init__(self) -> None:
+        places = {cell.place for cell in self.cells}
+        for cell in self.cells:
+            for awaited in cell.after:
+                if awaited not in places:
+                    raise ValueError(f"after: got {awaited!r} for {cell}, expected the place of a cell of the study")
+
     @property
     def rows(self) -> list[str]:
         """The rows of the table, in order."""

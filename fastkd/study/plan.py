@@ -18,6 +18,9 @@ from fastkd.trainer.run.saved.checkpoint import CHECKPOINTS, list_checkpoints
 
 ROWS = 16  # of the batches that are timed on a CPU
 STEPS = 3
+QUICK = (
+    0.2  # seconds of a step up to which the whole batch is timed, because the time does not grow with the rows there
+)
 
 
 def plan(study: Study, folder: Path, workers: int) -> list[str]:
@@ -93,7 +96,11 @@ def _times(study: Study, folder: Path, cells: list[Cell], jobs: dict[str, Job | 
         lines.append(f"time of {column}: {duration(seconds)} for a run of {study.display(chosen.row)} ({how})")
     if cells:
         rest = f", and {unknown} runs of unknown time" if unknown else ""
-        note = " (a run of another method takes as long as the one that was timed, or longer)" if by_column else ""
+        note = (
+            " (a student from scratch takes less than a run that was timed, another method as long or longer)"
+            if by_column
+            else ""
+        )
         by_all = f"{duration(total / workers)} by {workers} processes"
         lines.append(f"together: {duration(total)} of runs, {by_all}{rest}{note}")
     return lines
@@ -113,6 +120,9 @@ def estimate(config: TrainConfig, samples: int | None) -> tuple[float, str]:
     rows = batch if torch.cuda.is_available() and config.device != "cpu" else min(ROWS, batch)
     step = training_step(config, rows)
     step()
+    if rows < batch and timed(step) * batch / rows < QUICK:
+        rows, step = batch, training_step(config, batch)
+        step()
     seconds = statistics.median(timed(step) for _ in range(STEPS))
     per_epoch = samples // batch if config.data.drop_last else -(-samples // batch)
     scaled = f", times {batch / rows:g} for {batch}" if rows < batch else ""

@@ -16,6 +16,7 @@ from fastkd.trainer.strict_json import check_fields, read_json_object
 from fastkd.trainer.text import flatten
 
 RESULT = "result.json"
+REMEDY = "if it is deleted, its run is done again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,8 @@ def read_record(folder: Path) -> Record | None:
         found = read_json_object(file)
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ValueError(f"{error}; {REMEDY}") from None
     kinds: dict[str, Any] = {"status": str, "values": dict, "error": str, "settings": dict, "at": (int, float)}
     check_fields(found, kinds, str(file))
     if found["status"] not in ("finished", "failed"):
@@ -61,6 +64,8 @@ def check_same_settings(study: Study, folder: Path) -> None:
         record = read_record(folder / cell.place)
         if record is None or record.status != "finished":
             continue
+        if cell.shown and study.measure not in record.values:
+            raise ValueError(f"{folder / cell.place / RESULT}: has no {study.measure}; {REMEDY}")
         job = job_of(cell, folder)
         changed = [] if isinstance(job, str) else changes(record.settings, job.settings())  # str: it is gone
         if changed:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -100,9 +102,18 @@ def _worker(build: Build, options: Options, number: int, workers: int, begun: fl
         torch.cuda.set_device(number % torch.cuda.device_count())
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     study = build(options)
     with contextlib.suppress(KeyboardInterrupt):
         work(study, folder_of(study, options), begun, partial(print, flush=True) if speaks else lambda line: None)
+
+
+def _end_with_parent() -> None:
+    """Ask this process to stop when its parent is gone, which SIGKILL ends without a word to its children."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)  # the run writes a checkpoint and ends
 
 
 def work(study: Study, folder: Path, begun: float, tell: Tell) -> int:

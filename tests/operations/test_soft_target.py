@@ -296,3 +296,17 @@ def test_cross_entropy_and_kd_of_one_read_are_those_of_the_fused_operation() -> 
     ce, kd = ce_kd_terms(student, teacher, labels, 4.0)
     assert_close(-found.student_label[0].mean(), ce, torch.float64)
     assert_close(16 * found.divergence[1].mean(), kd, torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_labels_their_zeros_have_no_gradient(backend: str) -> None:
+    student, teacher, _ = logits(3, 5)
+    gradients = []
+    for weight in (0.0, 1.0):
+        leaf = student.clone().requires_grad_()
+        rows = soft_target_rows(leaf, teacher, backend=backend)
+        (rows.divergence - weight * rows.student_label).sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(gradients[0], gradients[1])
+    with pytest.raises(TypeError, match="temperature: got a tensor in a list, expected numbers there"):
+        soft_target_rows(student, teacher, [1.0, torch.ones(3)], backend=backend)  # type: ignore[list-item]

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -243,7 +243,7 @@ def test_a_dry_run_says_what_runs_how_long_and_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    pairs = ["--pairs", "resnet14-resnet8", "nonsense-resnet8", "--seeds", "2", "--device", "cpu"]
+    pairs = ["--pairs", "resnet14-resnet8", "resnet20-resnet8", "--seeds", "2", "--device", "cpu"]
     assert main(["study", "dcd-table1", *pairs, "--methods", "ce", "kd", "nonsense"]) == 1
     assert "methods: got 'nonsense', expected methods among teacher, ce, kd" in capsys.readouterr().err
     assert main(["study", "dcd-table1", *pairs, "--methods", "ce", "kd", "--dry-run"]) == 0
@@ -253,7 +253,8 @@ def test_a_dry_run_says_what_runs_how_long_and_what_is_missing(
     assert "missing: teachers/resnet14_vanilla/ckpt_epoch_240.pth: RepDistiller's, from http" in text
     assert "missing: cifar: CIFAR-100, unpacked from" in text
     assert re.search(
-        r"time of resnet14-resnet8: .* for a run of KD \(3 steps of 16 rows, .* times 4 for 64; 187,", text
+        r"time of resnet14-resnet8: .* for a run of KD \(3 steps of (16 rows, .* times 4 for 64|64 rows, .*); 187,",
+        text,
     )
     assert re.search(r"together: .* of runs, .* by \d processes", text)
     assert main(["study", "dcd-table1", *pairs, "--methods", "kd"]) == 1
@@ -279,10 +280,33 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["dcd-table1", "--sedes", "3"], "--sedes: is no flag here, did you mean --seeds"),
         (["dcd-table1", "--seeds", "0"], "seeds: got 0"),
         (["dcd-table1", "--pairs", "resnet14"], "pairs: got 'resnet14', expected TEACHER-STUDENT"),
+        (["dcd-table1", "--pairs", "resnet14-nonsense"], "pairs: got 'nonsense' in 'resnet14-nonsense', expected"),
+        (["dcd-table1", "--pairs", *["vgg13-vgg8"] * 2], "pairs: got vgg13-vgg8 vgg13-vgg8, expected each once"),
+        (["dcd-table2", "--pairs", "vgg13-vgg8", "resnet14-resnet8"], "expected one pair for this study"),
+        (["digits", "--methods", "nonsense"], "methods: got ['nonsense'] in 'nonsense'"),
     ):
         assert main(["study", *flags]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
+
+
+def test_figures_have_one_seed_unless_more_are_asked_for() -> None:
+    figure = STUDIES["dcd-figure2"]
+    options = get_type_hints(figure)["options"]
+    assert [len(figure(options(methods=("kd",), **seeds)).cells) for seeds in ({}, {"seeds": 5})] == [1, 5]
+
+
+def test_damaged_records_and_unknown_places_are_named(tmp_path: Path) -> None:
+    study = quick([])
+    run_cells(study, Options(seeds=1, out=tmp_path, workers=1))
+    cell = study(Options(seeds=1)).cells[0]
+    record = tmp_path / cell.place / "result.json"
+    for text, message in ((record.read_text().replace("accuracy", "x"), "has no accuracy"), ("{", "is not JSON")):
+        record.write_text(text)
+        with pytest.raises(ValueError, match=f"result.json: {message}.*; if it is deleted, its run is done again"):
+            run_cells(study, Options(seeds=1, out=tmp_path, workers=1))
+    with pytest.raises(ValueError, match=r"after: got .nowhere. for .*, expected the place"):
+        replace(study(Options(seeds=1)), cells=(replace(cell, after=("nowhere",)),))
 
 
 def test_examples_and_the_study_of_the_documentation() -> None:

@@ -14,6 +14,7 @@ from fastkd.study.jobs import Training, training
 from fastkd.study.studies.methods import objective
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.models.build import ModelConfig
+from fastkd.trainer.models.cifar import NETWORKS
 from fastkd.trainer.models.cifar.teachers import PUBLISHED_ACCURACY, TEACHER_FILE, TEACHER_URL, published_teacher
 from fastkd.trainer.recipes import RECIPES
 
@@ -43,6 +44,13 @@ class CifarOptions(Options):
         for pair in self.pairs:
             if pair.count("-") != 1:
                 raise ValueError(f"pairs: got {pair!r}, expected TEACHER-STUDENT such as {pairs[0]}")
+            unknown = [name for name in pair.split("-") if name not in NETWORKS]
+            if unknown:
+                raise ValueError(
+                    f"pairs: got {unknown[0]!r} in {pair!r}, expected networks among {', '.join(NETWORKS)}"
+                )
+        if len(set(self.pairs)) != len(self.pairs):
+            raise ValueError(f"pairs: got {' '.join(self.pairs)}, expected each once")
         return list(self.pairs or pairs)
 
 

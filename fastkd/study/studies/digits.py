@@ -108,6 +108,8 @@ def digits(options: DigitsOptions) -> Study:
     --methods takes sums of terms, too, such as "2*dcd+kd".
     """
     rows = options.methods or methods()
+    for method in options.methods:
+        objective_of(method)  # which says what is no method, before the teacher is trained
     cells = [Cell(row="teacher", column=COLUMN, seed=0, make=partial(_teacher, options), place=TEACHER_PLACE)]
     cells += [
         Cell(
