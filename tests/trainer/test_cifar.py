@@ -158,7 +158,7 @@ def test_damaged_cifar_files_are_named(tmp_path: Path) -> None:
 def test_augmented_images_are_shifted_windows_and_their_mirrors() -> None:
     torch.manual_seed(0)
     images = torch.randint(1, 256, (64, 3, 6, 5), dtype=torch.uint8)
-    result = shift_and_flip(images, 2)
+    result = shift_and_flip(images, 2, torch.randint(2**62, (64,)))
     padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
     found = set()
     for before, after in zip(padded, result, strict=True):

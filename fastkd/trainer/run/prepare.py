@@ -15,7 +15,14 @@ from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.additions import Additions
 from fastkd.trainer.data.datasets import build_datasets, choose_data, names_of_classes, without_download
 from fastkd.trainer.data.labels import labels_hash, normalization_of
-from fastkd.trainer.data.loader import GlobalBatches, eval_loader, first_images, train_loader
+from fastkd.trainer.data.loader import (
+    AUGMENTATION,
+    GlobalBatches,
+    draws_nothing,
+    eval_loader,
+    first_images,
+    train_loader,
+)
 from fastkd.trainer.data.mix import BatchMix
 from fastkd.trainer.models.build import Normalization, check_normalization, trained_normalization
 from fastkd.trainer.objective.objective import additions_of
@@ -162,6 +169,7 @@ def identify(config: TrainConfig, data: RunData, distiller: Distiller, objects: 
         teacher_sha256=None if distiller.teacher is None else weights_hash(distiller.teacher.model.model),
         classes=names_of_classes(data.train_set),
         normalization=None if normalization is None else [list(map(float, values)) for values in normalization],
+        augmentation=None if draws_nothing(data.train_set) else AUGMENTATION,
     )
 
 
