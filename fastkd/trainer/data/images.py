@@ -1,4 +1,4 @@
-"""Loads images on disk, from one folder per class or from WebDataset shards, with timm's augmentation."""
+"""Loads images on disk, from one folder per class or from WebDataset shards, and augments them as bytes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms import RandomErasing, RandomResizedCrop, v2
+from torchvision.transforms.v2 import functional
 
 from fastkd.trainer.data.options import ImagesOptions, TransformOptions
 from fastkd.trainer.data.readers.encoded import ImageSamples
 from fastkd.trainer.data.readers.folder import FolderImages
 from fastkd.trainer.data.readers.shards import ShardImages
 
-Transform = Callable[[Any], Tensor]
+Transform = Callable[[Tensor], Tensor]
 
 
 def load_images(root: str, **options: Any) -> tuple[ImageSamples, ImageSamples]:
@@ -68,37 +69,74 @@ def split_by_class(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, 
 
 
 def evaluation_transform(options: TransformOptions) -> Transform:
-    """The middle of a picture, resized and normalised."""
+    """The middle of a picture, resized. Takes and gives uint8 [3, H, W]."""
     size = options.image_size
-    steps = [v2.Resize(round(size / options.crop), antialias=True), v2.CenterCrop(size)]
-    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(options.mean, options.std)]
-    return v2.Compose([*steps, *to_tensor])
+    return v2.Compose([v2.Resize(round(size / options.crop), antialias=True), v2.CenterCrop(size)])
 
 
 def training_transform(options: TransformOptions) -> Transform:
-    """timm's augmentation with these options. It draws from Python's, numpy's and torch's global generators."""
-    if not options.augment:
-        return evaluation_transform(options)
-    from timm.data.transforms_factory import (
-        transforms_imagenet_train,  # takes a second, which evaluation need not wait for
-    )
+    """Augmentation with these options. Takes and gives uint8 [3, H, W]."""
+    return RandomChange(options) if options.augment else evaluation_transform(options)
+
+
+class RandomChange:
+    """Cuts out and mirrors an image, uint8 [3, H, W], at random. On request it changes its colours and erases a part.
+
+    The crop is that of ``RandomResizedCrop``. timm's augmentations (its policies, the jitter of colours) are applied
+    to the crop. The random numbers come from Python's, numpy's and torch's global generators.
+
+    Raises:
+        ValueError: timm knows no such policy.
+    """
+
+    def __init__(self, options: TransformOptions) -> None:
+        self.size = [options.image_size, options.image_size]
+        self.scale, self.ratio = [options.min_scale, 1.0], [1 / options.max_aspect, options.max_aspect]
+        self.flip, self.erasing = options.flip, options.erasing
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (options.mean, options.std))
+        self.change = _colours(options)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        place = RandomResizedCrop.get_params(image, self.scale, self.ratio)
+        # The kernels of v2: its dispatch on the kind of image takes as long as a tenth of the decoder.
+        image = functional.resized_crop_image(image, *place, self.size, antialias=True)
+        if torch.rand(()) < self.flip:
+            image = functional.horizontal_flip_image(image)
+        if self.change is not None:
+            image = functional.pil_to_tensor(self.change(functional.to_pil_image(image)))
+        if self.erasing and torch.rand(()) < self.erasing:
+            image = self._erase(image)
+        return image
+
+    def _erase(self, image: Tensor) -> Tensor:
+        """The image with noise in a random rectangle: normal numbers of the data's means and standard deviations."""
+        top, left, height, width, noise = RandomErasing.get_params(image, (0.02, 1 / 3), (0.3, 1 / 0.3))
+        if height < image.shape[1]:  # else no rectangle was found that fits
+            pixels = ((noise * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
+            image = image.clone()
+            image[:, top : top + height, left : left + width] = pixels
+        return image
+
+
+def _colours(options: TransformOptions) -> Callable[[Any], Any] | None:
+    """What timm does to a picture of PIL's by these options. None for nothing."""
+    policy = options.auto_augment or (f"rand-m9-n{options.randaugment}" if options.randaugment else None)
+    if policy is None and not options.color_jitter:
+        return None
+    # timm takes a second, which other runs need not wait for.
+    from timm.data.transforms_factory import transforms_imagenet_train
 
     jitter: Any = options.color_jitter or None  # timm takes None, though its annotation does not say so
-    policy = options.auto_augment or (f"rand-m9-n{options.randaugment}" if options.randaugment else None)
     try:
-        return transforms_imagenet_train(
+        _, change, _ = transforms_imagenet_train(
             options.image_size,
-            scale=(options.min_scale, 1.0),
-            ratio=(1 / options.max_aspect, options.max_aspect),
-            hflip=options.flip,
             color_jitter=jitter,
             force_color_jitter=options.color_jitter > 0,
             auto_augment=policy,
             interpolation="bilinear",
             mean=tuple(options.mean),
-            std=tuple(options.std),
-            re_prob=options.erasing,
-            re_mode="pixel",
+            separate=True,
         )
     except (AssertionError, ValueError, KeyError) as error:  # timm's, of a policy that it cannot read
         raise ValueError(f"data.options.auto_augment: got {policy!r}, expected a policy of timm's ({error})") from None
+    return change

@@ -36,7 +36,9 @@ LAYOUTS: dict[tuple[str, int], tuple[str, list[str], list[str]]] = {
 
 
 class CifarImages(TensorImages):
-    """A dataset of uint8 ``images`` [N, 3, H, W], normalised when they are read. ``classes`` has the classes' names.
+    """A dataset of uint8 ``images`` [N, 3, H, W]. ``classes`` has the classes' names.
+
+    ``normalization`` has means and standard deviations of the channels, for the model that the images are given to.
 
     ``augment`` shifts each image by up to 4 pixels and mirrors it at random. The loader gives every sample a seed
     (``seeded_items``). Read without a loader, the seeds come from torch's global generator.
@@ -70,8 +72,7 @@ class CifarImages(TensorImages):
         images = self.images[chosen]
         if self.augment and seeds is not None:
             images = shift_and_flip(images, 4, torch.from_numpy(seeds))
-        mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in self.normalization)
-        return (images.float() - mean) / std, self.labels[chosen]
+        return images, self.labels[chosen]
 
 
 def shift_and_flip(images: Tensor, most: int, seeds: Tensor) -> Tensor:

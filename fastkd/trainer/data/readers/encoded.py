@@ -7,13 +7,14 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from fastkd.validate import check_int
 
@@ -38,7 +39,7 @@ class BrokenImagesError(RuntimeError):
 
 
 class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
-    """The images in ``root``: a sample is a transformed image [3, H, W] and its label.
+    """The images in ``root``: a sample is a transformed image, uint8 [3, H, W], and its label.
 
     An image that cannot be decoded is replaced by the next one that can, together with its label. The replacement
     depends on the index alone, so that a resumed run sees the same images. A broken image is counted once, however
@@ -47,8 +48,8 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
 
     Args:
         root: the folder. A subclass says how the images lie in it.
-        transform: makes a tensor of a PIL image.
-        normalization: (means, standard deviations) of the channels that ``transform`` gives.
+        transform: what an image, uint8 [3, H, W], goes through.
+        normalization: (means, standard deviations) of the channels, for the model that the images are given to.
         max_broken: this many images may be broken. One more raises BrokenImagesError.
 
     Attributes:
@@ -58,7 +59,11 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
     """
 
     def __init__(
-        self, root: str | Path, transform: Callable[[Any], Tensor], normalization: Normalization, max_broken: int = 100
+        self,
+        root: str | Path,
+        transform: Callable[[Tensor], Tensor],
+        normalization: Normalization,
+        max_broken: int = 100,
     ) -> None:
         check_int("data.options.max_broken", max_broken, 0)
         self.root = Path(root)
@@ -111,8 +116,11 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
         warnings.warn(f"{what}; the next image takes its place", RuntimeWarning, stacklevel=3)
 
 
-def decode(encoded: bytes) -> Any:
-    """An RGB image of PIL's. 16 bits are scaled to 8.
+def decode(encoded: bytes) -> Tensor:
+    """An RGB image as uint8 [3, H, W]. 16 bits are scaled to 8.
+
+    JPEGs are decoded by torchvision, which gives PIL's pixels in less time. PIL reads their headers, and decodes all
+    other formats.
 
     Raises:
         ValueError: the pixels are floating-point numbers, or more than MAX_PIXELS.
@@ -123,13 +131,14 @@ def decode(encoded: bytes) -> Any:
             raise ValueError(f"has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}")
         if image.mode == "F":  # nothing tells the range of its pixels
             raise ValueError("has floating-point pixels, expected 8 or 16 bits")
+        if image.format == "JPEG":
+            return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
         if image.mode == "I" or image.mode.startswith("I;16"):  # PIL would clip them to 8 bits
             pixels = np.asarray(image, dtype=np.float64) / 257
-            return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
+            return pil_to_tensor(Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).convert("RGB"))
+        return pil_to_tensor(image.convert("RGB"))
 
 
-def scaled(image: Any, side: int) -> Tensor:
-    """A picture of PIL's as [3, side, side] in uint8, by bilinear interpolation that averages over left-out pixels."""
-    small = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(small)).movedim(-1, 0)
+def scaled(image: Tensor, side: int) -> Tensor:
+    """An image, uint8 [3, H, W], as [3, side, side]. PIL's bilinear interpolation averages over left-out pixels."""
+    return pil_to_tensor(to_pil_image(image).resize((side, side), Image.Resampling.BILINEAR))
