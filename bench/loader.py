@@ -85,7 +85,7 @@ def loaders(root: Path) -> dict[str, Iterable[Any]]:
             (3, SIDE, SIDE),
             BATCH,
             is_training=True,
-            color_jitter=None,
+            color_jitter=0.0,
             interpolation="bilinear",
             num_workers=0,
             use_prefetcher=False,
@@ -122,11 +122,16 @@ def parts(root: Path, rounds: int) -> dict[str, float]:
     decoded = [decode(content) for content in encoded]
     ready = [data.transform(image) for image in decoded]
     seeds = sample_seeds(0, 0, range(len(encoded))).tolist()
+
+    def seed_all() -> None:
+        for seed in seeds:
+            seed_generators(seed)
+
     work: dict[str, Callable[[], Any]] = {
         "read the file": lambda: [data.encoded(index) for index in range(len(encoded))],
         "decode": lambda: [decode(content) for content in encoded],
         "crop, resize, mirror": lambda: [data.transform(image) for image in decoded],
-        "seed the generators": lambda: [seed_generators(seed) for seed in seeds],
+        "seed the generators": seed_all,
         "join the batch": lambda: torch.stack(ready),
     }
     with kept_generators():

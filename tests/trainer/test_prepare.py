@@ -25,8 +25,7 @@ from fastkd.trainer import (
 from fastkd.trainer.data.labels import normalization_of
 from fastkd.trainer.data.loader import eval_loader
 from fastkd.trainer.data.options import IMAGENET_MEAN, IMAGENET_STD
-from fastkd.trainer.data.readers.cifar import CifarImages
-from fastkd.trainer.models.build import Normalization, torchvision_weights, trained_normalization
+from fastkd.trainer.models.build import torchvision_weights, trained_normalization
 from fastkd.trainer.models.features import ModelOutput, measure_shapes
 from fastkd.trainer.run.check import check_teacher
 from fastkd.trainer.run.distiller import Trained, build_distiller, weights_hash
@@ -100,59 +99,6 @@ def test_a_teacher_sees_images_normalised_as_in_its_own_training():
     ]
     assert set(distiller.state_dict()) == names
     assert torch.equal(distiller.student(as_data).logits, build(config()).student(as_data).logits)
-
-
-def pixels(rows: int = 8) -> torch.Tensor:
-    return torch.randint(256, (rows, 3, 6, 6), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
-
-
-def normalised(images: torch.Tensor, normalization: Normalization) -> torch.Tensor:
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in normalization)
-    return (images / 255 - mean) / std
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_each_model_normalises_bytes_for_itself(dtype):
-    plain, settings = build(config()), config(teacher={"normalization": OWN, "dtype": dtype})
-    distiller = build_distiller(settings, pixels(), DATA, student=Net(), teacher=Net(6))
-    distiller.load_state_dict(plain.state_dict())
-    prepare(distiller, settings, CPU, Ranks(), DATA)
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    distiller.eval()
-    plain.eval()
-    expected = plain.student(normalised(pixels(), DATA)), plain.teach(normalised(pixels(), OWN))
-    assert_close(distiller.student(pixels()).logits, expected[0].logits, torch.float32)
-    assert_close(distiller.teach(pixels()).logits, expected[1].logits, kind)
-    assert distiller.teacher.model.scale.dtype == torch.float32
-    assert set(distiller.state_dict()) == set(plain.state_dict())
-    # Images that are normalised already stay as they are, and so do those of a next run on other data.
-    assert torch.equal(distiller.student(images()).logits, plain.student(images()).logits)
-    build_distiller(dataclasses.replace(config(terms="ce"), teacher=None), images(), DATA, student=distiller.student)
-    assert not distiller.student.takes_bytes
-
-
-def test_a_run_on_bytes_sees_the_same_images_in_any_chunks_and_is_evaluated_as_it_was_trained(tmp_path):
-    data = CifarImages(pixels(20), torch.arange(20) % 5, DATA, augment=True)
-    held_out = CifarImages(pixels(20), torch.arange(20) % 5, DATA, augment=False)
-    seen = {1: [], 4: []}
-    for chunks, batches in seen.items():
-        settings = dataclasses.replace(
-            run_settings(tmp_path), teacher=None, objective=ObjectiveConfig(terms="ce"), epochs=1, chunks=chunks,
-            ema=0.5, quiet=True, data=DataConfig(batch_size=12, mixup=0.2, cutmix=0.2),
-            run_dir=str(tmp_path / f"run{chunks}"),
-        )  # fmt: skip
-        student = Net()
-        student.conv.register_forward_pre_hook(lambda _, args, batches=batches: batches.append(args[0].detach()))
-        result = train(settings, student=student, train_data=data, eval_data=held_out)
-        deployed = result.deployed.model.eval()
-        assert result.accuracy == (deployed(normalised(pixels(20), DATA)).argmax(1) == held_out.labels).float().mean()
-        assert evaluate_checkpoint(result.path, model=Net(), eval_data=held_out).accuracy == result.accuracy
-    whole, parts = ([batch for batch in seen[chunks] if len(batch) == 12 // chunks] for chunks in (1, 4))
-    assert torch.equal(torch.cat(parts[:4]), whole[0])
-    levels = whole[0] * torch.tensor(DATA[1]).view(-1, 1, 1) + torch.tensor(DATA[0]).view(-1, 1, 1)
-    assert (
-        levels.min() >= -1e-6 and levels.max() <= 1 + 1e-6 and levels.std() > 0.2
-    )  # of bytes that were normalised once
 
 
 @pytest.mark.parametrize("normalization", [None, DATA])
