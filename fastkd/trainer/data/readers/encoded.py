@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -119,24 +120,41 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
 def decode(encoded: bytes) -> Tensor:
     """An RGB image as uint8 [3, H, W]. 16 bits are scaled to 8.
 
-    JPEGs are decoded by torchvision, which gives PIL's pixels in less time. PIL reads their headers, and decodes all
-    other formats.
+    JPEGs are decoded by torchvision, which gives PIL's pixels in less time. PIL decodes all other formats, and JPEGs
+    that do not say their size plainly.
 
     Raises:
         ValueError: the pixels are floating-point numbers, or more than MAX_PIXELS.
         Exception: almost anything, for an image that is damaged or of no format in FORMATS.
     """
+    if 0 < _pixels_of_jpeg(encoded) <= MAX_PIXELS:
+        return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}")
         if image.mode == "F":  # nothing tells the range of its pixels
             raise ValueError("has floating-point pixels, expected 8 or 16 bits")
-        if image.format == "JPEG":
-            return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
         if image.mode == "I" or image.mode.startswith("I;16"):  # PIL would clip them to 8 bits
             pixels = np.asarray(image, dtype=np.float64) / 257
             return pil_to_tensor(Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).convert("RGB"))
         return pil_to_tensor(image.convert("RGB"))
+
+
+def _pixels_of_jpeg(encoded: bytes) -> int:
+    """The pixels of a JPEG by its frame header. 0 for anything else than segments that follow each other up to it.
+
+    PIL would tell as well. Its way there takes a tenth of the decoder's time.
+    """
+    place = 2 if encoded.startswith(b"\xff\xd8") else len(encoded)
+    while place + 9 <= len(encoded) and encoded[place] == 0xFF:
+        marker = encoded[place + 1]
+        if marker < 0xC0 or 0xD0 <= marker <= 0xDA:  # no segment, or that of the first scan
+            return 0
+        if marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # not the tables among the frame headers
+            height, width = struct.unpack_from(">HH", encoded, place + 5)
+            return int(height * width)
+        place += 2 + int.from_bytes(encoded[place + 2 : place + 4])
+    return 0
 
 
 def scaled(image: Tensor, side: int) -> Tensor:
