@@ -25,6 +25,7 @@ usage: fastkd COMMAND ...
   eval CHECKPOINT    accuracy of a checkpoint or of the newest one of a run folder
   export CHECKPOINT OUT   its student as .safetensors or .onnx, checked
   probe CHECKPOINT   linear probe of its frozen features on other data
+  study NAME ...     a table or figure of a paper: a grid of runs, resumed, beside the published numbers
   report RUN ...     an HTML page about a run, or several compared, from their folders
 
 fastkd COMMAND --help describes each; fastkd --version says which fastkd this is.
@@ -38,9 +39,10 @@ _COMMANDS = {
     "export": "fastkd.trainer.commands.export:export_command",
     "probe": "fastkd.trainer.commands.linear_probe:probe_command",
     "report": "fastkd.trainer.report.page:report_command",
+    "study": "fastkd.study.command:study_command",
 }
 # Beside ``train``. The extra ``export`` is asked for where an ONNX file is written.
-_FURTHER_EXTRAS = {"demo": ("report",), "probe": ("report",), "report": ("report",)}
+_FURTHER_EXTRAS = {"demo": ("report",), "probe": ("report",), "report": ("report",), "study": ("report",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +97,7 @@ def _run(command: str, arguments: list[str]) -> int:
     import tyro
 
     function = pkgutil.resolve_name(_COMMANDS[command])
-    if command == "train":  # its flags depend on the recipe
+    if command in ("train", "study"):  # their flags depend on the recipe or the study
         return function(arguments)
     from fastkd.trainer.commands.messages import errors_in_one_line
 

@@ -41,7 +41,7 @@ class DCDLoss(LossModule):
     The bounds of exp(tau) are kept by projection: every forward first sets tau back to the bound that it went beyond
     (:meth:`project_tau`). tau's gradient is never blocked. So tau leaves the bound as soon as the loss asks for it, and
     ranks that average their gradients stay exact. (The authors' code clamps instead: beyond the bound tau gets no
-    gradient, and stays there.)
+    gradient, and the loss cannot bring it back.)
 
     Source: arXiv 2407.11802, eq. 2-8. Where the paper and the authors' code differ, an argument chooses.
 

@@ -61,7 +61,7 @@ def test_settings_are_those_of_the_sources():
         expected = (120, 256, "sgd", 0.1, 1e-4, imagenet_steps, *ours)
         assert settings(f"imagenet-{pair}-dcd") == ("dcd", *expected)
         assert settings(f"imagenet-{pair}-dcd-kd") == ("dcd + kd", *expected)
-    assert settings("imagenet-r34-r18-ckd") == ("10*ckd", 200, 512, "sgd", 0.2, 1e-4, "cosine", *ours)
+    assert settings("imagenet-r34-r18-ckd") == ("10*ckd", 200, 512, "sgd", 0.2, 1e-4, "cosine", *cifar, True)
     assert settings("cifar100-ckd") == ("100*ckd", 480, 64, "sgd", 0.05, 5e-4, "cosine", *cifar, True)
     for name, terms in (("dcd-kd", "dcd + kd"), ("pckd", "pckd"), ("resnet32x4", "ce"), ("wrn-40-2", "ce")):
         assert settings(f"cifar100-{name}") == (terms, 240, 64, "sgd", 0.05, 5e-4, steps, *cifar, False)
