@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import loader
+from bench.loader import __main__ as loader
 
 
 def test_the_last_line_is_the_ratio_and_too_small_a_one_fails(
