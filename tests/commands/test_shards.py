@@ -18,7 +18,7 @@ from fastkd.trainer.commands.shards import shards_command
 from fastkd.trainer.data.images import load_images
 from fastkd.trainer.data.readers.encoded import BrokenImagesError, ImageSamples
 from fastkd.trainer.data.readers.manifest import MANIFEST
-from fastkd.trainer.files import FolderLock
+from fastkd.trainer.files import LOCK, FolderLock
 from fastkd.trainer.models.weights import CheckpointError
 
 CLASSES = ("ant", "bee", "cat")
@@ -57,7 +57,9 @@ def read(root: Path, form: str = "shards") -> tuple[ImageSamples, ImageSamples]:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    """All files but the lock, which a killed process leaves."""
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != LOCK]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("parts", [("train", "val"), ("",)])

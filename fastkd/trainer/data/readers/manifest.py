@@ -40,8 +40,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def classes_of_shards(folder: Path, sizes: dict[str, int]) -> list[str] | None:
     """The names of the classes; None where there is no manifest.
 
-    ``sizes`` are the bytes of the shards in ``folder``, by name. ValueError if the manifest tells of other shards, or of
-    a writer that has not finished.
+    ``sizes`` are the bytes of the shards in ``folder``, by name. ValueError if the manifest tells of other shards, or
+    of a writer that has not finished.
     """
     manifest, path = read_manifest(folder), folder / MANIFEST
     if manifest is None:
