@@ -116,7 +116,8 @@ def extension() -> dict[str, Any]:
 
     parts = (
         *("module", "pack_rows", "driver", "launcher"),
-        *("dense", "dense_contrast", "dense_dual_softmax", "dense_soft_target", "dual_softmax_tiles"),
+        *("dense", "dense_contrast", "dense_dual_softmax", "dense_soft_target", "dense_soft_target_rows"),
+        *("dual_softmax_tiles", "gram_tiles", "triplet_angles"),
     )
     sources = [f"csrc/{name}.cpp" for name in parts]
     macros: list[tuple[str, str | None]] = [

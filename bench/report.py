@@ -67,6 +67,20 @@ def add_ratios(rows: list[dict[str, Any]], group: tuple[str, ...], baseline: str
         row["memory_ratio"] = memory[0] / memory[1] if memory[0] is not None and memory[1] else None
 
 
+def broken(json_path: Path, key: str, promises: dict[str, tuple[float, float]]) -> list[str]:
+    """One line for every row of fastkd that is slower than promised, or takes more memory, against the baseline.
+
+    ``promises``: times faster at least, and parts of its memory at most, by the first word of the row's case.
+    """
+    lines = []
+    for row in rows_of(json.loads(json_path.read_text()), key):
+        faster, memory = promises.get(re.split(r"\W", row[key])[0], (0.0, float("inf")))
+        if "fastkd" in row["provider"] and (row["speedup"] < faster or row["memory_ratio"] > memory):
+            found = f"{row['speedup']:.2f}x with {row['memory_ratio']:.1%} of the memory"
+            lines.append(f"{row[key]}: {found}, expected {faster}x with {memory:.0%}")
+    return lines
+
+
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=rows[0])

@@ -31,11 +31,6 @@ FASTKD_INLINE T largest_of(const T* x, int64_t classes) {
   return largest;
 }
 
-// log(x / t), from x - t too: where they are almost equal, the difference of their logarithms would be rounding.
-double log_ratio(double x, double t, double excess) {
-  return excess < 0 ? -std::log1p(-excess / x) : std::log1p(excess / t);
-}
-
 // The weighted sums of cross-entropy and KD. of_kd and of_ce: the gradients of the student's logits, of_ce only with
 // labels. Without needs_grad they are a single row, for a row's powers.
 template <class T>

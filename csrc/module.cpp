@@ -18,6 +18,9 @@ PYBIND11_MODULE(_native, module) {
   fastkd::define_dense_contrast(module);
   fastkd::define_dense_dual_softmax(module);
   fastkd::define_dense_soft_target(module);
+  fastkd::define_dense_soft_target_rows(module);
   fastkd::define_dual_softmax_tiles(module);
+  fastkd::define_gram_tiles(module);
   fastkd::define_launcher(module);
+  fastkd::define_triplet_angles(module);
 }

@@ -41,6 +41,11 @@ FASTKD_INLINE float power_of_two(float x) {
 
 inline double power_of_two(double x) { return std::exp2(x); }
 
+// log(x / t), from x - t too: where they are almost equal, the difference of their logarithms would be rounding.
+inline double log_ratio(double x, double t, double excess) {
+  return excess < 0 ? -std::log1p(-excess / x) : std::log1p(excess / t);
+}
+
 // log(1 + 2^x)
 template <class T>
 T log_one_plus_power(T x) {

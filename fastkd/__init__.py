@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastkd.functional.contrast import ckd_loss, info_nce_loss, masked_contrast_loss, sup_con_loss
     from fastkd.functional.dcd import dcd_loss
-    from fastkd.functional.kd import kd_loss
+    from fastkd.functional.kd import kd_loss, soft_target_rows
     from fastkd.functional.pool import multiscale_pool
     from fastkd.functional.preview import preview_weight
     from fastkd.losses import (
@@ -44,6 +44,7 @@ __all__ = [
     "masked_contrast_loss",
     "multiscale_pool",
     "preview_weight",
+    "soft_target_rows",
     "sup_con_loss",
     "total_loss",
 ]
@@ -53,6 +54,7 @@ _FUNCTIONS = {
     "kd_loss": "functional.kd",
     "multiscale_pool": "functional.pool",
     "preview_weight": "functional.preview",
+    "soft_target_rows": "functional.kd",
     "total_loss": "losses",
 }
 

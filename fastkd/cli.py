@@ -25,6 +25,7 @@ usage: fastkd COMMAND ...
   eval CHECKPOINT    accuracy of a checkpoint or of the newest one of a run folder
   export CHECKPOINT OUT   its student as .safetensors or .onnx, checked
   probe CHECKPOINT   linear probe of its frozen features on other data
+  study NAME ...     a table or figure of a paper: a grid of runs, resumed, beside the published numbers
   shards --root FOLDER --out DIR   a folder of images as WebDataset shards, smaller if asked for
   report RUN ...     an HTML page about a run, or several compared, from their folders
 
@@ -40,9 +41,10 @@ _COMMANDS = {
     "probe": "fastkd.trainer.commands.linear_probe:probe_command",
     "shards": "fastkd.trainer.commands.shards:shards_command",
     "report": "fastkd.trainer.report.page:report_command",
+    "study": "fastkd.study.command:study_command",
 }
 # Beside ``train``. The extra ``export`` is asked for where an ONNX file is written.
-_FURTHER_EXTRAS = {"demo": ("report",), "probe": ("report",), "report": ("report",)}
+_FURTHER_EXTRAS = {"demo": ("report",), "probe": ("report",), "report": ("report",), "study": ("report",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +99,7 @@ def _run(command: str, arguments: list[str]) -> int:
     import tyro
 
     function = pkgutil.resolve_name(_COMMANDS[command])
-    if command == "train":  # its flags depend on the recipe
+    if command in ("train", "study"):  # their flags depend on the recipe or the study
         return function(arguments)
     from fastkd.trainer.commands.messages import errors_in_one_line
 

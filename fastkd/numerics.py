@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 NORM_EPS = 1e-12  # rows no longer than this count as zero
+STD_EPS = 1e-7  # added to the standard deviation of a row's logits before they are divided by it
 MIN_PLAIN_NORM, MAX_PLAIN_NORM = 1e-10, 1e18  # of rows whose squares can be summed as they are
 
 

@@ -183,9 +183,26 @@ def one_scale(logit_scale: Tensor | float | None, temperature: Tensor | float | 
     return temperature.reciprocal()
 
 
-def check_temperature(temperature: Any) -> None:
+def check_temperature(temperature: Any, name: str = "temperature") -> None:
     """In [1e-4, 1e4]. Beyond it logits overflow, or squares of temperatures do, or nothing is left of the logits."""
-    check_number("temperature", temperature, 1e-4, 1e4)
+    check_number(name, temperature, 1e-4, 1e4)
+
+
+def check_row_temperature(name: str, temperature: Tensor, like: Tensor) -> Tensor:
+    """A tensor of temperatures, 0-dim or one per row, on the logits' device; with their range where it can be read.
+
+    Returns it as [B], in the dtype that the logits are computed in.
+    """
+    check_floating(name, temperature)
+    n = like.shape[0]
+    if temperature.shape not in ((), (n,)):
+        raise ValueError(f"{name}: got shape {list(temperature.shape)}, expected a 0-dim tensor or [{n}], one per row")
+    if temperature.device != like.device:
+        raise ValueError(f"{name}: got device {temperature.device}, expected that of the logits, {like.device}")
+    if _may_read(temperature):
+        for value in temperature.detach().aminmax():
+            check_temperature(value.item(), name)
+    return temperature.to(accumulation_dtype(like.dtype)).expand(n)
 
 
 def scale_bound(logit_scale: Tensor | float, max_scale: float) -> float:
@@ -209,18 +226,18 @@ def _check_scalar_tensor(name: str, value: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name}: got device {value.device}, expected that of the embeddings, {like.device}")
 
 
-def check_weight(sample_weight: Tensor | None, like: Tensor) -> Tensor | None:
-    if sample_weight is None:
+def check_weight(weight: Tensor | None, like: Tensor, name: str = "sample_weight") -> Tensor | None:
+    if weight is None:
         return None
-    check_floating("sample_weight", sample_weight)
+    check_floating(name, weight)
     n = like.shape[0]
-    if sample_weight.shape != (n,):
-        raise ValueError(f"sample_weight: got shape {list(sample_weight.shape)}, expected [{n}], one weight per row")
-    if sample_weight.device != like.device:
-        raise ValueError(f"sample_weight: got device {sample_weight.device}, expected {like.device}")
-    if sample_weight.requires_grad:
-        raise ValueError("sample_weight: got a tensor that requires a gradient, expected a constant; detach() it")
-    return check_not_negative("sample_weight", sample_weight, "weights")
+    if weight.shape != (n,):
+        raise ValueError(f"{name}: got shape {list(weight.shape)}, expected [{n}], one weight per row")
+    if weight.device != like.device:
+        raise ValueError(f"{name}: got device {weight.device}, expected {like.device}")
+    if weight.requires_grad:
+        raise ValueError(f"{name}: got a tensor that requires a gradient, expected a constant; detach() it")
+    return check_not_negative(name, weight, "weights")
 
 
 def check_not_negative(name: str, x: Tensor, what: str) -> Tensor:

@@ -31,6 +31,7 @@ ROOMS = [line.split() for line in """
     fastkd.trainer.run  fastkd.trainer.recipes
     fastkd.trainer.commands  fastkd.trainer.report
     fastkd.trainer
+    fastkd.study
     fastkd.demo
     fastkd.cli
     fastkd.__main__

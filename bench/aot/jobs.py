@@ -5,12 +5,12 @@ from typing import Any
 
 from fastkd.kernels import normalize
 
-from bench.aot import contrast, dual_softmax, pool, soft_target
+from bench.aot import contrast, dual_softmax, pool, soft_target, triplet_angles
 from bench.aot.compile import Job
 
 
 def jobs(hardware: str) -> Iterator[Job]:
-    for operation in (dual_softmax, contrast, soft_target, pool):
+    for operation in (dual_softmax, contrast, soft_target, pool, triplet_angles):
         yield from operation.jobs(hardware)
     yield from _normalize_jobs(hardware)
 

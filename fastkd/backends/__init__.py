@@ -12,7 +12,9 @@ from torch import Tensor
 
 BACKENDS = ("reference", "blocked", "triton")
 # The operations that have a kernel; the others stream through ``blocked`` on every device.
-TRITON_OPERATIONS = frozenset({"contrast", "dual_softmax", "multiscale_pool", "soft_target"})
+TRITON_OPERATIONS = frozenset(
+    {"contrast", "dual_softmax", "multiscale_pool", "soft_target", "soft_target_rows", "triplet_angles"}
+)
 MAX_WIDTH = 1 << 13  # of a row that one program normalises
 
 

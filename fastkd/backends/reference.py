@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.backends.masks import Mask
-from fastkd.numerics import accumulation_dtype, unit_rows
+from fastkd.numerics import STD_EPS, accumulation_dtype, unit_rows
 
 
 def dual_softmax(
@@ -62,6 +62,43 @@ def soft_target(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
     return temperature**2 * (log_t.exp() * (log_t - log_s)).sum(dim=1)
 
 
+def soft_target_rows(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    student_scale: Tensor,
+    teacher_scale: Tensor,
+    exclude_label: bool = False,
+    standardize: bool = False,
+) -> tuple[Tensor, ...]:
+    """KL(q || p) per row and view, the entropy of q, and the label's log-probability in p and in q, each [K, B].
+
+    ``p_ki = softmax(student_scale_ki student_i)`` and q likewise of the teacher; scales [K, B]. ``standardize``: rows
+    are first divided by ``1e-7 + std_i``, of the sample. ``exclude_label``: p and q are over the other classes, and the
+    last two are ``log (probability / (1 - probability))`` over all classes. Without labels, the last two are 0; a label
+    outside [0, C) gives NaN.
+    """
+    dtype, classes = accumulation_dtype(student_logits.dtype), student_logits.shape[1]
+    label = torch.zeros(len(student_logits), dtype=torch.int64, device=student_logits.device)
+    label = label if labels is None else labels.clamp(0, classes - 1)
+    left_out = (torch.arange(classes, device=label.device) == label[:, None]) & exclude_label
+    log_probabilities, label_terms = [], []
+    for logits, scale in ((student_logits, student_scale), (teacher_logits, teacher_scale)):
+        z = logits.to(dtype)
+        if standardize:
+            z = (z - z.mean(dim=1, keepdim=True)) / (STD_EPS + z.std(dim=1, keepdim=True))
+        z = scale[:, :, None] * z  # [K, B, C]
+        log_p = z - z.masked_fill(left_out, -torch.inf).logsumexp(dim=2, keepdim=True)
+        own = log_p.gather(2, label[:, None].expand(len(scale), -1, 1))[:, :, 0]
+        log_probabilities.append(log_p)
+        label_terms.append(torch.zeros_like(own) if labels is None else own.masked_fill(label != labels, torch.nan))
+    log_p, log_q = log_probabilities
+    q = log_q.exp()
+    divergence = (q * (log_q - log_p)).masked_fill(left_out, 0).sum(dim=2)
+    entropy = -(q * log_q).masked_fill(left_out, 0).sum(dim=2)
+    return divergence, entropy, *label_terms
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """``-log softmax(logits_i)`` per row, [B], against ``(1 - label_smoothing) [c = label] + label_smoothing / C``.
 
@@ -94,3 +131,34 @@ def multiscale_pool(
     if normalize:
         rows = unit_rows(rows.reshape(-1, C))[0].view(rows.shape)
     return rows.to(features.dtype if dtype is None else dtype).contiguous()
+
+
+def triplet_angles(gram_s: Tensor, inverse_s: Tensor, gram_t: Tensor, inverse_t: Tensor) -> Tensor:
+    """The angles of RKD per anchor i, [N]: ``sum_jk huber(a^s_ijk - a^t_ijk)`` (arXiv 1904.05068, eq. 7).
+
+    ``a_ijk = (G_jk - G_ij - G_ik + G_ii) u_ij u_ik``, which is the cosine of ``x_j - x_i`` and ``x_k - x_i``. G holds
+    the products of the rows, and u their inverse distances; both are [N, N]. u is 0 where a pair has no direction.
+    """
+    angles = []
+    for G, u in ((gram_s, inverse_s), (gram_t, inverse_t)):
+        sides = G - G[:, :, None] - G[:, None, :] + G.diagonal()[:, None, None]
+        angles.append(sides * u[:, :, None] * u[:, None, :])
+    return F.smooth_l1_loss(angles[0], angles[1], reduction="none").sum(dim=(1, 2))
+
+
+def gram_sums(student: Tensor, teacher: Tensor) -> Tensor:
+    """What SP needs of every row of two Gram matrices, [3, N]: sums of ``S_ij^2``, ``T_ij^2`` and ``S_ij T_ij`` over j.
+
+    ``S = student student^T``, ``T = teacher teacher^T`` (arXiv 1907.09682, eq. 2).
+    """
+    S, T = student @ student.T, teacher @ teacher.T
+    return torch.stack([(S * S).sum(dim=1), (T * T).sum(dim=1), (S * T).sum(dim=1)])
+
+
+def pair_divergence(student: Tensor, inverse_s: Tensor, teacher: Tensor, inverse_t: Tensor, eps: float) -> Tensor:
+    """PKT per row i, [N]: ``sum_j q_ij ln((q_ij + eps) / (p_ij + eps))`` (arXiv 1803.10837, eq. 8).
+
+    ``p_ij = r_i (1 + u_i . u_j)``: u are the rows of ``student``, and r is ``inverse_s`` [N]. q is the teacher's.
+    """
+    p, q = (r[:, None] * (1 + u @ u.T) for u, r in ((student, inverse_s), (teacher, inverse_t)))
+    return (q * ((q + eps) / (p + eps)).log()).sum(dim=1)

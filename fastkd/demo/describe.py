@@ -8,9 +8,10 @@ from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
-from fastkd.demo.config import LABELLED, SCRATCH_PASSES, STEPS, TEST_IMAGES, TRAIN_IMAGES, DemoConfig, objective_of
-from fastkd.demo.costs import ROUNDS
+from fastkd.demo.config import DemoConfig
 from fastkd.demo.results import display_name
+from fastkd.study.costs import ROUNDS
+from fastkd.study.studies.digits import LABELLED, SCRATCH_PASSES, STEPS, TEST_IMAGES, TRAIN_IMAGES, objective_of
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.run.describe import versions
 

@@ -1,8 +1,8 @@
-"""``fastkd demo``: trains one teacher on scikit-learn's handwritten digits and small students by every method."""
+"""``fastkd demo``: the study ``digits`` with few methods and many seeds, and a page that looks at it closely."""
 
 import os
 import time
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -12,25 +12,19 @@ import numpy as np
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import track
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from fastkd.demo.config import (
-    BASELINE,
-    LABELLED,
-    STEPS,
-    TEST_IMAGES,
-    TRAIN_IMAGES,
-    DemoConfig,
-    student_config,
-    teacher_config,
-)
-from fastkd.demo.costs import Cost, measure_costs
+from fastkd.demo.config import DemoConfig
 from fastkd.demo.describe import describe_environment, describe_settings, usable_cores
 from fastkd.demo.results import Results, Run, Teacher, console_table, verdicts, write_report
-from fastkd.trainer.config import TrainConfig
+from fastkd.study.costs import Cost, measure_costs
+from fastkd.study.grid import place
+from fastkd.study.runner import failures, run_cells
+from fastkd.study.studies.digits import BASELINE, COLUMN, LABELLED, STEPS, TEACHER_PLACE, digits, student_config
+from fastkd.trainer.commands.reopen import reopen
 from fastkd.trainer.data.datasets import build_datasets
-from fastkd.trainer.run.loop import train
+from fastkd.trainer.models.features import FeatureModel
+from fastkd.trainer.report.records import read_run
 
 
 def demo_command(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:
@@ -46,33 +40,29 @@ def run_demo(config: DemoConfig) -> Path:
     console = Console(highlight=False)
     begun = time.perf_counter()
     folder = new_folder(config.out)
-    jobs = {
-        (method, seed): student_config(config, folder, method, seed)
-        for method in config.methods
-        for seed in range(config.seeds)
-    }
-    workers = config.workers or min(4, usable_cores(), len(jobs))
+    options = config.options(folder)
+    count = len(config.methods) * config.seeds
+    workers = config.workers or min(4, usable_cores(), count)
+    console.print(
+        f"a teacher, then {count} students, {LABELLED} labels each, {STEPS * config.epochs} steps, {workers} at a time"
+    )
+    if run_cells(digits, options, tell=lambda line: None):
+        raise KeyboardInterrupt
+    for cell, error in failures(digits(options), folder).items():
+        raise ValueError(f"{folder / cell}: {error}")
+    teacher = read_trained(folder / TEACHER_PLACE)
+    keys = [(method, seed) for method in config.methods for seed in range(config.seeds)]
+    students = {(method, seed): read_trained(folder / place(COLUMN, method, seed)) for method, seed in keys}
     # The workers are spawned, because a fork of a process whose torch already runs threads may deadlock. They have one
     # thread, because a second one costs more than it gains on networks this small.
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        try:
-            console.print(f"teacher: {TRAIN_IMAGES:,} labelled images, {config.teacher_epochs} epochs")
-            teacher = pool.submit(train_one, teacher_config(config, folder)).result()
-            console.print(
-                f"teacher: {teacher.accuracies[-1]:.2f} % of {TEST_IMAGES} test images in {teacher.seconds:.1f} s; now "
-                f"{len(jobs)} students, {LABELLED} labels each, {STEPS * config.epochs} steps, {workers} at a time"
-            )
-            students = collect({key: pool.submit(train_one, job) for key, job in jobs.items()}, console)
-            drawn = {"teacher": teacher} | {method: students[method, 0] for method in config.methods}
-            points = {name: pool.submit(embed, trained.features) for name, trained in drawn.items()}
-            embeddings = {name: future.result() for name, future in points.items()}
-            # Costs are measured last, when nothing else of the demo runs.
-            measured = dict.fromkeys((BASELINE, *config.methods))
-            jobs_of_first_seed = {method: student_config(config, folder, method, 0) for method in measured}
-            costs = pool.submit(measure_costs, jobs_of_first_seed).result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # otherwise the remaining students would be trained first
-            raise
+        drawn = {"teacher": teacher} | {method: students[method, 0] for method in config.methods}
+        points = {name: pool.submit(embed, trained.features) for name, trained in drawn.items()}
+        embeddings = {name: future.result() for name, future in points.items()}
+        # Costs are measured last, when nothing else of the demo runs.
+        measured = dict.fromkeys((BASELINE, *config.methods))
+        jobs = {method: student_config(options, folder, method, 0) for method in measured}
+        costs = pool.submit(measure_costs, jobs).result()
     results = gather(config, teacher, students, embeddings, costs, workers)
     page = write_report(results, folder)
     link_latest(config.out, folder)
@@ -85,7 +75,7 @@ def run_demo(config: DemoConfig) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a training process sends back: plain numbers on the test set."""
+    """A run of the demo as plain numbers, on the test set."""
 
     accuracies: list[float]  # of every evaluation, in percent
     scale: list[float]  # exp(tau) at every evaluation, empty without DCD
@@ -95,17 +85,18 @@ class Trained:
     features: np.ndarray  # [n, D], what the classifier layer sees
 
 
-def train_one(config: TrainConfig) -> Trained:
-    """Train, then compute logits and features of the test images."""
-    result = train(config)
-    _, test = build_datasets(config.data)
+def read_trained(folder: Path) -> Trained:
+    """The records of a run, and the logits and features of the test images by its student."""
+    run, opened = read_run(folder, folder.name), reopen(folder, with_data=False)
+    _, test = build_datasets(opened.config.data)
     with torch.no_grad():
-        output = result.distiller.student(test.images)
+        output = FeatureModel(opened.model).eval()(test.images)
+    evaluated = [epoch for epoch in run.epochs if "accuracy" in epoch]
     return Trained(
-        accuracies=[100 * epoch["accuracy"] for epoch in result.history if "accuracy" in epoch],
-        scale=[epoch["dcd/scale"] for epoch in result.history if "dcd/scale" in epoch],
-        seconds=result.seconds,
-        parameters=result.parameters,
+        accuracies=[100 * epoch["accuracy"] for epoch in evaluated],
+        scale=[epoch["dcd/scale"] for epoch in run.epochs if "dcd/scale" in epoch],
+        seconds=opened.checkpoint.state["seconds"],
+        parameters=run.info["student"]["parameters"],
         logits=output.logits.double().numpy(),
         features=output.features.double().numpy(),
     )
@@ -127,13 +118,6 @@ def embed(features: np.ndarray) -> np.ndarray:
         return TSNE(max_iter=500, init="pca", random_state=0).fit_transform(features)
 
 
-def collect(futures: dict[tuple[str, int], Future[Trained]], console: Console) -> dict[tuple[str, int], Trained]:
-    """The results of all students. A progress bar shows how many have come in."""
-    for future in track(as_completed(futures.values()), "students", len(futures), console=console, transient=True):
-        future.result()  # raises at once what a student raised
-    return {key: future.result() for key, future in futures.items()}
-
-
 def gather(
     config: DemoConfig,
     teacher: Trained,
@@ -144,7 +128,8 @@ def gather(
 ) -> Results:
     """What the report shows, made of what the processes returned."""
     # The first that is distilled, if any is: the student from scratch has other data.
-    configs = [student_config(config, Path(), method, 0) for method in config.methods]
+    options = config.options(Path())
+    configs = [student_config(options, Path(), method, 0) for method in config.methods]
     first = next((config for config in configs if config.data.unlabelled), configs[0])
     _, test = build_datasets(first.data)
     reference = class_correlation(teacher.logits)

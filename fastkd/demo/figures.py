@@ -3,15 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.colors import to_hex
-from matplotlib.patheffects import withStroke
 
-from fastkd.demo.config import STEPS
-from fastkd.trainer.report.style import INK, PALETTE, PAPER, drawing, to_svg
+from fastkd.study.figures import plain
+from fastkd.study.studies.digits import STEPS
+from fastkd.trainer.report.style import INK, PALETTE, drawing, to_svg
 
-CLASS_COLOURS = tuple(to_hex(colour) for colour in matplotlib.colormaps["tab10"](range(10)))
 EXTRA = {"dcd-e": "#16aeb8"}  # beyond the palette; drawn in dashes, as an ablation
 DASHES = (0, (4, 1.5))
 Curves = Mapping[str, Sequence[Sequence[float]]]  # method -> one curve per seed, one value per STEPS steps
@@ -22,11 +19,6 @@ def colour_of(methods: Sequence[str]) -> dict[str, str]:
     order = ["ce", "kd", "dcd", "dcd+kd", "100*ckd", "pckd", "msdcrd", "msdcrd+kd"]
     order += [method for method in methods if method not in order and method not in EXTRA]
     return {method: EXTRA.get(method) or PALETTE[order.index(method) % len(PALETTE)] for method in methods}
-
-
-def plain(text: str) -> str:
-    """The text with matplotlib's mathematics switched off."""
-    return text.replace("$", r"\$")
 
 
 def draw_bands(
@@ -78,32 +70,6 @@ def learning_curves(curves: Curves, names: Mapping[str, str], teacher_accuracy: 
         )
 
 
-def accuracy_dots(accuracy: Mapping[str, Sequence[float]], names: Mapping[str, str], teacher_accuracy: float) -> str:
-    """The test accuracy (%) at the end: a dot per seed, and their mean with one standard deviation on either side."""
-    colours = colour_of(list(accuracy))
-    with drawing(0.9 + 0.55 * len(accuracy)) as axis:
-        for row, (method, seeds) in enumerate(accuracy.items()):
-            values = np.asarray(seeds, dtype=float)
-            # The dots are set apart vertically in seed order, so that equal accuracies do not hide one another.
-            offsets = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else np.zeros(1)
-            axis.scatter(values, row + offsets, s=20, color=colours[method], alpha=0.65, linewidths=0)
-            spread = values.std(ddof=1) if len(values) > 1 else None
-            axis.errorbar(
-                values.mean(), row, xerr=spread, color=INK, capsize=4, marker="|", markersize=15, linewidth=1.4
-            )
-        axis.axvline(teacher_accuracy, color=INK, linewidth=1, linestyle=(0, (5, 3)))
-        axis.annotate(
-            "teacher", (teacher_accuracy, -0.62), xytext=(-6, 0), textcoords="offset points", ha="right", va="center"
-        )
-        axis.set_yticks(range(len(accuracy)), [plain(names[method]) for method in accuracy])
-        axis.set_ylim(len(accuracy) - 0.5, -0.85)
-        axis.grid(axis="y", visible=False)
-        axis.tick_params(axis="y", length=0)
-        axis.set_xlabel("test accuracy after the last step (%)")
-        means = ", ".join(f"{names[method]} {np.mean(seeds):.2f} %" for method, seeds in accuracy.items())
-        return to_svg(axis, "accuracy", f"Accuracy of every seed. Means: {means}; teacher {teacher_accuracy:.2f} %.")
-
-
 def scale_curves(curves: Curves, names: Mapping[str, str], colours: Mapping[str, str], max_scale: float | None) -> str:
     """The logit scale exp(tau) over steps, with tau on the right-hand axis. A dashed line is the cap on the scale."""
     with drawing(3.6) as axis:
@@ -135,37 +101,3 @@ def labelled_ticks(low: float, high: float, digits: Sequence[int]) -> tuple[list
     ticks = [digit * 10.0**power for power in range(-3, 7) for digit in digits]
     ticks = [tick for tick in ticks if low <= tick <= high]
     return ticks, [f"{tick:g}" for tick in ticks]
-
-
-def heat_map(matrix: np.ndarray, limit: float, key: str, description: str) -> str:
-    """A class-by-class matrix [C, C] with values from 0 to ``limit``."""
-    classes = len(matrix)
-    with drawing(2.6, width=2.8) as axis:
-        mesh = axis.pcolormesh(matrix, cmap="viridis", vmin=0, vmax=limit)
-        axis.set_aspect("equal")
-        axis.invert_yaxis()
-        axis.grid(visible=False)
-        axis.spines[:].set_visible(False)
-        axis.set_xticks(np.arange(classes) + 0.5, [str(index) for index in range(classes)])
-        axis.set_yticks(np.arange(classes) + 0.5, [str(index) for index in range(classes)])
-        axis.tick_params(length=0, labelsize=9)
-        bar = axis.figure.colorbar(mesh, ax=axis, fraction=0.046, pad=0.03)
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(labelsize=8)
-        return to_svg(axis, key, description)
-
-
-def scatter_map(points: np.ndarray, labels: np.ndarray, key: str, description: str) -> str:
-    """An embedding [n, 2] coloured by class [n], with the number of every class at its median."""
-    with drawing(2.8, width=2.8) as axis:
-        halo = [withStroke(linewidth=2.5, foreground=PAPER)]
-        for label in np.unique(labels):
-            members = points[labels == label]
-            axis.scatter(
-                members[:, 0], members[:, 1], s=5, color=CLASS_COLOURS[label % len(CLASS_COLOURS)], linewidths=0
-            )
-        for label in np.unique(labels):
-            x, y = np.median(points[labels == label], axis=0)
-            axis.text(x, y, str(label), ha="center", va="center", fontsize=11, fontweight="bold", path_effects=halo)
-        axis.set_axis_off()
-        return to_svg(axis, key, description)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,16 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.table import Table
-from scipy import stats  # type: ignore[import-untyped]
 
 from fastkd.demo import figures
-from fastkd.demo.config import BASELINE
-from fastkd.demo.costs import Cost
+from fastkd.study import aggregate
+from fastkd.study.aggregate import paired, signed, spread, with_spread
+from fastkd.study.costs import Cost
+from fastkd.study.figures import CLASS_COLOURS, accuracy_dots, heat_map, scatter_map
+from fastkd.study.studies.digits import BASELINE
+from fastkd.study.studies.methods import display as display_name
 from fastkd.trainer.report.style import render_page, write_atomically
 
-NAMES = {
-    "ce": "From scratch",
-    "kd": "KD",
-    "dcd": "DCD",
-    "dcd-e": "DCD, scale e",
-    "dcd+kd": "DCD + KD",
-    "100*ckd": "CKD",
-    "pckd": "PCKD",
-    "msdcrd": "MSDCRD",
-    "msdcrd+kd": "MSDCRD + KD",
-}
 TITLE = "A student distilled on handwritten digits"
 COLUMNS = {
     "method": "Method",
@@ -100,59 +91,19 @@ class Results:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class Difference(aggregate.Difference):
     """The paired difference in accuracy of two methods over the seeds that both ran, in points."""
 
     method: str
     reference: str
-    seeds: int
-    mean: float
-    error: float | None  # standard error of the mean; None with one seed
-    low: float | None  # 95 % interval of Student's t
-    high: float | None
-
-    @property
-    def exceeds_noise(self) -> bool:
-        """Whether the 95 % interval leaves zero out."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
-
-def display_name(method: str) -> str:
-    """The name of a method on the page."""
-    return NAMES.get(method, method)
-
-
-def spread(values: Sequence[float]) -> float | None:
-    """The sample standard deviation (n - 1). None for a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def with_spread(values: Sequence[float], digits: int = 2) -> str:
-    """``mean ± standard deviation``, or the mean alone for a single value."""
-    deviation = spread(values)
-    mean = f"{np.mean(values):.{digits}f}"
-    return mean if deviation is None else f"{mean} ± {deviation:.{digits}f}"
-
-
-def signed(value: float, digits: int = 2) -> str:
-    """The value with its sign, a typographic minus, and no negative zero."""
-    text = f"{value:+.{digits}f}"
-    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
 def paired_difference(results: Results, method: str, reference: str) -> Difference | None:
     """The accuracy of ``method`` minus the accuracy of ``reference``, seed by seed. None without a common seed."""
     first = {run.seed: run.accuracy for run in results.of(method)}
     second = {run.seed: run.accuracy for run in results.of(reference)}
-    deltas = np.array([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
-    if not len(deltas):
-        return None
-    mean, error, low, high = float(deltas.mean()), None, None, None
-    if len(deltas) > 1:
-        error = float(deltas.std(ddof=1) / math.sqrt(len(deltas)))
-        margin = float(stats.t.ppf(0.975, len(deltas) - 1)) * error
-        low, high = mean - margin, mean + margin
-    return Difference(method=method, reference=reference, seeds=len(deltas), mean=mean, error=error, low=low, high=high)
+    found = paired(first, second)
+    return None if found is None else Difference(**vars(found), method=method, reference=reference)
 
 
 def differences(results: Results) -> list[Difference]:
@@ -296,18 +247,18 @@ def draw_figures(results: Results) -> dict[str, Any]:
         alt = (
             f"Absolute difference of the teacher's and the {names[method]} student's class correlations: mean {number}."
         )
-        maps.append((names[method], f"mean {number}", figures.heat_map(gap, limit, f"gap{index}", alt)))
+        maps.append((names[method], f"mean {number}", heat_map(gap, limit, f"gap{index}", alt)))
     embeddings = []
     for index, (method, points) in enumerate(results.embeddings.items()):
         name = names.get(method, "Teacher")
         alt = f"t-SNE of the {name} network's features of {len(points)} test images, coloured by digit."
-        embeddings.append((name, "", figures.scatter_map(points, results.labels, f"tsne{index}", alt)))
+        embeddings.append((name, "", scatter_map(points, results.labels, f"tsne{index}", alt)))
     return {
         "curves": figures.learning_curves(
             {method: [run.curve for run in results.of(method)] for method in methods}, names, results.teacher.accuracy
         ),
-        "accuracy": figures.accuracy_dots(
-            {method: results.accuracies(method) for method in methods}, names, results.teacher.accuracy
+        "accuracy": accuracy_dots(
+            {method: results.accuracies(method) for method in methods}, names, colours, results.teacher.accuracy
         ),
         "scale": figures.scale_curves(scales, names, colours, results.max_scale) if scales else None,
         "correlation": maps,
@@ -333,7 +284,7 @@ def render(results: Results) -> str:
         figures=draw_figures(results),
         sampling_error=f"{sampling_error:.1f}",
         colours={display_name(method): colour for method, colour in figures.colour_of(results.methods).items()},
-        digits=dict(enumerate(figures.CLASS_COLOURS)),
+        digits=dict(enumerate(CLASS_COLOURS)),
     )
 
 

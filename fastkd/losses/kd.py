@@ -43,15 +43,25 @@ class KDLoss(LossModule):
         self.backend = backend
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, sample_weight: Tensor | None = None
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        sample_weight: Tensor | None = None,
+        *,
+        standardize: bool = False,
     ) -> dict[str, Tensor]:
         """Returns ``{"kd": loss}``, 0-dim.
 
         student_logits, teacher_logits: [B, C], in float64, float32, bf16 or fp16; the teacher's are cast to the
-        student's dtype. sample_weight: [B], >= 0.
+        student's dtype. sample_weight: [B], >= 0. standardize: see :func:`fastkd.kd_loss`.
         """
         loss = kd_loss(
-            student_logits, teacher_logits, self.temperature, sample_weight=sample_weight, backend=self.backend
+            student_logits,
+            teacher_logits,
+            self.temperature,
+            sample_weight=sample_weight,
+            standardize=standardize,
+            backend=self.backend,
         )
         return {"kd": loss}
 

@@ -206,6 +206,8 @@ def _complete(kind: Any, values: dict[str, Any], prefix: str) -> dict[str, Any]:
         if part.default is not dataclasses.MISSING:
             values.setdefault(part.name, _plain(part.default))
         nested = _nested(typing.get_type_hints(kind)[part.name])
+        if nested is not None and part.default_factory is nested:  # options of a method that did not exist then
+            values.setdefault(part.name, {})
         if nested is not None and isinstance(values.get(part.name), dict):
             values[part.name] = _complete(nested, values[part.name], f"{prefix}{part.name}.")
     if kind is DataConfig:

@@ -162,7 +162,7 @@ def imported_by(rooms: tuple[str, ...]) -> set[str]:
 def test_the_extras_hold_what_is_imported_and_no_more():
     # torch's exporter imports onnx and onnxscript.
     known = {package for packages in EXTRAS.values() for package in packages} - {"onnx", "onnxscript"}
-    assert imported_by(("trainer", "demo")) == known
+    assert imported_by(("trainer", "study", "demo")) == known
 
 
 @pytest.mark.slow

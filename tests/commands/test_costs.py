@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastkd.demo import costs
+from fastkd.study import costs
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.models.build import ModelConfig, build_model

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from fastkd.demo import digits as demo
-from fastkd.demo.config import STEPS, DemoConfig, folder_name, objective_of, student_config
+from fastkd.demo.config import DemoConfig
 from fastkd.demo.describe import command_line
-from fastkd.demo.results import display_name
+from fastkd.study.grid import place
+from fastkd.study.studies.digits import STEPS, DigitsOptions, objective_of, student_config
+from fastkd.study.studies.methods import display
 from fastkd.trainer.data.datasets import choose_data
 from fastkd.trainer.data.loader import train_loader
 from tests.helpers.pages import read_page
@@ -38,12 +40,8 @@ def last_epoch(path: Path) -> list[dict[str, Any]]:
 
 def last_accuracies(folder: Path) -> dict[tuple[str, int], float]:
     """(method, seed) -> accuracy after the last step in percent, read from the trainer's own run folders."""
-    found = {}
-    for path in folder.glob("*-seed*/metrics.jsonl"):
-        name, _, seed = path.parent.name.rpartition("-seed")
-        method = next(method for method in METHODS if folder_name(method) == name)
-        found[method, int(seed)] = 100 * last_epoch(path)[0]["accuracy"]
-    return found
+    files = {(m, seed): folder / place("digits", m, seed) / "metrics.jsonl" for m in METHODS for seed in range(2)}
+    return {key: 100 * last_epoch(file)[0]["accuracy"] for key, file in files.items()}
 
 
 def test_values_and_curves_come_from_the_runs(finished: Path) -> None:
@@ -57,14 +55,16 @@ def test_values_and_curves_come_from_the_runs(finished: Path) -> None:
         assert row["accuracy_mean"] == pytest.approx(np.mean(values))
         assert row["accuracy_std"] == pytest.approx(np.std(values, ddof=1))
         assert f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" in page.words
-        assert display_name(row["method"]) in page.text
+        assert display(row["method"]) in page.text
 
     for run in saved["runs"]:
         assert len(run["scale"]) == (2 if "dcd" in run["method"] else 0)
         assert len(run["curve"]) == 2
     scales = [value for run in saved["runs"] for value in run["scale"]]
     assert scales == pytest.approx([math.e] * 4)  # two seeds, two evaluations: it is fixed
-    steps = {line["step"] for path in finished.parent.glob("*-seed0/metrics.jsonl") for line in last_epoch(path)}
+    steps = {
+        line["step"] for path in finished.parent.glob("digits/[!t]*/seed-0/metrics.jsonl") for line in last_epoch(path)
+    }
     assert steps == {2 * STEPS}  # from scratch, too
     assert "chosen after a trial that had seen test accuracy" in page.words
 
@@ -90,7 +90,7 @@ def test_a_folder_of_the_users_called_latest_stays(tmp_path: Path) -> None:
 
 
 def test_methods_differ_in_nothing_but_the_objective() -> None:
-    scratch, *configs = [student_config(DemoConfig(), Path("runs"), method, 3) for method in METHODS]
+    scratch, *configs = [student_config(DigitsOptions(), Path("runs"), method, 3) for method in METHODS]
     same = [replace(c, objective=scratch.objective, teacher=None, run_dir=None) for c in configs]
     assert all(config == same[0] for config in same)
     assert all(config.teacher is not None for config in configs)

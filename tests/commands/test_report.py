@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fastkd.demo import results as report
 from fastkd.demo.config import DemoConfig
-from fastkd.demo.costs import Cost
+from fastkd.study.costs import Cost
 from tests.helpers.pages import read_page
 
 pytestmark = pytest.mark.slow

@@ -1,5 +1,6 @@
 """What the whole suite shares: one comparison, one set of tolerances, inputs and gradients."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkd.functional.kd import ce_kd_terms
+from fastkd.functional.kd import ce_kd_terms, soft_target_rows
 
 # Relative to the norm of the expected value; on top of the error that the definition itself makes in that dtype.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# The options of soft_target_rows.
+ROW_OPTIONS = [
+    {"exclude_label": exclude, "standardize": standardize}
+    for exclude, standardize in itertools.product((False, True), repeat=2)
+]
 CONSISTENCIES = ("student||teacher", "teacher||student")
 
 
@@ -80,3 +86,24 @@ def terms_and_gradient(
     ce, kd = ce_kd_terms(leaf, teacher, labels, **options)
     (upstream[0] * ce + upstream[1] * kd).backward()
     return ce.detach(), kd.detach(), leaf.grad
+
+
+def row_temperatures(n: int, device: str = "cpu") -> tuple[Tensor, ...]:
+    """Of the student and of the teacher, one for each row."""
+    generator = torch.Generator().manual_seed(7)
+    return tuple(1 + 3 * torch.rand(n, generator=generator, dtype=torch.float64).to(device) for _ in range(2))
+
+
+def row_results(
+    student: Tensor, teacher: Tensor, labels: Tensor, T: tuple[Tensor, ...], **options: object
+) -> list[Tensor]:
+    """The rows, and the gradients of the student and of both temperatures for some upstream gradients."""
+
+    def loss(x: Tensor, of_student: Tensor, of_teacher: Tensor) -> Tensor:
+        found = soft_target_rows(x, teacher, of_student, teacher_temperature=of_teacher, labels=labels, **options)
+        wave = torch.arange(len(x), device=x.device).cos()
+        rows.extend(y.detach() for y in found)
+        return (found.divergence * wave + found.student_label * wave.flip(0)).sum()
+
+    rows: list[Tensor] = []
+    return [*value_and_grads(loss, student, *T)[1:], *rows]

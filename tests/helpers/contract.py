@@ -5,7 +5,7 @@ The definition is the call with the backend ``reference``, in float64.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import ckd_loss, dcd_loss, info_nce_loss, kd_loss, masked_contrast_loss, multiscale_pool, sup_con_loss
+from fastkd.backends.blocked import soft_target_rows as blocked_rows
 from fastkd.backends.blocked.dense import contrast as dense_contrast
 from fastkd.backends.blocked.dense import dual_softmax as dense_dual_softmax
 from fastkd.backends.blocked.dense import soft_target as dense_soft_target
-from fastkd.functional.kd import ce_kd_terms
+from fastkd.functional.kd import ce_kd_terms, soft_target_rows
+from fastkd.numerics import weighted_sum
 from tests.helpers.checks import assert_close, embeddings, logits, value_and_grads
 from tests.helpers.contrast_cases import MODES, NEEDS_PAIRS, problem
 from tests.helpers.pool_cases import feature_map
@@ -88,6 +90,7 @@ def always_in_tiles() -> Iterator[None]:
         patches.setattr(dense_dual_softmax, "MAX_ROWS", 0)
         patches.setattr(dense_contrast, "MAX_ELEMENTS", 0)
         patches.setattr(dense_soft_target, "covers", lambda *_: False)
+        patches.setattr(blocked_rows, "loops", lambda _: None)
         yield
 
 
@@ -119,6 +122,15 @@ def _on_logits(loss: Callable[..., Tensor], largest: float) -> Callable[[Size], 
 def _weighted_terms(student: Tensor, teacher: Tensor, labels: Tensor, **options: object) -> Tensor:
     ce, kd = ce_kd_terms(student, teacher, labels, 3.0, label_smoothing=0.1, **options)
     return 0.3 * ce - 2.0 * kd
+
+
+def _rows(student: Tensor, teacher: Tensor, labels: Tensor, **options: object) -> Tensor:
+    """A mean of all that ``soft_target_rows`` gives, at two temperatures, with its options; of two classes at least."""
+    weight = options.pop("sample_weight")
+    options |= {"labels": labels, "exclude_label": True, "standardize": True}
+    rows = soft_target_rows(student, teacher, [1.0, 3.0], **options)
+    each = 2.0 * rows.divergence[0] - 9.0 * rows.divergence[1] + 0.1 * (rows.entropy - rows.teacher_label).sum(dim=0)
+    return weighted_sum(each - 0.3 * rows.student_label[0] + 0.5 * rows.student_label[1], weight) / len(student)
 
 
 def _contrast(mode: str, normalize: bool) -> Callable[[Size], Case]:
@@ -184,6 +196,7 @@ OPERATIONS: dict[str, Callable[[Size], Case]] = {
     "dcd reversed": _pair(dcd_loss, alpha=2.0, consistency="teacher||student"),
     "kd": _on_logits(lambda s, t, labels, **options: kd_loss(s, t, 3.0, **options), 10.0),
     "ce and kd": _on_logits(_weighted_terms, 10.0),
+    "rows": lambda size: _on_logits(_rows, 10.0)(replace(size, D=size.D + 2)),
     "ckd": _on_logits(lambda s, t, labels, **options: ckd_loss(s, t, 0.25, **options), 4.0),
     "sup_con with self": _sup_con_with_self,
     **{mode: _contrast(mode, True) for mode in MODES},

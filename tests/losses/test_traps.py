@@ -29,7 +29,6 @@ from fastkd.losses import (
     activation_margin,
     total_loss,
 )
-from fastkd.losses.relations import rkd
 from tests.helpers.checks import assert_close, value_and_grads
 
 
@@ -139,16 +138,6 @@ def test_ipwd_weighs_by_either_ratio() -> None:
 # -- relations
 
 
-def test_rkd_in_blocks_is_rkd_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    student, teacher = rows(7, 4), rows(7, 5, seed=1)
-    expected = value_and_grads(lambda s: total_loss(RKDLoss()(s, teacher)), student)
-    monkeypatch.setattr(rkd, "BLOCK", 2 * 7**2)
-    for actual, wide in zip(
-        value_and_grads(lambda s: total_loss(RKDLoss()(s, teacher)), student), expected, strict=True
-    ):
-        assert_close(actual, wide, torch.float64)
-
-
 def test_rkd_does_not_depend_on_the_mean_of_the_features() -> None:
     student, teacher = rows(8, 16), rows(8, 16, seed=1)
     expected = value_and_grads(lambda s: total_loss(RKDLoss()(s, teacher)), student)
@@ -157,6 +146,14 @@ def test_rkd_does_not_depend_on_the_mean_of_the_features() -> None:
     exact = total_loss(RKDLoss()(shifted.double(), teacher.float().double()))
     assert_close(actual, exact, torch.float32)
     assert_close(actual, expected[0], torch.bfloat16)
+
+
+def test_rkd_has_digits_for_distances_within_clusters() -> None:
+    student = (rows(2, 16).repeat_interleave(4, dim=0) + 1e-2 * rows(8, 16, seed=1)).float()
+    loss, teacher = RKDLoss(1, 0), rows(8, 16, seed=2).float()
+    exact = value_and_grads(lambda s: loss(s, teacher.double())["distance"], student.double())
+    for actual, expected in zip(value_and_grads(lambda s: loss(s, teacher)["distance"], student), exact, strict=True):
+        assert_close(actual, expected, torch.float32)
 
 
 @pytest.mark.parametrize("distance", [0.0, 1e-9])

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,14 +263,22 @@ def test_a_larger_map_of_the_student_is_averaged_and_its_taps_stay_where_they_we
     named = distiller(images, labels)[1]
     torch.testing.assert_close(named["simkd"], loss(features, taught.features(images))["simkd"].detach())
     assert [tap.layer for tap in distiller.student.tap_sources.maps] == ["model.features.2"]
+    named_by_user = FeatureModel(SmallConvNet(width=3), taps=("features.1",))
+    distiller = build(objective("0*ce + simkd + at"), images, student=named_by_user, teacher=teacher)
+    assert [tap.layer for tap in distiller.student.tap_sources.maps] == ["model.features.1"]
 
 
 def test_a_note_about_the_layers_that_is_damaged_names_the_file(tmp_path: Path) -> None:
     config, given = config_of(tmp_path, "0*ce + simkd", run_dir=None)
     state = train(config, **given()).distiller.student.model.state_dict()
-    for note in (b'{"kind": "simkd"}', b"[" * 100_000, b'{"kind": "other", "layer": "", "channels_last": false, '
-                 b'"classifier": "", "side": 1}'):  # fmt: skip
-        torch.save({**state, "extension": torch.tensor(list(note), dtype=torch.uint8)}, tmp_path / "student.pt")
+    valid = json.loads(bytes(state["extension"].tolist()))
+    notes = ({"kind": "simkd"}, {**valid, "kind": "other"}, {**valid, "layer": "nothing"}, {**valid, "side": 0})
+    forged = [{"extension": torch.tensor(list(json.dumps(note).encode()), dtype=torch.uint8)} for note in notes]
+    forged += [{"extension": torch.full((100_000,), ord("["), dtype=torch.uint8)}]
+    # Sizes that other layers do not have.
+    forged += [{"layers.0.weight": torch.zeros(50, 6, 1, 1), "layers.6.weight": torch.zeros(100, 50, 1, 1)}]
+    for changes in forged:
+        torch.save({**state, **changes}, tmp_path / "student.pt")
         changed = dataclasses.replace(
             config,
             student=ModelConfig(name="fastkd.trainer.models.small:SmallConvNet", weights=str(tmp_path / "student.pt")),

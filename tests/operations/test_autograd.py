@@ -11,6 +11,7 @@ from fastkd.ops.contrast import contrast, contrast_backward
 from fastkd.ops.dual_softmax import dual_softmax, dual_softmax_backward
 from fastkd.ops.multiscale_pool import multiscale_pool, multiscale_pool_backward
 from fastkd.ops.soft_target import soft_target, soft_target_backward
+from fastkd.ops.soft_target_rows import soft_target_rows, soft_target_rows_backward
 from tests.helpers.checks import assert_close, embeddings
 from tests.helpers.contrast_cases import MODES, problem
 from tests.helpers.pool_cases import FORMATS, feature_map
@@ -40,6 +41,18 @@ def test_opcheck(dtype: torch.dtype, weighted: bool) -> None:
         )
     *_, stats = soft_target(a, b, labels, w, 4.0, 0.1, "blocked")
     torch.library.opcheck(soft_target_backward, (a, b, labels, w, stats, one, one, 4.0, 0.1, "blocked"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_rows(dtype: torch.dtype) -> None:
+    student, teacher, _, _ = samples(7, 5, dtype)
+    scales = torch.rand(2, 2, 7, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True).unbind()
+    rows = student, teacher.detach(), torch.arange(7) % 5, *scales
+    torch.library.opcheck(soft_target_rows, (*rows, True, True, True, "blocked"))
+    rows = tuple(x.detach() for x in rows)
+    found, kept = soft_target_rows(*rows, True, True, True, "blocked")
+    torch.library.opcheck(soft_target_rows_backward, (*rows, kept, torch.ones_like(found), True, True, "blocked"))
 
 
 @pytest.mark.slow

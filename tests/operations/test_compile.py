@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from fastkd import DCDLoss, KDLoss, dcd_loss, kd_loss
 from fastkd.backends.blocked import gemm
+from fastkd.losses import CTKDLoss, DKDLoss, LSKDLoss, MLKDLoss, WSLDLoss
 from tests.helpers.checks import assert_close, embeddings, relative_error, value_and_grads
 
 pytestmark = pytest.mark.slow
@@ -111,3 +112,24 @@ def test_fake_tensors_see_the_custom_op() -> None:
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) for x in embeddings(5, 4)]
         assert dcd_loss(*fake, 3.0).shape == ()
+
+
+def test_the_kd_family_compiles_as_one_graph() -> None:
+    torch.compiler.reset()
+    logits = torch.randn(6, 7), torch.randn(6, 7)
+    labels = torch.arange(6)
+    for module, others in (
+        (DKDLoss(), (labels,)),
+        (LSKDLoss(), ()),
+        (LSKDLoss(DKDLoss(2.0)), (labels,)),
+        (WSLDLoss(), (labels,)),
+        (CTKDLoss(), (3,)),
+        (MLKDLoss([2.0, 3.0], "paper"), ()),
+    ):
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        expected, actual = (
+            value_and_grads(lambda x, call=call: sum(call(x, logits[1], *others).values()), logits[0])  # noqa: B023
+            for call in (module, compiled)
+        )
+        for a, e in zip(actual, expected, strict=True):
+            assert_close(a, e, torch.float32)

@@ -23,7 +23,7 @@ from fastkd import (
     sup_con_loss,
 )
 from fastkd.backends import BACKENDS
-from fastkd.functional.kd import ce_kd_terms
+from fastkd.functional.kd import ce_kd_terms, soft_target_rows
 from fastkd.validate import Backend
 
 S, T = torch.randn(4, 3), torch.randn(4, 3)
@@ -38,6 +38,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "kd_loss": (kd_loss, {"student_logits": S, "teacher_logits": T}),
     "ckd_loss": (ckd_loss, {"student_logits": S, "teacher_logits": T}),
     "ce_kd_terms": (ce_kd_terms, {"student_logits": S, "teacher_logits": T, "labels": L4}),
+    "soft_target_rows": (soft_target_rows, {"student_logits": S, "teacher_logits": T, "labels": L4}),
     "masked_contrast_loss": (masked_contrast_loss, {"query": S, "key": K6, "logit_scale": 2.0, **MASKED}),
     "sup_con_loss": (sup_con_loss, {"features": S, "labels": L4, "logit_scale": 2.0}),
     "multiscale_pool": (
@@ -81,6 +82,30 @@ ROWS: dict[str, list[Row]] = {
         ({"labels": L4 + 2}, ValueError, r"labels: got 3, expected class indices in \[0, 3\)"),
         ({"label_smoothing": 1.1}, ValueError, "label_smoothing: got 1.1, expected a finite number >= 0 and <"),
         ({"label_smoothing": True}, TypeError, "label_smoothing: got True"),
+        ({"kd_weight": W[:3]}, ValueError, r"kd_weight: got shape \[3\], expected \[4\]"),
+        ({"kd_weight": W - 2}, ValueError, "kd_weight: got -1.0, expected weights >= 0"),
+    ],
+    "soft_target_rows": [
+        ({"student_logits": [1.0]}, TypeError, "student_logits: got list, expected a torch.Tensor"),
+        ({"teacher_logits": T[:3]}, ValueError, r"teacher_logits: got shape \[3, 3\], expected that of student_logits"),
+        ({"student_logits": S[:0], "teacher_logits": T[:0]}, ValueError, r"student_logits: got shape \[0, 3\]"),
+        ({"labels": L4 + 2}, ValueError, r"labels: got 3, expected class indices in \[0, 3\)"),
+        ({"temperature": 0.0}, ValueError, "temperature: got 0.0, expected a finite number >= 0.0001 and <= 10000"),
+        ({"temperature": []}, ValueError, "temperature: got no number, expected at least one"),
+        ({"temperature": [1.0, "2"]}, TypeError, "temperature: got '2' of type str"),
+        ({"temperature": torch.ones(3)}, ValueError, r"temperature: got shape \[3\], expected a 0-dim tensor or \[4\]"),
+        ({"temperature": torch.ones(4).long()}, TypeError, "temperature: got torch.int64, expected float64"),
+        ({"temperature": torch.tensor(math.nan)}, ValueError, "temperature: got nan, expected a finite number"),
+        ({"temperature": W.to("meta")}, ValueError, "temperature: got device meta, expected that of the logits, cpu"),
+        ({"teacher_temperature": -1.0}, ValueError, "teacher_temperature: got -1.0, expected a finite number"),
+        ({"teacher_temperature": [1.0, 2.0]}, ValueError, "teacher_temperature: got 2, expected as many as of temp"),
+        ({"exclude_label": 1}, TypeError, "exclude_label: got int, expected a bool"),
+        ({"exclude_label": True, "labels": None}, TypeError, "labels: got None, expected a torch.Tensor for exclude"),
+        (
+            {"student_logits": S[:, :1], "teacher_logits": T[:, :1], "labels": None, "standardize": True},
+            ValueError,
+            r"student_logits: got shape \[4, 1\], expected at least 2 classes",
+        ),
     ],
     "masked_contrast_loss": [
         ({"query": [1.0]}, TypeError, "query: got list"),
@@ -151,7 +176,10 @@ ROWS: dict[str, list[Row]] = {
         ({"min_scale": math.nan}, ValueError, "min_scale: got nan"),
         ({"min_scale": 20.0}, ValueError, "min_scale: got 20.0, expected at most max_scale"),
     ],
-    "kd_loss": [],
+    "kd_loss": [
+        ({"temperature": torch.tensor(-1.0)}, ValueError, "temperature: got -1.0, expected a finite number >= 0.0001"),
+        ({"standardize": 1}, TypeError, "standardize: got int, expected a bool"),
+    ],
     "KDLoss": [],
     "CKDLoss": [],
     "InfoNCELoss": [
@@ -212,7 +240,7 @@ for name in ("dcd_loss", "info_nce_loss", "masked_contrast_loss", "sup_con_loss"
 for name in CALLS:
     if name != "preview_weight":
         ROWS[name].append(({"backend": "fast"}, ValueError, "backend: got 'fast', expected None or one of"))
-    if name not in ("kd_loss", "ce_kd_terms", "multiscale_pool", "KDLoss"):
+    if name not in ("kd_loss", "ce_kd_terms", "soft_target_rows", "multiscale_pool", "KDLoss"):
         ROWS[name].append(({"group": "global"}, ValueError, "group: got 'global'"))
         ROWS[name].append(({"group": 3}, TypeError, "group: got int"))
 

@@ -9,7 +9,7 @@ from tests.losses.calls import RELATIONAL
 from tests.ranks import zoo_programs as programs
 
 
-@pytest.mark.parametrize("sizes", [(3, 4), (0, 3), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("sizes", [(4,), (3, 4), (0, 3), (2, 1, 3)], ids=str)
 def test_ranks_equal_one_process(sizes: tuple[int, ...]) -> None:
     results = succeeded(run_ranks(len(sizes), programs.on_rank, sizes))
     for name in RELATIONAL:
@@ -30,3 +30,9 @@ def test_ranks_with_different_options_are_told() -> None:
     for result in run_ranks(2, programs.with_different_options):
         assert isinstance(result, Failure)
         assert "the ranks disagree: module: got temperature=2.0, beta=1.0, gamma=0 on rank 0" in result.message
+
+
+def test_a_gradient_on_some_ranks_only_is_refused() -> None:
+    for result in run_ranks(2, programs.with_a_gradient_on_one_rank):
+        assert isinstance(result, Failure)
+        assert "group: got rows that need a gradient on some ranks only" in result.message

@@ -60,3 +60,9 @@ def with_different_options(rank: int) -> None:
     loss = module("dist")
     loss.gamma = rank  # type: ignore[assignment]
     loss(**inputs("dist", 3))
+
+
+def with_a_gradient_on_one_rank(rank: int) -> None:
+    given = inputs("rkd", 3)
+    given["student_features"].requires_grad_(rank == 0)
+    module("rkd")(**given)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastkd.demo.costs import peak_bytes
+from fastkd.study.costs import peak_bytes
 from fastkd.trainer.models.features import FeatureModel, ModelShapes
 from fastkd.trainer.models.small import SmallConvNet
 from fastkd.trainer.objective.config import ObjectiveConfig

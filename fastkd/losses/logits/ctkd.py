@@ -3,12 +3,12 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd import backends
+from fastkd.functional.kd import soft_target_rows
 from fastkd.losses.base import LossModule
-from fastkd.losses.pairs import logit_pair
-from fastkd.validate import check_int, check_number
+from fastkd.validate import Backend, check_floating, check_int, check_number
 
 
 class CTKDLoss(LossModule):
@@ -32,9 +32,10 @@ class CTKDLoss(LossModule):
         start, span: T is between ``start`` and ``start + span``; ``start`` in [1e-4, 1e4], ``span`` in [0, 1e4].
         epochs: after so many epochs the gradient is reversed in full; >= 1. The authors use 10 on CIFAR-100 and 5 on
             ImageNet.
+        backend: see :func:`fastkd.kd_loss`.
 
     Raises:
-        TypeError, ValueError: a number is out of range.
+        TypeError, ValueError: a number is out of range, or ``backend`` is unknown.
 
     Example:
         >>> import torch
@@ -47,12 +48,15 @@ class CTKDLoss(LossModule):
         15.62
     """
 
-    def __init__(self, start: float = 1.0, span: float = 20.0, epochs: int = 10) -> None:
+    def __init__(
+        self, start: float = 1.0, span: float = 20.0, epochs: int = 10, *, backend: Backend | None = None
+    ) -> None:
         super().__init__()
         check_number("start", start, minimum=1e-4, maximum=1e4)
         check_number("span", span, minimum=0, maximum=1e4)
         check_int("epochs", epochs, minimum=1)
-        self.start, self.span, self.epochs = start, span, epochs
+        backends.check_name(backend)
+        self.start, self.span, self.epochs, self.backend = start, span, epochs, backend
         self.theta = nn.Parameter(torch.ones(()))
 
     def temperature(self) -> Tensor:
@@ -64,19 +68,17 @@ class CTKDLoss(LossModule):
 
         student_logits, teacher_logits: [B, C], in float64, float32, bf16 or fp16. epoch: counted from 1; >= 0.
         """
-        student, teacher = logit_pair(student_logits, teacher_logits)
+        check_floating("student_logits", student_logits)
         check_int("epoch", epoch, minimum=0)
-        if self.theta.device != student.device:
-            raise ValueError(f"student_logits: got device {student.device}, expected that of the module's parameter, "
-                             f"{self.theta.device}")  # fmt: skip
+        if self.theta.device != student_logits.device:
+            raise ValueError(f"student_logits: got device {student_logits.device}, expected that of the module's "
+                             f"parameter, {self.theta.device}")  # fmt: skip
         sign = (math.cos(math.pi * min(epoch, self.epochs) / self.epochs) - 1) / 2
-        temperature = self.temperature().to(student.dtype)
+        temperature = self.temperature()
         held = temperature.detach()
         temperature = held + sign * (temperature - held)  # the same value, and the gradient times sign
-        log_s = F.log_softmax(student / temperature, dim=1)
-        log_t = F.log_softmax(teacher / temperature, dim=1)
-        rows = (log_t.exp() * (log_t - log_s)).sum(dim=1)
-        return {"ctkd": temperature**2 * rows.mean()}
+        rows = soft_target_rows(student_logits, teacher_logits, temperature, backend=self.backend).divergence
+        return {"ctkd": temperature.to(rows.dtype) ** 2 * rows.mean()}
 
     def extra_repr(self) -> str:
         return f"start={self.start}, span={self.span}, epochs={self.epochs}"

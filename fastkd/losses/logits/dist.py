@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.distributed.agree import Agreement
 from fastkd.distributed.group import Group
 from fastkd.losses.inputs import check_part_weights
 from fastkd.losses.pairs import logit_pair
@@ -27,7 +28,7 @@ class DISTLoss(RelationalLoss):
     The authors train with cross-entropy of weight 1 and give this loss the weight 2. Their temperature is 4 on
     CIFAR-100 and 1 on ImageNet. A row or a column without variance has the correlation 0. So a batch of one row has a
     constant ``intra``. The gradient of a row whose logits are all equal is finite and very large. A classifier that is
-    initialised with zeros should not begin with this loss.
+    initialised with zeros should not begin with this loss. Several ranks exchange sums per class, and no logits.
 
     Source: arXiv 2205.10536, as in the authors' code.
 
@@ -65,18 +66,34 @@ class DISTLoss(RelationalLoss):
     def _rows(self, *inputs: Tensor, may_be_empty: bool) -> tuple[Tensor, ...]:
         return logit_pair(*inputs, may_be_empty=may_be_empty)
 
-    def _terms(self, *rows: Tensor) -> dict[str, Tensor]:
+    def _of_ranks(self, ranks: Agreement, *rows: Tensor) -> dict[str, Tensor]:
         p_s, p_t = (F.softmax(x / self.temperature, dim=1) for x in rows)
+        count = len(p_s) if ranks.peers is None else ranks.peers.total
+        # Without a gradient: the deviations from a mean sum to 0, so that the products do not change with the mean.
+        means = ranks.sum(torch.stack([p_s.detach().sum(dim=0), p_t.sum(dim=0)])) / count
+        of_rows = _correlations(*_products(_centred(p_s), _centred(p_t), dim=1)).sum()
+        products = torch.stack(_products(p_s - means[0], p_t - means[1], dim=0))
+        *of_columns, of_rows = ranks.sum(torch.cat([products.flatten(), of_rows[None]])).split([*3 * [p_s.shape[1]], 1])
         square = self.temperature**2
-        inter = 1 - _correlations(p_s, p_t, dim=1).mean()
-        intra = 1 - _correlations(p_s, p_t, dim=0).mean()
-        return {"inter": self.beta * square * inter, "intra": self.gamma * square * intra}
+        return {
+            "inter": self.beta * square * (1 - of_rows[0] / count),
+            "intra": self.gamma * square * (1 - _correlations(*of_columns).mean()),
+        }
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, beta={self.beta}, gamma={self.gamma}"
 
 
-def _correlations(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    a, b = a - a.mean(dim=dim, keepdim=True), b - b.mean(dim=dim, keepdim=True)
-    norms = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)  # gradient 0 at 0
-    return (a * b).sum(dim=dim) / (norms + EPS)
+def _centred(p: Tensor) -> Tensor:
+    return p - p.mean(dim=1, keepdim=True)
+
+
+def _products(a: Tensor, b: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums along ``dim`` of ``a b``, ``a^2`` and ``b^2``."""
+    return (a * b).sum(dim=dim), a.square().sum(dim=dim), b.square().sum(dim=dim)
+
+
+def _correlations(both: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's correlations of the sums of :func:`_products`; 0, without a gradient, where there is no variance."""
+    norms = [x.masked_fill(x == 0, 1).sqrt().masked_fill(x == 0, 0) for x in (a, b)]
+    return both / (norms[0] * norms[1] + EPS)

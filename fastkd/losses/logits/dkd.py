@@ -1,13 +1,13 @@
 """Decoupled knowledge distillation (arXiv 2203.08679)."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd import backends
+from fastkd.functional.kd import soft_target_rows
 from fastkd.losses.base import LossModule
 from fastkd.losses.inputs import check_part_weights
-from fastkd.losses.pairs import Pair, logit_pair
-from fastkd.validate import check_labels, check_temperature
+from fastkd.validate import Backend, check_temperature
 
 
 class DKDLoss(LossModule):
@@ -24,7 +24,7 @@ class DKDLoss(LossModule):
     On CIFAR-100 beta is 8, and 6 or 2 for some pairs. On ImageNet the temperature is 1 and beta is 0.5 or 2.
 
     The public code takes logarithms of sums of probabilities, which overflow in float32 where a network is certain.
-    Here log-sum-exps take their place. They are the same function, and finite.
+    Here log-sum-exps take their place, with and without the label. They are the same function, and finite.
 
     Every row stands alone, so there is no ``group``: with several ranks the mean is over the rows of this rank.
 
@@ -33,9 +33,10 @@ class DKDLoss(LossModule):
     Args:
         temperature: divides the logits; in [1e-4, 1e4].
         alpha, beta: weights of the two parts; >= 0, and not both 0.
+        backend: see :func:`fastkd.kd_loss`.
 
     Raises:
-        TypeError, ValueError: a number is out of range.
+        TypeError, ValueError: a number is out of range, or ``backend`` is unknown.
 
     Example:
         >>> import torch
@@ -47,37 +48,39 @@ class DKDLoss(LossModule):
         >>> total_loss(terms).backward()
     """
 
-    def __init__(self, temperature: float = 4.0, alpha: float = 1.0, beta: float = 8.0) -> None:
+    def __init__(
+        self, temperature: float = 4.0, alpha: float = 1.0, beta: float = 8.0, *, backend: Backend | None = None
+    ) -> None:
         super().__init__()
         check_temperature(temperature)
         check_part_weights(alpha=alpha, beta=beta)
-        self.temperature, self.alpha, self.beta = temperature, alpha, beta
+        backends.check_name(backend)
+        self.temperature, self.alpha, self.beta, self.backend = temperature, alpha, beta, backend
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, standardize: bool = False
+    ) -> dict[str, Tensor]:
         """Returns ``target`` and ``non_target``, 0-dim. The teacher gets no gradient.
 
         student_logits, teacher_logits: [B, C], at least two classes, in float64, float32, bf16 or fp16. labels: [B],
-        int64, in [0, C); on CUDA another label makes the loss NaN.
+        int64, in [0, C); on CUDA another label makes the loss NaN. standardize: see :func:`fastkd.kd_loss`.
         """
-        student, teacher = logit_pair(student_logits, teacher_logits, classes=2)
-        check_labels(labels, student_logits)
-        is_label = labels[:, None] == torch.arange(student.shape[1], device=labels.device)
-        margin_s, others_s = _label_and_others(student / self.temperature, is_label)
-        margin_t, others_t = _label_and_others(teacher / self.temperature, is_label)
+        rows = soft_target_rows(
+            student_logits,
+            teacher_logits,
+            self.temperature,
+            labels=labels,
+            exclude_label=True,
+            standardize=standardize,
+            backend=self.backend,
+        )
         # p = sigmoid(margin), and 1 - p = sigmoid(-margin).
-        target = sum(F.logsigmoid(m_t).exp() * (F.logsigmoid(m_t) - F.logsigmoid(m_s))
-                     for m_t, m_s in ((margin_t, margin_s), (-margin_t, -margin_s)))  # fmt: skip
-        assert isinstance(target, Tensor)
-        non_target = (others_t.exp() * (others_t - others_s)).masked_fill(is_label, 0).sum(dim=1)
+        (margin_s,), (margin_t,) = rows.student_label, rows.teacher_label
+        log_p, log_rest = F.logsigmoid(margin_t), F.logsigmoid(-margin_t)
+        target = log_p.exp() * (log_p - F.logsigmoid(margin_s)) + log_rest.exp() * (log_rest - F.logsigmoid(-margin_s))
+        non_target = rows.divergence
         square = self.temperature**2
         return {"target": self.alpha * square * target.mean(), "non_target": self.beta * square * non_target.mean()}
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}"
-
-
-def _label_and_others(logits: Tensor, is_label: Tensor) -> Pair:
-    """The log of p / (1 - p), [B], and log q, [B, C], which means nothing at the label."""
-    others = torch.logsumexp(logits.masked_fill(is_label, -torch.inf), dim=1)
-    own = logits.masked_fill(~is_label, -torch.inf).amax(dim=1)  # -inf, hence NaN, where the label is no class
-    return own - others, logits - others[:, None]

@@ -1,5 +1,6 @@
 """Logit standardisation (arXiv 2403.01427)."""
 
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -7,9 +8,8 @@ from torch import Tensor
 from fastkd.losses.base import LossModule
 from fastkd.losses.kd import KDLoss
 from fastkd.losses.pairs import logit_pair
+from fastkd.numerics import STD_EPS
 from fastkd.validate import check_type
-
-EPS = 1e-7
 
 
 class LSKDLoss(LossModule):
@@ -19,6 +19,7 @@ class LSKDLoss(LossModule):
 
         z_i = (logits_i - mean_c logits_ic) / (1e-7 + std_c logits_ic)          std: of the sample, with C - 1
 
+    With KD or DKD this is one temperature more for each row of each network, and the logits are read once.
     The gradient passes the mean and the standard deviation. The authors' loss is ``9 * KD`` beside cross-entropy of
     weight 0.1, at temperature 2; weights (1 to 18) and temperatures (2 to 4) differ by pair. With DKD they multiply
     alpha and beta by 9, and cross-entropy has weight 1. Cross-entropy always reads the raw logits.
@@ -30,7 +31,8 @@ class LSKDLoss(LossModule):
 
     Args:
         loss: a module whose call begins with the logits of the student and of the teacher, such as
-            :class:`fastkd.KDLoss` (the default, at temperature 2) or :class:`fastkd.losses.DKDLoss`.
+            :class:`fastkd.KDLoss` (the default, at temperature 2) or :class:`fastkd.losses.DKDLoss`. If its ``forward``
+            has an option ``standardize``, as theirs have, it gets the raw logits and ``standardize=True``.
 
     Raises:
         TypeError: ``loss`` is no :class:`LossModule`.
@@ -50,6 +52,7 @@ class LSKDLoss(LossModule):
         loss = KDLoss(temperature=2.0) if loss is None else loss
         check_type("loss", loss, LossModule)
         self.loss = loss
+        self._standardizes = "standardize" in inspect.signature(loss.forward).parameters
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, *arguments: Any, **options: Any
@@ -59,5 +62,7 @@ class LSKDLoss(LossModule):
         student_logits, teacher_logits: [B, C], at least two classes, in float64, float32, bf16 or fp16.
         """
         pair = logit_pair(student_logits, teacher_logits, classes=2)
-        student, teacher = ((z - z.mean(dim=1, keepdim=True)) / (EPS + z.std(dim=1, keepdim=True)) for z in pair)
+        if self._standardizes:
+            return self.loss(student_logits, teacher_logits, *arguments, standardize=True, **options)
+        student, teacher = ((z - z.mean(dim=1, keepdim=True)) / (STD_EPS + z.std(dim=1, keepdim=True)) for z in pair)
         return self.loss(student, teacher, *arguments, **options)

@@ -1,17 +1,18 @@
 """Multi-level logit distillation (Jin et al., CVPR 2023)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd import backends
 from fastkd.distributed.group import Group
-from fastkd.functional.kd import kd_loss
-from fastkd.losses.pairs import logit_pair
+from fastkd.functional.kd import soft_target_rows
+from fastkd.losses.pairs import Pair, logit_pair
 from fastkd.losses.relational import RelationalLoss
-from fastkd.validate import check_choice, check_temperature, check_type
+from fastkd.validate import Backend, check_choice, check_temperature, check_type
 
 Reading = Literal["code", "paper"]
 TEMPERATURES = (4.0, 3.0, 5.0, 2.0, 6.0)
@@ -47,10 +48,11 @@ class MLKDLoss(RelationalLoss):
         temperatures: divide the logits; each in [1e-4, 1e4]. ``"code"`` needs more than three of them.
         reading: see above.
         group: as for :class:`fastkd.DCDLoss`; relations, masks and means span the rows of all its ranks.
+        backend: of the ``instance`` term, see :func:`fastkd.kd_loss`.
 
     Raises:
-        TypeError, ValueError: a temperature is out of range, there are too few of them, or ``reading`` or ``group`` is
-            unknown.
+        TypeError, ValueError: a temperature is out of range, there are too few of them, or ``reading``, ``group`` or
+            ``backend`` is unknown.
 
     Example:
         >>> import torch
@@ -63,9 +65,15 @@ class MLKDLoss(RelationalLoss):
     """
 
     def __init__(
-        self, temperatures: Sequence[float] = TEMPERATURES, reading: Reading = "code", *, group: Group = None
+        self,
+        temperatures: Sequence[float] = TEMPERATURES,
+        reading: Reading = "code",
+        *,
+        group: Group = None,
+        backend: Backend | None = None,
     ) -> None:
         super().__init__(group)
+        backends.check_name(backend)
         check_type("temperatures", temperatures, (list, tuple))
         check_choice("reading", reading, get_args(Reading))
         for temperature in temperatures:
@@ -73,7 +81,7 @@ class MLKDLoss(RelationalLoss):
         fewest = STRONG + 1 if reading == "code" else 1
         if len(temperatures) < fewest:
             raise ValueError(f"temperatures: got {len(temperatures)}, expected at least {fewest} for {reading!r}")
-        self.temperatures, self.reading = tuple(temperatures), reading
+        self.temperatures, self.reading, self.backend = tuple(temperatures), reading, backend
 
     def forward(
         self,
@@ -108,42 +116,37 @@ class MLKDLoss(RelationalLoss):
 
     def _terms(self, *rows: Tensor) -> dict[str, Tensor]:
         views = list(zip(rows[::2], rows[1::2], strict=True))
-        weak, strong = views[0], views[-1]
-        kinds = {"instance": _instance, "batch": _batch, "class": _class}
         if self.reading == "paper":
-            return {name: _sum_of(term(*view, T) for view in views for T in self.temperatures)
-                    for name, term in kinds.items()}  # fmt: skip
+            parts = [torch.stack((self._instances(*view).sum(), *self._relations(*view))) for view in views]
+            return dict(zip(("instance", "batch", "class"), torch.stack(parts).sum(dim=0), strict=True))
+        weak, strong = views
         p = F.softmax(weak[1], dim=1)
         samples, classes = _part_below_median(p.amax(dim=1)), _part_below_median(p.sum(dim=0))
-        terms = {name: _sum_of(term(*weak, T) for T in self.temperatures) for name, term in kinds.items()}
-        again = [_instance(*strong, T) for T in self.temperatures[:STRONG]]
-        again += [_instance(*weak, T) for T in self.temperatures[STRONG:]]
+        instances, (batch, of_classes) = self._instances(*weak), self._relations(*weak)
+        again = self._instances(*strong, STRONG).sum() + instances[STRONG:].sum()
         return {
-            "instance": samples * terms["instance"] + _sum_of(again),
-            "batch": samples * terms["batch"],
-            "class": classes * terms["class"],
+            "instance": samples * instances.sum() + again,
+            "batch": samples * batch,
+            "class": classes * of_classes,
         }
+
+    def _instances(self, student: Tensor, teacher: Tensor, count: int | None = None) -> Tensor:
+        """KD at the first ``count`` temperatures, or at all, [K]; one read of the logits."""
+        T = self.temperatures[:count]
+        rows = soft_target_rows(student, teacher, T, backend=self.backend).divergence
+        return rows.mean(dim=1) * rows.new_tensor(T) ** 2
+
+    def _relations(self, student: Tensor, teacher: Tensor) -> Pair:
+        """The sums over the temperatures of the relations of samples and of classes."""
+        batch, of_classes = student.new_zeros(2)
+        for T in self.temperatures:
+            p, q = F.softmax(student / T, dim=1), F.softmax(teacher / T, dim=1)
+            batch = batch + (p @ p.T - q @ q.T).square().sum() / len(p)
+            of_classes = of_classes + (p.T @ p - q.T @ q).square().sum() / p.shape[1]
+        return batch, of_classes
 
     def extra_repr(self) -> str:
         return f"temperatures={self.temperatures}, reading={self.reading!r}"
-
-
-def _sum_of(terms: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(terms)).sum()
-
-
-def _instance(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    return kd_loss(student, teacher, temperature)
-
-
-def _batch(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    p, q = (F.softmax(z / temperature, dim=1) for z in (student, teacher))
-    return (p @ p.T - q @ q.T).square().sum() / len(p)
-
-
-def _class(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    p, q = (F.softmax(z / temperature, dim=1) for z in (student, teacher))
-    return (p.T @ p - q.T @ q).square().sum() / p.shape[1]
 
 
 def _part_below_median(x: Tensor) -> Tensor:

@@ -73,4 +73,8 @@ class ATLoss(LossModule):
 
 def attention(features: Tensor, power: int = 2) -> Tensor:
     """The attention [B, H * W] of maps [B, C, H, W], each of norm 1."""
-    return unit(features.pow(power).mean(dim=1).flatten(1))
+    if power == 2:  # one read, where squares would be written and read again
+        means = torch.linalg.vector_norm(features, dim=1).square() / features.shape[1]
+    else:
+        means = features.pow(power).mean(dim=1)
+    return unit(means.flatten(1))

@@ -5,16 +5,19 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fastkd.distributed.agree import Agreement
+from fastkd.distributed.gather import gather_shared_rows
 from fastkd.distributed.group import Group
-from fastkd.losses.pairs import feature_pair
-from fastkd.losses.relational import RelationalLoss
+from fastkd.losses.relational import FeatureRelation, rank_of
+from fastkd.ops.pair_divergence import sum_of_pairs
 from fastkd.validate import check_choice
 
 Reduction = Literal["mean", "sum"]
 EPS = 1e-7
+WHOLE = 1024  # rows up to which a rank that is alone keeps the matrices
 
 
-class PKTLoss(RelationalLoss):
+class PKTLoss(FeatureRelation):
     r"""PKT: the similarities of a sample to all others, as probabilities, are those of the teacher.
 
     .. code-block:: text
@@ -25,6 +28,10 @@ class PKTLoss(RelationalLoss):
     With ``reduction="sum"``, which is the paper's, the loss is B^2 times as large. The default is the public code's
     mean, whose weight is 30000 in RepDistiller. A row of zeros has equal similarities to all others, and no gradient;
     in the public code its gradient is NaN.
+
+    The sum over k is ``(B + u_i . sum_k u_k) / 2``, so that one pass over the pairs gives the loss and its gradients.
+    Above 1024 samples, and on several ranks, no matrix [B, B] is kept: the memory is that of the features. Several
+    ranks share out the pairs.
 
     Source: arXiv 1803.10837, as in the authors' code.
 
@@ -47,27 +54,26 @@ class PKTLoss(RelationalLoss):
         check_choice("reduction", reduction, get_args(Reduction))
         self.reduction = reduction
 
-    def forward(self, student_features: Tensor, teacher_features: Tensor) -> dict[str, Tensor]:
-        """Returns ``{"pkt": loss}``, 0-dim. The teacher gets no gradient.
-
-        student_features: [B, D_s]. teacher_features: [B, D_t]. Both in float64, float32, bf16 or fp16.
-        """
-        return self._over_ranks(student_features, teacher_features)
-
-    def _rows(self, *inputs: Tensor, may_be_empty: bool) -> tuple[Tensor, ...]:
-        return feature_pair(*inputs, may_be_empty=may_be_empty)
-
-    def _terms(self, *rows: Tensor) -> dict[str, Tensor]:
-        p_s, p_t = (_probabilities(x) for x in rows)
-        parts = p_t * ((p_t + EPS) / (p_s + EPS)).log()
-        return {"pkt": parts.mean() if self.reduction == "mean" else parts.sum()}
+    def _of_ranks(self, ranks: Agreement, *rows: Tensor) -> dict[str, Tensor]:
+        student, teacher = (_units(gather_shared_rows(x, ranks.peers)) for x in rows)
+        pairs = len(student) ** 2
+        if ranks.peers is None and len(student) <= WHOLE:
+            p_s, p_t = (_inverse_sums(u)[:, None] * (1 + u @ u.T) for u in (student, teacher))
+            total = (p_t * ((p_t + EPS) / (p_s + EPS)).log()).sum()
+        else:
+            inputs = student, _inverse_sums(student), teacher, _inverse_sums(teacher)
+            total = ranks.sum(sum_of_pairs(*inputs, EPS, *rank_of(ranks)))
+        return {"pkt": total / pairs if self.reduction == "mean" else total}
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}"
 
 
-def _probabilities(x: Tensor) -> Tensor:
+def _units(x: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    units = (x / (norm + EPS)).masked_fill(norm == 0, 0)
-    similarities = (1 + units @ units.T) / 2
-    return similarities / similarities.sum(dim=1, keepdim=True)
+    return (x / (norm + EPS)).masked_fill(norm == 0, 0)
+
+
+def _inverse_sums(units: Tensor) -> Tensor:
+    """1 over each row's sum of ``1 + u_i . u_j``, [B]."""
+    return (len(units) + units @ units.sum(dim=0)).reciprocal()

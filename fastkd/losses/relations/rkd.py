@@ -3,18 +3,19 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from fastkd.backends import resolve
+from fastkd.distributed.agree import Agreement
+from fastkd.distributed.gather import gather_shared_rows
 from fastkd.distributed.group import Group
 from fastkd.losses.inputs import check_part_weights
-from fastkd.losses.pairs import feature_pair
-from fastkd.losses.relational import RelationalLoss
+from fastkd.losses.relational import FeatureRelation, share_of
+from fastkd.ops.triplet_angles import sum_of_anchors
 
 SHORTEST = 1e-6  # shorter distances count as this one, and get no gradient
-BLOCK = 1 << 22  # so many angles are held at once
 
 
-class RKDLoss(RelationalLoss):
+class RKDLoss(FeatureRelation):
     r"""RKD: the distances of all pairs of samples, and the angles of all triplets, are those of the teacher.
 
     .. code-block:: text
@@ -31,9 +32,9 @@ class RKDLoss(RelationalLoss):
     cross-entropy.
 
     The angles come from the Gram matrix of the centred features. The work is of order B^3, whatever the width, and the
-    memory is of order B^2: blocks of angles are computed again in the backward. Two samples so close that their Gram
-    matrix has no digits for their direction count as equal. Their angle is 0 and has no gradient, where the public code
-    has gradients of 1e11.
+    memory is of order B^2: no angle is kept. Several ranks share out the corners i. Two samples so close that their
+    Gram matrix has no digits for their direction count as equal. Their angle is 0 and has no gradient, where the public
+    code has gradients of 1e11.
 
     Source: arXiv 1904.05068, as in the authors' code.
 
@@ -58,30 +59,36 @@ class RKDLoss(RelationalLoss):
         check_part_weights(distance_weight=distance_weight, angle_weight=angle_weight)
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
 
-    def forward(self, student_features: Tensor, teacher_features: Tensor) -> dict[str, Tensor]:
-        """Returns ``distance`` and ``angle``, 0-dim. The teacher gets no gradient.
-
-        student_features: [B, D_s]. teacher_features: [B, D_t]. Both in float64, float32, bf16 or fp16.
-        """
-        return self._over_ranks(student_features, teacher_features)
-
-    def _rows(self, *inputs: Tensor, may_be_empty: bool) -> tuple[Tensor, ...]:
-        return feature_pair(*inputs, may_be_empty=may_be_empty)
-
-    def _terms(self, *rows: Tensor) -> dict[str, Tensor]:
-        # Not by products, whose cancellation would spoil short distances.
-        distances = [torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") for x in rows]
-        terms = {}
+    def _of_ranks(self, ranks: Agreement, *rows: Tensor) -> dict[str, Tensor]:
+        student, teacher = (gather_shared_rows(x, ranks.peers) for x in rows)
+        count = len(student)
+        corners = share_of(count, ranks)
+        grams = [_gram_and_distances(x) for x in (student, teacher)]
+        parts = {}
         if self.distance_weight > 0:
-            loss = F.smooth_l1_loss(_relative(distances[0]), _relative(distances[1]))
-            terms["distance"] = self.distance_weight * loss
+            relative_s, relative_t = (_relative(distances)[corners] for _, distances in grams)
+            total = F.smooth_l1_loss(relative_s, relative_t, reduction="sum")
+            parts["distance"] = self.distance_weight / count**2 * total
         if self.angle_weight > 0:
-            grams = [_gram_and_inverses(x, d) for x, d in zip(rows, distances, strict=True)]
-            terms["angle"] = self.angle_weight * _mean_of_angles(*grams[0], *grams[1])
-        return terms
+            matrices = [matrix for pair in grams for matrix in (pair[0], _inverses(*pair))]
+            backend = resolve(None, "triplet_angles", student)
+            total = sum_of_anchors(*matrices, corners.start, corners.stop, backend)
+            parts["angle"] = self.angle_weight / count**3 * total
+        return dict(zip(parts, ranks.sum(torch.stack(list(parts.values()))).unbind(), strict=True))
 
     def extra_repr(self) -> str:
         return f"distance_weight={self.distance_weight}, angle_weight={self.angle_weight}"
+
+
+def _gram_and_distances(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gram matrix of the centred rows and their distances, both [B, B]."""
+    x = x - x.mean(dim=0)
+    if x.dtype == torch.float64:  # not by products, whose cancellation would spoil short distances
+        return x @ x.T, torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    wide = x.double()  # has digits to spare for the cancellation, and a product is ten times as fast
+    gram = wide @ wide.T
+    squares = gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
+    return gram.to(x.dtype), squares.clamp_min(SHORTEST**2).sqrt().to(x.dtype)
 
 
 def _relative(distances: Tensor) -> Tensor:
@@ -92,35 +99,9 @@ def _relative(distances: Tensor) -> Tensor:
     return distances / mean.clamp_min(SHORTEST)
 
 
-def _gram_and_inverses(x: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
-    """The Gram matrix of the centred rows, and 1 / distance, 0 where the Gram matrix has no direction."""
-    x = x - x.mean(dim=0)
-    gram = x @ x.T
+def _inverses(gram: Tensor, distances: Tensor) -> Tensor:
+    """1 / distance, 0 where the Gram matrix has no direction."""
     squares = gram.detach().diagonal()
-    floor = 16 * torch.finfo(x.dtype).eps * (squares[:, None] + squares)
+    floor = 16 * torch.finfo(gram.dtype).eps * (squares[:, None] + squares)
     is_near = distances.detach().square() <= floor
-    return gram, distances.masked_fill(is_near, 1).reciprocal().masked_fill(is_near, 0)
-
-
-def _mean_of_angles(gram_s: Tensor, inverse_s: Tensor, gram_t: Tensor, inverse_t: Tensor) -> Tensor:
-    count = len(gram_s)
-    step = max(1, BLOCK // count**2)
-    given = gram_s, inverse_s, gram_t, inverse_t
-    if step >= count:
-        return _sum_of_block(*given, 0, count) / count**3
-    sums = [checkpoint(_sum_of_block, *given, first, first + step, use_reentrant=False, preserve_rng_state=False)
-            for first in range(0, count, step)]  # fmt: skip
-    return torch.stack(sums).sum() / count**3
-
-
-def _sum_of_block(gram_s: Tensor, inverse_s: Tensor, gram_t: Tensor, inverse_t: Tensor, first: int, end: int) -> Tensor:
-    """The sum over i in [first, end) and all j, k of the Huber loss of the angles at i."""
-    student, teacher = _angles(gram_s, inverse_s, first, end), _angles(gram_t, inverse_t, first, end)
-    return F.smooth_l1_loss(student, teacher, reduction="sum")
-
-
-def _angles(gram: Tensor, inverse: Tensor, first: int, end: int) -> Tensor:
-    """[i, j, k]: (x_j - x_i) . (x_k - x_i) / (|x_j - x_i| |x_k - x_i|)."""
-    own, inverse = gram[first:end], inverse[first:end]
-    products = gram - own[:, :, None] - own[:, None, :] + gram.diagonal()[first:end, None, None]
-    return products * inverse[:, :, None] * inverse[:, None, :]
+    return distances.masked_fill(is_near, 1).reciprocal().masked_fill(is_near, 0)

@@ -1,11 +1,18 @@
 """Similarity-preserving distillation (arXiv 1907.09682)."""
 
+import torch
 from torch import Tensor
 
+from fastkd.distributed.agree import Agreement
+from fastkd.distributed.gather import gather_shared_rows
 from fastkd.distributed.group import Group
 from fastkd.losses.pairs import feature_pair, unit
-from fastkd.losses.relational import RelationalLoss
+from fastkd.losses.relational import RelationalLoss, rank_of
+from fastkd.ops.gram_sums import sums_of_rows
 from fastkd.validate import check_floating
+
+WHOLE = 1024  # rows up to which a rank that is alone keeps the matrices
+SHORTEST = 1e-12  # shorter rows of a matrix count as zeros, as in numerics.unit_rows
 
 
 class SPLoss(RelationalLoss):
@@ -19,6 +26,10 @@ class SPLoss(RelationalLoss):
 
     The numbers of channels and positions of the two networks may differ. RepDistiller's weight is 3000. A sample whose
     features are all 0 is similar to none, and gets no gradient.
+
+    Above 1024 samples, and on several ranks, no matrix [B, B] is kept. For a row of G that is not 0, the sum over its
+    entries is ``2 - 2 cos(G^s_i, G^t_i)``, for which three sums per row suffice. The backward computes the products
+    again. So the memory is that of the features. Several ranks share out the pairs of samples.
 
     Source: arXiv 1907.09682, of the last feature maps.
 
@@ -52,6 +63,21 @@ class SPLoss(RelationalLoss):
                 raise ValueError(f"{name}: got shape {list(x.shape)}, expected [B, ...]")
         return feature_pair(*(x.flatten(1) for x in inputs), may_be_empty=may_be_empty)
 
-    def _terms(self, *rows: Tensor) -> dict[str, Tensor]:
-        student, teacher = (unit(x @ x.T) for x in rows)
-        return {"sp": (student - teacher).square().mean()}
+    def _of_ranks(self, ranks: Agreement, *rows: Tensor) -> dict[str, Tensor]:
+        if ranks.peers is None and len(rows[0]) <= WHOLE:
+            student, teacher = (unit(x @ x.T) for x in rows)
+            return {"sp": (student - teacher).square().mean()}
+        student, teacher = (_scaled(gather_shared_rows(x, ranks.peers)) for x in rows)
+        sums = ranks.sum(sums_of_rows(student, teacher, *rank_of(ranks)))
+        s, t, both = sums
+        is_row = [x.detach() > SHORTEST**2 for x in (s, t)]
+        is_both = is_row[0] & is_row[1]
+        cosines = (both / (s * t).masked_fill(~is_both, 1).sqrt()).masked_fill(~is_both, 0)
+        total = is_row[0].sum() + is_row[1].sum() - 2 * cosines.sum()
+        return {"sp": (total / len(s) ** 2).to(student.dtype)}
+
+
+def _scaled(x: Tensor) -> Tensor:
+    """The rows over the norm of the longest, which changes no cosine and keeps the sums of squares in range."""
+    largest = torch.linalg.vector_norm(x.detach(), dim=1).amax()
+    return x / largest.clamp_min(torch.finfo(x.dtype).tiny)

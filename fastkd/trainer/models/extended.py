@@ -18,6 +18,7 @@ from fastkd.trainer.models.weights import CheckpointError
 from fastkd.trainer.strict_json import check_fields
 
 NOTE = "extension"  # the entry of a state dict that says how its model was extended
+_PARTS = {"simkd": ("layers", "classifier"), "norm": ("layers", "back")}
 _FIELDS = {"kind": str, "layer": str, "channels_last": bool, "classifier": str, "side": int}
 
 
@@ -142,21 +143,30 @@ def extended_like(model: nn.Module, state: Mapping[str, Tensor], source: Any) ->
         values = json.loads(bytes(state[NOTE].tolist()))
         check_fields(values, _FIELDS, NOTE)
         how = Extension(**values)
-        model.get_submodule(how.layer)
-        first = state["layers.0.weight"]
-        if how.kind == "simkd":
-            wide = len(state["layers.6.weight"])
-            layers: nn.Module = SimKDLoss(first.shape[1], wide, wide // len(first)).projector
-            weight = state["classifier.weight"]
-            then: nn.Module = nn.Linear(weight.shape[1], len(weight), bias="classifier.bias" in state)
-        elif how.kind == "norm":
-            layers, then = _there_and_back(first.shape[1], len(first))
-        else:
-            raise ValueError(f"kind is {how.kind!r}")
-        return ExtendedModel(model, how, layers, then)
+        if how.kind not in ("simkd", "norm") or how.side < (how.kind == "simkd"):
+            raise ValueError(f"{how.kind} with side {how.side}")
+        for name in (how.layer, how.classifier):
+            model.get_submodule(name)
+        with torch.device("meta"):  # a file may claim sizes that it does not have
+            parts = _layers_of(how, state)
+        for prefix, part in zip(_PARTS[how.kind], parts, strict=True):
+            for name, value in part.state_dict(prefix=f"{prefix}.").items():
+                if state[name].shape != value.shape:
+                    raise ValueError(f"{name} has the shape {list(state[name].shape)}")
+        return ExtendedModel(model, how, *_layers_of(how, state))
     except Exception as error:  # the entry comes from a file
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{source}: {NOTE} does not say how its model was extended ({reason})") from error
+
+
+def _layers_of(how: Extension, state: Mapping[str, Tensor]) -> tuple[nn.Module, nn.Module]:
+    """What ``ExtendedModel`` takes, in the sizes of a state dict."""
+    first = state["layers.0.weight"]
+    if how.kind == "norm":
+        return _there_and_back(first.shape[1], len(first))
+    wide, weight = len(state["layers.6.weight"]), state["classifier.weight"]
+    taught = nn.Linear(weight.shape[1], len(weight), bias="classifier.bias" in state)
+    return SimKDLoss(first.shape[1], wide, wide // len(first)).projector, taught
 
 
 def _there_and_back(channels: int, wide: int) -> tuple[nn.Sequential, nn.Sequential]:

@@ -213,7 +213,8 @@ class _Traced:
                 chosen = inside if self._begins_next_stage(call) else by_size
                 chosen[self._size(call.value)] = call
         found = sorted({**inside, **by_size}.values(), key=self.calls.index)[-MOST:]
-        return [] if found and found[-1] is self.stem() else found  # the patches of a transformer are no stage
+        tokens = [call for call in self.calls if call.value.ndim == 3]
+        return [] if tokens and found[-1:] == [self.stem()] else found  # the patches of a transformer are no stage
 
     def stem(self) -> Call | None:
         """What there is before the second convolution, pooling apart; the only convolution itself."""
