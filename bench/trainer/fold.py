@@ -1,6 +1,6 @@
 """Measures a frozen teacher's forward pass with its batch norms as they are and folded into its convolutions.
 
-    python -m bench.fold [--models resnet34 resnet50] [--batch 16] [--rounds 15] [--device cpu] [--compile]
+    python -m bench.trainer.fold [--models resnet34 resnet50] [--batch 16] [--rounds 15] [--device cpu] [--compile]
 
 Both take turns, so that what else the machine does meets both. On a CPU the time is what the process has used, of all
 threads. The models are torchvision's, with random weights.
