@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import to_image, to_pil_image
 
 from fastkd.trainer.data.images import load_images
 from fastkd.trainer.data.readers.encoded import EXTENSIONS, BrokenImagesError, decode
@@ -231,11 +232,12 @@ class _ShardWriter(Dataset[_Shard]):
     def _image(self, index: int) -> tuple[str, bytes]:
         """(extension, file) of an image that can be decoded."""
         encoded = self.images.encoded(index)
-        image = decode(encoded)
-        if self.short_side is None or min(image.size) <= self.short_side:
+        pixels = to_image(decode(encoded))  # [3, H, W]
+        height, width = pixels.shape[1:]
+        if self.short_side is None or min(height, width) <= self.short_side:
             name = self.images.names[index].lower()
             return next(kind for kind in EXTENSIONS if name.endswith(kind.encode())), encoded
-        width, height = (round(side * self.short_side / min(image.size)) for side in image.size)
+        size = [round(side * self.short_side / min(height, width)) for side in (width, height)]
         buffer = io.BytesIO()
-        image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=self.quality)
+        to_pil_image(pixels).resize((size[0], size[1]), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=self.quality)
         return ".jpg", buffer.getvalue()
