@@ -239,5 +239,6 @@ class _ShardWriter(Dataset[_Shard]):
             return next(kind for kind in EXTENSIONS if name.endswith(kind.encode())), encoded
         size = [round(side * self.short_side / min(height, width)) for side in (width, height)]
         buffer = io.BytesIO()
-        to_pil_image(pixels).resize((size[0], size[1]), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=self.quality)
+        smaller = to_pil_image(pixels).resize((size[0], size[1]), Image.Resampling.BICUBIC)
+        smaller.save(buffer, "JPEG", quality=self.quality)
         return ".jpg", buffer.getvalue()
