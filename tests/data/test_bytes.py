@@ -31,11 +31,14 @@ def normalised(images: torch.Tensor, normalization: Normalization) -> torch.Tens
     return (images / 255 - mean) / std
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "folded"])
 def test_each_model_normalises_bytes_for_itself(dtype):
+    fold, dtype = dtype == "folded", dtype.replace("folded", "fp32")
     plain, settings = build(config()), config(teacher={"normalization": OWN, "dtype": dtype})
     distiller = build_distiller(settings, pixels(), DATA, student=Net(), teacher=Net(6))
     distiller.load_state_dict(plain.state_dict())
+    if fold:
+        assert "1 batch norms are folded" in distiller.teacher.fold(distiller.teacher.model.normalized(pixels()))
     prepare(distiller, settings, CPU, Ranks(), DATA)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     distiller.eval()

@@ -160,6 +160,8 @@ def build_models(
         size = origin.input.get("image_size")
         if size and size != data.sample.shape[-1]:
             told.append(f"teacher: was trained on images of {size} pixels, the data's have {data.sample.shape[-1]}")
+    if distiller.teacher is not None and config.teacher is not None and config.teacher.fold:
+        told.append(distiller.teacher.fold(distiller.teacher.model.normalized(data.sample.to(device))))
     lines = prepare(distiller, config, device, ranks, normalization_of(data.train_set))
     return distiller, [*told, *([note] if note else []), *lines]
 
@@ -214,11 +216,12 @@ def prepare(
             )
     models = [student]
     if frozen is not None:
-        models.append(frozen.model)
+        models.append(frozen.computing)
         if config.teacher is not None:
             lines += _normalize_teacher(distiller, config, data_normalization)
             if config.teacher.dtype != "fp32":
-                frozen.model.model.to(DTYPES[config.teacher.dtype])
+                for part in (frozen.model, frozen.computing):
+                    part.model.to(DTYPES[config.teacher.dtype])
                 lines.append(f"teacher in {config.teacher.dtype}")
     for model in models:
         if config.channels_last:
@@ -247,7 +250,8 @@ def _normalize_teacher(distiller: Distiller, config: TrainConfig, data: Normaliz
         raise ValueError(
             f"teacher.normalization: got {len(own[0])} channels, expected {len(data[0])}, as the data have"
         )
-    distiller.teacher.model.take_images("bytes" if distiller.student.takes_bytes else data, own)
+    for part in (distiller.teacher.model, distiller.teacher.computing):
+        part.take_images("bytes" if distiller.student.takes_bytes else data, own)
     shown = [f"mean {_numbers(mean)}, std {_numbers(std)}" for mean, std in (own, data)]
     return [f"teacher input: normalised with its own {shown[0]}; the student's with the data's {shown[1]}"]
 
