@@ -38,10 +38,11 @@ def memory_of(
     if config.ema is not None:
         found["moving average"] = _bytes(student.model.state_dict().values())
     if teacher is not None:
-        found["teacher"] = _bytes(teacher.state_dict().values())
+        copies = 2 if config.teacher is not None and config.teacher.fold else 1
+        found["teacher"] = copies * _bytes(teacher.state_dict().values())
     part = -(-rows // chunks)
     views = 2 if "strong" in objective.additions else 1
-    images = torch.empty(part, *shape)
+    images = torch.empty(part, *shape, dtype=torch.uint8 if student.takes_bytes else None)
     found["images"] = views * rows * images[0].nbytes
     own = {tensor.untyped_storage()._cdata for tensor in (*student.parameters(), *student.buffers(), images)}
     saved: dict[int, Tensor] = {}
