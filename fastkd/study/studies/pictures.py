@@ -16,7 +16,9 @@ from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.datasets import build_datasets
 from fastkd.trainer.data.loader import eval_loader
 from fastkd.trainer.models.build import build_model
+from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.precision import choose_device
+from fastkd.trainer.run.evaluate import take_images_of
 from fastkd.trainer.run.saved.checkpoint import load_weights
 
 LIMIT = 3.0  # of the colour scale, as in the authors' script
@@ -91,10 +93,12 @@ def logits_of(model: torch.nn.Module, config: TrainConfig) -> tuple[np.ndarray, 
     """The logits [n, C] of a model on the evaluation set of a run, and the labels [n]."""
     device = choose_device(config.device)
     _, evaluation = build_datasets(config.data)
-    model.to(device).eval()
+    reader = FeatureModel(model, optional=True)
+    take_images_of(reader, evaluation)
+    reader.to(device).eval()
     logits, labels = [], []
     with torch.no_grad():
         for images, batch in eval_loader(evaluation, config.data, device):
-            logits.append(model(images.to(device)).double().cpu())
+            logits.append(reader(images.to(device)).logits.double().cpu())
             labels.append(batch)
     return torch.cat(logits).numpy(), torch.cat(labels).numpy()
