@@ -26,6 +26,7 @@ usage: fastkd COMMAND ...
   export CHECKPOINT OUT   its student as .safetensors or .onnx, checked
   probe CHECKPOINT   linear probe of its frozen features on other data
   study NAME ...     a table or figure of a paper: a grid of runs, resumed, beside the published numbers
+  shards --root FOLDER --out DIR   a folder of images as WebDataset shards, smaller if asked for
   report RUN ...     an HTML page about a run, or several compared, from their folders
 
 fastkd COMMAND --help describes each; fastkd --version says which fastkd this is.
@@ -38,6 +39,7 @@ _COMMANDS = {
     "eval": "fastkd.trainer.commands.evaluate_checkpoint:eval_command",
     "export": "fastkd.trainer.commands.export:export_command",
     "probe": "fastkd.trainer.commands.linear_probe:probe_command",
+    "shards": "fastkd.trainer.commands.shards:shards_command",
     "report": "fastkd.trainer.report.page:report_command",
     "study": "fastkd.study.command:study_command",
 }

@@ -130,6 +130,8 @@ class TrainConfig:
             check_type(name, model, (ModelConfig, type(None)))
         if self.student is not None:
             check_choice("student.dtype", self.student.dtype, ("fp32",))
+            if self.student.fold:
+                raise ValueError("student.fold: got True, expected False: its batch norms are trained")
             if self.student.min_accuracy is not None:
                 raise ValueError(f"student.min_accuracy: got {self.student.min_accuracy}, expected None")
         self._check_mix()

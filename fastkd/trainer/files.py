@@ -22,14 +22,15 @@ class FolderLock:
     """Keeps every other ``FolderLock`` out of a folder, from its construction to ``close`` or the end of the process.
 
     The folder is made if it is not there. ``close`` removes again what was made, unless ``keep`` was called. Raises
-    CheckpointError when the folder is a link, or another process (or another run of this process) has it.
+    CheckpointError when the folder is a link, or another process (or another run of this process) has it. The message
+    says what that process is ``doing``.
 
     The kernel gives the lock back when the process dies. It is one of ``flock``, which Windows and some network file
     systems do not have.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._file = folder, folder / LOCK
+    def __init__(self, folder: Path, doing: str = "training in this run folder") -> None:
+        self._folder, self._file, self._doing = folder, folder / LOCK, doing
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         self._made_file = not self._file.exists()
         self._lock = self._take()
@@ -49,7 +50,7 @@ class FolderLock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.close()
-                raise CheckpointError(f"{self._folder}: another process is training in this run folder") from None
+                raise CheckpointError(f"{self._folder}: another process is {self._doing}") from None
             except OSError as error:
                 lock.close()
                 raise CheckpointError(f"{self._file}: cannot be locked ({error.strerror})") from error

@@ -21,8 +21,9 @@ from fastkd import (
     kd_loss,
     multiscale_pool,
 )
-from fastkd.functional.kd import ce_kd_terms
+from fastkd.functional.kd import ce_kd_terms, soft_target_rows
 from fastkd.functional.preview import preview_weight
+from fastkd.losses import CTKDLoss, DKDLoss, LSKDLoss, WSLDLoss
 from fastkd.numerics import accumulation_dtype
 from tests.helpers.checks import CONSISTENCIES, embeddings, logits, value_and_grads
 from tests.helpers.contract import OPERATIONS, Case, Size
@@ -136,6 +137,28 @@ def logits_case(name: str, plan: Plan) -> tuple[Case, list[float]]:
     return Case(compute, (student, teacher), (labels,), frozen=(1,), is_unit=name == "ckd"), natural
 
 
+def rows_case(name: str, plan: Plan) -> tuple[Case, list[float]]:
+    """All that ``soft_target_rows`` gives, with random options, and the gradients of logits and temperatures."""
+    generator, standardize = plan.generator(), plan.option % 3 == 0
+    student, teacher, labels = logits(plan.n, plan.D + 2, plan.seed, plan.dtype)
+    size_of_logits = {"long": 30.0, "short": 1e-2}.get(plan.rows, 1.0)
+    student, teacher = (x * size_of_logits for x in (student, teacher))
+    temperature = 0.5 + 5 * torch.rand(() if plan.option % 2 else (plan.n,), generator=generator, dtype=torch.float64)
+    weights = torch.rand(4, plan.n, generator=generator, dtype=torch.float64)
+    fixed = [1.0, 3.0, 4.0][: 1 + plan.option % 3]
+
+    def compute(backend: str, student: Tensor, teacher: Tensor, temperature: Tensor) -> Tensor:
+        options = {"labels": labels, "exclude_label": plan.is_weighted, "standardize": standardize, "backend": backend}
+        total = student.new_zeros((), dtype=accumulation_dtype(student.dtype))
+        for given in (fixed, temperature.to(total.dtype)):
+            parts = soft_target_rows(student, teacher, given, **options)
+            total = total + sum((w.to(total.dtype) * part).sum() for w, part in zip(weights, parts, strict=True))
+        return total / plan.n
+
+    given = student, teacher, temperature.to(plan.dtype)
+    return Case(compute, given), sensitivities(compute, given, generator)
+
+
 def pool_case(name: str, plan: Plan) -> tuple[Case, list[float]]:
     generator = plan.generator()
 
@@ -177,6 +200,12 @@ def module_case(name: str, plan: Plan) -> tuple[Case, list[float]]:
         "DCDLoss": lambda backend: DCDLoss(width, 5, 4, logit_bias=plan.option % 2 == 0, backend=backend),
         "CKDLoss": lambda backend: CKDLoss(temperature, backend=backend),
         "KDLoss": lambda backend: KDLoss(temperature, backend=backend),
+        "DKDLoss": lambda backend: DKDLoss(temperature, backend=backend),
+        "WSLDLoss": lambda backend: WSLDLoss(temperature, backend=backend),
+        "CTKDLoss": lambda backend: CTKDLoss(backend=backend),
+        "LSKDLoss": lambda backend: LSKDLoss(
+            DKDLoss(temperature, backend=backend) if plan.option % 2 else KDLoss(temperature, backend=backend)
+        ),
         "InfoNCELoss": lambda backend: InfoNCELoss(temperature, backend=backend),
         "SupConLoss": lambda backend: SupConLoss(temperature, exclude_self=plan.option % 2 == 0, backend=backend),
         "PCKDLoss": lambda backend: PCKDLoss(width, 5, temperature=temperature, hidden_dim=6, backend=backend),
@@ -214,7 +243,14 @@ def module_case(name: str, plan: Plan) -> tuple[Case, list[float]]:
         elif name == "MSDCRDLoss":  # labels that no rounding changes
             arguments = (*data, lambda samples: chosen[: len(samples)].to(samples.dtype))
         else:
-            arguments = (data[0], labels) if name == "SupConLoss" else data
+            more = {
+                "SupConLoss": (labels,),
+                "CTKDLoss": (plan.option % 12,),
+                "DKDLoss": (labels,),
+                "WSLDLoss": (labels,),
+            }
+            more["LSKDLoss"] = (labels,) if plan.option % 2 else ()
+            arguments = (*data[: 1 if name == "SupConLoss" else 2], *more.get(name, ()))
         terms = torch.func.functional_call(module, parameters, arguments)
         return sum(weight * term for weight, term in zip((1.0, 0.7, 1.3, 0.4), terms.values(), strict=False))
 
@@ -245,10 +281,15 @@ def preview_case(name: str, plan: Plan) -> tuple[Case, list[float]]:
     return Case(compute, (ce.to(plan.dtype),)), [math.sqrt(plan.n), 1.0]
 
 
-MODULES = ("DCDLoss", "CKDLoss", "KDLoss", "InfoNCELoss", "SupConLoss", "PCKDLoss", "MSDCRDLoss")
+MODULES = (
+    *("DCDLoss", "CKDLoss", "KDLoss", "InfoNCELoss", "SupConLoss", "PCKDLoss", "MSDCRDLoss"),
+    *("DKDLoss", "WSLDLoss", "CTKDLoss", "LSKDLoss"),
+)
 CASES: dict[str, Callable[[str, Plan], tuple[Case, list[float]]]] = {
     **{
-        name: logits_case
+        name: rows_case
+        if name == "rows"
+        else logits_case
         if name in ("kd", "ce and kd", "ckd")
         else pool_case
         if name.startswith("pool")

@@ -38,7 +38,8 @@ def memory_of(
     if config.ema is not None:
         found["moving average"] = _bytes(student.model.state_dict().values())
     if teacher is not None:
-        found["teacher"] = _bytes(teacher.state_dict().values())
+        copies = 2 if config.teacher is not None and config.teacher.fold else 1
+        found["teacher"] = copies * _bytes(teacher.state_dict().values())
     part = -(-rows // chunks)
     views = 2 if "strong" in objective.additions else 1
     images = torch.empty(part, *shape)

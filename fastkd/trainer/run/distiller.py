@@ -16,6 +16,7 @@ from fastkd.trainer.imports import import_object
 from fastkd.trainer.models.build import ModelConfig, Normalization, build_model
 from fastkd.trainer.models.extended import extended_like
 from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShapes, measure_shapes
+from fastkd.trainer.models.fold import folded
 from fastkd.trainer.objective.objective import Objective, extended_student, needs
 from fastkd.trainer.objective.terms.base import TermFunction
 from fastkd.trainer.objective.terms.maps import FTTerm
@@ -32,6 +33,8 @@ class FrozenModel(nn.Module):
     def __init__(self, model: FeatureModel) -> None:
         super().__init__()
         self.model = model
+        # What ``forward`` calls: the model itself, or its folded copy. The tuple hides the copy from state dicts.
+        self._runs = (model,)
         # Listed once: the walk through a model's modules costs more than a look at each.
         self._every = tuple(model.modules())
         self.scale: Tensor | None
@@ -51,6 +54,29 @@ class FrozenModel(nn.Module):
         self.scale = (std / own_std).float().view(-1, 1, 1).to(device)
         self.shift = ((mean - own_mean) / own_std).float().view(-1, 1, 1).to(device)
 
+    def fold(self, images: Tensor) -> str:
+        """From now on compute with a copy whose batch norms are folded, if there can be one; returns a line about it.
+
+        The model and its weights stay as they are. ``images``: see ``folded``.
+        """
+        try:
+            copy, count = folded(self.model, images)
+        except ValueError as error:
+            return f"teacher: its batch norms are not folded: {error}"
+        self._runs = (copy,)
+        return f"teacher: {count} batch norms are folded into convolutions"
+
+    @property
+    def computing(self) -> FeatureModel:
+        """The module that computes: ``model``, or its folded copy."""
+        return self._runs[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``to`` calls: a folded copy goes where the model goes."""
+        if self.computing is not self.model:
+            self.computing._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode."""
         return super().train(False)
@@ -68,7 +94,7 @@ class FrozenModel(nn.Module):
             self.model.eval()
         if self.scale is not None and self.shift is not None:
             images = torch.addcmul(self.shift, images, self.scale)
-        return self.model(images)
+        return self.computing(images)
 
 
 class Trained(nn.Module):

@@ -147,6 +147,8 @@ def build_models(
         size = origin.input.get("image_size")
         if size and size != data.sample.shape[-1]:
             told.append(f"teacher: was trained on images of {size} pixels, the data's have {data.sample.shape[-1]}")
+    if distiller.teacher is not None and config.teacher is not None and config.teacher.fold:
+        told.append(distiller.teacher.fold(data.sample))
     lines = prepare(distiller, config, device, ranks, normalization_of(data.train_set))
     return distiller, [*told, *([note] if note else []), *lines]
 
@@ -199,7 +201,7 @@ def prepare(
             )
     models = [student]
     if frozen is not None:
-        models.append(frozen.model)
+        models.append(frozen.computing)
         if config.teacher is not None:
             lines += _convert_input(distiller, config, data_normalization)
             if config.teacher.dtype != "fp32":

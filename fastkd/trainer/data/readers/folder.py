@@ -50,6 +50,11 @@ class FolderImages(ImageSamples):
         self._broken = torch.zeros(len(chosen), dtype=torch.uint8).share_memory_()
         return self
 
+    @property
+    def names(self) -> np.ndarray:
+        """The path of every sample below ``root``, as bytes."""
+        return self._names
+
     def encoded(self, index: int) -> bytes:
         return read_regular(self._path(index), MAX_BYTES)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastkd.trainer.data.readers.encoded import EXTENSIONS, MAX_BYTES, ImageSamples
 from fastkd.trainer.data.readers.files import FileState, open_regular
+from fastkd.trainer.data.readers.manifest import MANIFEST, classes_of_shards
 
 OPEN_SHARDS = 64  # shards that a process keeps open
 # Every number up to the largest label is a class with a name. Labels far above the number of samples are damaged.
@@ -36,7 +37,9 @@ _IMAGE = "IMAGE"  # stands for all extensions of images; extensions are in lower
 
 
 class ShardImages(ImageSamples):
-    """The images of all ``*.tar`` in ``root``; the classes are the numbers up to the largest label.
+    """The images of all ``*.tar`` in ``root``; the classes are those that ``fastkd shards`` noted beside its shards.
+
+    The classes of other shards are the numbers up to the largest label.
 
     A sample is the files of one shard that share everything before the first dot: an image and its label, ``.cls`` (a
     number as text) or else ``.json`` (with the int ``"label"`` or ``"cls"``). Other files are ignored. The index is
@@ -48,10 +51,17 @@ class ShardImages(ImageSamples):
         if not self.shards:
             raise ValueError(f"data.options.root: found no *.tar in {self.root}")
         self._states = [_state(shard) for shard in self.shards]
+        sizes = {shard.name: state.size for shard, state in zip(self.shards, self._states, strict=True)}
+        classes = classes_of_shards(self.root, sizes)
         index = read_index(self.root, self.shards, self._states)
         self._shard, self._offset, self._size = index["shard"], index["offset"], index["size"]
         labels = torch.from_numpy(index["label"])
-        return labels, [str(label) for label in range(int(labels.max()) + 1)]
+        largest = int(labels.max())
+        if classes is not None and largest >= len(classes):
+            raise ValueError(
+                f"{self.root}: the largest label is {largest}, and {MANIFEST} names {len(classes)} classes"
+            )
+        return labels, classes or [str(label) for label in range(largest + 1)]
 
     @property
     def shard_starts(self) -> list[int]:
