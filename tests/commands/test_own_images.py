@@ -88,7 +88,7 @@ def test_a_teacher_of_other_classes_is_refused_and_one_of_another_normalization_
     half = ("--data.options.mean", *["0.5"] * 3, "--data.options.root", "data", "--data.options.image-size", "48")
     assert main(["train", *flags, *half, "--teacher.weights", "runs/teacher", "--run-dir", "runs/half"]) == 0
     told = capsys.readouterr().out
-    assert "teacher input: the data's normalization (mean 0.5 0.5 0.5, " in told
+    assert "the student's with the data's mean 0.5 0.5 0.5, " in told
     assert "teacher: was trained on images of 32 pixels, the data's have 48" in told
 
 

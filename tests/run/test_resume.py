@@ -286,6 +286,12 @@ def test_resume_with_other_data_raises(tmp_path):
         train(config, train_data=other, eval_data=held_out)
     with pytest.raises(CheckpointError, match=r"its data was given as objects .* that of this run is not"):
         train(config)
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        seal(checkpoint, lambda body: body.pop("augmentation"))  # as versions wrote it that seeded a batch
+    with pytest.raises(CheckpointError, match=r"written with augmentation=None, this run has 2: .* other random num"):
+        train(config, train_data=images, eval_data=held_out)
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        seal(checkpoint, lambda body: body.update(augmentation=2))
     assert train(config, train_data=images, eval_data=held_out).resumed_from == 10
 
 

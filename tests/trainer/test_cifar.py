@@ -73,8 +73,7 @@ def test_cifar_is_read_in_both_layouts(tmp_path: Path, kind: str, classes: int) 
         assert len(test) == 7
         images, chosen = test.__getitems__([3, 1])
         assert torch.equal(chosen, test.labels[[3, 1]])
-        mean, std = (torch.tensor(values)[:, None, None] for values in test.normalization)
-        torch.testing.assert_close(images[0], (test.images[3] / 255 - mean) / std)
+        assert torch.equal(images, test.images[[3, 1]])
 
 
 def test_a_pickle_that_names_code_is_refused_before_it_runs(tmp_path: Path) -> None:
@@ -158,7 +157,7 @@ def test_damaged_cifar_files_are_named(tmp_path: Path) -> None:
 def test_augmented_images_are_shifted_windows_and_their_mirrors() -> None:
     torch.manual_seed(0)
     images = torch.randint(1, 256, (64, 3, 6, 5), dtype=torch.uint8)
-    result = shift_and_flip(images, 2)
+    result = shift_and_flip(images, 2, torch.randint(2**62, (64,)))
     padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
     found = set()
     for before, after in zip(padded, result, strict=True):

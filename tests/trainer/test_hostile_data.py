@@ -33,7 +33,7 @@ def test_every_extension_has_its_format_and_no_other_format_is_opened() -> None:
     of_extension = {Image.EXTENSION[extension] for extension in encoded_images.EXTENSIONS}
     assert set(encoded_images.FORMATS) == of_extension
     for kind in encoded_images.FORMATS:
-        assert decode(encoded(0, kind=kind)).size == (28, 24)
+        assert decode(encoded(0, kind=kind)).shape == (3, 24, 28)
     for kind in sorted(set(Image.SAVE) & {"GIF", "ICO", "TGA", "EPS", "PDF", "PCX"}):
         with pytest.raises(OSError, match="cannot identify image file"):
             decode(encoded(0, kind=kind))

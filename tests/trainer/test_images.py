@@ -66,15 +66,19 @@ def write_shards(root: Path, each: int = 3, json: bool = False) -> Path:
     return root
 
 
-def identity(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image)).movedim(-1, 0)
+def identity(image: torch.Tensor) -> torch.Tensor:
+    return image
+
+
+def by_pil(encoded: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))).movedim(-1, 0)
 
 
 def test_a_folder_is_read_class_by_class(tmp_path: Path) -> None:
     dataset = FolderImages(write_folder(tmp_path) / "train", identity, NORMALIZATION)
     assert dataset.classes == list(CLASSES)
     assert dataset.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    expected = identity(Image.open(io.BytesIO(encoded(101))))
+    expected = by_pil(encoded(101))
     image, label = dataset[4]
     assert torch.equal(image, expected)
     assert label.item() == 1
@@ -243,20 +247,26 @@ def test_a_folder_without_a_single_good_image_stops(tmp_path: Path) -> None:
         dataset[0]
 
 
-def test_images_come_out_normalised_at_the_size(tmp_path: Path) -> None:
+def test_images_come_out_as_bytes_at_the_size(tmp_path: Path) -> None:
     write_folder(tmp_path)
     train, val = load_images(str(tmp_path), image_size=16)
     assert train[0][0].shape == val[0][0].shape == (3, 16, 16)
-    plain, _ = load_images(str(tmp_path), image_size=16, mean=(0, 0, 0), std=(1, 1, 1))[1][0]
-    mean, std = (torch.tensor(values)[:, None, None] for values in NORMALIZATION)
-    torch.testing.assert_close(val[0][0], (plain - mean) / std)
-    assert 0 <= plain.min() <= plain.max() <= 1
+    assert {image.dtype for image in (train[0][0], val[0][0])} == {torch.uint8}
+    assert val.normalization == NORMALIZATION
+    shorter = Image.open(io.BytesIO(encoded(0))).resize((21, 18), Image.Resampling.BILINEAR)  # 18 = 16 / 0.875
+    middle = torch.from_numpy(np.array(shorter)).movedim(-1, 0)[:, 1:17, 2:18]
+    assert (val[0][0].int() - middle.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG")])
-def test_every_kind_of_image_becomes_rgb(mode: str, kind: str) -> None:
-    image = decode(encoded(0, mode=mode, kind=kind))
-    assert (image.mode, image.size) == ("RGB", (28, 24))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA"])
+def test_every_kind_of_image_becomes_what_pil_makes_of_it_in_rgb(mode: str, kind: str) -> None:
+    if (mode in ("P", "RGBA")) == (kind == "JPEG") or (mode, kind) == ("CMYK", "PNG"):
+        return
+    content = encoded(0, mode=mode, kind=kind)
+    image = decode(content)
+    assert image.dtype == torch.uint8
+    assert torch.equal(image, by_pil(content))
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(np.uint16, "PNG"), (">u2", "TIFF"), (np.int32, "TIFF")])
@@ -264,9 +274,9 @@ def test_sixteen_bits_become_eight(dtype: str, kind: str) -> None:
     pixels = np.array([[0, 257, 129 * 257 + 100], [256 * 128, 65535, 300]])
     buffer = io.BytesIO()
     Image.fromarray(pixels.astype(dtype)).save(buffer, kind)
-    image = np.array(decode(buffer.getvalue()))
-    assert image.shape == (2, 3, 3)
-    assert image[..., 0].tolist() == [[0, 1, 129], [128, 255, 1]]
+    image = decode(buffer.getvalue())
+    assert image.shape == (3, 2, 3)
+    assert image[0].tolist() == [[0, 1, 129], [128, 255, 1]]
 
 
 def test_floating_point_pixels_count_as_broken(tmp_path: Path) -> None:
@@ -282,7 +292,7 @@ def test_names_of_files_need_not_be_utf8(tmp_path: Path) -> None:
     for name, content in ((b"caf\xe9.png", encoded(0)), (b"empty\xe9.png", b"")):
         (tmp_path / "a" / os.fsdecode(name)).write_bytes(content)
     dataset = FolderImages(tmp_path, identity, NORMALIZATION)
-    assert torch.equal(dataset[0][0], identity(Image.open(io.BytesIO(encoded(0)))))
+    assert torch.equal(dataset[0][0], by_pil(encoded(0)))
     with pytest.warns(RuntimeWarning, match=r"empty\\xe9\.png: cannot be read"):
         dataset[1]
 

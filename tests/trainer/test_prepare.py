@@ -94,8 +94,8 @@ def test_a_teacher_sees_images_normalised_as_in_its_own_training():
     lines = prepare(distiller, config(teacher={"normalization": OWN}), CPU, Ranks(), DATA)
     assert_close(distiller.teach(as_data).logits, expected, torch.float32)
     assert lines == [
-        "teacher input: the data's normalization (mean 0.485 0.456 0.406, std 0.229 0.224 0.225) is converted to its "
-        "own (mean 0.5 0.4 0.3, std 0.5 0.25 0.125)"
+        "teacher input: normalised with its own mean 0.5 0.4 0.3, std 0.5 0.25 0.125; the student's with the data's "
+        "mean 0.485 0.456 0.406, std 0.229 0.224 0.225"
     ]
     assert set(distiller.state_dict()) == names
     assert torch.equal(distiller.student(as_data).logits, build(config()).student(as_data).logits)
@@ -367,7 +367,7 @@ def test_a_run_with_every_option_is_saved_under_plain_names_and_resumed(tmp_path
     settings = dataclasses.replace(settings, compile=True, channels_last=True, quiet=False)
     whole = train(settings)
     out = capsys.readouterr().out
-    for line in ("teacher accuracy", "teacher input: the data's", "teacher in bf16", "models: channels_last, compile"):
+    for line in ("teacher accuracy", "teacher input: normalised", "teacher in bf16", "models: channels_last, compile"):
         assert line in out
     saved = load_file(whole.path / "student.safetensors")
     assert saved.keys() == Net().state_dict().keys()

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastkd.trainer.commands.memory import memory_of
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.datasets import choose_data, without_download
+from fastkd.trainer.data.labels import normalization_of
 from fastkd.trainer.data.loader import first_images
 from fastkd.trainer.data.options import options_class, with_defaults
 from fastkd.trainer.models.build import ModelConfig, build_model, count_parameters, torchvision_weights
@@ -40,7 +41,7 @@ def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
     Raises:
         ValueError: training would refuse the config: a model is unknown, terms do not fit it, or a batch is too small.
     """
-    config, samples, shape, unreadable = _data(config)
+    config, samples, shape, is_bytes, unreadable = _data(config)
     if config.student is None:
         raise ValueError("student: got None, expected a model")
     fewest, rows = config.data.batch_size // world_size, -(-config.data.batch_size // world_size)
@@ -48,7 +49,8 @@ def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
         raise ValueError(f"data.batch_size: got {config.data.batch_size}, expected at least a row for each rank")
     chunks = min(config.chunks, rows)
     with torch.device("meta"):
-        distiller = build_bare(config, torch.empty(2, *shape))
+        images = torch.empty(2, *shape, dtype=torch.uint8 if is_bytes else None)
+        distiller = build_bare(config, images)
     # Moved to tensors that claim to be on a CPU, because autocast does not know the meta device.
     with FakeTensorMode(allow_non_fake_inputs=True):
         distiller.to_empty(device="cpu")
@@ -77,10 +79,9 @@ def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
     return [*lines, *LEFT_OUT]
 
 
-def _data(config: TrainConfig) -> tuple[TrainConfig, int | None, tuple[int, ...], str]:
-    """The config with the data's classes, the number of training samples, an image's shape, why they cannot be read.
-
-    The number is None in that case, and the reason is empty otherwise.
+def _data(config: TrainConfig) -> tuple[TrainConfig, int | None, tuple[int, ...], bool, str]:
+    """The config with the data's classes; the number of training samples; an image's shape, and whether it is of bytes;
+    why the data cannot be read. The number is None in that case, and the reason is empty otherwise.
     """
     side = int(with_defaults(config.data.name, config.data.options).get("image_size", 32))
     named = options_class(config.data.name) is not None and config.data.name != "digits"
@@ -90,9 +91,13 @@ def _data(config: TrainConfig) -> tuple[TrainConfig, int | None, tuple[int, ...]
     except (ValueError, OSError) as error:
         if shape is None:
             raise
-        return with_samples(config, 50_000), None, shape, str(error)  # as many as CIFAR has
+        return with_samples(config, 50_000), None, shape, named, str(error)  # as many as CIFAR has
     config = with_classes(config, train_set, eval_set, None)
-    return config, len(train_set), shape or tuple(first_images(train_set).shape[1:]), ""
+    if shape is not None:
+        return config, len(train_set), shape, named, ""
+    images = first_images(train_set)
+    is_bytes = images.dtype == torch.uint8 and normalization_of(train_set) is not None
+    return config, len(train_set), tuple(images.shape[1:]), is_bytes, ""
 
 
 def build_bare(config: TrainConfig, images: Tensor) -> Distiller:
@@ -101,9 +106,13 @@ def build_bare(config: TrainConfig, images: Tensor) -> Distiller:
     teacher = None
     if config.teacher is not None and needs("teacher", config.objective):
         teacher = build_model(config.teacher.without_weights())
-    distiller = build_distiller(config, images, student=build_model(config.student.without_weights()), teacher=teacher)
+    channels = images.shape[1]
+    student = build_model(config.student.without_weights())
+    distiller = build_distiller(
+        config, images, ((0.0,) * channels, (1.0,) * channels), student=student, teacher=teacher
+    )
     if distiller.teacher is not None and config.teacher is not None:
-        distiller.teacher.to(DTYPES[config.teacher.dtype])
+        distiller.teacher.model.model.to(DTYPES[config.teacher.dtype])
     return distiller
 
 

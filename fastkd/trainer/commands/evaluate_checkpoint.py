@@ -15,7 +15,7 @@ from fastkd.trainer.commands.reopen import other_data, reopen
 from fastkd.trainer.commands.train import parse_json
 from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.data.datasets import build_datasets, names_of_classes
-from fastkd.trainer.data.loader import eval_loader, first_images
+from fastkd.trainer.data.loader import eval_loader
 from fastkd.trainer.data.options import TransformOptions
 from fastkd.trainer.models.build import ModelConfig, build_model, count_parameters, torchvision_weights
 from fastkd.trainer.models.extended import extended_like
@@ -23,7 +23,7 @@ from fastkd.trainer.models.features import FeatureModel, measure_shapes
 from fastkd.trainer.models.weights import Origin
 from fastkd.trainer.precision import choose_device
 from fastkd.trainer.run.check import origin_of
-from fastkd.trainer.run.evaluate import evaluate
+from fastkd.trainer.run.evaluate import evaluate, take_images_of
 from fastkd.trainer.run.saved.checkpoint import find_weights
 from fastkd.trainer.text import printable
 
@@ -214,7 +214,7 @@ def _measure(
     if len(eval_data) == 0:
         raise ValueError("eval_data: got an empty dataset, expected at least one sample")
     model.to(device)
-    images = first_images(eval_data)
+    images = take_images_of(model, eval_data)
     try:
         count = measure_shapes(model, images).classes
     except RuntimeError as error:

@@ -20,9 +20,11 @@ from fastkd.trainer.commands.reopen import Reopened, reopen
 from fastkd.trainer.data.labels import normalization_of
 from fastkd.trainer.data.loader import collate, fetch
 from fastkd.trainer.extras import require_extras
+from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.models.weights import save_tensors
 from fastkd.trainer.run.check import input_of
 from fastkd.trainer.run.describe import versions
+from fastkd.trainer.run.evaluate import take_images_of
 
 SAMPLES = 8
 # Relative to the largest logit. Other kernels sum in another order, and a deep network amplifies that.
@@ -180,7 +182,9 @@ def _images(reopened: Reopened, shape: tuple[int, ...] | None) -> Tensor:
     if reopened.eval_data is None:
         raise ValueError("image_shape: got None, expected the shape of an image, or a run whose data can be read")
     indices = [index % len(reopened.eval_data) for index in range(SAMPLES)]
-    return collate(fetch(reopened.eval_data, indices))[0].float()
+    model = FeatureModel(reopened.model, optional=True)
+    take_images_of(model, reopened.eval_data)
+    return model.normalized(collate(fetch(reopened.eval_data, indices))[0]).float()
 
 
 def _metadata(reopened: Reopened) -> dict[str, str]:

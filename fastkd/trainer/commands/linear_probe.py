@@ -20,11 +20,12 @@ from fastkd.trainer.commands.train import parse_json
 from fastkd.trainer.data.config import DataConfig
 from fastkd.trainer.data.datasets import build_datasets, names_of_classes
 from fastkd.trainer.data.labels import labels_of
-from fastkd.trainer.data.loader import eval_loader, first_images, train_loader
+from fastkd.trainer.data.loader import eval_loader, train_loader
 from fastkd.trainer.data.options import options_class
 from fastkd.trainer.models.features import FeatureModel, measure_shapes
 from fastkd.trainer.precision import choose_device
 from fastkd.trainer.rng import seed_everything
+from fastkd.trainer.run.evaluate import take_images_of
 from fastkd.validate import check_int, check_number
 
 
@@ -123,7 +124,7 @@ def linear_probe_by_sgd(
     model = deepcopy(model).to(device)
     config = replace(config, batch_size=settings.batch_size, drop_last=False)
     loader, set_epoch = train_loader(train_data, config, settings.seed, device)
-    width = measure_shapes(model, first_images(eval_data)).features
+    width = measure_shapes(model, take_images_of(model, eval_data)).features
     head = nn.Linear(width, len(names_of_classes(train_data) or ()) or int(labels_of(train_data).max()) + 1)
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
@@ -163,6 +164,7 @@ def extract_features(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The penultimate features [N, D] and the labels [N] of a whole dataset, in its order."""
     model.to(device).eval()
+    take_images_of(model, data)
     features, labels = [], []
     for images, batch in eval_loader(data, config, device):
         features.append(model(images.to(device, non_blocking=True)).features.float().cpu())

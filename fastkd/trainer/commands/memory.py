@@ -42,7 +42,7 @@ def memory_of(
         found["teacher"] = copies * _bytes(teacher.state_dict().values())
     part = -(-rows // chunks)
     views = 2 if "strong" in objective.additions else 1
-    images = torch.empty(part, *shape)
+    images = torch.empty(part, *shape, dtype=torch.uint8 if student.takes_bytes else None)
     found["images"] = views * rows * images[0].nbytes
     own = {tensor.untyped_storage()._cdata for tensor in (*student.parameters(), *student.buffers(), images)}
     saved: dict[int, Tensor] = {}

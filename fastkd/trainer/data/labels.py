@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,7 +69,10 @@ class PartlyLabelled(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> Any:
         if not hasattr(self.dataset, "__getitems__"):
             return [self[index] for index in indices]
-        batch = self.dataset.__getitems__(indices)
+        return self.without_labels(self.dataset.__getitems__(indices), indices)
+
+    def without_labels(self, batch: Any, indices: Sequence[int]) -> Any:
+        """The samples ``indices`` of the dataset, a batch or a list of them, with the labels that are kept."""
         kept = self.keeps[torch.as_tensor(indices)]
         if isinstance(batch, list):  # samples, and no batch: as torch's Subset gives them
             return [

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
 from fastkd.trainer.data.additions import Additions
 from fastkd.trainer.data.config import DataConfig
+from fastkd.trainer.data.labels import PartlyLabelled
 from fastkd.trainer.data.readers.memory import TensorImages
-from fastkd.trainer.rng import mix_seed
+from fastkd.trainer.rng import kept_generators, mix_seed, sample_seeds, seed_generators
 from fastkd.trainer.signals import leave_signals_to_main
+
+# The version of how images are read and augmented. A run goes on with the version that it began with.
+AUGMENTATION = 2
 
 
 class EpochSampler(Sampler[int]):
@@ -86,10 +90,10 @@ class GlobalBatches(Sampler[list[int]]):
 
 
 class SeededFetch(Dataset[Any]):
-    """Wraps a dataset: seeds all generators per batch, from seed, epoch and the first index, and then puts them back.
+    """Wraps a dataset: what happens to a sample depends on (seed, epoch, index) alone.
 
-    Random augmentations then depend neither on the process that runs them (a worker, or the training process where
-    there is none) nor on whether the run was resumed. CUDA's generators are left alone. With ``additions`` a batch is
+    Random augmentations are then the same for every batch size, every number of workers and of ranks, and in a resumed
+    run. The generators of the process are put back. CUDA's generators are left alone. With ``additions`` a batch is
     (images, labels, a dict of the additions).
     """
 
@@ -103,23 +107,40 @@ class SeededFetch(Dataset[Any]):
         return len(self.dataset)
 
     def __getitems__(self, indices: list[int]) -> Any:
-        # NumPy's global generator too: augmentations of others use it.
-        before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
         epoch = int(self.epoch)
-        mixed = mix_seed(self.seed, epoch, indices[0])
-        random.seed(mixed)
-        np.random.seed(mixed % 2**32)  # noqa: NPY002
-        torch.default_generator.manual_seed(mixed)
-        try:
-            batch = fetch(self.dataset, indices)
+
+        def read(draw: int) -> Any:
+            return fetch_seeded(self.dataset, indices, sample_seeds(self.seed, epoch, indices, draw))
+
+        with kept_generators():
+            batch = read(0)
             if self.additions is None:
                 return batch
-            added = self.additions(indices, self.seed, epoch, lambda: collate(fetch(self.dataset, indices))[0])
-            return *collate(batch), added
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])  # noqa: NPY002
-            torch.set_rng_state(before[2])
+            return *collate(batch), self.additions(indices, self.seed, epoch, lambda: collate(read(1))[0])
+
+
+def fetch_seeded(dataset: Any, indices: Sequence[int], seeds: np.ndarray) -> Any:
+    """The samples ``indices``, each read with its own seed [B]; a batch, or a list of samples.
+
+    A dataset with the method ``seeded_items(indices, seeds)`` draws its random numbers itself, for a whole batch at
+    once. Any other is asked for one sample after the other, and finds torch's, Python's and numpy's global generators
+    seeded before each.
+    """
+    if draws_nothing(dataset):
+        return fetch(dataset, list(indices))
+    if type(dataset) is Subset:
+        return fetch_seeded(dataset.dataset, [dataset.indices[index] for index in indices], seeds)
+    if type(dataset) is PartlyLabelled:
+        return dataset.without_labels(fetch_seeded(dataset.dataset, indices, seeds), indices)
+    if hasattr(dataset, "seeded_items"):
+        return dataset.seeded_items(indices, seeds)
+    parts = []
+    for index, seed in zip(indices, seeds.tolist(), strict=True):
+        seed_generators(seed)
+        parts.append(fetch(dataset, [index]))
+    if isinstance(parts[0], list):
+        return list(itertools.chain.from_iterable(parts))
+    return tree_map(lambda *rows: torch.cat(rows), *parts)
 
 
 def fetch(dataset: Any, indices: list[int]) -> Any:
@@ -127,6 +148,13 @@ def fetch(dataset: Any, indices: list[int]) -> Any:
     if hasattr(dataset, "__getitems__"):
         return dataset.__getitems__(indices)
     return [dataset[index] for index in indices]
+
+
+def draws_nothing(dataset: Any) -> bool:
+    """Whether the dataset is known to use no generator. Seeding would take longer than indexing a tensor."""
+    while isinstance(dataset, Subset | PartlyLabelled):
+        dataset = dataset.dataset
+    return type(dataset) is TensorImages  # a class that inherits from it may augment
 
 
 def first_images(dataset: Any) -> Tensor:
@@ -174,7 +202,7 @@ def train_loader(
             f"data.batch_size: got {config.batch_size}, whose smallest batch has {smallest} rows, expected at least "
             f"one row for each of the {world_size} ranks"
         )
-    plain = additions is None and _draws_nothing(dataset)
+    plain = additions is None and draws_nothing(dataset)
     fetcher = dataset if plain else SeededFetch(dataset, seed, additions)
     loader: DataLoader[Any] = DataLoader(
         fetcher,
@@ -193,13 +221,6 @@ def train_loader(
             fetcher.epoch.fill_(epoch)
 
     return loader, set_epoch
-
-
-def _draws_nothing(dataset: Any) -> bool:
-    """Whether the dataset is known to use no generator. Setting them would take longer than indexing a tensor."""
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    return type(dataset) is TensorImages  # a class that inherits from it may augment
 
 
 def eval_loader(

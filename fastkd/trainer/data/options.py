@@ -118,8 +118,8 @@ class TransformOptions:
 
     Attributes:
         image_size: height and width of the images that come out.
-        mean: of the channels, to normalise the student's input. A teacher that was trained with other values gets its
-            own.
+        mean: of the channels, to normalise the student's input on its device. A teacher that was trained with other
+            values gets its own.
         std: standard deviations of the channels, as ``mean``.
         crop: an evaluation image is the middle of the picture, this fraction of its shorter side.
         min_scale: a training image covers at least this fraction of the picture's area.

@@ -43,8 +43,8 @@ def strong_views(images: Tensor, normalization: Normalization | None, seeds: Seq
     These are the strong views of MLKD's public code, which took them from FixMatch. What happens to an image depends on
     its seed alone. Torch's global generator draws it, and is left with another state.
 
-    ``normalization`` says how the images are normalised. Without it the darkest and the brightest value of an image
-    stand for black and white.
+    Images of uint8 give uint8. ``normalization`` says how others are normalised. Without it the darkest and the
+    brightest value of an image stand for black and white.
 
     Raises:
         ValueError: the images are no maps of one or three channels.
@@ -52,6 +52,8 @@ def strong_views(images: Tensor, normalization: Normalization | None, seeds: Seq
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         got = " x ".join(map(str, images.shape[1:]))
         raise ValueError(f"objective.mlkd: got images of {got}, expected one or three channels for its strong views")
+    if images.dtype == torch.uint8:
+        return torch.stack([_strong_view(image, seed) for image, seed in zip(images, seeds, strict=True)])
     if normalization is None:
         low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
         scale = 1 / (high - low).clamp_min(1e-12)

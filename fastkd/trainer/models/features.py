@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastkd.trainer.models.build import Normalization
 from fastkd.trainer.models.maps import CONVOLUTIONS, MapSource, find_map, pool_features
 from fastkd.trainer.models.taps import Taps, TapShapes, TapSources, find_taps
 
@@ -105,8 +106,9 @@ class FeatureModel(nn.Module):
     """A model that also returns its penultimate features. The wrapped ``model`` itself is left as it is.
 
     The model's output may be the logits or an object with ``logits`` (Inception in training, Hugging Face models).
-    Images are converted to the dtype of the model's first parameter, and to the memory layout ``channels_last`` if that
-    is set. A model that is not in float32 runs without autocast, so that a teacher may be in half precision.
+    Images are normalised if ``take_images`` says so. They are converted to the dtype of the model's first parameter,
+    and to the memory layout ``channels_last`` if that is set. A model that is not in float32 runs without autocast, so
+    that a teacher may be in half precision.
 
     Args:
         model: any module. ``train`` takes a FeatureModel wherever it takes a module.
@@ -151,7 +153,45 @@ class FeatureModel(nn.Module):
         except ValueError:
             if classifier is not None or not optional:
                 raise
+        self.conversion: tuple[Normalization | Literal["bytes"], Normalization] | None = None
+        self.scale: Tensor | None
+        self.shift: Tensor | None
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("shift", None, persistent=False)
         self.model = model
+
+    def take_images(self, given: Normalization | Literal["bytes"] | None, own: Normalization | None = None) -> None:
+        """From now on normalise the images: they are ``given``, and the model was trained on ``own``.
+
+        Both are (means, standard deviations) of the channels. With ``"bytes"``, images of uint8 stand for pixels in
+        [0, 255]; floating-point images are then left as they are. With None all images are. An image becomes
+        ``x s + b`` in float32, with ``s = given.std / own.std`` and ``b = (given.mean - own.mean) / own.std``, where
+        bytes have the mean 0 and the standard deviation 1 / 255.
+
+        Example:
+            >>> from torch import nn
+            >>> model = FeatureModel(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), "1")
+            >>> model.take_images("bytes", ((0.5,) * 3, (0.25,) * 3))
+            >>> white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+            >>> round(model(white).features.max().item(), 4)  # (255 / 255 - 0.5) / 0.25
+            2.0
+        """
+        self.conversion = self.scale = self.shift = None
+        if given is None or own is None:
+            return
+        self.conversion = (given, own)
+        own_mean, own_std = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in own)
+        mean, std = (
+            (0.0, 1 / 255) if given == "bytes" else (torch.tensor(x, dtype=torch.float64, device="cpu") for x in given)
+        )
+        device = next(self.model.parameters(), own_mean).device
+        self.scale = (std / own_std).float().view(-1, 1, 1).to(device)
+        self.shift = ((mean - own_mean) / own_std).float().view(-1, 1, 1).to(device)
+
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether images of uint8 are pixels, which this model normalises."""
+        return self.conversion is not None and self.conversion[0] == "bytes"
 
     def forward(self, images: Tensor) -> ModelOutput:
         """The ``ModelOutput``. RuntimeError unless the classifier layer is called once."""
@@ -220,7 +260,14 @@ class FeatureModel(nn.Module):
         value = output[0] if output else args[0]
         self._tapped.append((number, value.clone() if copied else value))
 
+    def normalized(self, images: Tensor) -> Tensor:
+        """The images as the model takes them: see ``take_images``."""
+        if self.scale is None or self.shift is None or self.takes_bytes != (images.dtype == torch.uint8):
+            return images
+        return torch.addcmul(self.shift, images.float(), self.scale)
+
     def _run(self, images: Tensor) -> Any:
+        images = self.normalized(images)
         if self.channels_last and images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         dtype = next(self.model.parameters(), images).dtype

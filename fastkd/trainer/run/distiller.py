@@ -27,7 +27,7 @@ from fastkd.trainer.run.saved.checkpoint import LOSS, find_checkpoint, find_weig
 class FrozenModel(nn.Module):
     """A model that stays in eval mode and without gradient, whatever is called on it or on a module that holds it.
 
-    It may have been trained with another normalisation than the data have: see ``convert_input``.
+    It may have been trained with another normalisation than the student: see ``FeatureModel.take_images``.
     """
 
     def __init__(self, model: FeatureModel) -> None:
@@ -37,22 +37,8 @@ class FrozenModel(nn.Module):
         self._runs = (model,)
         # Listed once: the walk through a model's modules costs more than a look at each.
         self._every = tuple(model.modules())
-        self.scale: Tensor | None
-        self.shift: Tensor | None
-        self.register_buffer("scale", None, persistent=False)
-        self.register_buffer("shift", None, persistent=False)
         self.train(False)
         self.requires_grad_(False)
-
-    def convert_input(self, data: Normalization, own: Normalization) -> None:
-        """From now on take images normalised by ``data``, and give them to the model as normalised by ``own``.
-
-        That is ``x s + b`` per channel, with ``s = data.std / own.std`` and ``b = (data.mean - own.mean) / own.std``.
-        """
-        (mean, std), (own_mean, own_std) = (torch.tensor(pair, dtype=torch.float64) for pair in (data, own))
-        device = next(self.model.parameters()).device
-        self.scale = (std / own_std).float().view(-1, 1, 1).to(device)
-        self.shift = ((mean - own_mean) / own_std).float().view(-1, 1, 1).to(device)
 
     def fold(self, images: Tensor) -> str:
         """From now on compute with a copy whose batch norms are folded, if there can be one; returns a line about it.
@@ -92,8 +78,6 @@ class FrozenModel(nn.Module):
         # Someone may have called train() on the wrapped model itself, or on one of its batch norms.
         if any(module.training for module in self._every):
             self.model.eval()
-        if self.scale is not None and self.shift is not None:
-            images = torch.addcmul(self.shift, images, self.scale)
         return self.computing(images)
 
 
@@ -232,6 +216,7 @@ def weights_hash(model: nn.Module) -> str:
 def build_distiller(
     config: TrainConfig,
     images: Tensor,
+    normalization: Normalization | None = None,
     *,
     student: nn.Module | None = None,
     teacher: nn.Module | None = None,
@@ -242,8 +227,9 @@ def build_distiller(
 
     ``tell`` gets a line for each model whose weights were read.
 
-    ``images`` [B, C, H, W] is a small batch. One forward pass of each model tells its feature dimension and its
-    classes; a second one finds its last map if a term needs maps.
+    ``images`` [B, C, H, W] is a small batch. Where it is uint8, both models normalise such images from now on, as the
+    ``normalization`` of the data says. One forward pass of each model tells its feature dimension and its classes. A
+    second one finds its last map if a term needs maps.
 
     Raises:
         ValueError: no student; a term needs a teacher and there is none, or the reverse; a teacher without weights;
@@ -259,7 +245,7 @@ def build_distiller(
     student_model = _feature_model("student", config.student, student, optional, tell)
     if student_model is None:
         raise ValueError("student: got None, expected config.student or a module")
-    shapes = _measured("student", student_model, images, reads)
+    shapes = _measured("student", student_model, images, normalization, reads)
     wanted = needs("teacher", config.objective, terms)
     if wanted != (config.teacher is not None or teacher is not None):
         has = "needs a teacher but there is none; give --teacher.name and --teacher.weights, or --no-teacher"
@@ -274,7 +260,7 @@ def build_distiller(
     teacher_model = _feature_model("teacher", config.teacher, teacher, optional, tell)
     assert teacher_model is not None
     _check_nothing_shared(student_model, teacher_model)
-    teacher_shapes = _measured("teacher", teacher_model, images, reads)
+    teacher_shapes = _measured("teacher", teacher_model, images, normalization, reads)
     if shapes.classes != teacher_shapes.classes:
         raise ValueError(f"teacher: has {teacher_shapes.classes} classes, expected the student's {shapes.classes}")
     extended = extended_student(config.objective, student_model, teacher_model, shapes, teacher_shapes)
@@ -282,7 +268,7 @@ def build_distiller(
         student_model = FeatureModel(
             extended, feature_map="layers", taps=[f"model.{name}" for name in student_model.tap_names]
         )
-        shapes = _measured("student", student_model, images, reads)
+        shapes = _measured("student", student_model, images, normalization, reads)
     objective = Objective(config.objective, shapes, teacher_shapes, terms, unlabelled=config.data.unlabelled)
     return Distiller(student_model, teacher_model, objective, shapes.classes)
 
@@ -324,8 +310,11 @@ def _built(role: str, config: ModelConfig) -> nn.Module:
         ) from error
 
 
-def _measured(role: str, model: FeatureModel, images: Tensor, reads: dict[str, bool]) -> ModelShapes:
-    """The model's shapes. ValueError for images that it cannot take."""
+def _measured(
+    role: str, model: FeatureModel, images: Tensor, normalization: Normalization | None, reads: dict[str, bool]
+) -> ModelShapes:
+    """The model's shapes. ValueError for images that it cannot take. It normalises bytes from now on."""
+    model.take_images("bytes" if images.dtype == torch.uint8 else None, normalization)
     try:
         return measure_shapes(model, images, **reads)
     except RuntimeError as error:

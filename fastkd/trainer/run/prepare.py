@@ -15,7 +15,14 @@ from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.additions import Additions
 from fastkd.trainer.data.datasets import build_datasets, choose_data, names_of_classes, without_download
 from fastkd.trainer.data.labels import labels_hash, normalization_of
-from fastkd.trainer.data.loader import GlobalBatches, eval_loader, first_images, train_loader
+from fastkd.trainer.data.loader import (
+    AUGMENTATION,
+    GlobalBatches,
+    draws_nothing,
+    eval_loader,
+    first_images,
+    train_loader,
+)
 from fastkd.trainer.data.mix import BatchMix
 from fastkd.trainer.models.build import Normalization, check_normalization, trained_normalization
 from fastkd.trainer.objective.objective import additions_of
@@ -129,7 +136,13 @@ def build_models(
     """The distiller on ``device``, checked against the data and ready for the first step; and lines for the user."""
     told: list[str] = []
     distiller = build_distiller(
-        config, data.sample, student=student, teacher=teacher, terms=terms, tell=told.append
+        config,
+        data.sample,
+        normalization_of(data.train_set),
+        student=student,
+        teacher=teacher,
+        terms=terms,
+        tell=told.append,
     ).to(device)
     if not resumed:
         told += load_paraphraser(distiller, config.objective.ft.paraphraser)
@@ -148,7 +161,7 @@ def build_models(
         if size and size != data.sample.shape[-1]:
             told.append(f"teacher: was trained on images of {size} pixels, the data's have {data.sample.shape[-1]}")
     if distiller.teacher is not None and config.teacher is not None and config.teacher.fold:
-        told.append(distiller.teacher.fold(data.sample))
+        told.append(distiller.teacher.fold(distiller.teacher.model.normalized(data.sample.to(device))))
     lines = prepare(distiller, config, device, ranks, normalization_of(data.train_set))
     return distiller, [*told, *([note] if note else []), *lines]
 
@@ -164,6 +177,7 @@ def identify(config: TrainConfig, data: RunData, distiller: Distiller, objects: 
         teacher_sha256=None if distiller.teacher is None else weights_hash(distiller.teacher.model.model),
         classes=names_of_classes(data.train_set),
         normalization=None if normalization is None else [list(map(float, values)) for values in normalization],
+        augmentation=None if draws_nothing(data.train_set) else AUGMENTATION,
     )
 
 
@@ -177,7 +191,8 @@ def prepare(
     """Give both models the precision, layout and input that ``config`` asks for; returns lines for the user.
 
     Called once, on ``device``, before the optimiser and DistributedDataParallel see the parameters. State dicts keep
-    their names. ``data_normalization`` is how the images are normalised, None if the data do not say.
+    their names. ``data_normalization`` is how the images are normalised, or how bytes are to be for the student. It is
+    None if the data do not say.
 
     Raises ValueError: ``sync_batchnorm`` without several ranks on CUDA; a teacher with a normalisation of its own on
     data that do not say theirs, or of another number of channels.
@@ -203,9 +218,10 @@ def prepare(
     if frozen is not None:
         models.append(frozen.computing)
         if config.teacher is not None:
-            lines += _convert_input(distiller, config, data_normalization)
+            lines += _normalize_teacher(distiller, config, data_normalization)
             if config.teacher.dtype != "fp32":
-                frozen.model.to(DTYPES[config.teacher.dtype])
+                for part in (frozen.model, frozen.computing):
+                    part.model.to(DTYPES[config.teacher.dtype])
                 lines.append(f"teacher in {config.teacher.dtype}")
     for model in models:
         if config.channels_last:
@@ -217,7 +233,7 @@ def prepare(
     return lines + ([f"models: {', '.join(chosen)}"] if chosen else [])
 
 
-def _convert_input(distiller: Distiller, config: TrainConfig, data: Normalization | None) -> list[str]:
+def _normalize_teacher(distiller: Distiller, config: TrainConfig, data: Normalization | None) -> list[str]:
     """Give the teacher its own normalisation where it differs from the data's."""
     assert distiller.teacher is not None
     assert config.teacher is not None
@@ -234,9 +250,10 @@ def _convert_input(distiller: Distiller, config: TrainConfig, data: Normalizatio
         raise ValueError(
             f"teacher.normalization: got {len(own[0])} channels, expected {len(data[0])}, as the data have"
         )
-    distiller.teacher.convert_input(data, own)
-    shown = [f"mean {_numbers(mean)}, std {_numbers(std)}" for mean, std in (data, own)]
-    return [f"teacher input: the data's normalization ({shown[0]}) is converted to its own ({shown[1]})"]
+    for part in (distiller.teacher.model, distiller.teacher.computing):
+        part.take_images("bytes" if distiller.student.takes_bytes else data, own)
+    shown = [f"mean {_numbers(mean)}, std {_numbers(std)}" for mean, std in (own, data)]
+    return [f"teacher input: normalised with its own {shown[0]}; the student's with the data's {shown[1]}"]
 
 
 def _same(left: Normalization, right: Normalization) -> bool:

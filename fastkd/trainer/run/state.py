@@ -34,7 +34,8 @@ class Identity:
 
     ``given_as_objects`` names the arguments of ``train`` that replaced what the config would build; the config does not
     describe those. ``classes`` are the names of the classes, ``normalization`` the means and the deviations of
-    the images' channels; each is None if the data do not say.
+    the images' channels; each is None if the data do not say. ``augmentation`` is the version of how images are read
+    and augmented, None where that draws nothing.
     """
 
     config: dict[str, Any]
@@ -44,6 +45,7 @@ class Identity:
     teacher_sha256: str | None
     classes: list[str] | None = None
     normalization: list[list[float]] | None = None
+    augmentation: int | None = None
 
     def check(self, checkpoint: Checkpoint) -> None:
         """CheckpointError when the data or the teacher are not those that the checkpoint was written with."""
@@ -53,6 +55,12 @@ class Identity:
                 raise CheckpointError(
                     f"{checkpoint.path}: was written with {key}={saved[key]}, this run has {getattr(self, key)}"
                 )
+        if saved.get("augmentation") != self.augmentation:
+            raise CheckpointError(
+                f"{checkpoint.path}: was written with augmentation={saved.get('augmentation')}, this run has "
+                f"{self.augmentation}: this version of fastkd gives the samples other random numbers; finish the run "
+                "with the version that began it (see run.json), or begin it anew"
+            )
         before, now = ("data" in given for given in (saved["given_as_objects"], self.given_as_objects))
         if before != now:
             raise CheckpointError(
@@ -101,7 +109,11 @@ _STATE_TYPES: dict[str, type | tuple[type, ...]] = {
 def check_resumable(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
     """CheckpointError when the checkpoint lacks what resuming reads, or belongs to another config."""
     state, manifest, file = checkpoint.state, checkpoint.manifest, checkpoint.path / STATE
-    needed = {part.name for part in fields(Identity)} - {"classes", "normalization"}  # of later versions
+    needed = {part.name for part in fields(Identity)} - {
+        "classes",
+        "normalization",
+        "augmentation",
+    }  # of later versions
     if missing := sorted(needed - manifest.keys()):
         raise CheckpointError(f"{checkpoint.path / MANIFEST}: lacks {', '.join(missing)}")
     try:

@@ -66,13 +66,14 @@ class TrainStep:
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         # Outside fp16 the factor stays 1; all that is left of the scaler is that it skips steps.
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if config.precision == "fp16" else 1.0)
-        buffers = (*distiller.student.buffers(), *distiller.objective.buffers())
+        buffers = (*distiller.student.model.buffers(), *distiller.objective.buffers())
         self.statistics = [buffer for buffer in buffers if buffer.is_floating_point()]
         self.ema: MovingAverage | None = None
         self.deployed = distiller.student
         if config.ema is not None:
             self.ema = MovingAverage(distiller.student.model, config.ema)
             self.deployed = FeatureModel(self.ema.module, distiller.student.classifier_name, optional=True)
+            self.deployed.take_images(*(distiller.student.conversion or (None,)))
         self.trained: nn.Module | None = ranks.wrap(Trained(distiller.student, distiller.objective, config.chunks))
 
     def __call__(

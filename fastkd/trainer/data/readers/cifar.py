@@ -36,10 +36,12 @@ LAYOUTS: dict[tuple[str, int], tuple[str, list[str], list[str]]] = {
 
 
 class CifarImages(TensorImages):
-    """A dataset of uint8 ``images`` [N, 3, H, W], normalised when they are read. ``classes`` has the classes' names.
+    """A dataset of uint8 ``images`` [N, 3, H, W]. ``classes`` has the classes' names.
 
-    ``augment`` shifts each image by up to 4 pixels and mirrors it at random. The random numbers come from torch's
-    global generator: the trainer saves its state, and worker processes seed it per batch.
+    ``normalization`` has means and standard deviations of the channels, for the model that the images are given to.
+
+    ``augment`` shifts each image by up to 4 pixels and mirrors it at random. The loader gives every sample a seed
+    (``seeded_items``). Read without a loader, the seeds come from torch's global generator.
     """
 
     def __init__(
@@ -62,21 +64,28 @@ class CifarImages(TensorImages):
         return images[0], labels[0]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return self.seeded_items(indices, torch.randint(2**62, (len(indices),)).numpy() if self.augment else None)
+
+    def seeded_items(self, indices: Sequence[int], seeds: np.ndarray | None) -> tuple[Tensor, Tensor]:
+        """The samples ``indices``, each augmented by its own seed, int64 [B]."""
         chosen = torch.as_tensor(indices)
         images = self.images[chosen]
-        if self.augment:
-            images = shift_and_flip(images, 4)
-        mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in self.normalization)
-        return (images.float() - mean) / std, self.labels[chosen]
+        if self.augment and seeds is not None:
+            images = shift_and_flip(images, 4, torch.from_numpy(seeds))
+        return images, self.labels[chosen]
 
 
-def shift_and_flip(images: Tensor, most: int) -> Tensor:
-    """The images [B, C, H, W], each shifted by up to ``most`` pixels over black and mirrored with probability 1/2."""
+def shift_and_flip(images: Tensor, most: int, seeds: Tensor) -> Tensor:
+    """The images [B, C, H, W], each shifted by up to ``most`` pixels over black and mirrored with probability 1/2.
+
+    ``seeds``, int64 [B], are uniform random numbers of 62 or 63 bits. Their remainders decide on an image.
+    """
     B, _, H, W = images.shape
     padded = torch.nn.functional.pad(images, (most, most, most, most))
-    top, left = torch.randint(2 * most + 1, (2, B, 1))
+    places = 2 * most + 1
+    top, left = seeds[:, None] % places, seeds[:, None] // places % places
     rows, columns = top + torch.arange(H), left + torch.arange(W)
-    columns = torch.where(torch.rand(B, 1) < 0.5, columns.flip(1), columns)
+    columns = torch.where(seeds[:, None] // places**2 % 2 == 1, columns.flip(1), columns)
     return padded[torch.arange(B)[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 

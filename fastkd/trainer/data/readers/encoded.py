@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from fastkd.validate import check_int
 
@@ -38,7 +40,7 @@ class BrokenImagesError(RuntimeError):
 
 
 class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
-    """The images in ``root``: a sample is a transformed image [3, H, W] and its label.
+    """The images in ``root``: a sample is a transformed image, uint8 [3, H, W], and its label.
 
     An image that cannot be decoded is replaced by the next one that can, together with its label. The replacement
     depends on the index alone, so that a resumed run sees the same images. A broken image is counted once, however
@@ -47,8 +49,8 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
 
     Args:
         root: the folder. A subclass says how the images lie in it.
-        transform: makes a tensor of a PIL image.
-        normalization: (means, standard deviations) of the channels that ``transform`` gives.
+        transform: what an image, uint8 [3, H, W], goes through.
+        normalization: (means, standard deviations) of the channels, for the model that the images are given to.
         max_broken: this many images may be broken. One more raises BrokenImagesError.
 
     Attributes:
@@ -58,7 +60,11 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
     """
 
     def __init__(
-        self, root: str | Path, transform: Callable[[Any], Tensor], normalization: Normalization, max_broken: int = 100
+        self,
+        root: str | Path,
+        transform: Callable[[Tensor], Tensor],
+        normalization: Normalization,
+        max_broken: int = 100,
     ) -> None:
         check_int("data.options.max_broken", max_broken, 0)
         self.root = Path(root)
@@ -111,13 +117,18 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
         warnings.warn(f"{what}; the next image takes its place", RuntimeWarning, stacklevel=3)
 
 
-def decode(encoded: bytes) -> Any:
-    """An RGB image of PIL's. 16 bits are scaled to 8.
+def decode(encoded: bytes) -> Tensor:
+    """An RGB image as uint8 [3, H, W]. 16 bits are scaled to 8.
+
+    JPEGs are decoded by torchvision, which gives PIL's pixels in less time. PIL decodes all other formats, and JPEGs
+    that do not say their size plainly.
 
     Raises:
         ValueError: the pixels are floating-point numbers, or more than MAX_PIXELS.
         Exception: almost anything, for an image that is damaged or of no format in FORMATS.
     """
+    if 0 < _pixels_of_jpeg(encoded) <= MAX_PIXELS:
+        return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}")
@@ -125,11 +136,27 @@ def decode(encoded: bytes) -> Any:
             raise ValueError("has floating-point pixels, expected 8 or 16 bits")
         if image.mode == "I" or image.mode.startswith("I;16"):  # PIL would clip them to 8 bits
             pixels = np.asarray(image, dtype=np.float64) / 257
-            return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
+            return pil_to_tensor(Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).convert("RGB"))
+        return pil_to_tensor(image.convert("RGB"))
 
 
-def scaled(image: Any, side: int) -> Tensor:
-    """A picture of PIL's as [3, side, side] in uint8, by bilinear interpolation that averages over left-out pixels."""
-    small = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(small)).movedim(-1, 0)
+def _pixels_of_jpeg(encoded: bytes) -> int:
+    """The pixels of a JPEG by its frame header. 0 for anything else than segments that follow each other up to it.
+
+    PIL would tell as well. Its way there takes a tenth of the decoder's time.
+    """
+    place = 2 if encoded.startswith(b"\xff\xd8") else len(encoded)
+    while place + 9 <= len(encoded) and encoded[place] == 0xFF:
+        marker = encoded[place + 1]
+        if marker < 0xC0 or 0xD0 <= marker <= 0xDA:  # no segment, or that of the first scan
+            return 0
+        if marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # not the tables among the frame headers
+            height, width = struct.unpack_from(">HH", encoded, place + 5)
+            return int(height * width)
+        place += 2 + int.from_bytes(encoded[place + 2 : place + 4])
+    return 0
+
+
+def scaled(image: Tensor, side: int) -> Tensor:
+    """An image, uint8 [3, H, W], as [3, side, side]. PIL's bilinear interpolation averages over left-out pixels."""
+    return pil_to_tensor(to_pil_image(image).resize((side, side), Image.Resampling.BILINEAR))

@@ -43,7 +43,7 @@ def read_regular(path: str | Path, most: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise OSError(f"has {size} bytes, expected at most {most}")
-        return file.read(most)
+        return file.read(size)  # read(most) would first allocate as much
 
 
 def content_of(path: Path, most: int) -> bytes:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from fastkd.trainer.data.options import Stl10Options
 from fastkd.trainer.data.readers.cifar import CifarImages
@@ -62,4 +63,6 @@ def _read(folder: Path, names: tuple[str, str], side: int) -> tuple[Tensor, Tens
     if labels.min() < 1 or labels.max() > len(CLASSES):
         raise ValueError(f"{folder / names[1]}: has labels outside of [1, {len(CLASSES)}]")
     images = pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 3, 2, 1)  # height, width, channels
-    return torch.stack([scaled(Image.fromarray(image), side) for image in images]), torch.tensor(labels).long() - 1
+    return torch.stack([scaled(pil_to_tensor(Image.fromarray(image)), side) for image in images]), torch.tensor(
+        labels
+    ).long() - 1

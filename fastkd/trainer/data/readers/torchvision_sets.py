@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from fastkd.trainer.data.images import Transform, evaluation_transform, training_transform
 from fastkd.trainer.data.options import TorchvisionOptions
@@ -34,7 +35,10 @@ PARTS: dict[str, tuple[str | bool, str | bool]] = {
 
 
 class TorchvisionImages(Dataset[tuple[Tensor, Tensor]]):
-    """A dataset of torchvision as RGB tensors. ``labels`` and ``classes`` are there if torchvision says them."""
+    """A dataset of torchvision as RGB images, uint8 [3, H, W].
+
+    ``labels`` and ``classes`` are there if torchvision says them.
+    """
 
     def __init__(self, dataset: Any, transform: Transform, options: TorchvisionOptions) -> None:
         self.dataset, self.transform = dataset, transform
@@ -50,7 +54,7 @@ class TorchvisionImages(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, label = self.dataset[index]
-        return self.transform(image.convert("RGB")), torch.tensor(int(label))
+        return self.transform(pil_to_tensor(image.convert("RGB"))), torch.tensor(int(label))
 
 
 def load_torchvision(name: str, root: str, **options: Any) -> tuple[TorchvisionImages, TorchvisionImages]:
