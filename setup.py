@@ -158,6 +158,6 @@ if __name__ == "__main__":
             *(f"fastkd.{name}" for name in find_packages(include=["kernels*"])),
         ],
         package_dir={"fastkd": "fastkd", "fastkd.kernels": "kernels"},
-        package_data={"fastkd": ["py.typed", "demo/*.html", "trainer/report/*.html"]},
+        package_data={"fastkd": ["py.typed", "demo/*.html", "study/*.html", "trainer/report/*.html"]},
         **extension(),
     )

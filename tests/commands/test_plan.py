@@ -169,6 +169,8 @@ def test_dry_run_on_the_command_line_trains_nothing(capsys, monkeypatch, tmp_pat
     assert "global batch 256 on 4 ranks: 64 each" in out
     assert "weights runs/cifar100-resnet32x4 (not found)" in out
     assert list(tmp_path.iterdir()) == []
+    assert main(["train", "cifar100", "--dry-run", "--method", "ofd"]) == 0  # margins of batch norms without memory
+    assert "--method: got none, expected one argument" in refused("train", "digits", "--method")
     error = refused("train", "digits", "--dry-run", "--ranks", "none")
     assert "--ranks: got 'none', expected None or INT" in error
 

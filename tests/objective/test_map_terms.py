@@ -263,6 +263,10 @@ def test_a_larger_map_of_the_student_is_averaged_and_its_taps_stay_where_they_we
     named = distiller(images, labels)[1]
     torch.testing.assert_close(named["simkd"], loss(features, taught.features(images))["simkd"].detach())
     assert [tap.layer for tap in distiller.student.tap_sources.maps] == ["model.features.2"]
+    reused = SmallConvNet(width=3)
+    reused.features[5] = reused.features[2]  # the map is that of its last call
+    reusing = FeatureModel(reused, feature_map="features.2")
+    assert build(objective("0*ce + simkd"), images, student=reusing)(images, labels)
     named_by_user = FeatureModel(SmallConvNet(width=3), taps=("features.1",))
     distiller = build(objective("0*ce + simkd + at"), images, student=named_by_user, teacher=teacher)
     assert [tap.layer for tap in distiller.student.tap_sources.maps] == ["model.features.1"]

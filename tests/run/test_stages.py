@@ -173,7 +173,9 @@ def test_what_is_wrong_with_stages_is_told_in_a_line(tmp_path: Path) -> None:
     stages = two_stages(tmp_path)
     other = dataclasses.replace(stages["train"], run_dir=str(tmp_path / "other"))
     unknown = dataclasses.replace(stages["train"], student=ModelConfig(name="x", weights="stage:first"))
+    long = dataclasses.replace(stages["train"], optim=OptimConfig(warmup_epochs=90))
     for wrong, message in (
+        ({**stages, "train": long}, r"optim\.warmup_epochs: got 90, expected less than"),
         ({}, "stages: got none, expected at least one"),
         ({**stages, "train": other}, r"run_dir: got '.*both' and '.*other', expected one value for all stages"),
         ({"one": dataclasses.replace(stages["pretrain"], run_dir=None)}, "run_dir: got None, expected one value"),
@@ -190,6 +192,7 @@ def test_what_is_wrong_with_stages_is_told_in_a_line(tmp_path: Path) -> None:
     for flags, message in (
         (["--train.seeds", "0"], "--seeds: is for all stages, expected it without the name of one"),
         (["--method", "rkd"], "--method: got 'rkd', expected none with a recipe of stages, pretrain, train"),
+        (["--train.student.weights=x"], "--train.student.weights: is given, expected it left out, .* 'stage:pretrain'"),
         (["--train.run-dir", "x", "--dry-run"], r"run_dir: got .* expected one value for all stages"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -75,6 +75,14 @@ def test_two_rows_are_enough(settings: dict[str, Any]) -> None:
     fit(DropoutNet(), **settings)
 
 
+def test_a_last_batch_of_one_row_is_refused_for_a_term_that_needs_two() -> None:
+    one = {"batch_size": 9, "drop_last": False}
+    with pytest.raises(ValueError, match=r"data\.batch_size: got 9 .* one row; the term 'cc' needs at least two"):
+        fit(Maps(), terms="cc", **one)
+    fit(Maps(), terms="rkd", **one)
+    fit(Maps(), terms="cc", batch_size=13, drop_last=False, world_size=2)  # the ranks' rows together
+
+
 def test_a_label_without_a_class_is_refused() -> None:
     with pytest.raises(ValueError, match=r"student\.num_classes: the student has 4 classes, but train_data has .* 6;"):
         fit(DropoutNet(), labels=7, batch_size=4)

@@ -11,10 +11,10 @@ from fastkd.validate import check_int, check_type
 
 
 def match(student: Tensor, teacher: Tensor) -> Pair:
-    """Of two maps [B, C, H, W] the higher one is averaged, by adaptive pooling, to the size of the other."""
-    if student.shape[2] > teacher.shape[2]:
+    """Of two maps [B, C, H, W] the higher one, or the wider of two as high, is averaged to the size of the other."""
+    if student.shape[2:] > teacher.shape[2:]:
         return averaged(student, teacher), teacher
-    if student.shape[2] < teacher.shape[2]:
+    if student.shape[2:] < teacher.shape[2:]:
         return student, averaged(teacher, student)
     return student, teacher
 

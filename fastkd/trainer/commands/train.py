@@ -147,6 +147,7 @@ def parse_stages(arguments: list[str]) -> dict[str, Flags[Any]]:
         text += f"\n\nStages, one after the other: {', '.join(stages)}. --{next(iter(stages))}.FLAG is for one of them."
     found = {}
     for stage, config in stages.items():
+        _check_links(stage, config, rest)
         no_teacher = config.teacher is None and not needs("teacher", config.objective)
         own = _flags_of(stage, list(stages), rest, drop="--teacher." if stage and no_teacher else None)
         found[stage] = _parse(name, text, config, own)
@@ -154,6 +155,16 @@ def parse_stages(arguments: list[str]) -> dict[str, Flags[Any]]:
         if len({getattr(flags, shared) for flags in found.values()}) > 1:
             raise ValueError(f"--{shared.replace('_', '-')}: is for all stages, expected it without the name of one")
     return found
+
+
+def _check_links(stage: str, config: TrainConfig, arguments: list[str]) -> None:
+    """Refuse a flag for what an earlier stage trains. ``--student.weights`` of all stages is that of the first."""
+    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    for path, link in links_of(config.to_dict()).items():
+        flag = ".".join(path).replace("_", "-")
+        for refused in (f"--{stage}.{flag}", *([f"--{flag}"] if path[0] == "objective" else [])):
+            if refused in given:
+                raise ValueError(f"{refused}: is given, expected it left out, because it is the run of {link!r}")
 
 
 def _flags_of(stage: str, stages: list[str], arguments: list[str], drop: str | None) -> list[str]:
@@ -289,7 +300,7 @@ def _recipe_lines() -> list[str]:
 
 def _flags_that_come_first(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The flags that decide which others there are, and the arguments for tyro."""
-    parser = argparse.ArgumentParser(prog="fastkd train", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="fastkd train", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
     parser.add_argument("--method")
     parser.add_argument("--no-teacher", dest="no_teacher", action="store_true")
@@ -297,7 +308,10 @@ def _flags_that_come_first(arguments: list[str]) -> tuple[dict[str, Any], list[s
     for part in PARTS:
         parser.add_argument(f"--{part}.name")
         parser.add_argument(f"--{part}.options")
-    known, rest = parser.parse_known_args(arguments)
+    try:
+        known, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error.argument_name}: got none, {error.message}") from None
     given = vars(known)
     # tyro reads these too, where the recipe has such a part.
     again = [f"{part}.name" for part in PARTS] + ["teacher.weights"]

@@ -75,7 +75,10 @@ class ExtendedModel(nn.Module):
         finally:
             handle.remove()
         if self.how.kind == "simkd":
-            return self.classifier(maps[-1].mean((2, 3)))
+            x = maps[-1]  # of the last call, where the model uses the layer several times
+            if x.shape[2] > self.how.side:
+                x = F.adaptive_avg_pool2d(x, self.how.side)
+            return self.classifier(self.layers(x).mean((2, 3)))
         return logits if isinstance(logits, Tensor) else logits.logits
 
     def get_classifier(self) -> nn.Module:
@@ -92,12 +95,10 @@ class ExtendedModel(nn.Module):
         return {**lists, "stem": f"model.{declared['stem']}"}
 
     def _read(self, maps: list[Tensor], _layer: nn.Module, _args: Any, value: Tensor) -> Tensor:
-        """The value that the model goes on with. SimKD's projection of it goes into ``maps``."""
+        """The value that the model goes on with. The map that SimKD projects goes into ``maps``."""
         x = value.movedim(-1, 1) if self.how.channels_last else value
         if self.how.kind == "simkd":
-            if x.shape[2] > self.how.side:
-                x = F.adaptive_avg_pool2d(x, self.how.side)
-            maps.append(self.layers(x))
+            maps.append(x)
             return value
         x = x + self.back(self.layers(x))
         return x.movedim(1, -1) if self.how.channels_last else x
@@ -113,6 +114,8 @@ def extend_for_simkd(
     factor: int,
 ) -> ExtendedModel:
     """``model`` with SimKD's projector, and a copy of the teacher's classifier: its weight and its bias."""
+    if factor > teacher.channels:
+        raise ValueError(f"simkd.factor: got {factor}, expected at most the teacher's channels, {teacher.channels}")
     loss = SimKDLoss(student.channels, teacher.channels, factor)
     how = Extension(kind="simkd", layer=student.layer, channels_last=student.channels_last, classifier=classifier,
                     side=teacher.shape[1])  # fmt: skip

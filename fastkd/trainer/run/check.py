@@ -32,11 +32,19 @@ def check_fit(
 
     Raises ValueError, before anything is written, for what would end the run in its first or last batch.
 
-    That is a label that the student has no class for, as far as the datasets expose their labels, and a chunk of one
-    row, of which batch norm would get a single value per channel. Called before ``prepare``, with images that the
-    student can take.
+    That is a label that the student has no class for, as far as the datasets expose their labels, a chunk of one row,
+    of which batch norm would get a single value per channel, or a batch of one row for a term that needs two. Called
+    before ``prepare``, with images that the student can take.
     """
-    rows = batches.rows(len(batches) - 1) // batches.world_size  # the fewest of any rank
+    last = batches.rows(len(batches) - 1)
+    rows = last // batches.world_size  # the fewest of any rank
+    for name, term in distiller.objective.terms.items():
+        if getattr(term, "needs_two_rows", False) and (last if getattr(term, "spans_ranks", False) else rows) < 2:
+            raise ValueError(
+                f"data.batch_size: got {batches.batch_size} for {batches.length} samples with drop_last="
+                f"{batches.drop_last} on {batches.world_size} rank(s), whose smallest batch has one row; the term "
+                f"{name!r} needs at least two"
+            )
     rows //= min(config.chunks, rows)
     classes, single = _classes_and_single_values(distiller.student, images[:1])
     if rows == 1 and single and not config.sync_batchnorm:

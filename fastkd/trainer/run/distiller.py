@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.imports import import_object
 from fastkd.trainer.models.build import ModelConfig, Normalization, build_model
-from fastkd.trainer.models.extended import extended_like
+from fastkd.trainer.models.extended import ExtendedModel, extended_like
 from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShapes, measure_shapes
 from fastkd.trainer.models.fold import folded
 from fastkd.trainer.objective.objective import Objective, extended_student, needs
@@ -344,4 +344,6 @@ def _feature_model(
         found = find_weights(config.weights)
         model = extended_like(model, found.state, found.path)
         tell(found.load_into(model, role))
+    if isinstance(model, ExtendedModel):  # the names are those of the model in it; it knows its classifier
+        names = {"taps": config.taps and tuple(f"model.{name}" for name in config.taps)}
     return FeatureModel(model, **names, optional=optional)

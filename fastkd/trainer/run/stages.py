@@ -12,6 +12,7 @@ from typing import Any
 from fastkd.trainer.callbacks import Callback
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.files import replace_text
+from fastkd.trainer.optim import Schedule
 from fastkd.trainer.run.loop import TrainResult, train
 from fastkd.trainer.run.ranks import join_ranks
 from fastkd.trainer.run.saved.checkpoint import STAGES, CheckpointError, stage_folders
@@ -40,6 +41,8 @@ def train_stages(stages: Mapping[str, TrainConfig]) -> list[TrainResult]:
         CheckpointError: there is a run already, or none to resume; and what ``train`` raises.
     """
     configs = linked(stages)
+    for config in configs.values():  # a warm-up that is too long, before an earlier stage has taken its time
+        Schedule(config.optim, steps_per_epoch=1000, epochs=config.epochs, global_batch=config.data.batch_size)
     first = next(iter(configs.values()))
     ranks = join_ranks(first.rank_timeout)  # once for all runs: torchrun's store serves one process group
     begun = ranks.on_main(lambda: _begun(configs, first))

@@ -109,10 +109,6 @@ class DISTTerm(RelationalTerm):
     def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> DISTLoss:
         return DISTLoss(**loss_options(config.dist, DISTLoss))
 
-    def columns_sent(self, classes: int) -> int:
-        """How many numbers per row go to the other ranks: both models' logits."""
-        return 2 * classes
-
 
 class MLKDTerm(RelationalTerm):
     """``MLKDLoss`` of the usual and the strong view of every image."""

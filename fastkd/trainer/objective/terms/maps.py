@@ -170,7 +170,8 @@ class OFDTerm(TapTerm):
             weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
             if weight is None or bias is None:
                 raise ValueError(f"margins: found no batch norm with weights before the teacher's map of {layer!r}")
-            margins.append(activation_margin(weight, bias).cpu())
+            margin = activation_margin(weight, bias)
+            margins.append(margin if margin.is_meta else margin.cpu())  # of a dry run, or with the loss's parameters
         return OFDLoss(_channels(student.preactivations), margins, **asdict(config.ofd))
 
 
@@ -180,6 +181,7 @@ class ReviewKDTerm(TapTerm):
     name = "reviewkd"
     needs_features = True
     needs_preactivations = True
+    needs_two_rows = True  # of the batch norms behind the pooled features
     of_teacher = "preactivations"
 
     def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> ReviewKDLoss:
@@ -251,6 +253,7 @@ class SRRLTerm(LossTerm):
     def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> SRRLLoss:
         widths = student.features, teacher.features
         self.of_maps = config.srrl.reading == "maps"
+        self.needs_two_rows = not self.of_maps  # of its batch norm
         if self.of_maps:
             assert student.feature_map is not None
             assert teacher.feature_map is not None

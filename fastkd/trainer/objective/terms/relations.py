@@ -47,6 +47,7 @@ class CCTerm(FeatureRelationTerm):
     """``CCLoss``; owns both embeddings."""
 
     def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> CCLoss:
+        self.needs_two_rows = config.cc.reading == "neighbours"
         return CCLoss(student.features, teacher.features, **loss_options(config.cc, CCLoss))
 
     def columns_sent(self, classes: int) -> int:
