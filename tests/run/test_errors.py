@@ -167,7 +167,7 @@ def test_settings_that_do_not_fit_each_other(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device: got 'cuda', but torch sees no CUDA device"):
             train(dataclasses.replace(config, device="cuda"))
-    with pytest.raises(ValueError, match=r"data\.name: got 'mnist', expected one of \['cifar', 'digits', 'images', 'stl10'"):
+    with pytest.raises(ValueError, match=r"data\.name: got 'mnist', expected one of \['cifar', .*, 'stl10'"):
         train(dataclasses.replace(config, data=DataConfig(name="mnist")))
     with pytest.raises(ValueError, match="student: has no trainable parameter"):
         train(
