@@ -41,7 +41,7 @@ def teacher() -> TrainConfig:
         data=DataConfig(name="digits", batch_size=128),
         objective=ObjectiveConfig(terms="ce"),
         optim=OptimConfig(lr=0.1, warmup_epochs=1),
-        epochs=15,
+        epochs=8,
         device="cpu",
         run_dir="teacher",
         tensorboard=False,
@@ -58,7 +58,7 @@ def student() -> TrainConfig:
         teacher=replace(TEACHER, weights="teacher"),
         data=DataConfig(name="digits", batch_size=50),
         objective=ObjectiveConfig(terms="dcd+kd"),
-        epochs=8,
+        epochs=4,
         run_dir="ranks",
     )
 
