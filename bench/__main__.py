@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import bench_kd, bench_relations, breakdown, report
+from bench import bench_kd, bench_relations, report
+from bench.measuring import breakdown
 
 # For the cases of bench_<name>.py: the title of their table, and the name of its first column.
 TITLES = {

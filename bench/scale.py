@@ -30,8 +30,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from bench.measuring.traffic import CountedBytes
 from bench.report import hardware, table, write_csv
-from bench.traffic import CountedBytes
 from fastkd import dcd_loss
 from fastkd.distributed import group as distributed
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bench.traffic import CountedBytes
+from bench.measuring.traffic import CountedBytes
 from fastkd import ckd_loss, dcd_loss, info_nce_loss, masked_contrast_loss, native, sup_con_loss
 from fastkd.distributed import exchange, pack
 from fastkd.distributed import group as fastkd_distributed

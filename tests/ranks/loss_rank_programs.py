@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.traffic import CountedBytes
+from bench.measuring.traffic import CountedBytes
 from fastkd import CKDLoss, DCDLoss, MSDCRDLoss, PCKDLoss, preview_weight
 from tests.ranks.rank_programs import part
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.traffic import CountedBytes
+from bench.measuring.traffic import CountedBytes
 from fastkd import DCDLoss, ckd_loss, dcd_loss, info_nce_loss, sup_con_loss
 from fastkd.backends.blocked import dual_softmax as blocked
 from fastkd.distributed import agree as agreement
