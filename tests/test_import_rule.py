@@ -25,6 +25,7 @@ ROOMS = [line.split() for line in """
     fastkd.trainer.optim  fastkd.trainer.imports  fastkd.trainer.rng  fastkd.trainer.signals  fastkd.trainer.precision
     fastkd.trainer.pulse
     fastkd.trainer.callbacks
+    fastkd.trainer.batches
     fastkd.trainer.data  fastkd.trainer.models
     fastkd.trainer.objective
     fastkd.trainer.config  fastkd.trainer.files
