@@ -29,6 +29,7 @@ ROOMS = [line.split() for line in """
     fastkd.trainer.data  fastkd.trainer.models
     fastkd.trainer.objective
     fastkd.trainer.config  fastkd.trainer.files
+    fastkd.trainer.tasks
     fastkd.trainer.run  fastkd.trainer.recipes
     fastkd.trainer.commands  fastkd.trainer.report
     fastkd.trainer
