@@ -14,13 +14,15 @@ MAX_DEPTH = 32
 def read_json_object(
     file: Path,
     fields: Mapping[str, type | tuple[type, ...]] | None = None,
-    most: int = MAX_BYTES,
+    most: int | None = None,
     each: Callable[[dict[str, Any]], Any] | None = None,
 ) -> dict[str, Any]:
     """The JSON object in ``file``, whose ``fields`` must be there and of these types. ValueError that names the file.
 
-    FileNotFoundError if there is no such file. It may have ``most`` bytes. ``each``: see ``parse_json``.
+    FileNotFoundError if there is no such file. It may have ``most`` bytes, MAX_BYTES if not given. ``each``: see
+    ``parse_json``.
     """
+    most = MAX_BYTES if most is None else most
     if file.stat().st_size > most:
         raise ValueError(f"{file}: has {file.stat().st_size} bytes, expected at most {most} of JSON")
     try:
