@@ -24,6 +24,7 @@ ROOMS = [line.split() for line in """
     fastkd.trainer.strict_json  fastkd.trainer.text
     fastkd.trainer.optim  fastkd.trainer.imports  fastkd.trainer.rng  fastkd.trainer.signals  fastkd.trainer.precision
     fastkd.trainer.pulse
+    fastkd.trainer.ranks
     fastkd.trainer.callbacks
     fastkd.trainer.batches
     fastkd.trainer.data  fastkd.trainer.models

@@ -1,1 +1,1 @@
-"""What a run learns to do: how its batches go through the models, and how it is evaluated."""
+"""What differs between classification, detection and embeddings: see ``fastkd.trainer.tasks.base``."""

@@ -90,7 +90,7 @@ class CocoImages(EncodedImages):
 
     Attributes:
         classes: the names of the classes, without the background. The first one has the label 1.
-        identity_sha256: a hash of the annotations, by which a resumed run knows its data.
+        labels_sha256: a hash of the annotations, by which a resumed run knows its data.
         note: what a user has to know about boxes and images that are not used.
     """
 
@@ -100,7 +100,7 @@ class CocoImages(EncodedImages):
         super().__init__(folder, (tuple(options.mean), tuple(options.std)), options.max_broken)
         self.annotations, self.options, self.training = annotations, options, training
         self.classes = annotations.classes
-        self.identity_sha256 = annotations.sha256()
+        self.labels_sha256 = annotations.sha256()
         self.hold(len(annotations.image_ids))
 
     def encoded(self, index: int) -> bytes:
