@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# An image, uint8 [3, H, W]; what is to be found in it, as DetectionBatch.targets has it; a random number.
+DetectionSample = tuple[Tensor, dict[str, Tensor], int]
 
 
 @dataclass
@@ -55,3 +60,29 @@ class DetectionBatch:
         """The same batch in page-locked memory, which a GPU copies from while it computes."""
         pinned = [{name: value.pin_memory() for name, value in target.items()} for target in self.targets]
         return replace(self, images=self.images.pin_memory(), targets=pinned)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Loader processes send small arrays as they are. For every tensor they would open a file.
+        targets = [{name: value.numpy() for name, value in target.items()} for target in self.targets]
+        return vars(self) | {"targets": targets}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        targets = [{name: torch.as_tensor(value) for name, value in target.items()} for target in state["targets"]]
+        vars(self).update(state, targets=targets)
+
+
+def collate_detection(samples: Sequence[DetectionSample]) -> DetectionBatch:
+    """The batch of these samples, padded to multiples of 32.
+
+    Example:
+        >>> image = torch.zeros(3, 30, 50, dtype=torch.uint8)
+        >>> collate_detection([(image, {"boxes": torch.zeros(0, 4)}, 5)]).images.shape
+        torch.Size([1, 3, 32, 64])
+    """
+    images, targets, seeds = (list(part) for part in zip(*samples, strict=True))
+    sizes = [(image.shape[1], image.shape[2]) for image in images]
+    height, width = (-max(sides) // 32 * -32 for sides in zip(*sizes, strict=True))
+    padded = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    for place, image in zip(padded, images, strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = image
+    return DetectionBatch(padded, sizes, targets, seeds)
