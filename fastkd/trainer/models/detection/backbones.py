@@ -109,6 +109,8 @@ def timm_body(name: str, pretrained: bool = False) -> Body:
         raise ValueError(f"got 'timm:{name}', which gives no maps (features_only: {error})") from error
     info: Any = network.feature_info
     found = [(c, s) for c, s in zip(info.channels(), info.reduction(), strict=True) if s >= STRIDES[0]]
+    config: dict[str, Any] = timm.data.resolve_data_config(model=network) if pretrained else {}
+    body = _checked(f"timm:{name}", network, found, config.get("mean"), config.get("std"))
     network.eval()
     try:
         with torch.no_grad():
@@ -118,8 +120,7 @@ def timm_body(name: str, pretrained: bool = False) -> Body:
     if not is_usable:
         raise ValueError(f"got 'timm:{name}', which gives no maps [B, C, H, W] for images of any size")
     network.train()
-    config: dict[str, Any] = timm.data.resolve_data_config(model=network) if pretrained else {}
-    return _checked(f"timm:{name}", network, found, config.get("mean"), config.get("std"))
+    return body
 
 
 def torchvision_body(name: str, pretrained: bool = False) -> Body:
@@ -201,9 +202,8 @@ def freeze(backbone: nn.Module, stages: int, norms: bool) -> None:
             parts = [(layer, name in ends) for name, layer in body.named_children()]
         else:
             raise ValueError(f"frozen_stages: got {stages} for {type(body).__name__}, whose stages are not known; expected 0")
-        used = getattr(backbone, "used", len(STRIDES))
-        skipped = sum(is_end for _, is_end in parts) - used  # maps that are finer than the pyramid
-        left = stages + skipped
+        ended = sum(is_end for _, is_end in parts)
+        left = stages + ended - getattr(backbone, "used", ended)  # some maps may be finer than the pyramid
         for layer, is_end in parts:
             if left > 0:
                 layer.requires_grad_(False)
