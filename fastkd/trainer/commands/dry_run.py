@@ -47,6 +47,7 @@ def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
     if config.task != "classification":
         return _without_memory(config, world_size)
     config, samples, shape, is_bytes, unreadable = _data(config)
+    assert config.student is not None
     fewest, rows = config.data.batch_size // world_size, -(-config.data.batch_size // world_size)
     if fewest == 0:
         raise ValueError(f"data.batch_size: got {config.data.batch_size}, expected at least a row for each rank")
@@ -83,7 +84,7 @@ def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
 
 
 def _without_memory(config: TrainConfig, world_size: int) -> list[str]:
-    """The lines for a task whose memory is not estimated, because what a step holds depends on what is in its images."""
+    """The lines for a task whose memory is not estimated: what a step holds depends on what is in its images."""
     task, samples, unreadable = find_task(config), None, ""
     try:
         train_set, eval_set = choose_data(without_download(config.data), None, None)
