@@ -117,7 +117,8 @@ def evaluate_checkpoint(
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or it needs ``trust_code``; or its student or data were
             given to ``train`` as objects, which no config names, and are not given here.
-        ValueError: the run is of another task (see ``evaluate_task``); or the data have classes that the run does not know, or images that the model cannot take.
+        ValueError: the run is of another task (see ``evaluate_task``), or the data have classes that it does not know,
+            or images that the model cannot take.
 
     Example:
         >>> accuracy = evaluate_checkpoint("runs/digits").accuracy  # doctest: +SKIP

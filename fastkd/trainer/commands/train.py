@@ -115,10 +115,8 @@ def train_command(arguments: list[str]) -> int:
     if speaks and not flags.seeds and not result.already_finished:
         print(f"last {result.metric} {result.accuracy:.4f} in {result.seconds:.1f} s; checkpoint {result.path}")
         if result.best is not None:
-            print(
-                f"best {result.metric} {result.best[0]:.4f}; checkpoint {result.best[1]} (--best for eval, export and "
-                "probe)"
-            )
+            best, path = result.best
+            print(f"best {result.metric} {best:.4f}; checkpoint {path} (--best for eval, export and probe)")
     return 0
 
 
