@@ -20,6 +20,7 @@ from fastkd.trainer.objective.terms.registry import TERMS
 from fastkd.trainer.ranks import Ranks
 from fastkd.trainer.signals import StopRequest
 from fastkd.trainer.tasks.base import Rows, Task
+from fastkd.trainer.tasks.detection.evaluate import evaluate
 
 
 class Detection(Task):
@@ -107,8 +108,6 @@ class Detection(Task):
         per_class: dict[str, Any] | None = None,
     ) -> dict[str, float]:
         """COCO's average precision: see ``fastkd.trainer.tasks.detection.evaluate``."""
-        from fastkd.trainer.tasks.detection.evaluate import evaluate
-
         return evaluate(model, loader, device, precision, ranks, stop=stop, per_class=per_class)
 
 
