@@ -279,7 +279,7 @@ def test_an_unsuitable_name_or_option_is_one_line(name: str, options: dict[str, 
 
 
 def test_what_is_no_detector_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"student\.name: got a model of type ResNet for detection"):
+    with pytest.raises(ValueError, match=r"model\.name: got a model of type ResNet for detection"):
         DetectorModel(torchvision.models.resnet18())
     with pytest.raises(ValueError, match="classifier: got 'fc' for a detector"):
         DetectorModel(detector().model, "fc")

@@ -119,7 +119,7 @@ def _weight(labels: Tensor) -> float:
 
 def _refused(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """The settings that do not go with detection, and why."""
-    data, teacher, terms = config.data, config.teacher, f"objective.terms: got {config.objective.terms!r}"
+    data, teacher = config.data, config.teacher
     for wrong, setting, reason in (
         (config.chunks > 1, f"chunks: got {config.chunks}", "regions are sampled in one pass of a batch; expected 1"),
         (config.compile, "compile: got True", "the number of boxes changes with every batch; expected False"),
@@ -136,9 +136,9 @@ def _refused(config: TrainConfig) -> Iterator[tuple[str, str]]:
         if wrong:
             yield setting, reason
     for name in config.objective.weights:
-        term = TERMS.get(name)
+        term, setting = TERMS.get(name), f"objective.terms: got {name!r}"
         reads = getattr(term, "needs_maps", False)
         if hasattr(term, "extend_student") or (reads(config.objective) if callable(reads) else reads):
-            yield terms, f"{name!r} reads the last map of a classifier, which a region does not have"
+            yield setting, "it reads the last map of a classifier, which a region does not have"
         if getattr(term, "additions", ()):
-            yield terms, f"{name!r} reads the number or a second view of a sample, which a region does not have"
+            yield setting, "it reads the number or a second view of a sample, which a region does not have"
