@@ -13,7 +13,6 @@ from fastkd.trainer.batches import DetectionBatch, collate_detection
 from fastkd.trainer.models.build import ModelConfig, build_model, trained_normalization
 from fastkd.trainer.models.detection.build import NUMBERS, faster_rcnn, published_detector, set_classes
 from fastkd.trainer.models.detection.model import DetectorModel
-from fastkd.trainer.models.detection.output import DetectorOutput
 from fastkd.trainer.models.detection.sampler import SeededSampler
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -111,7 +110,9 @@ def test_what_is_sampled_of_an_image_depends_on_its_seed_alone() -> None:
 
 
 def test_the_sampler_takes_as_many_as_torchvisions() -> None:
-    matched = [torch.tensor([1] * positive + [0] * negative + [-1] * 3) for positive, negative in ((9, 2), (1, 30), (0, 4))]
+    matched = [
+        torch.tensor([1] * positive + [0] * negative + [-1] * 3) for positive, negative in ((9, 2), (1, 30), (0, 4))
+    ]
     seeded, plain = (SeededSampler(8, 0.5) for _ in range(2))
     seeded.seeds = [1, 2, 3]
     for ours, theirs in zip(seeded(matched), plain(matched), strict=True):
@@ -130,20 +131,22 @@ def test_a_teacher_of_other_widths_looks_at_the_students_regions() -> None:
     assert seen.features.shape == (len(output.labels), 24)
     # Row by row, the teacher's box head on the same boxes.
     first = output.regions.boxes[0][:1]
-    alone = teacher._look(teacher._levels(output.regions.batch), type(output.regions)(output.regions.batch, [first, first[:0]]))
+    alone = teacher._look(
+        teacher._levels(output.regions.batch), type(output.regions)(output.regions.batch, [first, first[:0]])
+    )
     torch.testing.assert_close(alone[0].logits, seen.logits[:1])
 
 
 @pytest.mark.parametrize(("kind", "keeps"), [("foreground", lambda x: x > 0), ("background", lambda x: x == 0)])
 def test_regions_of_a_kind(kind: str, keeps: Any) -> None:
     output = detector()(batch())
-    chosen = output.chosen(kind)
+    chosen, count = output.chosen(kind)
     keep = keeps(output.labels)
-    assert 0 < len(chosen.labels) < len(output.labels)
+    assert 0 < len(chosen.labels) == count < len(output.labels)
     assert torch.equal(chosen.logits, output.logits[keep])
     assert torch.equal(torch.cat(chosen.regions.boxes), torch.cat(output.regions.boxes)[keep])
     assert len(chosen.regions.boxes) == 2
-    assert output.chosen("all") is output
+    assert output.chosen("all") == (output, len(output.labels))
 
 
 def test_a_batch_without_objects_trains() -> None:
@@ -152,7 +155,8 @@ def test_a_batch_without_objects_trains() -> None:
     empty = DetectionBatch(given.images[1:], given.sizes[1:], given.targets[1:], given.seeds[1:])
     output = model(empty)
     assert output.losses["box"][0] == 0
-    assert len(output.chosen("foreground").labels) == 1
+    chosen, count = output.chosen("foreground")
+    assert (len(chosen.labels), count) == (1, 0)
     sum(total for total, _ in output.losses.values()).backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
@@ -190,7 +194,10 @@ def test_levels_of_the_pyramid_are_maps() -> None:
     assert shapes.taps.maps == ((8, 16, 16), (8, 8, 8))
     output = model(batch())
     assert [tuple(x.shape) for x in output.taps.maps] == [(2, 8, 16, 16), (2, 8, 8, 8)]
-    assert DetectorModel(model.model, taps=("1", "pool")).measure(batch(), taps=True).taps.maps == ((8, 8, 8), (8, 4, 4))  # type: ignore[union-attr]
+    assert DetectorModel(model.model, taps=("1", "pool")).measure(batch(), taps=True).taps.maps == (
+        (8, 8, 8),
+        (8, 4, 4),
+    )  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="taps: got '7', expected levels of the feature pyramid: 0 1 pool"):
         DetectorModel(model.model, taps=("7",)).measure(batch(), taps=True)
     assert model.measure(batch()).taps is None
@@ -285,8 +292,3 @@ def test_what_is_no_detector_is_refused() -> None:
         DetectorModel(detector().model, "fc")
     with pytest.raises(ValueError, match="compile: got True"):
         detector().compile()
-
-
-def test_output_without_any_choice() -> None:
-    output = DetectorOutput(torch.zeros(2, 3), torch.zeros(2, 4), labels=torch.tensor([0, 0]))
-    assert len(output.chosen("foreground").logits) == 1

@@ -92,9 +92,9 @@ class Detection(Task):
         """The regions that ``detection.regions`` names, as the student sees them, and as the teacher does."""
         output = student(batch)
         assert isinstance(output, DetectorOutput)
-        output = output.chosen(self.config.detection.regions)
+        output, count = output.chosen(self.config.detection.regions)
         assert output.labels is not None
-        return Rows(output, teach(output.regions), output.labels, weight=_weight(output.labels))
+        return Rows(output, teach(output.regions), output.labels, weight=_weight(count))
 
     def evaluate(
         self,
@@ -111,10 +111,10 @@ class Detection(Task):
         return evaluate(model, loader, device, precision, ranks, stop=stop, per_class=per_class)
 
 
-def _weight(labels: Tensor) -> float:
+def _weight(regions: int) -> float:
     """W R_r / R: this rank's number of regions times the number of ranks, over the number of all regions."""
     ranks = Ranks.present()
-    return ranks.weight(len(labels), ranks.total(len(labels)))
+    return ranks.weight(regions, max(ranks.total(regions), 1))
 
 
 def _refused(config: TrainConfig) -> Iterator[tuple[str, str]]:
