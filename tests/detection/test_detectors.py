@@ -17,8 +17,16 @@ from fastkd.trainer.models.detection.sampler import SeededSampler
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SMALL: dict[str, Any] = {
-    **{"num_classes": 4, "width": 4, "depth": 2, "fpn_channels": 8, "head_width": 16, "anchor_sizes": (12, 24, 48)},
-    **{"norm": "group", "box_batch_size_per_image": 32, "rpn_post_nms_top_n_train": 60, "rpn_post_nms_top_n_test": 60},
+    "num_classes": 4,
+    "width": 4,
+    "depth": 2,
+    "fpn_channels": 8,
+    "head_width": 16,
+    "anchor_sizes": (12, 24, 48),
+    "norm": "group",
+    "box_batch_size_per_image": 32,
+    "rpn_post_nms_top_n_train": 60,
+    "rpn_post_nms_top_n_test": 60,
 }
 
 

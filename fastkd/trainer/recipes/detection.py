@@ -17,9 +17,13 @@ from fastkd.trainer.optim import OptimConfig
 
 # Fewer regions than for large images, and anchors for objects of 8 to 64 pixels.
 _SMALL: dict[str, Any] = {
-    **{"anchor_sizes": (12, 24, 48, 96), "box_batch_size_per_image": 64, "rpn_batch_size_per_image": 64},
-    **{"rpn_pre_nms_top_n_train": 200, "rpn_pre_nms_top_n_test": 200},
-    **{"rpn_post_nms_top_n_train": 200, "rpn_post_nms_top_n_test": 100},
+    "anchor_sizes": (12, 24, 48, 96),
+    "box_batch_size_per_image": 64,
+    "rpn_batch_size_per_image": 64,
+    "rpn_pre_nms_top_n_train": 200,
+    "rpn_pre_nms_top_n_test": 200,
+    "rpn_post_nms_top_n_train": 200,
+    "rpn_post_nms_top_n_test": 100,
 }
 SMALL_TEACHER = ModelConfig(
     name="faster-rcnn:small", options={"width": 32, "fpn_channels": 32, "head_width": 128, **_SMALL}
@@ -106,8 +110,8 @@ def _coco(name: str, student: str, terms: str, **options: Any) -> TrainConfig:
 def coco_r101_teacher() -> TrainConfig:
     """ResNet-101 with a feature pyramid on COCO, the teacher of ``coco-r101-r18`` and ``coco-r101-r50``.
 
-    torchvision publishes no such detector. The network is torchvision's Faster R-CNN on its ResNet-101, and the schedule
-    is that of the students, for which mdistiller takes Detectron2's file of a schedule three times as long. So this
+    torchvision publishes no such detector. The network is torchvision's Faster R-CNN on its ResNet-101, and the
+    schedule is that of the students, for which mdistiller takes Detectron2's file of a schedule three times as long. So this
     teacher is weaker than theirs (42.0 mAP).
     """
     return _coco("coco-r101-teacher", "faster-rcnn:torchvision:resnet101.IMAGENET1K_V1", "detector")

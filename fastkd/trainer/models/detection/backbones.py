@@ -20,8 +20,8 @@ Norm = Callable[[int], nn.Module] | None
 class Body(NamedTuple):
     """A network that gives maps from fine to coarse, as a list or a dict.
 
-    ``channels`` and ``strides`` are those of its last maps, which are used. ``mean`` and ``std`` are those of the images
-    that its published weights were trained with, None without such weights.
+    ``channels`` and ``strides`` are those of its last maps, which are used. ``mean`` and ``std`` normalise the images as
+    its published weights want it. They are None without such weights.
     """
 
     network: nn.Module
@@ -174,7 +174,8 @@ def _chain(model: nn.Module) -> nn.Module:
         if isinstance(getattr(model, name, None), nn.Sequential):
             return model.get_submodule(name)
     if hasattr(model, "trunk_output"):  # RegNet
-        return nn.Sequential(OrderedDict([("stem", model.stem), *model.trunk_output.named_children()]))
+        stages = model.get_submodule("trunk_output").named_children()
+        return nn.Sequential(OrderedDict([("stem", model.get_submodule("stem")), *stages]))
     return model
 
 

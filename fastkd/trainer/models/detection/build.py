@@ -30,6 +30,7 @@ NUMBERS = tuple(
     for name, parameter in inspect.signature(FasterRCNN.__init__).parameters.items()
     if name.startswith(("rpn_", "box_")) and isinstance(parameter.default, int | float)
 )
+GAP = "N/A"  # torchvision's name of a number that stands for no category
 _BACKBONES = "'timm:NAME', 'torchvision:NAME' or 'small'"
 
 
@@ -66,12 +67,13 @@ def faster_rcnn(
         fpn_channels: channels of the pyramid's levels.
         head_width: the width D of the box head, whose output are the features that are distilled.
         roi_size: positions of a pooled region along each side.
-        anchor_sizes: sides of the anchors in pixels, one per level of the pyramid. None: eight times the level's stride.
+        anchor_sizes: sides of the anchors in pixels, one per level. None: eight times the level's stride.
         aspect_ratios: heights of the anchors divided by their widths.
         frozen_stages: this many stages of the backbone are not trained, nor what is before them.
             torchvision freezes one where it begins with published weights.
         frozen_norm: the batch norms of the backbone keep their statistics and weights.
-        width, depth, norm: of the backbone ``small``: channels of the first map, number of maps, ``batch`` or ``group``.
+        width, depth, norm: of the backbone ``small``: channels of its first map, number of its maps, ``batch`` or
+            ``group``.
         numbers: those of torchvision's FasterRCNN whose names begin with ``rpn_`` or ``box_``, such as
             ``box_batch_size_per_image``, the number of regions that are sampled of each image, 512.
 
@@ -164,21 +166,18 @@ def published_detector(name: str, *, num_classes: int | None = None, pretrained:
     frozen_stages = options.pop("frozen_stages", 0)
     if unknown := sorted(set(options) - set(NUMBERS)):
         raise ValueError(f"got the option {unknown[0]!r}, which a detector does not have; expected some of {NUMBERS}")
-    outputs = num_classes or (_named(pretrained and torchvision_weights(name)) if pretrained else None)
-    if outputs is None:
+    weights = torchvision_weights(name) if pretrained else None
+    categories = [] if weights is None else weights.meta["categories"]
+    outputs = num_classes or len([category for category in categories if category != GAP])
+    if not outputs:
         raise ValueError("num_classes: got None, expected the number of classes and one for the background")
-    if not pretrained:
-        model = torchvision.models.get_model(known, weights=None, weights_backbone=None, num_classes=outputs, **options)
-    else:
-        weights = torchvision_weights(name)
-        categories = weights.meta["categories"]
-        model = torchvision.models.get_model(
-            known, weights=None, weights_backbone=None, num_classes=len(categories), **options
-        )
+    bare: dict[str, Any] = {"weights": None, "weights_backbone": None}
+    model = torchvision.models.get_model(known, num_classes=len(categories) or outputs, **bare, **options)
+    if weights is not None:
         # Those of frozen norms have no count of batches.
         found = model.load_state_dict(weights.get_state_dict(check_hash=True), strict=False)
         wrong = [key for key in found.missing_keys if not key.endswith("num_batches_tracked")]
-        assert not wrong and not found.unexpected_keys, (wrong, found.unexpected_keys)
+        assert not (wrong or found.unexpected_keys), (wrong, found.unexpected_keys)
         set_classes(model, outputs, categories)
     freeze(model.backbone, frozen_stages, frozen_norm)
     if frozen_norm and known == "fasterrcnn_resnet50_fpn":  # whose weights were trained so
@@ -188,15 +187,11 @@ def published_detector(name: str, *, num_classes: int | None = None, pretrained:
     return model
 
 
-def _named(weights: Any) -> int:
-    return len([name for name in weights.meta["categories"] if name != "N/A"])
-
-
 def set_classes(model: FasterRCNN, num_classes: int, categories: Sequence[str]) -> None:
     """Give the detector ``num_classes`` outputs: those of the ``categories`` that are not "N/A", or new ones."""
     old: Any = model.roi_heads.box_predictor
     new = FastRCNNPredictor(old.cls_score.in_features, num_classes)
-    kept = torch.tensor([place for place, name in enumerate(categories) if name != "N/A"])
+    kept = torch.tensor([place for place, name in enumerate(categories) if name != GAP])
     if num_classes == len(kept):
         for layer, before, values in ((new.cls_score, old.cls_score, 1), (new.bbox_pred, old.bbox_pred, 4)):
             rows = (kept[:, None] * values + torch.arange(values)).flatten()
