@@ -283,7 +283,7 @@ def test_set_classes_without_gaps() -> None:
         ("faster-rcnn:small", {"fpn_channels": 0}, "fpn_channels: got 0"),
         ("faster-rcnn:small", {"norm": "layer"}, "norm: got 'layer', expected 'batch' or 'group'"),
         ("torchvision:fasterrcnn_resnet50", {}, "expected a Faster R-CNN of torchvision"),
-        ("torchvision:fasterrcnn_resnet50_fpn", {"num_classes": None}, "num_classes: got None"),
+        ("torchvision:fasterrcnn_resnet50_fpn", {"num_classes": 1}, "num_classes: got 1"),
     ],
 )
 def test_an_unsuitable_name_or_option_is_one_line(name: str, options: dict[str, Any], message: str) -> None:

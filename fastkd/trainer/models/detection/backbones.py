@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from fastkd.trainer.models.published import torchvision_weights
+
 STRIDES = (4, 8, 16, 32)
 _SIDE = 128  # of the image that tells a network's strides
 
@@ -20,8 +22,8 @@ Norm = Callable[[int], nn.Module] | None
 class Body(NamedTuple):
     """A network that gives maps from fine to coarse, as a list or a dict.
 
-    ``channels`` and ``strides`` are those of its last maps, which are used. ``mean`` and ``std`` normalise the images as
-    its published weights want it. They are None without such weights.
+    ``channels`` and ``strides`` are those of its last maps, which are used. ``mean`` and ``std`` normalise
+    the images as its published weights want it. They are None without such weights.
     """
 
     network: nn.Module
@@ -130,8 +132,6 @@ def torchvision_body(name: str, pretrained: bool = False) -> Body:
     no chain of layers whose maps get coarser.
     """
     import torchvision
-
-    from fastkd.trainer.models.build import torchvision_weights
 
     known, _, _ = name.partition(".")
     if known not in torchvision.models.list_models(module=torchvision.models):

@@ -22,6 +22,7 @@ from fastkd.trainer.models.detection.backbones import (
     timm_body,
     torchvision_body,
 )
+from fastkd.trainer.models.published import torchvision_weights
 from fastkd.validate import check_int, check_type
 
 # What torchvision's FasterRCNN takes as numbers: how many regions are proposed, sampled and kept.
@@ -30,6 +31,7 @@ NUMBERS = tuple(
     for name, parameter in inspect.signature(FasterRCNN.__init__).parameters.items()
     if name.startswith(("rpn_", "box_")) and isinstance(parameter.default, int | float)
 )
+COCO = 81  # outputs for COCO's 80 classes and the background
 GAP = "N/A"  # torchvision's name of a number that stands for no category
 _BACKBONES = "'timm:NAME', 'torchvision:NAME' or 'small'"
 
@@ -37,7 +39,7 @@ _BACKBONES = "'timm:NAME', 'torchvision:NAME' or 'small'"
 def faster_rcnn(
     backbone: str,
     *,
-    num_classes: int | None = None,
+    num_classes: int = COCO,
     pretrained: bool = False,
     v2: bool = False,
     fpn_channels: int = 256,
@@ -60,7 +62,7 @@ def faster_rcnn(
 
     Args:
         backbone: ``timm:NAME``, ``torchvision:NAME`` or ``small``, a small network for small images.
-        num_classes: C + 1, where the first one is the background.
+        num_classes: C + 1, where the first one is the background. In a run it comes from the data.
         pretrained: begin with the published weights of the backbone.
         v2: the heads of ``fasterrcnn_resnet50_fpn_v2``: two convolutions that propose, four convolutions with batch
             norm and a linear layer in the box head, and batch norm in the pyramid.
@@ -86,8 +88,6 @@ def faster_rcnn(
         >>> model.roi_heads.box_predictor.cls_score
         Linear(in_features=64, out_features=5, bias=True)
     """
-    if num_classes is None:
-        raise ValueError("num_classes: got None, expected the number of classes and one for the background")
     check_int("num_classes", num_classes, 2)
     for name, number in (("fpn_channels", fpn_channels), ("head_width", head_width), ("roi_size", roi_size)):
         check_int(name, number, 1)
@@ -112,7 +112,7 @@ def faster_rcnn(
         box_head = FastRCNNConvFCHead(shape, [fpn_channels] * 4, [head_width], norm_layer=nn.BatchNorm2d)
     pyramid = PyramidBackbone(body, fpn_channels, nn.BatchNorm2d if v2 else None)
     freeze(pyramid, frozen_stages, frozen_norm)
-    return FasterRCNN(
+    model = FasterRCNN(
         pyramid,
         rpn_anchor_generator=anchors,
         rpn_head=RPNHead(fpn_channels, anchors.num_anchors_per_location()[0], conv_depth=2 if v2 else 1),
@@ -123,6 +123,9 @@ def faster_rcnn(
         image_std=body.std,
         **numbers,
     )
+    if hasattr(body.network, "pretrained_cfg"):
+        model.pretrained_cfg = body.network.pretrained_cfg  # as timm's models have it
+    return model
 
 
 def _body(backbone: str, pretrained: bool, width: int, depth: int, norm: str) -> Body:
@@ -138,12 +141,12 @@ def _body(backbone: str, pretrained: bool, width: int, depth: int, norm: str) ->
     return small_body(width, depth, norm)
 
 
-def published_detector(name: str, *, num_classes: int | None = None, pretrained: bool = False, **options: Any) -> Any:
+def published_detector(name: str, *, num_classes: int = COCO, pretrained: bool = False, **options: Any) -> Any:
     """A ``fasterrcnn_...`` of torchvision, with its weights for COCO if ``pretrained``.
 
     As published, the batch norms of the backbone are frozen, but for those of the version 2. With the published weights
-    and no ``num_classes``, or the 81 of COCO, the outputs are those of COCO's 80 classes in the order of their numbers.
-    torchvision's have 91, of which ten mean nothing. Another ``num_classes`` gives a new last layer for other classes.
+    and 81 outputs, they are those of COCO's 80 classes in the order of their numbers. torchvision's have 91, of which ten
+    mean nothing. Another ``num_classes`` gives a new last layer for other classes.
 
     Args:
         name: ``fasterrcnn_...``, or that with ``.WEIGHTS``.
@@ -157,8 +160,6 @@ def published_detector(name: str, *, num_classes: int | None = None, pretrained:
     """
     import torchvision
 
-    from fastkd.trainer.models.build import torchvision_weights
-
     known, _, _ = name.partition(".")
     if known not in torchvision.models.list_models(module=torchvision.models.detection, include="fasterrcnn*"):
         raise ValueError(f"got {name!r}, expected a Faster R-CNN of torchvision")
@@ -168,17 +169,16 @@ def published_detector(name: str, *, num_classes: int | None = None, pretrained:
         raise ValueError(f"got the option {unknown[0]!r}, which a detector does not have; expected some of {NUMBERS}")
     weights = torchvision_weights(name) if pretrained else None
     categories = [] if weights is None else weights.meta["categories"]
-    outputs = num_classes or len([category for category in categories if category != GAP])
-    if not outputs:
-        raise ValueError("num_classes: got None, expected the number of classes and one for the background")
+    check_int("num_classes", num_classes, 2)
     bare: dict[str, Any] = {"weights": None, "weights_backbone": None}
-    model = torchvision.models.get_model(known, num_classes=len(categories) or outputs, **bare, **options)
+    model = torchvision.models.get_model(known, num_classes=len(categories) or num_classes, **bare, **options)
     if weights is not None:
         # Those of frozen norms have no count of batches.
         found = model.load_state_dict(weights.get_state_dict(check_hash=True), strict=False)
         wrong = [key for key in found.missing_keys if not key.endswith("num_batches_tracked")]
-        assert not (wrong or found.unexpected_keys), (wrong, found.unexpected_keys)
-        set_classes(model, outputs, categories)
+        wrong += found.unexpected_keys
+        assert not wrong, wrong
+        set_classes(model, num_classes, categories)
     freeze(model.backbone, frozen_stages, frozen_norm)
     if frozen_norm and known == "fasterrcnn_resnet50_fpn":  # whose weights were trained so
         for module in model.modules():
