@@ -84,7 +84,7 @@ def _in_pixels_on_disk(found: list[dict[str, Tensor]], batch: DetectionBatch) ->
     results = []
     for one, target in zip(found, batch.targets, strict=True):
         scale = target["scale"].cpu().repeat(2)
-        finding = {"boxes": one["boxes"].float().cpu() / scale, "scores": one["scores"].float().cpu()}
+        finding = {"boxes": one["boxes"].cpu() / scale, "scores": one["scores"].float().cpu()}
         finding["labels"] = one["labels"].cpu()
         there = {name: target[name].cpu() for name in ("labels", "iscrowd", "area")}
         there["boxes"] = target["boxes"].cpu() / scale
