@@ -20,7 +20,7 @@ from fastkd.trainer.data.coco.reader import CocoImages, load_coco
 from fastkd.trainer.data.coco.shapes import make_shapes
 from fastkd.trainer.data.datasets import build_datasets, names_of_classes
 from fastkd.trainer.data.loader import draws_nothing, eval_loader, fetch_seeded, train_loader
-from tests.helpers.coco import CATEGORIES, box, write_part
+from tests.helpers.images import CATEGORIES, box, write_part
 
 CPU = torch.device("cpu")
 SIZES = {7: (60, 80), 2: (50, 50), 900000000001: (40, 120), 5: (64, 64)}

@@ -91,7 +91,11 @@ def test_the_values_are_those_of_a_computation_by_hand() -> None:
         },
         abs=1e-6,
     )
-    assert per_class == {"classes": ["cat", "zebra", "cup", "dog"], "ap": [pytest.approx(cat), 1.0, None, None]}
+    assert per_class == {
+        "classes": ["cat", "zebra", "cup", "dog"],
+        "scores": [pytest.approx(cat), 1.0, None, None],
+        "samples": [2, 1, 0, 0],
+    }
 
 
 def test_boxes_are_compared_in_the_pixels_on_disk() -> None:
