@@ -46,8 +46,10 @@ def evaluate(
     found in a crowd counts neither as right nor as wrong.
 
     Leaves ``model`` in eval mode. With several ``ranks`` the values cover the images of all ranks' loaders, and are
-    those of one process. ``per_class`` gets ``classes``, the names; ``scores``, their AP; and ``samples``, the number of
-    their boxes. The AP of a class of which there is no box is None. Once ``stop`` is requested the remaining batches are left out, and the values mean nothing.
+    those of one process. Once ``stop`` is requested the remaining batches are left out, and the values mean nothing.
+
+    ``per_class`` gets ``classes``, the names; ``scores``, their AP; and ``samples``, the number of their boxes. The AP
+    of a class of which there is no box is None.
 
     Raises:
         ValueError: the evaluation set is empty, or has no box that is not a crowd.
