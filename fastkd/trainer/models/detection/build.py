@@ -145,8 +145,8 @@ def published_detector(name: str, *, num_classes: int = COCO, pretrained: bool =
     """A ``fasterrcnn_...`` of torchvision, with its weights for COCO if ``pretrained``.
 
     As published, the batch norms of the backbone are frozen, but for those of the version 2. With the published weights
-    and 81 outputs, they are those of COCO's 80 classes in the order of their numbers. torchvision's have 91, of which ten
-    mean nothing. Another ``num_classes`` gives a new last layer for other classes.
+    and 81 outputs, they are those of COCO's 80 classes in the order of their numbers. torchvision's have 91, ten of
+    which mean nothing. Another ``num_classes`` gives a new last layer for other classes.
 
     Args:
         name: ``fasterrcnn_...``, or that with ``.WEIGHTS``.
