@@ -82,7 +82,7 @@ class DetectorModel(FeatureModel):
     def like(self, module: nn.Module) -> DetectorModel:
         """The same wrapper around another module of this kind, such as a moving average."""
         other = DetectorModel(module, taps=self.tap_names, optional=self.optional)
-        other.channels_last, other.levels_read = self.channels_last, self.levels_read
+        other.channels_last = self.channels_last
         if self.conversion is not None:
             other.take_images(*self.conversion)
         return other
