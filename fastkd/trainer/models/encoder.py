@@ -78,21 +78,21 @@ class EncoderModel(FeatureModel):
         other.take_images(*(self.conversion or (None,)))
         return other
 
-    def measure(self, given: Any, **reads: bool) -> ModelShapes:
+    def measure(self, images: Any, **reads: bool) -> ModelShapes:
         """The width of the embedding, and the shapes of the taps if they are asked for: see ``measure_shapes``.
 
         Raises ValueError for a last feature map, and for taps of an input that is no tensor.
         """
         if reads.get("feature_map"):
             raise ValueError("objective.terms: got a term of the last feature map, which an encoder does not give")
-        if isinstance(given, Tensor):
-            return measure_shapes(self, given, **reads)
+        if isinstance(images, Tensor):
+            return measure_shapes(self, images, **reads)
         if reads.get("taps"):
-            kind = type(given).__name__
+            kind = type(images).__name__
             raise ValueError(f"objective.terms: got a term of feature maps with inputs of type {kind}, expected images")
         device = next((parameter.device for parameter in self.parameters()), None)
         with evaluating(self):
-            embedding = self(tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, given)).features
+            embedding = self(tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, images)).features
         return ModelShapes(features=embedding.shape[1], classes=0)
 
     def _run(self, given: Any) -> Any:

@@ -32,9 +32,9 @@ class Embeddings(Task):
     or of intermediate maps.
 
     ``recall_1`` and ``recall_5`` are those of ``fastkd.trainer.tasks.recall.recall`` on the evaluation set. With labels
-    there, a neighbour is right if it has the same label. Samples whose label no other one has are left out, and
-    ``left_out`` counts them. Without labels, a neighbour is right if it is the teacher's nearest neighbour of the
-    sample; a teacher's own recall is then 1.
+    there, a neighbour is right if it has the same label. Samples whose label no other one has are left out; where there
+    are any, ``left_out`` counts them. Without labels, a neighbour is right if it is the teacher's nearest neighbour of
+    the sample. A teacher's own recall is then 1.
     """
 
     metric = "recall_1"
@@ -122,7 +122,7 @@ class Embeddings(Task):
     ) -> dict[str, float]:
         found = self._embed(model, loader, device, precision, ranks, stop)
         if found is None:
-            return {"recall_1": 0.0, "recall_5": 0.0, "left_out": 0.0}
+            return {"recall_1": 0.0, "recall_5": 0.0}
         embeddings, labels = found
         right = same_label(labels)
         if bool((labels == NO_LABEL).all()):
@@ -130,7 +130,8 @@ class Embeddings(Task):
         values, left_out = recall(embeddings, right, ranks)
         if left_out == len(labels):
             raise ValueError("eval_data: got no label twice, expected samples of one class, or no labels at all")
-        return {**{f"recall_{k}": value for k, value in values.items()}, "left_out": float(left_out)}
+        named = {f"recall_{k}": value for k, value in values.items()}
+        return {**named, "left_out": float(left_out)} if left_out else named
 
     def _of_teacher(self, loader: Any, device: torch.device, precision: str, ranks: Ranks) -> Tensor:
         """The teacher's embeddings of the evaluation set, computed once."""

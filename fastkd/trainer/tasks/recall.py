@@ -27,8 +27,8 @@ def recall(
     fewer than k wrong neighbours are as near as its nearest right one. So a tie counts against the model, and a model
     that gives one embedding for everything scores zero. Samples without any right neighbour are left out.
 
-    Similarities are computed in float32, for a block of samples at a time, with all others as columns. The ranks, all of
-    which hold all ``embeddings`` [N, D], share the blocks, and every number of ranks gets the same result.
+    Similarities are computed in float32, for a block of samples at a time, with all others as columns. All ranks hold
+    all ``embeddings`` [N, D] and share the blocks, so that every number of ranks gets the same result.
 
     Example:
         >>> rows = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.5, 0.6]])
@@ -38,7 +38,7 @@ def recall(
     """
     rows = F.normalize(embeddings.float(), dim=1)
     count = len(rows)
-    hits = torch.zeros(len(at) + 1, dtype=torch.long, device=rows.device)  # the last one: samples with a right neighbour
+    hits = torch.zeros(len(at) + 1, dtype=torch.long, device=rows.device)  # and the samples with a right neighbour
     size = max(1, block // max(count, 1))
     for start in range(ranks.rank * size, count, ranks.world_size * size):
         part = slice(start, min(start + size, count))
