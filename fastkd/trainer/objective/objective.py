@@ -20,7 +20,19 @@ from fastkd.trainer.objective.terms.registry import TERMS
 from fastkd.validate import NO_LABEL
 
 # Names of other values in the same record.
-_RESERVED = {"kind", "step", "epoch", "lr", "loss", "accuracy", "eval_loss", "grad_norm"}
+_RESERVED = {
+    "kind",
+    "step",
+    "epoch",
+    "lr",
+    "loss",
+    "accuracy",
+    "eval_loss",
+    "grad_norm",
+    "recall_1",
+    "recall_5",
+    "left_out",
+}
 
 
 def needs(what: str, config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
