@@ -50,6 +50,9 @@ def test_the_embedding_is_the_output_or_what_the_classifier_is_given() -> None:
     assert torch.equal(EncoderModel(net)(pictures).features, penultimate)  # fastkd's own network
     assert torch.equal(EncoderModel(layer)(pictures).features, layer(pictures))  # anybody's
     assert torch.equal(EncoderModel(layer, "1")(pictures).features, pictures.flatten(1))
+    sentence = {name: x[None] for name, x in Sentences(1)[0].items()}
+    encoder = TextEncoder(6)  # whose last layer is called fc
+    assert torch.equal(EncoderModel(encoder)(sentence).features, encoder(**sentence).pooler_output)
     output = EncoderModel(net).eval()(pictures)
     assert (output.logits.shape, output.classifier) == ((4, 0), None)
     copy = EncoderModel(layer, "1").like(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)))
@@ -81,10 +84,12 @@ def test_evaluation_compares_with_labels_or_with_the_teacher() -> None:
     given = images()
     task, place = Embeddings(config()), torch.device("cpu")
     models = [EncoderModel(given[role]).eval() for role in ("student", "teacher")]
-    task.teacher = models[1]
+    task.teacher, calls = models[1], []
+    models[1].register_forward_hook(lambda *_: calls.append(1))
     pictures, labels = given["eval_data"].images, given["eval_data"].labels.clone()
     labels[3] = 9
     student, teacher = (model(pictures).features for model in models)
+    calls.clear()
     for data, right in (
         (TensorImages(pictures, labels), same_label(labels)),
         (TensorDataset(pictures), nearest_of(teacher)),
@@ -95,6 +100,7 @@ def test_evaluation_compares_with_labels_or_with_the_teacher() -> None:
         values = {"recall_1": expected[1], "recall_5": expected[5], **({"left_out": 1.0} if left_out else {})}
         assert task.evaluate(models[0], loader, place, "fp32", Ranks()) == values
         assert left_out == (right.__name__ == "<lambda>")
+    assert len(calls) == 3  # batches, once for two evaluations without labels
     with pytest.raises(ValueError, match=r"eval_data: got samples without labels and no teacher"):
         Embeddings(config()).evaluate(models[0], loader, place, "fp32", Ranks())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -59,10 +60,7 @@ class EncoderModel(FeatureModel):
             if len(captured) != 1:
                 raise self._called(len(captured))
             output = pool_features(captured[0], layer)
-        embedding = output
-        if not isinstance(output, Tensor):
-            found = (getattr(output, name, None) for name in ATTRIBUTES)
-            embedding = next((value for value in found if isinstance(value, Tensor)), None)
+        embedding = _embedding_in(output)
         if embedding is None or embedding.ndim != 2 or not embedding.shape[1] or not embedding.is_floating_point():
             got = type(output).__name__ if embedding is None else f"{embedding.dtype} {list(embedding.shape)}"
             raise TypeError(
@@ -77,6 +75,13 @@ class EncoderModel(FeatureModel):
         other = EncoderModel(model, self.classifier_name)
         other.take_images(*(self.conversion or (None,)))
         return other
+
+    def plain(self) -> nn.Module:
+        """A copy of the model whose output for images is the embedding, in eval mode: what an exporter can follow."""
+        copy = deepcopy(self.model).eval()
+        if self.classifier_name is not None:
+            copy.set_submodule(self.classifier_name, nn.Identity())
+        return _Plain(copy, self.classifier)
 
     def measure(self, images: Any, **reads: bool) -> ModelShapes:
         """The width of the embedding, and the shapes of the taps if they are asked for: see ``measure_shapes``.
@@ -103,3 +108,24 @@ class EncoderModel(FeatureModel):
         given = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, given)
         with nullcontext() if dtype == torch.float32 else torch.autocast(device, enabled=False):
             return self.model(**given) if isinstance(given, dict) else self.model(*given)
+
+
+class _Plain(nn.Module):
+    """``model``, in which the layer ``classifier`` passes its input on."""
+
+    def __init__(self, model: nn.Module, classifier: nn.Module | None) -> None:
+        super().__init__()
+        self.model = model
+        self._classifiers = (classifier,)  # in a tuple: it is none of this module's layers
+
+    def forward(self, images: Tensor) -> Any:
+        output, (classifier,) = self.model(images), self._classifiers
+        return _embedding_in(output) if classifier is None else pool_features(output, classifier)
+
+
+def _embedding_in(output: Any) -> Tensor | None:
+    """The output itself if it is a tensor, else the embedding that it has in one of ``ATTRIBUTES``."""
+    if isinstance(output, Tensor):
+        return output
+    found = (getattr(output, name, None) for name in ATTRIBUTES)
+    return next((value for value in found if isinstance(value, Tensor)), None)
