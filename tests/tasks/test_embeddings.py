@@ -193,6 +193,8 @@ def test_what_does_not_go_with_embeddings_is_said_before_the_run(tmp_path: Path,
          r"feature_map: got 'y' with the task 'embeddings', expected None"),
         ({"given": images(eval_data=TensorImages(one.images[:1], one.labels[:1]))}, r"eval_data: got 1 samples, exp"),
         ({"given": images(eval_data=TensorImages(one.images, torch.arange(20)))}, r"eval_data: got no label twice"),
+        ({"data": DataConfig(batch_size=17, drop_last=False), "given": images(student=SmallConvNet(0, width=3, depth=3))},
+         r"data.batch_size: got 17 .* batch norm .*'features.7'"),
         ({"given": sentences, "chunks": 2}, r"chunks: got 2 with inputs of type dict, expected 1, or tensors"),
         ({"given": sentences, "objective": ObjectiveConfig(terms="sp")}, r"of feature maps with inputs of type dict"),
     ):  # fmt: skip
