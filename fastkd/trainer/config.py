@@ -48,6 +48,10 @@ class DetectionConfig:
     Attributes:
         regions: which of the student's sampled regions of interest are distilled: ``all``, those that match an object
             (``foreground``), or those that match none (``background``). The detector's own loss always takes all.
+
+    Example:
+        >>> DetectionConfig(regions="foreground")
+        DetectionConfig(regions='foreground')
     """
 
     regions: Literal["all", "foreground", "background"] = "all"
