@@ -37,7 +37,7 @@ def detection_teacher() -> TrainConfig:
     """Your own images with boxes (``--data.options.root DIR``, COCO's format) by a detector's own losses.
 
     All settings are ours, for about 2,000 small images and a CPU: they are scaled to a short side of 128 pixels, and
-    the detector is a small Faster R-CNN of 562,000 parameters for objects of 8 to 64 pixels. Six epochs take about three
+    the detector is a small Faster R-CNN of 562,000 parameters for objects of 8 to 64 pixels. Six epochs take some
     minutes on a core. A smaller set needs more (``--epochs``). For photos take a usual detector and larger images:
     ``--student.name faster-rcnn:timm:resnet18 --student.pretrained --student.options '{}' --data.options.short-side
     640``.
