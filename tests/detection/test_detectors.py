@@ -18,8 +18,16 @@ from fastkd.trainer.models.detection.sampler import SeededSampler
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SMALL: dict[str, Any] = {
-    **{"num_classes": 4, "width": 4, "depth": 2, "fpn_channels": 8, "head_width": 16, "anchor_sizes": (12, 24, 48)},
-    **{"norm": "group", "box_batch_size_per_image": 32, "rpn_post_nms_top_n_train": 60, "rpn_post_nms_top_n_test": 60},
+    "num_classes": 4,
+    "width": 4,
+    "depth": 2,
+    "fpn_channels": 8,
+    "head_width": 16,
+    "anchor_sizes": (12, 24, 48),
+    "norm": "group",
+    "box_batch_size_per_image": 32,
+    "rpn_post_nms_top_n_train": 60,
+    "rpn_post_nms_top_n_test": 60,
 }
 
 
@@ -111,7 +119,9 @@ def test_what_is_sampled_of_an_image_depends_on_its_seed_alone() -> None:
 
 
 def test_the_sampler_takes_as_many_as_torchvisions() -> None:
-    matched = [torch.tensor([1] * positive + [0] * negative + [-1] * 3) for positive, negative in ((9, 2), (1, 30), (0, 4))]
+    matched = [
+        torch.tensor([1] * positive + [0] * negative + [-1] * 3) for positive, negative in ((9, 2), (1, 30), (0, 4))
+    ]
     seeded, plain = (SeededSampler(8, 0.5) for _ in range(2))
     seeded.seeds = [1, 2, 3]
     for ours, theirs in zip(seeded(matched), plain(matched), strict=True):
@@ -130,7 +140,9 @@ def test_a_teacher_of_other_widths_looks_at_the_students_regions() -> None:
     assert seen.features.shape == (len(output.labels), 24)
     # Row by row, the teacher's box head on the same boxes.
     first = output.regions.boxes[0][:1]
-    alone = teacher._look(teacher._levels(output.regions.batch), type(output.regions)(output.regions.batch, [first, first[:0]]))
+    alone = teacher._look(
+        teacher._levels(output.regions.batch), type(output.regions)(output.regions.batch, [first, first[:0]])
+    )
     torch.testing.assert_close(alone[0].logits, seen.logits[:1])
 
 
@@ -190,7 +202,10 @@ def test_levels_of_the_pyramid_are_maps() -> None:
     assert shapes.taps.maps == ((8, 16, 16), (8, 8, 8))
     output = model(batch())
     assert [tuple(x.shape) for x in output.taps.maps] == [(2, 8, 16, 16), (2, 8, 8, 8)]
-    assert DetectorModel(model.model, taps=("1", "pool")).measure(batch(), taps=True).taps.maps == ((8, 8, 8), (8, 4, 4))  # type: ignore[union-attr]
+    assert DetectorModel(model.model, taps=("1", "pool")).measure(batch(), taps=True).taps.maps == (
+        (8, 8, 8),
+        (8, 4, 4),
+    )  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="taps: got '7', expected levels of the feature pyramid: 0 1 pool"):
         DetectorModel(model.model, taps=("7",)).measure(batch(), taps=True)
     assert model.measure(batch()).taps is None

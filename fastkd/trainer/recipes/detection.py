@@ -17,9 +17,13 @@ from fastkd.trainer.optim import OptimConfig
 
 # Fewer regions than for large images, and anchors for objects of 8 to 64 pixels.
 _SMALL: dict[str, Any] = {
-    **{"anchor_sizes": (12, 24, 48, 96), "box_batch_size_per_image": 64, "rpn_batch_size_per_image": 64},
-    **{"rpn_pre_nms_top_n_train": 200, "rpn_pre_nms_top_n_test": 200},
-    **{"rpn_post_nms_top_n_train": 200, "rpn_post_nms_top_n_test": 100},
+    "anchor_sizes": (12, 24, 48, 96),
+    "box_batch_size_per_image": 64,
+    "rpn_batch_size_per_image": 64,
+    "rpn_pre_nms_top_n_train": 200,
+    "rpn_pre_nms_top_n_test": 200,
+    "rpn_post_nms_top_n_train": 200,
+    "rpn_post_nms_top_n_test": 100,
 }
 SMALL_TEACHER = ModelConfig(
     name="faster-rcnn:small", options={"width": 32, "fpn_channels": 32, "head_width": 128, **_SMALL}

@@ -201,7 +201,9 @@ def freeze(backbone: nn.Module, stages: int, norms: bool) -> None:
         elif ends is not None:
             parts = [(layer, name in ends) for name, layer in body.named_children()]
         else:
-            raise ValueError(f"frozen_stages: got {stages} for {type(body).__name__}, whose stages are not known; expected 0")
+            raise ValueError(
+                f"frozen_stages: got {stages} for {type(body).__name__}, whose stages are not known; expected 0"
+            )
         ended = sum(is_end for _, is_end in parts)
         left = stages + ended - getattr(backbone, "used", ended)  # some maps may be finer than the pyramid
         for layer, is_end in parts:

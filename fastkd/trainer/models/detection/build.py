@@ -168,9 +168,7 @@ def published_detector(name: str, *, num_classes: int | None = None, pretrained:
     if outputs is None:
         raise ValueError("num_classes: got None, expected the number of classes and one for the background")
     if not pretrained:
-        model = torchvision.models.get_model(
-            known, weights=None, weights_backbone=None, num_classes=outputs, **options
-        )
+        model = torchvision.models.get_model(known, weights=None, weights_backbone=None, num_classes=outputs, **options)
     else:
         weights = torchvision_weights(name)
         categories = weights.meta["categories"]

@@ -88,7 +88,9 @@ class DetectorModel(FeatureModel):
 
     def compile(self, **options: Any) -> None:
         """ValueError: the numbers of boxes change with every batch."""
-        raise ValueError("compile: got True for a detector, whose numbers of boxes change with every batch; expected False")
+        raise ValueError(
+            "compile: got True for a detector, whose numbers of boxes change with every batch; expected False"
+        )
 
     def measure(
         self, batch: DetectionBatch, *, feature_map: bool = False, taps: bool = False, preactivations: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -45,8 +46,8 @@ def evaluate(
     found in a crowd counts neither as right nor as wrong.
 
     Leaves ``model`` in eval mode. With several ``ranks`` the values cover the images of all ranks' loaders, and are
-    those of one process. ``per_class`` gets ``classes``, the names, and ``ap``, their AP; it is None for a class of
-    which there is no box. Once ``stop`` is requested the remaining batches are left out, and the values mean nothing.
+    those of one process. ``per_class`` gets ``classes``, the names, ``samples``, the numbers of their boxes
+    without crowds, and ``scores``, their AP; it is None for a class of which there is no box. Once ``stop`` is requested the remaining batches are left out, and the values mean nothing.
 
     Raises:
         ValueError: the evaluation set is empty, or has no box that is not a crowd.
@@ -75,7 +76,10 @@ def evaluate(
     values, by_label = ranks.on_main(lambda: average_precision(everything))
     if per_class is not None:
         names = names_of_classes(loader.dataset) or [str(label) for label in range(1, max(by_label) + 1)]
-        per_class |= {"classes": names, "ap": [by_label.get(label) for label in range(1, len(names) + 1)]}
+        labels = range(1, len(names) + 1)
+        boxes = Counter(label for _, one in everything for label in one["labels"][one["iscrowd"] == 0].tolist())
+        per_class |= {"classes": names, "scores": [by_label.get(label) for label in labels]}
+        per_class["samples"] = [boxes[label] for label in labels]
     return values
 
 
