@@ -28,8 +28,8 @@ from fastkd.trainer.tasks.base import find_task
 class Training:
     """A run of the trainer in the folder of the cell, resumed from its newest checkpoint if there is one.
 
-    Its values: ``accuracy`` after the last epoch and ``best``, both in percent, ``seconds`` and ``parameters``. For
-    another task, ``accuracy`` is the value of its metric, such as the mAP of detectors.
+    Its values: ``accuracy`` after the last epoch (for another task its metric, such as ``map`` of detectors) and
+    ``best``, both in percent, ``seconds`` and ``parameters``.
 
     With ``stages``, which are in ``config``'s place, they are run one after the other, as ``train_stages`` does it. The
     values are those of the last one, and ``seconds`` are of all.
@@ -49,7 +49,7 @@ class Training:
         metric = find_task(self.config).metric
         evaluated = [record[metric] for record in result.history if metric in record]
         seconds = sum(one.seconds for one in results)
-        values = {"accuracy": 100 * result.accuracy, "best": 100 * max(evaluated), "seconds": seconds}
+        values = {metric: 100 * result.accuracy, "best": 100 * max(evaluated), "seconds": seconds}
         return Outcome(values | {"parameters": result.parameters})
 
     def settings(self) -> dict[str, Any]:

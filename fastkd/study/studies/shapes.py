@@ -116,8 +116,7 @@ def shapes(options: ShapesOptions) -> Study:
         cells=tuple(cells),
         names={row: NAMES[row] for row in (TEACHER, *rows)},
         baseline="scratch" if "scratch" in rows else None,
-        measure="accuracy",
-        unit="mAP, %",
+        measure="map",
         samples=options.student_images,
     )
 
@@ -134,7 +133,7 @@ class Drawing:
         from fastkd.trainer.data.coco.shapes import make_shapes
 
         make_shapes(folder / "images", self.train, self.val)
-        return Outcome({"accuracy": float(self.train + self.val)})
+        return Outcome({"images": float(self.train + self.val)})
 
     def settings(self) -> dict[str, Any]:
         return {"train": self.train, "val": self.val}

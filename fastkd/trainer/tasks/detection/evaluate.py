@@ -46,8 +46,9 @@ def evaluate(
     found in a crowd counts neither as right nor as wrong.
 
     Leaves ``model`` in eval mode. With several ``ranks`` the values cover the images of all ranks' loaders, and are
-    those of one process. ``per_class`` gets ``classes``, the names, ``samples``, the numbers of their boxes
-    without crowds, and ``scores``, their AP; it is None for a class of which there is no box. Once ``stop`` is requested the remaining batches are left out, and the values mean nothing.
+    those of one process. ``per_class`` gets ``classes``, the names, ``samples``, the numbers of their boxes without
+    crowds, and ``scores``, their AP; it is None for a class of which there is no box. Once ``stop`` is requested the
+    remaining batches are left out, and the values mean nothing.
 
     Raises:
         ValueError: the evaluation set is empty, or has no box that is not a crowd.
