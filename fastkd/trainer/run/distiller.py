@@ -75,10 +75,19 @@ class FrozenModel(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> ModelOutput:
         """The model's output, without a graph."""
+        self._stay_frozen()
+        return self.computing(images)
+
+    @torch.no_grad()
+    def finish(self, features: Tensor) -> ModelOutput:
+        """The output that belongs to the features [B, D], of which only the classifier is run."""
+        self._stay_frozen()
+        return self.computing.finish(features)
+
+    def _stay_frozen(self) -> None:
         # Someone may have called train() on the wrapped model itself, or on one of its batch norms.
         if any(module.training for module in self._every):
             self.model.eval()
-        return self.computing(images)
 
 
 class Trained(nn.Module):
@@ -144,9 +153,14 @@ class Distiller(nn.Module):
             self.teacher.requires_grad_(False)
         return self
 
-    def teach(self, images: Tensor, chunks: int = 1) -> ModelOutput | None:
-        """The teacher's output, without a graph, computed on ``chunks`` parts of the images; None without a teacher."""
-        return None if self.teacher is None else in_chunks(self.teacher, images, chunks)
+    def teach(self, images: Tensor, chunks: int = 1, features: Tensor | None = None) -> ModelOutput | None:
+        """The teacher's output, without a graph, computed on ``chunks`` parts of the images; None without a teacher.
+
+        ``features``: those of a cache, which take the place of the images.
+        """
+        if self.teacher is None or features is None:
+            return None if self.teacher is None else in_chunks(self.teacher, images, chunks)
+        return in_chunks(self.teacher.finish, features, chunks)
 
     def add(self, additions: Mapping[str, Tensor], chunks: int = 1) -> dict[str, Any]:
         """The additions of a batch, and the teacher's output for its strong view if a term reads that."""

@@ -89,7 +89,7 @@ class TrainStep:
         before = [buffer.clone() for buffer in self.statistics]
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.config.precision):
-            teacher = self.distiller.teach(images, self.config.chunks)
+            teacher = self.distiller.teach(images, self.config.chunks, (additions or {}).get("teacher_features"))
             added = self.distiller.add(additions or {}, self.config.chunks)
             loss, terms = self.trained(images, teacher, labels, rank_weight, added)
         # A loss that is not finite turns every gradient into NaN on all ranks, so the scaler skips the step everywhere.
