@@ -60,11 +60,11 @@ if TYPE_CHECKING:
     from fastkd.trainer.pulse import RankLostError
     from fastkd.trainer.recipes import RECIPES
     from fastkd.trainer.run.distiller import Distiller, weights_hash
-    from fastkd.trainer.run.evaluate import evaluate
     from fastkd.trainer.run.loop import TrainResult, train
     from fastkd.trainer.run.meter import NonFiniteLossError
     from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint, load_weights
     from fastkd.trainer.run.stages import train_stages
+    from fastkd.trainer.tasks.evaluate import evaluate
 
 _HOME = {
     "callbacks": ("Callback",),
@@ -94,7 +94,7 @@ _HOME = {
     "recipes": ("RECIPES",),
     "run.saved.checkpoint": ("CheckpointError", "find_checkpoint", "load_weights"),
     "run.distiller": ("Distiller", "weights_hash"),
-    "run.evaluate": ("evaluate",),
+    "tasks.evaluate": ("evaluate",),
     "run.loop": ("TrainResult", "train"),
     "run.meter": ("NonFiniteLossError",),
     "run.stages": ("train_stages",),

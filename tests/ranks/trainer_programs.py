@@ -101,7 +101,7 @@ def reductions(rank: int, changes: dict[str, Any]) -> tuple[int, list[int], int]
     """The number of trained parameters, the sizes of all all-reduces of more than 64 numbers, and the steps."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    from fastkd.trainer.run.ranks import Ranks
+    from fastkd.trainer.ranks import Ranks
 
     sizes: list[int] = []
     all_reduce, wrap = dist.all_reduce, Ranks.wrap

@@ -7,8 +7,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ from fastkd.trainer.config import TrainConfig, without_initial_weights
 from fastkd.trainer.data.additions import Additions
 from fastkd.trainer.data.loader import GlobalBatches, train_loader
 from fastkd.trainer.files import FolderLock, writing
+from fastkd.trainer.models.features import ModelOutput
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.precision import autocast, choose_device
+from fastkd.trainer.ranks import Ranks, join_ranks
 from fastkd.trainer.rng import seed_everything
+from fastkd.trainer.run.accumulate import in_chunks
 from fastkd.trainer.run.check import check_teacher
-from fastkd.trainer.run.distiller import Distiller
+from fastkd.trainer.run.distiller import FrozenModel
 from fastkd.trainer.run.prepare import RunData, build_models, identify, open_data, with_classes
-from fastkd.trainer.run.ranks import Ranks, join_ranks
 from fastkd.trainer.run.saved.checkpoint import file_hash
 from fastkd.trainer.run.saved.folder import CONFIG
 from fastkd.trainer.run.teacher_cache import (
@@ -47,6 +49,7 @@ from fastkd.trainer.run.teacher_cache import (
     write_manifest,
 )
 from fastkd.trainer.signals import StopRequest
+from fastkd.trainer.tasks.base import find_task
 from fastkd.validate import check_choice
 
 _USAGE = """\
@@ -90,6 +93,7 @@ def cache_teacher(
     folder: str | Path,
     *,
     dtype: str = "float16",
+    student: nn.Module | None = None,
     teacher: nn.Module | None = None,
     train_data: Any = None,
     eval_data: Any = None,
@@ -105,7 +109,7 @@ def cache_teacher(
         folder: is made if it is not there.
         dtype: ``float32`` gives the run that the teacher itself gives. ``float16`` has half its size. ``int8`` has a
             quarter, with a scale for each row.
-        teacher, train_data, eval_data: as in ``train``.
+        student, teacher, train_data, eval_data: as in ``train``.
 
     Raises:
         ValueError: the folder has a cache of other settings, the disk is too small, or the teacher's logits do not
@@ -125,35 +129,36 @@ def cache_teacher(
     # Of the terms, DCD asks for the features, and needs no maps.
     config = replace(without_initial_weights(config), objective=ObjectiveConfig(terms="dcd"))
     ranks = join_ranks(config.rank_timeout)
-    with ranks, ExitStack() as closing:
+    with ranks, ExitStack() as stack:
         ranks.check_same({**config.to_dict(), "cache": [str(folder), dtype]})
-        ranks.on_main(lambda: closing.callback(_lock(Path(folder)).close) and None)
+        ranks.on_main(lambda: stack.enter_context(_locked(Path(folder))))
         device = ranks.place(choose_device(config.device, config.precision))
         seed_everything(config.seed)
-        data = open_data(config, train_data, eval_data, device, ranks)
-        config = with_classes(config, data.train_set, data.eval_set, None)
+        task = find_task(config)
+        data = open_data(config, task, train_data, eval_data, device, ranks)
+        config = with_classes(config, task, data.train_set, data.eval_set, None)
         distiller, lines = build_models(
-            config, data, device, ranks, resumed=True, student=None, teacher=teacher, terms=None
+            config, task, data, device, ranks, resumed=True, student=student, teacher=teacher, terms=None
         )
         identity = identify(config, data, distiller, {"teacher": teacher, "data": train_data})
         ranks.check_same(vars(identity))
-        alike = every_epoch_alike(config, data.train_set, train_data is not None)
         for line in lines if ranks.is_main and not config.quiet else ():
             print(line)
-        check_teacher(distiller, config, data.eval_loader, device, config.precision, ranks)
-        writer = _Writer(Path(folder), config, data, distiller, device, ranks)
-        manifest = writer.described(dtype) | {
-            "made_of": made_of(identity, distiller, alike),
-            "every_epoch_alike": alike,
-        }
+        check_teacher(distiller, task, data.eval_loader, device, ranks)
+        assert distiller.teacher is not None
+        writer = _Writer(Path(folder), config, data, distiller.teacher, device, ranks)
+        alike = every_epoch_alike(config, data.train_set, train_data is not None)
+        made = {"made_of": made_of(identity, distiller, alike), "every_epoch_alike": alike}
+        manifest = writer.described(dtype) | made
         writer.manifest = ranks.on_main(lambda: _begun(Path(folder), manifest))
         return writer.write(1 if alike else config.epochs)
 
 
-def _lock(folder: Path) -> FolderLock:
-    lock = FolderLock(folder, "writing a cache in this folder")
-    lock.keep()
-    return lock
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with closing(FolderLock(folder, "writing a cache in this folder")) as lock:
+        lock.keep()
+        yield
 
 
 def _begun(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -181,11 +186,11 @@ class _Writer:
         folder: Path,
         config: TrainConfig,
         data: RunData,
-        distiller: Distiller,
+        teacher: FrozenModel,
         device: torch.device,
         ranks: Ranks,
     ) -> None:
-        self.folder, self.config, self.data, self.distiller = folder, config, data, distiller
+        self.folder, self.config, self.data, self.teacher = folder, config, data, teacher
         self.device, self.ranks, self.samples = device, ranks, len(data.train_set)
         # Also the samples that the run's last batch leaves out are kept, for runs with other batches.
         every = replace(config.data, drop_last=False)
@@ -197,23 +202,20 @@ class _Writer:
 
     def described(self, dtype: str) -> dict[str, Any]:
         """A manifest without epochs. ValueError for a teacher whose logits do not follow from its features."""
+        again: ModelOutput | None = None
         with autocast(self.device, self.config.precision):
-            output = self.distiller.teach(self.data.sample.to(self.device))
-            assert output is not None
-            again = self.distiller.teach(self.data.sample, features=output.features) if output.classifier else None
+            output = self.teacher(self.data.sample.to(self.device))
+            with suppress(RuntimeError):  # of a classifier that takes no rows
+                again = None if output.classifier is None else self.teacher.finish(output.features)
         if again is None or again.logits.shape != output.logits.shape or not _close(again.logits, output.logits):
             raise ValueError(
-                "teacher: its logits are not what its classifier makes of the features [B, D], expected a model whose "
-                "last layer is its classifier; this one cannot be cached"
+                "teacher: its logits are not what its classifier makes of features [B, D], expected a model whose last "
+                "layer is its classifier; this one cannot be cached"
             )
-        chosen = self.config
+        batches, chunks = self.config.data.batch_size, self.config.chunks
         return {
             "format": FORMAT,
-            "written_with": {
-                "batches": chosen.data.batch_size,
-                "ranks": self.ranks.world_size,
-                "chunks": chosen.chunks,
-            },
+            "written_with": {"batches": batches, "ranks": self.ranks.world_size, "chunks": chunks},
             "features": output.features.shape[1],
             "computed_in": str(output.features.dtype).removeprefix("torch."),
             "dtype": dtype,
@@ -240,9 +242,7 @@ class _Writer:
     def _is_written(self, epoch: int) -> bool:
         """Whether rank 0 finds the epoch whole."""
         path, known = self.folder / file_name(epoch), self.manifest["epochs"].get(str(epoch))
-        return self.ranks.on_main(
-            lambda: known is not None and path.is_file() and path.stat().st_size == known["bytes"]
-        )
+        return self.ranks.on_main(lambda: bool(known) and path.is_file() and path.stat().st_size == known["bytes"])
 
     def _epoch(self, epoch: int, stop: StopRequest) -> Iterable[int]:
         """Write one epoch, batch by batch; yields how many samples are done since. Ends early after a signal."""
@@ -259,8 +259,7 @@ class _Writer:
         saved = time.monotonic()
         for number, (images, _, added) in enumerate(self.loader, start):
             with autocast(self.device, self.config.precision):
-                output = self.distiller.teach(images.to(self.device, non_blocking=True), self.config.chunks)
-            assert output is not None
+                output = in_chunks(self.teacher, images.to(self.device, non_blocking=True), self.config.chunks)
             mine = added["index"].numpy(), packed(output.features, self.manifest["dtype"])
             for indices, rows in self.ranks.gather(mine):
                 if array is not None:

@@ -27,6 +27,7 @@ from fastkd.trainer.precision import DTYPES
 from fastkd.trainer.run.distiller import Distiller, build_distiller
 from fastkd.trainer.run.prepare import with_classes, with_samples
 from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint
+from fastkd.trainer.tasks.base import find_task
 
 MIB = 2**20
 LEFT_OUT = (
@@ -92,7 +93,7 @@ def _data(config: TrainConfig) -> tuple[TrainConfig, int | None, tuple[int, ...]
         if shape is None:
             raise
         return with_samples(config, 50_000), None, shape, named, str(error)  # as many as CIFAR has
-    config = with_classes(config, train_set, eval_set, None)
+    config = with_classes(config, find_task(config), train_set, eval_set, None)
     if shape is not None:
         return config, len(train_set), shape, named, ""
     images = first_images(train_set)

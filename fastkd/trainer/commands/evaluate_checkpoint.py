@@ -23,8 +23,8 @@ from fastkd.trainer.models.features import FeatureModel, measure_shapes
 from fastkd.trainer.models.weights import Origin
 from fastkd.trainer.precision import choose_device
 from fastkd.trainer.run.check import origin_of
-from fastkd.trainer.run.evaluate import evaluate, take_images_of
 from fastkd.trainer.run.saved.checkpoint import find_weights
+from fastkd.trainer.tasks.evaluate import evaluate, take_images_of
 from fastkd.trainer.text import printable
 
 

@@ -24,7 +24,7 @@ from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.models.weights import save_tensors
 from fastkd.trainer.run.check import input_of
 from fastkd.trainer.run.describe import versions
-from fastkd.trainer.run.evaluate import take_images_of
+from fastkd.trainer.tasks.evaluate import take_images_of
 
 SAMPLES = 8
 # Relative to the largest logit. Other kernels sum in another order, and a deep network amplifies that.

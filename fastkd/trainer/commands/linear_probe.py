@@ -25,7 +25,7 @@ from fastkd.trainer.data.options import options_class
 from fastkd.trainer.models.features import FeatureModel, measure_shapes
 from fastkd.trainer.precision import choose_device
 from fastkd.trainer.rng import seed_everything
-from fastkd.trainer.run.evaluate import take_images_of
+from fastkd.trainer.tasks.evaluate import take_images_of
 from fastkd.validate import check_int, check_number
 
 

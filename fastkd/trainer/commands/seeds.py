@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.ranks import join_ranks
 from fastkd.trainer.run.loop import TrainResult, train
-from fastkd.trainer.run.ranks import join_ranks
 from fastkd.trainer.run.saved.log import RUN, SEED_FOLDER
 from fastkd.trainer.run.stages import train_stages
 

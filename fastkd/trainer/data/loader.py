@@ -179,6 +179,7 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     additions: Additions | None = None,
+    collate: Callable[[Any], Any] = collate,
 ) -> tuple[DataLoader[Any], Callable[[int, int], None]]:
     """The training loader of one rank, and the function that must tell it the epoch, and its first batch before a pass.
 
@@ -224,7 +225,12 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: Any, config: DataConfig, device: torch.device, rank: int = 0, world_size: int = 1
+    dataset: Any,
+    config: DataConfig,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    collate: Callable[[Any], Any] = collate,
 ) -> DataLoader[Any]:
     """A loader of the evaluation set in its order; each of several ranks gets every ``world_size``-th sample."""
     if world_size > 1:

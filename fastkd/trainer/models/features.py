@@ -62,6 +62,11 @@ class ModelShapes:
     taps: TapShapes | None = None
 
 
+def are_bytes(images: Any) -> bool:
+    """Whether what a model takes is of bytes: a tensor of uint8, or an object that has one as ``images``."""
+    return getattr(getattr(images, "images", images), "dtype", None) == torch.uint8
+
+
 def find_classifier(model: nn.Module, name: str | None = None) -> str:
     """The name of the classifier layer of ``model``.
 
@@ -187,6 +192,16 @@ class FeatureModel(nn.Module):
         device = next(self.model.parameters(), own_mean).device
         self.scale = (std / own_std).float().view(-1, 1, 1).to(device)
         self.shift = ((mean - own_mean) / own_std).float().view(-1, 1, 1).to(device)
+
+    def like(self, model: nn.Module) -> FeatureModel:
+        """``model``, a copy of the wrapped one, with the same input; its features are not needed."""
+        other = FeatureModel(model, self.classifier_name, optional=True)
+        other.take_images(*(self.conversion or (None,)))
+        return other
+
+    def measure(self, images: Any, **reads: bool) -> ModelShapes:
+        """The shapes of this model: see ``measure_shapes``. RuntimeError for images that it cannot take."""
+        return measure_shapes(self, images, **reads)
 
     @property
     def takes_bytes(self) -> bool:

@@ -31,9 +31,9 @@ from fastkd.trainer.files import replace_text
 from fastkd.trainer.objective.objective import additions_of, needs
 from fastkd.trainer.objective.terms.base import TermFunction
 from fastkd.trainer.precision import autocast
+from fastkd.trainer.ranks import Ranks
 from fastkd.trainer.rng import kept_generators, sample_seeds
 from fastkd.trainer.run.distiller import Distiller
-from fastkd.trainer.run.ranks import Ranks
 from fastkd.trainer.run.saved.checkpoint import file_hash
 from fastkd.trainer.run.state import Identity
 from fastkd.trainer.strict_json import check_fields, read_json_object
@@ -210,7 +210,9 @@ def why_not_cached(config: TrainConfig, terms: Mapping[str, nn.Module | TermFunc
 
 
 def check_data(config: TrainConfig, flag: str) -> None:
-    """ValueError for batches that are mixed: the teacher then reads images that depend on their batch."""
+    """ValueError for batches that are mixed, because the teacher reads images of several samples, and other tasks."""
+    if config.task != "classification":
+        raise ValueError(f"task: got {config.task!r} with {flag}, expected 'classification'")
     for name in ("mixup", "cutmix"):
         if value := getattr(config.data, name):
             raise ValueError(f"data.{name}: got {value} with {flag}, expected 0: a cache has no mixed images")
