@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import sys
@@ -21,7 +22,7 @@ from torch import nn
 from fastkd.trainer.commands.train import check_teacher_is_there, parse_flags
 from fastkd.trainer.config import TrainConfig, without_initial_weights
 from fastkd.trainer.data.additions import Additions
-from fastkd.trainer.data.loader import GlobalBatches, train_loader
+from fastkd.trainer.data.loader import GlobalBatches, SeededFetch, train_loader
 from fastkd.trainer.files import FolderLock, writing
 from fastkd.trainer.models.features import ModelOutput
 from fastkd.trainer.objective.config import ObjectiveConfig
@@ -192,11 +193,8 @@ class _Writer:
     ) -> None:
         self.folder, self.config, self.data, self.teacher = folder, config, data, teacher
         self.device, self.ranks, self.samples = device, ranks, len(data.train_set)
-        # Also the samples that the run's last batch leaves out are kept, for runs with other batches.
-        every = replace(config.data, drop_last=False)
-        place = (ranks.rank, ranks.world_size)
-        index = Additions(("index",), data.train_set)
-        self.loader, self.set_epoch = train_loader(data.train_set, every, config.seed, device, *place, index)
+        index, place = Additions(("index",), data.train_set), (ranks.rank, ranks.world_size)
+        self.loader, self.set_epoch = train_loader(data.train_set, config.data, config.seed, device, *place, index)
         assert isinstance(self.loader.batch_sampler, GlobalBatches)
         self.batches = self.loader.batch_sampler
 
@@ -256,21 +254,22 @@ class _Writer:
                 array = _array(part, kind, shape, anew=not start)
         self.set_epoch(epoch, start)
         yield min(start * self.batches.batch_size, self.samples)
-        saved = time.monotonic()
-        for number, (images, _, added) in enumerate(self.loader, start):
+        saved, left = time.monotonic(), self.samples - len(self.batches) * self.batches.batch_size
+        for number, (images, _, added) in enumerate(itertools.chain(self.loader, self._left_over()), start):
             with autocast(self.device, self.config.precision):
                 output = in_chunks(self.teacher, images.to(self.device, non_blocking=True), self.config.chunks)
             mine = added["index"].numpy(), packed(output.features, self.manifest["dtype"])
             for indices, rows in self.ranks.gather(mine):
                 if array is not None:
-                    array[indices] = rows
+                    keep = slice(None) if number < len(self.batches) else np.isin(indices, self._order()[-left:])
+                    array[indices[keep]] = rows[keep]
             stopping = self.ranks.largest(stop.signal)
             if array is not None and (stopping or time.monotonic() - saved > SAVE_EVERY):
                 array.flush()
                 self.manifest["begun"] = {"epoch": epoch, "batches": number + 1}
                 write_manifest(self.folder, self.manifest)
                 saved = time.monotonic()
-            yield self.batches.rows(number)
+            yield self.batches.rows(number) if number < len(self.batches) else left
             if stopping:
                 return
         if array is not None:
@@ -280,6 +279,17 @@ class _Writer:
             self.manifest["epochs"][str(epoch)] = entry
             self.manifest["begun"] = None
             write_manifest(self.folder, self.manifest)
+
+    def _left_over(self) -> Iterator[Any]:
+        """The samples in no batch of the run, which other runs may read. The batch is as long as those of the run."""
+        if len(self.batches) * self.batches.batch_size < self.samples:
+            assert isinstance(self.loader.dataset, SeededFetch)
+            batch, rank, ranks = self._order()[-self.batches.batch_size :], self.ranks.rank, self.ranks.world_size
+            yield self.loader.dataset.__getitems__(batch[len(batch) * rank // ranks : len(batch) * (rank + 1) // ranks])
+
+    def _order(self) -> list[int]:
+        """The samples of the epoch in the order of the run."""
+        return list(self.batches.sampler)
 
     def _check_space(self, todo: list[int], epochs: int) -> None:
         """Tell the size of the cache. ValueError if the disk has not that much left."""

@@ -267,7 +267,7 @@ def layout(dtype: str, samples: int, features: int) -> tuple[np.dtype, tuple[int
 def packed(features: Tensor, dtype: str) -> np.ndarray:
     """The features [B, D] as they are kept. ValueError for what the dtype cannot hold."""
     values = features.detach().float().cpu().numpy()
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         if dtype != "int8":
             rows = values.astype(dtype)
         else:
