@@ -23,7 +23,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fastkd.study.cached import with_cache
 from fastkd.study.grid import Cell, Options, Study
+from fastkd.study.jobs import Training
 from fastkd.study.records import Record, check_same_settings, job_of, one_line, read_record, records
 from fastkd.trainer.files import FolderLock, replace_text
 from fastkd.trainer.models.weights import CheckpointError
@@ -54,7 +56,7 @@ def run_cells(build: Build, options: Options, tell: Tell = print) -> int:
     left = [cell for cell in cells if _unfinished(folder / cell.place, begun)]
     workers = 1 if study.sequential else min(count_workers(options), len(left))
     if workers <= 1 or _alone():
-        return work(study, folder, begun, tell)
+        return work(study, folder, begun, tell, options.cache_teacher)
     context = multiprocessing.get_context("spawn")
     console = Console()
     shared = (workers, begun, tell is print and not console.is_terminal)  # a terminal has the bar instead of lines
@@ -105,7 +107,8 @@ def _worker(build: Build, options: Options, number: int, workers: int, begun: fl
     threading.Thread(target=_end_with_parent, daemon=True).start()
     study = build(options)
     with contextlib.suppress(KeyboardInterrupt):
-        work(study, folder_of(study, options), begun, partial(print, flush=True) if speaks else lambda line: None)
+        told = partial(print, flush=True) if speaks else lambda line: None
+        work(study, folder_of(study, options), begun, told, options.cache_teacher)
 
 
 def _end_with_parent() -> None:
@@ -116,10 +119,10 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)  # the run writes a checkpoint and ends
 
 
-def work(study: Study, folder: Path, begun: float, tell: Tell) -> int:
+def work(study: Study, folder: Path, begun: float, tell: Tell, caches: Path | None = None) -> int:
     """Take one cell after the other until none is left; the signal that stopped a run, 0 if none did.
 
-    ``begun``: cells that failed before this time are run again.
+    ``begun``: cells that failed before this time are run again. ``caches``: see ``Options.cache_teacher``.
     """
     cells = study.in_order_of_need()
     while waiting := [cell for cell in cells if _unfinished(folder / cell.place, begun)]:
@@ -136,7 +139,7 @@ def work(study: Study, folder: Path, begun: float, tell: Tell) -> int:
                     break
                 lock.keep()
                 failed = next((record.error for record in before if record and record.status == "failed"), None)
-                stopped = _run(cell, folder, failed)
+                stopped = _run(study, cell, folder, failed, caches)
             if stopped:
                 return stopped
             record = read_record(folder / cell.place)
@@ -154,7 +157,7 @@ def _unfinished(place: Path, begun: float) -> bool:
     return record is None or (record.status == "failed" and record.at < begun)
 
 
-def _run(cell: Cell, study_folder: Path, failed: str | None) -> int:
+def _run(study: Study, cell: Cell, study_folder: Path, failed: str | None, caches: Path | None) -> int:
     """Run one cell and write its record; the signal that stopped it, else 0."""
     folder = study_folder / cell.place
     if failed is not None:
@@ -165,6 +168,11 @@ def _run(cell: Cell, study_folder: Path, failed: str | None) -> int:
         Record(status="failed", error=f"not available: {job}").write(folder)
         return 0
     try:
+        if caches is not None and isinstance(job, Training):
+            cached = with_cache(job, study, study_folder, caches)
+            if isinstance(cached, int):
+                return cached
+            job = cached
         outcome = job.run(folder)
     except Exception as error:
         replace_text(folder / ERROR, traceback.format_exc())
