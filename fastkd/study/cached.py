@@ -86,26 +86,32 @@ def _worth(study: Study, caches: list[list[TrainConfig]], rows: int, steps: int)
     return f"{each}, {size:,.3g} GB in float16, {saved:.0%} of their time saved; {pays}"
 
 
-def with_cache(job: Training, study: Study, folder: Path, caches: Path) -> Training | int:
-    """The job with its teacher's cache in ``caches``, which is written first; or the signal that stopped the writing.
+class Caches:
+    """The caches in ``folder`` that the runs of ``study`` share; each is written when the first of them needs it."""
 
-    A job that shares its teacher with no other stays as it is.
-    """
-    key = cache_key(job)
-    shared = sharing(job_of(cell, folder) for cell in study.in_order_of_need())
-    if key is None or key not in shared:
-        return job
-    config = job.config
-    assert config.teacher is not None
-    name = config.teacher.name.rpartition(":")[2]
-    place = caches / f"{name}-seed-{config.seed}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-    longest = replace(config, epochs=max(other.epochs for other in shared[key]), quiet=True, progress=False)
-    while True:
-        try:
-            stopped = cache_teacher(longest, place)
-            break
-        except CheckpointError as error:
-            if "another process is writing" not in str(error):
-                raise
-            time.sleep(_PAUSE)
-    return stopped or replace(job, config=replace(config, teacher=replace(config.teacher, cache=str(place))))
+    def __init__(self, folder: Path, study: Study, study_folder: Path) -> None:
+        self.folder = folder
+        self.shared = sharing(job_of(cell, study_folder) for cell in study.in_order_of_need())
+
+    def give(self, job: Job) -> Job | int:
+        """The job with its teacher's cache, which is written first; or the signal that stopped the writing.
+
+        A job that shares its teacher with no other stays as it is.
+        """
+        key = cache_key(job)
+        if key is None or key not in self.shared or not isinstance(job, Training):
+            return job
+        config = job.config
+        assert config.teacher is not None
+        name = config.teacher.name.rpartition(":")[2]
+        place = self.folder / f"{name}-seed-{config.seed}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+        longest = replace(config, epochs=max(other.epochs for other in self.shared[key]), quiet=True, progress=False)
+        while True:
+            try:
+                stopped = cache_teacher(longest, place)
+                break
+            except CheckpointError as error:
+                if "another process is writing" not in str(error):
+                    raise
+                time.sleep(_PAUSE)
+        return stopped or replace(job, config=replace(config, teacher=replace(config.teacher, cache=str(place))))

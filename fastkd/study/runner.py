@@ -23,9 +23,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastkd.study.cached import with_cache
+from fastkd.study.cached import Caches
 from fastkd.study.grid import Cell, Options, Study
-from fastkd.study.jobs import Training
 from fastkd.study.records import Record, check_same_settings, job_of, one_line, read_record, records
 from fastkd.trainer.files import FolderLock, replace_text
 from fastkd.trainer.models.weights import CheckpointError
@@ -119,12 +118,13 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)  # the run writes a checkpoint and ends
 
 
-def work(study: Study, folder: Path, begun: float, tell: Tell, caches: Path | None = None) -> int:
+def work(study: Study, folder: Path, begun: float, tell: Tell, cache_folder: Path | None = None) -> int:
     """Take one cell after the other until none is left; the signal that stopped a run, 0 if none did.
 
-    ``begun``: cells that failed before this time are run again. ``caches``: see ``Options.cache_teacher``.
+    ``begun``: cells that failed before this time are run again. ``cache_folder``: see ``Options.cache_teacher``.
     """
     cells = study.in_order_of_need()
+    caches = None if cache_folder is None else Caches(cache_folder, study, folder)
     while waiting := [cell for cell in cells if _unfinished(folder / cell.place, begun)]:
         for cell in waiting:
             before = [read_record(folder / other) for other in cell.after]
@@ -139,7 +139,7 @@ def work(study: Study, folder: Path, begun: float, tell: Tell, caches: Path | No
                     break
                 lock.keep()
                 failed = next((record.error for record in before if record and record.status == "failed"), None)
-                stopped = _run(study, cell, folder, failed, caches)
+                stopped = _run(cell, folder, failed, caches)
             if stopped:
                 return stopped
             record = read_record(folder / cell.place)
@@ -157,7 +157,7 @@ def _unfinished(place: Path, begun: float) -> bool:
     return record is None or (record.status == "failed" and record.at < begun)
 
 
-def _run(study: Study, cell: Cell, study_folder: Path, failed: str | None, caches: Path | None) -> int:
+def _run(cell: Cell, study_folder: Path, failed: str | None, caches: Caches | None) -> int:
     """Run one cell and write its record; the signal that stopped it, else 0."""
     folder = study_folder / cell.place
     if failed is not None:
@@ -168,11 +168,10 @@ def _run(study: Study, cell: Cell, study_folder: Path, failed: str | None, cache
         Record(status="failed", error=f"not available: {job}").write(folder)
         return 0
     try:
-        if caches is not None and isinstance(job, Training):
-            cached = with_cache(job, study, study_folder, caches)
-            if isinstance(cached, int):
-                return cached
-            job = cached
+        given = job if caches is None else caches.give(job)
+        if isinstance(given, int):
+            return given
+        job = given
         outcome = job.run(folder)
     except Exception as error:
         replace_text(folder / ERROR, traceback.format_exc())
