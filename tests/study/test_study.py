@@ -16,6 +16,7 @@ import pytest
 from fastkd.cli import main
 from fastkd.study import aggregate, runner
 from fastkd.study.aggregate import entries, improvements, paired
+from fastkd.study.cached import cache_key
 from fastkd.study.command import run_study
 from fastkd.study.grid import Cell, Options, Outcome, Study
 from fastkd.study.plan import plan
@@ -242,20 +243,21 @@ def test_paired_differences_and_the_relative_improvement_of_the_paper() -> None:
 
 
 def test_a_study_runs_its_teacher_once_for_all_methods_of_a_seed(tmp_path):
-    chosen = {"methods": ("kd", "dcd", "at"), "seeds": 1, "epochs": 1, "teacher_epochs": 1, "workers": 1}
-    options = DigitsOptions(out=tmp_path / "out", cache_teacher=tmp_path / "caches", **chosen)
-    (told,) = (line for line in plan(digits(options), tmp_path / "out", 1) if line.startswith("teacher "))
+    out = tmp_path / "out"
+    chosen = {"methods": ("kd", "dcd"), "seeds": 1, "epochs": 1, "teacher_epochs": 1, "workers": 1}
+    options = DigitsOptions(out=out, cache_teacher=tmp_path / "caches", **chosen)
+    (told,) = (line for line in plan(digits(options), out, 1) if line.startswith("teacher "))
     assert re.search(r": 2 runs share it, 0.000306 GB in float16, \d+% of their time saved; it ", told)
     run_cells(digits, options, lambda line: None)
     (cache,) = (tmp_path / "caches").iterdir()
-    for method, used in (("kd", str(cache)), ("dcd", str(cache)), ("at", None)):
-        record = read_record(tmp_path / "out" / "digits" / method / "seed-0")
+    for method in chosen["methods"]:
+        record = read_record(out / "digits" / method / "seed-0")
         assert record is not None
         assert record.status == "finished"
-        assert record.settings["teacher"]["cache"] == used
-    check_same_settings(
-        digits(replace(options, cache_teacher=None)), tmp_path / "out"
-    )  # a study without would keep them
+        assert record.settings["teacher"]["cache"] == str(cache)
+    check_same_settings(digits(replace(options, cache_teacher=None)), out)  # a study without caches keeps them
+    attention = digits(replace(options, methods=("at", "mlkd")))
+    assert {cache_key(job_of(cell, out)) for cell in attention.cells} == {None}
 
 
 def test_a_dry_run_says_what_runs_how_long_and_what_is_missing(
