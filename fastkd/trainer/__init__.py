@@ -13,7 +13,8 @@ from fastkd.trainer.extras import require_extras
 if TYPE_CHECKING:
     from fastkd.trainer.callbacks import Callback
     from fastkd.trainer.commands.evaluate_checkpoint import EvalResult, evaluate_checkpoint, evaluate_model
-    from fastkd.trainer.config import TrainConfig
+    from fastkd.trainer.commands.evaluate_task import TaskResult, evaluate_task
+    from fastkd.trainer.config import DetectionConfig, TrainConfig
     from fastkd.trainer.data.config import DataConfig
     from fastkd.trainer.data.labels import labelled_subset
     from fastkd.trainer.data.readers.encoded import BrokenImagesError
@@ -69,7 +70,8 @@ if TYPE_CHECKING:
 _HOME = {
     "callbacks": ("Callback",),
     "commands.evaluate_checkpoint": ("EvalResult", "evaluate_checkpoint", "evaluate_model"),
-    "config": ("TrainConfig",),
+    "commands.evaluate_task": ("TaskResult", "evaluate_task"),
+    "config": ("DetectionConfig", "TrainConfig"),
     "data.config": ("DataConfig",),
     "data.readers.encoded": ("BrokenImagesError",),
     "data.labels": ("labelled_subset",),
@@ -118,6 +120,7 @@ __all__ = [
     "DISTConfig",
     "DKDConfig",
     "DataConfig",
+    "DetectionConfig",
     "Distiller",
     "EvalResult",
     "FTConfig",
@@ -147,6 +150,7 @@ __all__ = [
     "SPConfig",
     "SRRLConfig",
     "SimKDConfig",
+    "TaskResult",
     "TensorImages",
     "TrainConfig",
     "TrainResult",
@@ -156,6 +160,7 @@ __all__ = [
     "evaluate",
     "evaluate_checkpoint",
     "evaluate_model",
+    "evaluate_task",
     "find_checkpoint",
     "find_classifier",
     "labelled_subset",

@@ -41,11 +41,11 @@ class TrainResult:
         print(f"{result.accuracy:.1%} after {result.seconds:.0f} s, saved in {result.path}")
 
     ``accuracy``: the metric of the task on the evaluation set after the last epoch, in [0, 1]: top-1 of a classifier,
-    ``map`` of a detector, ``recall_1`` of embeddings. ``history``: one dict per epoch (epoch,
-    step, lr, the epoch's means of loss and terms, ``dcd/tau``, ``dcd/scale``, accuracy, top5, eval_loss). ``seconds``:
-    wall-clock of training, resumed parts included. ``parameters``: of the student. ``path``: the last checkpoint, None
-    without run_dir. ``distiller``: student, teacher and objective, in eval mode. ``deployed``: the model that was
-    evaluated, the student or its moving average. ``resumed_from``: the step, None for a new run.
+    ``map`` of a detector, ``recall_1`` of embeddings. ``metric``: what people call it. ``history``: one dict per epoch
+    (epoch, step, lr, the epoch's means of loss and terms, ``dcd/tau``, ``dcd/scale``, accuracy, top5, eval_loss).
+    ``seconds``: wall-clock of training, resumed parts included. ``parameters``: of the student. ``path``: the last
+    checkpoint, None without run_dir. ``distiller``: student, teacher and objective, in eval mode. ``deployed``: the
+    model that was evaluated, the student or its moving average. ``resumed_from``: the step, None for a new run.
     ``already_finished``: there was nothing left to do. ``stopped_by``: the signal that ended the run early, else None.
     """
 
@@ -59,6 +59,7 @@ class TrainResult:
     resumed_from: int | None
     already_finished: bool
     stopped_by: signal.Signals | None = None
+    metric: str = "accuracy"
 
     @property
     def best(self) -> tuple[float, Path] | None:
@@ -140,7 +141,7 @@ def _train(
     )
     identity = identify(config, data, distiller, {"student": student, "teacher": teacher, "data": train_data})
     ranks.check_same(vars(identity))
-    info = describe(config, distiller, device, schedule, len(data.eval_set), identity, ranks.world_size)
+    info = describe(config, distiller, device, schedule, len(data.eval_set), identity, ranks.world_size, task)
     if checkpoint is None:
         info["teacher_accuracy"] = check_teacher(distiller, task, data.eval_loader, device, ranks)
     else:
@@ -169,6 +170,7 @@ def _train(
         deployed=step.deployed,
         resumed_from=None if checkpoint is None else progress.step,
         already_finished=progress.epoch >= config.epochs,
+        metric=task.title,
     )
     if result.already_finished:
         distiller.eval()
