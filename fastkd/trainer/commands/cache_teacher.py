@@ -99,7 +99,12 @@ def cache_teacher(
     train_data: Any = None,
     eval_data: Any = None,
 ) -> int:
-    """Write what the teacher's classifier reads in a run of ``config``; a signal that stopped it, else 0.
+    """Write what the teacher's classifier reads in a run of ``config``; returns the signal that stopped it, else 0.
+
+    A run then reads it in place of the teacher's forward passes::
+
+        cache_teacher(config, "cache", dtype="float32")
+        train(replace(config, teacher=replace(config.teacher, cache="cache")))
 
     Epochs that are in ``folder`` stay, and one that was begun is gone on with. The batches are those of the run, so
     that also a device whose last bits depend on a row's place in the batch gives what it would give in the run. Under
@@ -116,10 +121,6 @@ def cache_teacher(
         ValueError: the folder has a cache of other settings, the disk is too small, or the teacher's logits do not
             follow from its features.
         CheckpointError: another process writes in the folder, or it cannot be written.
-
-    Example:
-        >>> cache_teacher(config, "cache", dtype="float32")
-        >>> train(replace(config, teacher=replace(config.teacher, cache="cache")))
     """
     check_choice("dtype", dtype, CACHE_DTYPES)
     check_data(config, "cache-teacher")
