@@ -32,6 +32,7 @@ from fastkd.trainer import (
 )
 from fastkd.trainer.commands import cache_teacher as writing
 from fastkd.trainer.commands.cache_teacher import cache_teacher
+from fastkd.trainer.commands.seeds import train_seeds
 from fastkd.trainer.data.loader import SeededFetch
 from fastkd.trainer.models.small import SmallConvNet
 from fastkd.trainer.run.distiller import Trained
@@ -220,6 +221,11 @@ def test_a_cache_of_other_settings_is_refused_by_name(place, change, message):
     with pytest.raises(ValueError, match=message) as refusal:
         train(change(config_in(place, place / "cache")))
     assert "\n" not in str(refusal.value)
+
+
+def test_seeds_that_a_cache_does_not_have_are_refused_before_the_first(place):
+    with pytest.raises(ValueError, match="cache is of the seed 0, expected no other in --seeds"):
+        train_seeds(config_in(place, place / "cache"), [0, 1])
 
 
 def _weights(folder: Path) -> None:
