@@ -61,7 +61,7 @@ Runs the recipe's teacher over the training images of every epoch, augmented as 
 and keeps what its classifier reads. `fastkd train RECIPE --teacher.cache FOLDER` then runs the classifier alone. The
 command goes on with what is in FOLDER; torchrun spreads it over processes. float32 gives the same run as the teacher.
 """
-SAVE_EVERY = 30.0  # seconds between two notes of how far an epoch has come
+SAVE_EVERY = 120.0  # seconds between two notes of how far an epoch has come
 
 
 def cache_teacher_command(arguments: list[str]) -> int:
@@ -248,11 +248,16 @@ class _Writer:
         path, begun = self.folder / file_name(epoch), self.manifest["begun"] or {}
         part = path.with_suffix(".part")
         kind, shape = layout(self.manifest["dtype"], self.samples, self.manifest["features"])
-        start = self.ranks.on_main(lambda: _batches_in(part, begun, epoch))
-        array = None
-        if self.ranks.is_main:
+        arrays: list[np.memmap[Any, Any]] = []  # rank 0's
+
+        def begin() -> int:
+            done = begun["batches"] if begun.get("epoch") == epoch and _is_array(part, kind, shape) else 0
             with writing(part):
-                array = _array(part, kind, shape, anew=not start)
+                arrays.append(_array(part, kind, shape, anew=not done))
+            return done
+
+        start = self.ranks.on_main(begin)
+        array = arrays[0] if arrays else None
         self.set_epoch(epoch, start)
         yield min(start * self.batches.batch_size, self.samples)
         saved, left = time.monotonic(), self.samples - len(self.batches) * self.batches.batch_size
@@ -311,9 +316,13 @@ class _Writer:
             )
 
 
-def _batches_in(part: Path, begun: dict[str, Any], epoch: int) -> int:
-    """How many batches of the epoch are in its unfinished file."""
-    return begun["batches"] if begun.get("epoch") == epoch and part.is_file() else 0
+def _is_array(path: Path, kind: np.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether the file holds a whole array of this kind."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return False
+    return found.dtype == kind and found.shape == shape
 
 
 def _array(part: Path, kind: np.dtype, shape: tuple[int, ...], *, anew: bool) -> np.memmap[Any, Any]:
