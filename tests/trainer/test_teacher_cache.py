@@ -72,9 +72,7 @@ def config_in(folder: Path, cache: str | Path | None = None, **changes: Any) -> 
     options |= {"weights": str(folder / "teacher.safetensors"), "cache": None if cache is None else str(cache)}
     config = TrainConfig(
         student=ModelConfig(name=NET, num_classes=3, options={"in_channels": 3, "width": 4}),
-        teacher=ModelConfig(
-            name=f"{__name__}:Placed", weights=weights, cache=None if cache is None else str(cache), **options
-        ),
+        teacher=ModelConfig(name=f"{__name__}:Placed", **options),
         data=DataConfig(name="images", options={"root": str(folder / "data"), "image_size": 16}, batch_size=5),
         objective=ObjectiveConfig(terms="kd+dcd"),
         optim=OptimConfig(lr=0.05),
