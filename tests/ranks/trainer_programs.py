@@ -152,7 +152,7 @@ def cached(rank: int, folder: str) -> tuple[bool, list[str]]:
 
     torch.set_num_threads(1)
     config = replace(
-        tiny_config(Path(folder), run_dir=None), data=replace(tiny_config(Path(folder)).data, batch_size=10)
+        tiny_config(Path(folder), run_dir=None, epochs=1), data=replace(tiny_config(Path(folder)).data, batch_size=10)
     )
     cache_teacher(config, Path(folder) / "cache", dtype="float32", **convolutional())
     assert config.teacher is not None
