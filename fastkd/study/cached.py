@@ -91,6 +91,7 @@ class Caches:
 
     def __init__(self, folder: Path, study: Study, study_folder: Path) -> None:
         self.folder = folder
+        self._written: set[str] = set()
         self.shared = sharing(job_of(cell, study_folder) for cell in study.in_order_of_need())
 
     def give(self, job: Job) -> Job | int:
@@ -106,12 +107,13 @@ class Caches:
         name = config.teacher.name.rpartition(":")[2]
         place = self.folder / f"{name}-seed-{config.seed}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
         longest = replace(config, epochs=max(other.epochs for other in self.shared[key]), quiet=True, progress=False)
-        while True:
+        while key not in self._written:
             try:
-                stopped = cache_teacher(longest, place)
-                break
+                if stopped := cache_teacher(longest, place):
+                    return stopped
+                self._written.add(key)
             except CheckpointError as error:
                 if "another process is writing" not in str(error):
                     raise
                 time.sleep(_PAUSE)
-        return stopped or replace(job, config=replace(config, teacher=replace(config.teacher, cache=str(place))))
+        return replace(job, config=replace(config, teacher=replace(config.teacher, cache=str(place))))

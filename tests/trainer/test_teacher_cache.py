@@ -215,7 +215,7 @@ def _option(config: TrainConfig, **options: Any) -> TrainConfig:
         ),
         "maps": (
             lambda c: _change(c, "objective", terms="kd+at"),
-            "teacher.cache: got .* with the term 'at', which reads the teacher's intermediate maps, expected None",
+            "teacher.cache: got .* with the term 'at', which reads the teacher's intermediate maps, expected no cache",
         ),
         "last map": (lambda c: _change(c, "objective", terms="msdcrd"), "'msdcrd', which reads the teacher's maps"),
         "view": (
@@ -325,7 +325,7 @@ def test_the_command_takes_a_run_and_a_signal(tmp_path, place, capsys, monkeypat
     assert json.loads((tmp_path / "cache" / "manifest.json").read_text())["begun"] == {"epoch": 0, "batches": 1}
     assert main(command) == 0
     told = capsys.readouterr().out
-    assert "1 epoch of 21 samples x 12 features in int8, 3.36e-07 GB; 0 of them are there" in told
+    assert "1 epoch of 21 samples x 12 features in int8, 3.36e-07 GB; 1 to write" in told
     assert "stopped; the same command goes on" in told
     assert f"use it with --teacher.cache {tmp_path / 'cache'}" in told
     assert main(["cache-teacher", "digits"]) == 1

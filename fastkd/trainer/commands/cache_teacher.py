@@ -307,7 +307,7 @@ class _Writer:
             print(
                 f"{self.folder}: {epochs} epoch{'s' if epochs > 1 else ''} of {self.samples:,} samples x "
                 f"{self.manifest['features']} features in {self.manifest['dtype']}, {size * epochs / 1e9:,.3g} GB; "
-                f"{epochs - len(todo)} of them are there"
+                f"{len(todo)} to write"
             )
         if needed > free:
             raise ValueError(

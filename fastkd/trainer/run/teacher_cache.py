@@ -193,7 +193,7 @@ def open_cache(config: TrainConfig, terms: Mapping[str, nn.Module | TermFunction
         return None
     check_data(config, "teacher.cache")
     if (reason := why_not_cached(config, terms)) is not None:
-        raise ValueError(f"teacher.cache: got {config.teacher.cache!r} with {reason}, expected None")
+        raise ValueError(f"teacher.cache: got {config.teacher.cache!r} with {reason}, expected no cache")
     return TeacherCache(config.teacher.cache)
 
 
