@@ -18,7 +18,10 @@ from fastkd.trainer.commands.cache_teacher import cache_teacher
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.data.datasets import choose_data, without_download
 from fastkd.trainer.models.weights import CheckpointError
+from fastkd.trainer.run.saved.checkpoint import CHECKPOINTS, list_checkpoints
+from fastkd.trainer.run.saved.log import RUN
 from fastkd.trainer.run.teacher_cache import every_epoch_alike, why_not_cached
+from fastkd.trainer.strict_json import read_json_object
 
 PAYS = 0.05  # share of the time of the runs that a cache must save
 _PAUSE = 1.0  # seconds between two looks at a cache that another process writes
@@ -84,6 +87,18 @@ def _worth(study: Study, caches: list[list[TrainConfig]], rows: int, steps: int)
     each = f"{runs} runs share it" if len(caches) == 1 else f"{runs} runs of a seed share it, {len(caches)} caches"
     pays = "it pays: --cache-teacher FOLDER" if saved >= PAYS else "it does not pay"
     return f"{each}, {size:,.3g} GB in float16, {saved:.0%} of their time saved; {pays}"
+
+
+def as_begun(job: Job, folder: Path) -> Job | None:
+    """The job with the cache that its run in ``folder`` has begun with, or without one; None if no run has begun there.
+
+    A resumed run keeps its cache, because one in float16 changes a little what it computes.
+    """
+    if not isinstance(job, Training) or job.config.teacher is None or not list_checkpoints(folder / CHECKPOINTS):
+        return None
+    begun = read_json_object(folder / RUN, {"config": dict})["config"]["teacher"]
+    cache = None if begun is None else begun.get("cache")
+    return replace(job, config=replace(job.config, teacher=replace(job.config.teacher, cache=cache)))
 
 
 class Caches:

@@ -16,7 +16,7 @@ import pytest
 from fastkd.cli import main
 from fastkd.study import aggregate, runner
 from fastkd.study.aggregate import entries, improvements, paired
-from fastkd.study.cached import cache_key
+from fastkd.study.cached import as_begun, cache_key
 from fastkd.study.command import run_study
 from fastkd.study.grid import Cell, Options, Outcome, Study
 from fastkd.study.plan import plan
@@ -255,6 +255,10 @@ def test_a_study_runs_its_teacher_once_for_all_methods_of_a_seed(tmp_path):
         assert record is not None
         assert record.status == "finished"
         assert record.settings["teacher"]["cache"] == str(cache)
+    (_, *begun) = (cell for cell in digits(options).cells)
+    resumed = [as_begun(job_of(cell, out), out / cell.place) for cell in begun]  # also where the option is not given
+    assert [job.config.teacher.cache for job in resumed] == [str(cache)] * 2
+    assert as_begun(job_of(begun[0], out), tmp_path) is None
     check_same_settings(digits(replace(options, cache_teacher=None)), out)  # a study without caches keeps them
     attention = digits(replace(options, methods=("at", "mlkd")))
     assert {cache_key(job_of(cell, out)) for cell in attention.cells} == {None}
