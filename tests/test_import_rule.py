@@ -26,6 +26,7 @@ ROOMS = [line.split() for line in """
     fastkd.trainer.pulse
     fastkd.trainer.ranks
     fastkd.trainer.callbacks
+    fastkd.trainer.batches
     fastkd.trainer.data  fastkd.trainer.models
     fastkd.trainer.objective
     fastkd.trainer.config  fastkd.trainer.files

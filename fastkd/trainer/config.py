@@ -50,6 +50,10 @@ class DetectionConfig:
     Attributes:
         regions: which of the student's sampled regions of interest are distilled: ``all``, those that match an object
             (``foreground``), or those that match none (``background``). The detector's own loss always takes all.
+
+    Example:
+        >>> DetectionConfig(regions="foreground")
+        DetectionConfig(regions='foreground')
     """
 
     regions: Literal["all", "foreground", "background"] = "all"
@@ -156,6 +160,8 @@ class TrainConfig:
                     f"{name}: got a module ({kind}), expected a ModelConfig; or train(config, {name}=module)"
                 )
             check_type(name, model, (ModelConfig, type(None)))
+            if model is not None and model.num_classes == 0 and self.task != "embeddings":
+                raise ValueError(f"{name}.num_classes: got 0 with the task {self.task!r}, expected at least 1")
         if self.student is not None:
             check_choice("student.dtype", self.student.dtype, ("fp32",))
             if self.student.fold:

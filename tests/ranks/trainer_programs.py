@@ -159,3 +159,16 @@ def cached(rank: int, folder: str) -> tuple[bool, list[str]]:
     other = replace(config, teacher=replace(config.teacher, cache=str(Path(folder) / "cache")))
     with_teacher, from_cache = (run(each, **convolutional()).distiller.state_dict() for each in (config, other))
     return same(with_teacher, from_cache), sorted(path.name for path in Path(folder, "cache").iterdir())
+
+
+def evaluated_detector(rank: int, world_size: int) -> Any:
+    """What ``evaluate`` of a detector gives on a rank; the precisions are replaced by the scores, in their order."""
+    from fastkd.trainer.ranks import Ranks
+    from fastkd.trainer.tasks.detection import evaluate as evaluation
+    from tests.tasks.test_average_precision import results_of
+
+    def scores(results: Any) -> Any:
+        return [found["scores"].tolist() for found, _ in results], {1: (float(rank), 2)}
+
+    patches.setattr(evaluation, "average_precision", scores)
+    return results_of(rank, world_size, Ranks(rank, world_size))
