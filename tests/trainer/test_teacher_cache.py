@@ -223,6 +223,10 @@ def _option(config: TrainConfig, **options: Any) -> TrainConfig:
             "'mlkd', which reads the teacher's output for",
         ),
         "mixup": (lambda c: _change(c, "data", mixup=0.5), "data.mixup: got 0.5 with teacher.cache, expected 0"),
+        "task": (
+            lambda c: replace(_change(c, "objective", terms="dcd"), task="embeddings"),
+            "task: got 'embeddings' with teacher.cache, expected 'classification'",
+        ),
         "folder": (lambda c: with_cache(c, Path("nowhere")), "nowhere has no manifest.json, expected a folder that"),
     }.values(),
 )
