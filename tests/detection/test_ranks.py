@@ -1,5 +1,6 @@
 """Two ranks with unequal numbers of images and of regions take the step of one process."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -17,8 +18,11 @@ from tests.helpers.checks import relative_error
 from tests.helpers.ranks import run_ranks, succeeded
 
 
-def step(rank: int, terms: str, regions: Any) -> Any:
-    """Rows, loss, named terms and all gradients of a step on three images, of which the first rank has two."""
+def step(rank: int, terms: str, regions: Any, parts: list[list[int]]) -> Any:
+    """Rows, loss, named terms and all gradients of a step on three images, of which rank r has those of ``parts[r]``.
+
+    The last image has no boxes.
+    """
     config = TrainConfig(
         task="detection", objective=ObjectiveConfig(terms=terms), detection=DetectionConfig(regions=regions)
     )
@@ -31,7 +35,7 @@ def step(rank: int, terms: str, regions: Any) -> Any:
     objective = Objective(config.objective, *shapes).double()
     ranks = Ranks.present()
     trained = ranks.wrap(Trained(Distiller(student, teacher, objective), Detection(config)))
-    part = [0, 1, 2] if ranks.world_size == 1 else [[0, 2], [1]][rank]
+    part = parts[rank] if ranks.world_size > 1 else sorted(itertools.chain(*parts))
     own = DetectionBatch(
         given.images[part], *([each[i] for i in part] for each in (given.sizes, given.targets, given.seeds))
     )
@@ -42,10 +46,17 @@ def step(rank: int, terms: str, regions: Any) -> Any:
     return rows, loss.detach(), named, gradients
 
 
-@pytest.mark.parametrize(("terms", "regions"), [("dcd + kd", "all"), ("dcd + kd + at", "foreground")])
-def test_two_ranks_equal_one_process(terms: str, regions: str) -> None:
-    rows, loss, named, gradients = step(0, terms, regions)
-    results = succeeded(run_ranks(2, step, terms, regions))
+@pytest.mark.parametrize(
+    ("terms", "regions", "parts"),
+    [
+        ("dcd + kd", "all", [[0, 2], [1]]),
+        ("dcd + kd + at", "foreground", [[0, 2], [1]]),
+        ("dcd + kd + rkd", "foreground", [[0, 1], [2]]),  # of which the second rank has none
+    ],
+)
+def test_two_ranks_equal_one_process(terms: str, regions: str, parts: list[list[int]]) -> None:
+    rows, loss, named, gradients = step(0, terms, regions, parts)
+    results = succeeded(run_ranks(2, step, terms, regions, parts))
     counts = [result[0] for result in results]
     assert sum(counts) == rows
     assert counts[0] != counts[1]
@@ -56,3 +67,11 @@ def test_two_ranks_equal_one_process(terms: str, regions: str) -> None:
     for name, value in gradients.items():
         for result in results:
             assert relative_error(result[3][f"module.{name}"], value) < 1e-10, name
+
+
+def test_a_batch_without_rows_counts_nothing() -> None:
+    rows, loss, named, gradients = step(0, "dist + kd", "foreground", [[2]])
+    assert rows == 0
+    assert loss == sum(value for name, value in named.items() if name.startswith("detector/"))
+    assert all(named[name] == 0 for name in ("dist/inter", "dist/intra", "kd"))
+    assert all(x.isfinite().all() for x in gradients.values())

@@ -7,6 +7,7 @@ A term is a module or a function: see ``fastkd.trainer.objective.terms.base``. A
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,10 @@ _RESERVED = {
     "recall_5",
     "left_out",
 }
+
+
+def _without_rows(output: ModelOutput) -> ModelOutput:
+    return replace(output, logits=output.logits[:0], features=output.features[:0])
 
 
 def needs(what: str, config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
@@ -145,6 +150,7 @@ class Objective(nn.Module):
         rank_weight: float = 1.0,
         additions: Mapping[str, Any] | None = None,
         image_weight: float | None = None,
+        missing: str | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and every named term before weights, detached (``ce``, ``kd``, ``dcd/contrast``, ...).
 
@@ -153,6 +159,10 @@ class Objective(nn.Module):
         ``spans_ranks`` is true contain it already. ``image_weight`` takes its place for terms that read intermediate
         maps, of which there is one per image, where rows are no images. ``additions``: what the terms' attributes of
         this name ask for.
+
+        ``missing``: ``"here"`` if this rank has no rows and ``"everywhere"`` if no rank has, with a ``rank_weight`` of
+        0. The rows that are given then only stand for them, so that means can be taken. ``"here"`` the terms that span
+        the ranks get none of them. ``"everywhere"`` these terms are 0, too.
         """
         total: Tensor | None = None
         named = {}
@@ -169,9 +179,14 @@ class Objective(nn.Module):
             given = labels if hasattr(term, "unlabelled") else classes
             reads_maps = getattr(term, "needs_taps", False)
             weight = rank_weight if image_weight is None or not reads_maps else image_weight
+            spans_ranks = getattr(term, "spans_ranks", False)
+            lacks = None if reads_maps or not getattr(term, "needs_rows", True) else missing
             values = together.get(name)
             if values is None:
-                values = term(student, teacher, given, **self._additions(name, additions or {}))
+                read = (student, teacher, given)
+                if lacks == "here" and spans_ranks:
+                    read = (_without_rows(student), None if teacher is None else _without_rows(teacher), given[:0])
+                values = term(*read, **self._additions(name, additions or {}))
             if not isinstance(values, Mapping) or not values:
                 raise TypeError(
                     f"terms: {name!r} returned {'an empty dict' if values == {} else type(values).__name__}, expected "
@@ -181,7 +196,7 @@ class Objective(nn.Module):
                 if not isinstance(value, Tensor) or value.ndim != 0:
                     got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                     raise TypeError(f"terms: {name!r} returned {got} for {part!r}, expected a 0-dim tensor")
-                if weight != 1.0 and not getattr(term, "spans_ranks", False):
+                if weight != 1.0 and (not spans_ranks or lacks == "everywhere"):
                     value = weight * value
                 named[name if part == name else f"{name}/{part}"] = value.detach()
                 weighted = self.weights[name] * getattr(term, "warmth", 1.0) * value

@@ -112,7 +112,8 @@ class Trained(nn.Module):
         teach = partial(self._teach, features=_of_a_cache(batch))
         rows = self.task.forward(self._learn, teach, batch, self.objective.additions)
         weight = rank_weight if rows.weight is None else rows.weight
-        return self.objective(rows.student, rows.teacher, rows.labels, weight, rows.additions, rank_weight)
+        given = (rows.student, rows.teacher, rows.labels, weight, rows.additions)
+        return self.objective(*given, image_weight=rank_weight, missing=rows.missing)
 
     def _learn(self, images: Any) -> ModelOutput:
         if self.chunks == 1:

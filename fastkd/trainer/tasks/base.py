@@ -27,7 +27,8 @@ from fastkd.trainer.signals import StopRequest
 class Rows:
     """What the objective reads of a batch: the outputs of both models, the rows' labels, and the terms' additions.
 
-    ``weight``: this rank's W n / N where n and N do not count samples. None leaves it to the loop.
+    ``weight``: this rank's W n / N where n and N do not count samples. None leaves it to the loop. ``missing``: what
+    ``Objective.forward`` has to know where n or N is 0.
     """
 
     student: ModelOutput
@@ -35,6 +36,7 @@ class Rows:
     labels: Tensor
     additions: dict[str, Any] = field(default_factory=dict)
     weight: float | None = None
+    missing: str | None = None
 
 
 class Task:

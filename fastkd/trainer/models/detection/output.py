@@ -51,7 +51,7 @@ class DetectorOutput(ModelOutput):
         """The output with only the regions of this kind, and their number.
 
         Kinds are ``all``, ``foreground`` and ``background``. Where there are none, the number is 0, and the first
-        region stays, so that no term gets an empty batch. The losses stay as they are.
+        region stands for them: see ``missing`` of ``Objective.forward``. The losses stay as they are.
         """
         assert self.labels is not None
         if kind == "all":

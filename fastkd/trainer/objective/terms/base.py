@@ -14,6 +14,7 @@ weights. These attributes, of its class or of a user's module or function, say m
     warmth                          a factor of its weight, which may change from epoch to epoch; 1 by default
     needs_taps                      whether it reads the intermediate maps, ``ModelOutput.taps``; False by default
     needs_preactivations            whether it reads these before their activations, too; False by default
+    needs_rows                      whether it reads rows at all; True by default
     needs_two_rows                  whether a batch of one row is an error; False by default
     unlabelled                      a term that has it is told whether labels may be -1; it then gets them as they are,
                                     and not with the teacher's classes in their place

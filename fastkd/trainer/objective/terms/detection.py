@@ -23,6 +23,7 @@ class DetectorTerm(nn.Module):
 
     needs_teacher = False
     needs_features = False
+    needs_rows = False  # but the sums of the losses, which every rank has
     spans_ranks = True
 
     def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:

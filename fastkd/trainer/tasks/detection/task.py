@@ -94,7 +94,11 @@ class Detection(Task):
         assert isinstance(output, DetectorOutput)
         output, count = output.chosen(self.config.detection.regions)
         assert output.labels is not None
-        return Rows(output, teach(output.regions), output.labels, weight=_weight(count))
+        ranks = Ranks.present()
+        total = ranks.total(count)
+        weight = ranks.weight(count, max(total, 1))
+        missing = None if count else "here" if total else "everywhere"
+        return Rows(output, teach(output.regions), output.labels, weight=weight, missing=missing)
 
     def evaluate(
         self,
@@ -109,12 +113,6 @@ class Detection(Task):
     ) -> dict[str, float]:
         """COCO's average precision: see ``fastkd.trainer.tasks.detection.evaluate``."""
         return evaluate(model, loader, device, precision, ranks, stop=stop, per_class=per_class)
-
-
-def _weight(regions: int) -> float:
-    """W R_r / R: this rank's number of regions times the number of ranks, over the number of all regions."""
-    ranks = Ranks.present()
-    return ranks.weight(regions, max(ranks.total(regions), 1))
 
 
 def _refused(config: TrainConfig) -> Iterator[tuple[str, str]]:
