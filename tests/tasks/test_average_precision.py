@@ -105,6 +105,13 @@ def test_boxes_are_compared_in_the_pixels_on_disk() -> None:
     assert values == pytest.approx(dict.fromkeys(("map", "map_50", "map_75", "map_small"), 0.5))
 
 
+def test_three_boxes_of_five_reach_the_recall_of_three_fifths() -> None:
+    """That is one of COCO's 101 points. In float32 it would be a little more than 3 / 5."""
+    boxes = [[20.0 * i, 0.0, 20.0 * i + 10, 10.0] for i in range(5)]
+    values = values_of({1: [(box, 0.5, 1) for box in boxes[:3]]}, sample(1, boxes, [1] * 5))
+    assert values["map"] == pytest.approx(61 / 101, abs=1e-6)
+
+
 def test_what_is_found_in_a_crowd_is_not_counted_and_nothing_found_is_zero() -> None:
     plain = sample(1, [[0, 0, 20, 20]], [1])
     crowd = sample(1, [[0, 0, 20, 20], [40, 40, 90, 90]], [1, 1], iscrowd=[0, 1])
