@@ -13,7 +13,6 @@ from fastkd.trainer.batches import DetectionBatch, collate_detection
 from fastkd.trainer.models.build import ModelConfig, build_model, trained_normalization
 from fastkd.trainer.models.detection.build import NUMBERS, faster_rcnn, published_detector, set_classes
 from fastkd.trainer.models.detection.model import DetectorModel
-from fastkd.trainer.models.detection.output import DetectorOutput
 from fastkd.trainer.models.detection.sampler import SeededSampler
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -149,13 +148,13 @@ def test_a_teacher_of_other_widths_looks_at_the_students_regions() -> None:
 @pytest.mark.parametrize(("kind", "keeps"), [("foreground", lambda x: x > 0), ("background", lambda x: x == 0)])
 def test_regions_of_a_kind(kind: str, keeps: Any) -> None:
     output = detector()(batch())
-    chosen = output.chosen(kind)
+    chosen, count = output.chosen(kind)
     keep = keeps(output.labels)
-    assert 0 < len(chosen.labels) < len(output.labels)
+    assert 0 < len(chosen.labels) == count < len(output.labels)
     assert torch.equal(chosen.logits, output.logits[keep])
     assert torch.equal(torch.cat(chosen.regions.boxes), torch.cat(output.regions.boxes)[keep])
     assert len(chosen.regions.boxes) == 2
-    assert output.chosen("all") is output
+    assert output.chosen("all") == (output, len(output.labels))
 
 
 def test_a_batch_without_objects_trains() -> None:
@@ -164,7 +163,8 @@ def test_a_batch_without_objects_trains() -> None:
     empty = DetectionBatch(given.images[1:], given.sizes[1:], given.targets[1:], given.seeds[1:])
     output = model(empty)
     assert output.losses["box"][0] == 0
-    assert len(output.chosen("foreground").labels) == 1
+    chosen, count = output.chosen("foreground")
+    assert (len(chosen.labels), count) == (1, 0)
     sum(total for total, _ in output.losses.values()).backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
@@ -294,14 +294,9 @@ def test_an_unsuitable_name_or_option_is_one_line(name: str, options: dict[str, 
 
 
 def test_what_is_no_detector_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"student\.name: got a model of type ResNet for detection"):
+    with pytest.raises(ValueError, match=r"model\.name: got a model of type ResNet for detection"):
         DetectorModel(torchvision.models.resnet18())
     with pytest.raises(ValueError, match="classifier: got 'fc' for a detector"):
         DetectorModel(detector().model, "fc")
     with pytest.raises(ValueError, match="compile: got True"):
         detector().compile()
-
-
-def test_output_without_any_choice() -> None:
-    output = DetectorOutput(torch.zeros(2, 3), torch.zeros(2, 4), labels=torch.tensor([0, 0]))
-    assert len(output.chosen("foreground").logits) == 1

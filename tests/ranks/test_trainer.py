@@ -192,3 +192,9 @@ def test_the_parts_of_the_ranks_are_the_batches_of_one_process(drop_last: bool) 
         joined = [list(itertools.chain(*batch)) for batch in zip(*parts, strict=True)]
         assert joined == whole
         assert all(max(map(len, batch)) - min(map(len, batch)) <= 1 for batch in zip(*parts, strict=True))
+
+
+def test_a_detector_is_evaluated_on_ranks_as_in_one_process() -> None:
+    expected = succeeded(run_ranks(1, programs.evaluated_detector, 1))
+    assert succeeded(run_ranks(2, programs.evaluated_detector, 2)) == expected * 2
+    assert len(expected[0][0]) == 7

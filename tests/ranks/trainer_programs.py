@@ -140,3 +140,16 @@ def staged(rank: int, folder: str, resume: bool) -> list[tuple[str, bool]]:
 
     stages = {name: replace(config, resume=resume) for name, config in two_stages(Path(folder)).items()}
     return [(str(result.path), result.already_finished) for result in train_stages(stages)]
+
+
+def evaluated_detector(rank: int, world_size: int) -> Any:
+    """What ``evaluate`` of a detector gives on a rank; the precisions are replaced by the scores, in their order."""
+    from fastkd.trainer.ranks import Ranks
+    from fastkd.trainer.tasks.detection import evaluate as evaluation
+    from tests.tasks.test_average_precision import results_of
+
+    def scores(results: Any) -> Any:
+        return [found["scores"].tolist() for found, _ in results], {1: float(rank)}
+
+    patches.setattr(evaluation, "average_precision", scores)
+    return results_of(rank, world_size, Ranks(rank, world_size))

@@ -46,7 +46,7 @@ def detection_teacher() -> TrainConfig:
         student=SMALL_TEACHER,
         data=DataConfig(name="coco", options={"short_side": (128,)}, batch_size=16, eval_batch_size=16),
         objective=ObjectiveConfig(terms="detector"),
-        optim=OptimConfig(name="adamw", lr=2e-3, weight_decay=1e-4, warmup_epochs=1, clip_norm=5.0),
+        optim=OptimConfig(name="adamw", lr=2e-3, weight_decay=1e-4, warmup_epochs=0.5, clip_norm=5.0),
         epochs=12,
         eval_every=4,
         run_dir="runs/detection-teacher",

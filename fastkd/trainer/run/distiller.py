@@ -101,7 +101,7 @@ class Trained(nn.Module):
         """The total loss of a batch of the task, and its named terms. ``rank_weight``: see ``Objective.forward``."""
         rows = self.task.forward(self._learn, self._teach, batch, self.objective.additions)
         weight = rank_weight if rows.weight is None else rows.weight
-        return self.objective(rows.student, rows.teacher, rows.labels, weight, rows.additions)
+        return self.objective(rows.student, rows.teacher, rows.labels, weight, rows.additions, rank_weight)
 
     def _learn(self, images: Any) -> ModelOutput:
         if self.chunks == 1:

@@ -69,7 +69,7 @@ class DetectorModel(FeatureModel):
                 raise ValueError(f"{name}: got {given!r} for a detector, expected None")
         if not isinstance(model, GeneralizedRCNN) or not hasattr(model.roi_heads.box_predictor, "cls_score"):
             raise ValueError(
-                f"student.name: got a model of type {type(model).__name__} for detection, expected a Faster R-CNN of "
+                f"model.name: got a model of type {type(model).__name__} for detection, expected a Faster R-CNN of "
                 "torchvision, such as 'faster-rcnn:timm:resnet18' or 'torchvision:fasterrcnn_resnet50_fpn'"
             )
         super().__init__(model, CLASSIFIER, taps=taps, optional=optional)
@@ -113,7 +113,7 @@ class DetectorModel(FeatureModel):
         if unknown := [name for name in self.levels_read if name not in levels]:
             raise ValueError(f"taps: got {unknown[0]!r}, expected levels of the feature pyramid: {' '.join(levels)}")
         maps = tuple(tuple(levels[name].shape[1:]) for name in self.levels_read)
-        layers = tuple(f"level {name} of the feature pyramid" for name in self.levels_read)
+        layers = tuple(f"level {name}" for name in self.levels_read)
         found = TapShapes(  # type: ignore[arg-type]
             maps=maps, stem=maps[0], preactivations=maps, layers=layers, norms=(None,) * len(maps), pooled=False
         )

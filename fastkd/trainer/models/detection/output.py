@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from fastkd.trainer.batches import DetectionBatch
 from fastkd.trainer.models.features import ModelOutput
-
-CHOICES: dict[str, Callable[[Tensor], Tensor]] = {
-    "all": lambda labels: torch.ones_like(labels, dtype=torch.bool),
-    "foreground": lambda labels: labels > 0,
-    "background": lambda labels: labels == 0,
-}
 
 
 @dataclass
@@ -44,29 +36,33 @@ class DetectorOutput(ModelOutput):
             by, which the ranks add up.
 
     Example:
+        >>> import torch
         >>> output = DetectorOutput(torch.zeros(3, 5), torch.zeros(3, 8), labels=torch.tensor([2, 0, 4]))
-        >>> output.chosen("foreground").logits.shape
-        torch.Size([2, 5])
+        >>> objects, count = output.chosen("foreground")
+        >>> count, objects.logits.shape
+        (2, torch.Size([2, 5]))
     """
 
     labels: Tensor | None = None
     regions: Regions | None = None
     losses: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
-    def chosen(self, kind: str) -> DetectorOutput:
-        """The output with only the regions of this kind: ``all``, ``foreground`` or ``background``.
+    def chosen(self, kind: str) -> tuple[DetectorOutput, int]:
+        """The output with only the regions of this kind, and their number.
 
-        Where there are none, the first region stays, so that no term gets an empty batch. The losses stay as they are.
+        Kinds are ``all``, ``foreground`` and ``background``. Where there are none, the number is 0, and the first
+        region stays, so that no term gets an empty batch. The losses stay as they are.
         """
         assert self.labels is not None
         if kind == "all":
-            return self
-        keep = CHOICES[kind](self.labels)
-        if not bool(keep.any()):
+            return self, len(self.labels)
+        keep = self.labels > 0 if kind == "foreground" else self.labels == 0
+        count = int(keep.sum())
+        if count == 0:
             keep[:1] = True
         regions = self.regions
         if regions is not None:
             parts = keep.split([len(boxes) for boxes in regions.boxes])
             regions = Regions(regions.batch, [boxes[part] for boxes, part in zip(regions.boxes, parts, strict=True)])
         rows = {name: getattr(self, name)[keep] for name in ("logits", "features", "labels")}
-        return replace(self, **rows, regions=regions)
+        return replace(self, **rows, regions=regions), count

@@ -116,10 +116,11 @@ def average_precision(results: list[tuple[Boxes, Boxes]]) -> tuple[dict[str, flo
     values = {name: found[name].item() for name in (*ALWAYS, *WHERE_KNOWN)}
     if values["map"] < 0:
         raise ValueError("eval_data: got no box of an object, expected at least one")
+    # torchmetrics gives a single class without its axis.
     curves = found["precision"][:, :, :, 0, -1]  # [10 IoUs, 101 recalls, labels]; -1 where there is no box
     by_label = {
         int(label): curve.mean().item()
-        for label, curve in zip(found["classes"], curves.unbind(2), strict=True)
+        for label, curve in zip(found["classes"].reshape(-1), curves.unbind(2), strict=True)
         if curve.min() > -1
     }
     return {name: value for name, value in values.items() if name in ALWAYS or value >= 0}, by_label

@@ -92,9 +92,9 @@ class Detection(Task):
         """The regions that ``detection.regions`` names, as the student sees them, and as the teacher does."""
         output = student(batch)
         assert isinstance(output, DetectorOutput)
-        output = output.chosen(self.config.detection.regions)
+        output, count = output.chosen(self.config.detection.regions)
         assert output.labels is not None
-        return Rows(output, teach(output.regions), output.labels, weight=_weight(output.labels))
+        return Rows(output, teach(output.regions), output.labels, weight=_weight(count))
 
     def evaluate(
         self,
@@ -111,15 +111,15 @@ class Detection(Task):
         return evaluate(model, loader, device, precision, ranks, stop=stop, per_class=per_class)
 
 
-def _weight(labels: Tensor) -> float:
+def _weight(regions: int) -> float:
     """W R_r / R: this rank's number of regions times the number of ranks, over the number of all regions."""
     ranks = Ranks.present()
-    return ranks.weight(len(labels), ranks.total(len(labels)))
+    return ranks.weight(regions, max(ranks.total(regions), 1))
 
 
 def _refused(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """The settings that do not go with detection, and why."""
-    data, teacher, terms = config.data, config.teacher, f"objective.terms: got {config.objective.terms!r}"
+    data, teacher = config.data, config.teacher
     for wrong, setting, reason in (
         (config.chunks > 1, f"chunks: got {config.chunks}", "regions are sampled in one pass of a batch; expected 1"),
         (config.compile, "compile: got True", "the number of boxes changes with every batch; expected False"),
@@ -136,9 +136,9 @@ def _refused(config: TrainConfig) -> Iterator[tuple[str, str]]:
         if wrong:
             yield setting, reason
     for name in config.objective.weights:
-        term = TERMS.get(name)
+        term, setting = TERMS.get(name), f"objective.terms: got {name!r}"
         reads = getattr(term, "needs_maps", False)
         if hasattr(term, "extend_student") or (reads(config.objective) if callable(reads) else reads):
-            yield terms, f"{name!r} reads the last map of a classifier, which a region does not have"
+            yield setting, "it reads the last map of a classifier, which a region does not have"
         if getattr(term, "additions", ()):
-            yield terms, f"{name!r} reads the number or a second view of a sample, which a region does not have"
+            yield setting, "it reads the number or a second view of a sample, which a region does not have"
