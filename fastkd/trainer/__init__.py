@@ -55,7 +55,14 @@ if TYPE_CHECKING:
         SRRLConfig,
         VIDConfig,
     )
-    from fastkd.trainer.objective.options.relations import CCConfig, CRDConfig, PKTConfig, RKDConfig, SPConfig
+    from fastkd.trainer.objective.options.relations import (
+        CCConfig,
+        CRDConfig,
+        InfoNCEConfig,
+        PKTConfig,
+        RKDConfig,
+        SPConfig,
+    )
     from fastkd.trainer.objective.terms.registry import TERMS
     from fastkd.trainer.optim import OptimConfig
     from fastkd.trainer.pulse import RankLostError
@@ -84,7 +91,7 @@ _HOME = {
     "objective.options.logits": (
         *("CTKDConfig", "DISTConfig", "DKDConfig", "IPWDConfig", "LSKDConfig", "MLKDConfig", "WSLDConfig"),
     ),
-    "objective.options.relations": ("CCConfig", "CRDConfig", "PKTConfig", "RKDConfig", "SPConfig"),
+    "objective.options.relations": (*("CCConfig", "CRDConfig", "InfoNCEConfig", "PKTConfig", "RKDConfig", "SPConfig"),),
     "objective.options.maps": (
         *("ABConfig", "ATConfig", "FitNetConfig", "FTConfig", "NORMConfig", "NSTConfig", "OFDConfig"),
         *("ParaphraserConfig", "ReviewKDConfig", "SimKDConfig", "SRRLConfig", "VIDConfig"),
@@ -127,6 +134,7 @@ __all__ = [
     "FeatureModel",
     "FitNetConfig",
     "IPWDConfig",
+    "InfoNCEConfig",
     "KDConfig",
     "LSKDConfig",
     "MLKDConfig",

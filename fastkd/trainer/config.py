@@ -154,6 +154,8 @@ class TrainConfig:
                     f"{name}: got a module ({kind}), expected a ModelConfig; or train(config, {name}=module)"
                 )
             check_type(name, model, (ModelConfig, type(None)))
+            if model is not None and model.num_classes == 0 and self.task != "embeddings":
+                raise ValueError(f"{name}.num_classes: got 0 with the task {self.task!r}, expected at least 1")
         if self.student is not None:
             check_choice("student.dtype", self.student.dtype, ("fp32",))
             if self.student.fold:

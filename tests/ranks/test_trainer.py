@@ -49,7 +49,7 @@ def test_every_number_of_ranks_takes_the_same_steps(world_size: int, one_process
 SUMS = {
     "fused and maps": "10*ckd + pckd + msdcrd + kd + at + nst + vid + paraphraser",
     "logits": "dkd + 2*dist + lskd + wsld + 0.9*ctkd + 0.1*ce_strong + 0.9*mlkd",
-    "relations": "0.02*cc + 0.1*rkd + 100*pkt + 10*sp + 0.8*crd",
+    "relations": "0.02*cc + 0.1*rkd + 100*pkt + 10*sp + 0.8*crd + info_nce",
 }
 
 

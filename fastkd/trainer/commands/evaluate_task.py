@@ -99,7 +99,9 @@ def evaluate_task(
     if known is not None and found is not None and known != found:
         raise ValueError(f"data: has the classes {found[:10]}, expected those of {path} in their order: {known[:10]}")
     place = choose_device(device, config.precision)
-    wrapped = task.wrap(reopened.model, {}, True).to(place)
+    named = config.student
+    names = {} if named is None else {name: getattr(named, name) for name in ("classifier", "feature_map", "taps")}
+    wrapped = task.wrap(reopened.model, names, True).to(place)
     is_bytes = are_bytes(task.sample(reopened.eval_data))
     wrapped.take_images("bytes" if is_bytes else None, normalization_of(reopened.eval_data))
     loader = eval_loader(reopened.eval_data, reopened.data, place, collate=task.collate)

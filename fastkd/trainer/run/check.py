@@ -26,6 +26,15 @@ def origin_of(weights: str | Path) -> Origin:
     return Origin(manifest.get("classes"), input_of(manifest))
 
 
+def outputs_of(weights: str | Path | None) -> int | None:
+    """``num_classes`` of the student that a checkpoint or a run trained. None where that is not known."""
+    if weights is None or not Path(weights).is_dir():
+        return None
+    student = read_manifest(find_checkpoint(weights))["config"].get("student") or {}
+    outputs: int | None = student.get("num_classes")
+    return outputs
+
+
 def input_of(manifest: dict[str, Any]) -> dict[str, Any]:
     """How the images of a checkpoint's run were made for its student, as ``Origin.input``."""
     found: dict[str, Any] = dict(zip(("mean", "std"), manifest.get("normalization") or (), strict=False))

@@ -27,7 +27,7 @@ from fastkd.trainer.objective.objective import additions_of
 from fastkd.trainer.objective.terms.base import TermFunction
 from fastkd.trainer.precision import DTYPES
 from fastkd.trainer.ranks import Ranks
-from fastkd.trainer.run.check import check_classes, origin_of
+from fastkd.trainer.run.check import check_classes, origin_of, outputs_of
 from fastkd.trainer.run.distiller import (
     Distiller,
     build_distiller,
@@ -99,6 +99,8 @@ def with_classes(
             continue
         if saved is not None:
             chosen = (saved.get(role) or {}).get("num_classes")
+        elif classes == 0 and (model.pretrained or model.weights):
+            chosen = outputs_of(model.weights)  # an encoder may be a classifier's
         else:
             chosen = classes if takes_classes(model) and not (role == "teacher" and model.pretrained) else None
         config = replace(config, **{role: replace(model, num_classes=chosen)})
@@ -137,6 +139,7 @@ def build_models(
         terms=terms,
         tell=told.append,
     ).to(device)
+    task.teacher = distiller.teacher
     if not resumed:
         told += load_paraphraser(distiller, config.objective.ft.paraphraser)
     sets = (data.train_set, data.eval_set)
@@ -144,7 +147,8 @@ def build_models(
     note = getattr(data.train_set, "note", None)
     if teacher is None and config.teacher is not None and config.teacher.weights is not None:
         origin = origin_of(config.teacher.weights)
-        check_classes(config.teacher.weights, origin, names_of_classes(data.train_set))
+        if distiller.classes:
+            check_classes(config.teacher.weights, origin, names_of_classes(data.train_set))
         mean, std = origin.input.get("mean"), origin.input.get("std")
         if config.teacher.normalization is None and mean and std and normalization_of(data.train_set) is not None:
             config = replace(config, teacher=replace(config.teacher, normalization=(mean, std)))

@@ -41,10 +41,12 @@ class Task:
     """The base of all tasks; ``fastkd.trainer.tasks.classification`` is the default one.
 
     ``metric`` is the key of ``evaluate``'s values by which checkpoints are compared. ``title`` is what people call it.
+    ``teacher`` is the run's frozen teacher, once the models are built.
     """
 
     metric: ClassVar[str]
     title: ClassVar[str]
+    teacher: nn.Module | None = None
 
     def __init__(self, config: TrainConfig) -> None:
         """Raises ValueError for settings that do not go with the task."""
