@@ -31,7 +31,7 @@ SCORE = 0.5  # the least of a box that is drawn
 BOXES = 30  # the most that are drawn of one model in an image
 JPEG_BYTES = 22_000  # the most of an image, so that all of them fit in 300 kB with their boxes
 _SIZES = ((640, 85), (480, 80), (360, 75), (240, 65), (160, 40))  # longest side and quality, until the image fits
-ANNOTATED, TEACHER = PALETTE[7], PALETTE[6]  # no run has these colours
+ANNOTATED, TEACHER = PALETTE[5], PALETTE[6]  # which the first runs do not have
 
 
 @dataclass
