@@ -20,7 +20,7 @@ from fastkd.trainer.data.coco.reader import CocoImages, load_coco
 from fastkd.trainer.data.coco.shapes import make_shapes
 from fastkd.trainer.data.datasets import build_datasets, names_of_classes
 from fastkd.trainer.data.loader import draws_nothing, eval_loader, fetch_seeded, train_loader
-from tests.helpers.coco import CATEGORIES, box, write_part
+from tests.helpers.images import CATEGORIES, box, write_part
 
 CPU = torch.device("cpu")
 SIZES = {7: (60, 80), 2: (50, 50), 900000000001: (40, 120), 5: (64, 64)}
@@ -98,9 +98,10 @@ def test_another_layout_a_limit_and_names_that_occur_twice(root: Path, tmp_path:
     content["annotations"].reverse()
     (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
     assert read(tmp_path, **names)[0].labels_sha256 == whole
-    content["annotations"][0]["bbox"][0] += 0.5
-    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
-    assert read(tmp_path, **names)[0].labels_sha256 != whole
+    for change in ({"bbox": [11, 20, 30, 16]}, {"area": 201}, {"category_id": 4}):
+        other = {**content, "annotations": [{**content["annotations"][0], **change}, *content["annotations"][1:]]}
+        (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(other))
+        assert read(tmp_path, **names)[0].labels_sha256 != whole
 
 
 def changed(**changes: Any) -> Callable[[dict[str, Any]], None]:
@@ -214,7 +215,7 @@ def white(image: torch.Tensor) -> list[int]:
 def test_boxes_follow_their_images_through_scaling_and_mirroring(tmp_path: Path) -> None:
     boxes = [box(number, number, 3, (8, 4, 9, 20)) for number in (1, 2, 3)]
     for part in ("train", "val"):
-        write_part(tmp_path, part, {1: (60, 90), 2: (40, 20), 3: (30, 300)}, boxes)
+        write_part(tmp_path, part, {1: (60, 90), 2: (40, 20), 3: (31, 300)}, boxes)
     random.seed(0)
     seen = set()
     train, val = read(tmp_path, short_side=(64, 96, 30), max_side=150)
@@ -225,18 +226,18 @@ def test_boxes_follow_their_images_through_scaling_and_mirroring(tmp_path: Path)
                 assert white(image) == pytest.approx(target["boxes"][0].tolist(), abs=1.01), (index, image.shape)
                 wide, high = target["scale"].tolist()
                 height, width = image.shape[-2:]
-                assert (height, width) == (round([60, 40, 30][index] * high), round([90, 20, 300][index] * wide))
+                assert (height, width) == (round([60, 40, 31][index] * high), round([90, 20, 300][index] * wide))
                 mirrored = abs(float(target["boxes"][0, 0]) - 8 * wide) > 1
                 seen.add((count == 40, index, height, width, mirrored))
     expected = {
         (0, 64, 96), (0, 96, 144), (0, 30, 45),
         (1, 128, 64), (1, 150, 75), (1, 60, 30),
-        (2, 15, 150),
+        (2, 16, 150),
     }  # fmt: skip
     mirrors = {size[1:4] for size in seen if size[0] and size[4]}
     assert {size[1:4] for size in seen if size[0]} == mirrors == expected
     # In evaluation there is one size, the largest, and nothing is drawn.
-    assert {size[1:] for size in seen if not size[0]} == {(0, 96, 144, False), (1, 150, 75, False), (2, 15, 150, False)}
+    assert {size[1:] for size in seen if not size[0]} == {(0, 96, 144, False), (1, 150, 75, False), (2, 16, 150, False)}
     assert [val[index][2] for index in range(3)] == [0, 1, 2]
 
 
@@ -284,6 +285,8 @@ def test_a_batch_is_padded_to_multiples_of_32_and_survives_its_way_from_a_worker
     sent: DetectionBatch = pickle.loads(pickle.dumps(batch))
     assert (sent.sizes, sent.seeds) == (batch.sizes, batch.seeds)
     assert torch.equal(sent.images, batch.images)
+    # Loader processes would open a file for each tensor.
+    assert all(type(value) is np.ndarray for target in batch.__getstate__()["targets"] for value in target.values())
     moved = sent.to("meta")
     assert len(moved) == len(sent) == 2
     for one, other, far in zip(sent.targets, batch.targets, moved.targets, strict=True):
@@ -305,7 +308,8 @@ def test_an_image_that_is_broken_or_has_another_size_is_replaced_with_its_boxes(
     rotated.save(tmp_path / "train" / "2.png")
     train, val = read(tmp_path, max_broken=2)
     with pytest.warns(RuntimeWarning) as told:
-        assert int(train[0][1]["image_id"]) == 3
+        _, target, _ = train[0]
+    assert (int(target["image_id"]), target["boxes"].shape) == (3, (1, 4))
     assert len(told) == 2
     assert "has 40 x 60 pixels, the annotations say 60 x 40" in str(told[1].message)
     assert train.broken == 2
@@ -328,6 +332,7 @@ def test_shapes_are_drawn_in_their_boxes_the_same_for_a_seed(tmp_path: Path, mon
     first, second, other = ([path.read_bytes() for path in sorted((folder / "train").iterdir())] for folder in folders)
     assert first[:6] == second
     assert not set(second) & set(other)
+    assert not set(first) & {path.read_bytes() for path in (folders[0] / "val").iterdir()}
     train, val = read(folders[0], short_side=(128,), flip=0)
     assert (len(train), len(val), train.classes) == (12, 4, ["circle", "square", "triangle", "cross"])
     labels = torch.cat([train[index][1]["labels"] for index in range(12)])

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from fastkd.trainer.batches import DetectionBatch, collate_detection
 from fastkd.trainer.models.build import ModelConfig, build_model, trained_normalization
+from fastkd.trainer.models.detection import build
 from fastkd.trainer.models.detection.build import NUMBERS, faster_rcnn, published_detector, set_classes
 from fastkd.trainer.models.detection.model import DetectorModel
 from fastkd.trainer.models.detection.sampler import SeededSampler
@@ -169,6 +171,15 @@ def test_a_batch_without_objects_trains() -> None:
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_an_image_in_which_nothing_is_proposed_is_one_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = detector()
+    given = batch(((64, 64), (50, 40)))
+    nothing = [torch.zeros(0, 4), torch.zeros(0, 4)]
+    monkeypatch.setattr(model.model.rpn, "filter_proposals", lambda *_: (nothing, None))
+    boxes = model(given).regions.boxes
+    assert boxes[1].tolist() == [[0, 0, 40, 50]]
+
+
 def test_boxes_are_exact_under_autocast() -> None:
     """In bfloat16 they would have 8 bits."""
     model = detector().eval()
@@ -243,6 +254,22 @@ def test_weights_have_torchvisions_names() -> None:
     }
 
 
+def test_norms_of_published_detectors_are_frozen_as_published() -> None:
+    with torch.device("meta"):
+        first, second = (published_detector(f"fasterrcnn_resnet50_fpn{version}") for version in ("", "_v2"))
+    frozen = [module for module in first.modules() if isinstance(module, FrozenBatchNorm2d)]
+    assert len(frozen) == 53
+    assert {module.eps for module in frozen} == {0.0}
+    assert not any(isinstance(module, FrozenBatchNorm2d) for module in second.modules())
+
+
+def test_images_are_normalised_as_the_backbones_weights_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = build.small_body()._replace(mean=MEAN, std=STD)
+    monkeypatch.setattr(build, "timm_body", lambda name, pretrained: body)
+    config = ModelConfig(name="faster-rcnn:timm:resnet10t", pretrained=True)
+    assert trained_normalization(config, build_model(config)) == (MEAN, STD)
+
+
 def test_published_weights_are_cut_to_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of torchvision's 91 outputs those of COCO's classes stay, or new ones take their place."""
     name = "fasterrcnn_mobilenet_v3_large_320_fpn"
@@ -283,7 +310,7 @@ def test_set_classes_without_gaps() -> None:
         ("faster-rcnn:small", {"fpn_channels": 0}, "fpn_channels: got 0"),
         ("faster-rcnn:small", {"norm": "layer"}, "norm: got 'layer', expected 'batch' or 'group'"),
         ("torchvision:fasterrcnn_resnet50", {}, "expected a Faster R-CNN of torchvision"),
-        ("torchvision:fasterrcnn_resnet50_fpn", {"num_classes": None}, "num_classes: got None"),
+        ("torchvision:fasterrcnn_resnet50_fpn", {"num_classes": 1}, "num_classes: got 1"),
     ],
 )
 def test_an_unsuitable_name_or_option_is_one_line(name: str, options: dict[str, Any], message: str) -> None:

@@ -149,7 +149,7 @@ def evaluated_detector(rank: int, world_size: int) -> Any:
     from tests.tasks.test_average_precision import results_of
 
     def scores(results: Any) -> Any:
-        return [found["scores"].tolist() for found, _ in results], {1: float(rank)}
+        return [found["scores"].tolist() for found, _ in results], {1: (float(rank), 2)}
 
     patches.setattr(evaluation, "average_precision", scores)
     return results_of(rank, world_size, Ranks(rank, world_size))

@@ -165,7 +165,7 @@ def _build(config: ModelConfig, role: str, manifest: Path, trust_code: bool) -> 
 
 
 def is_known_model(name: str) -> bool:
-    """Whether ``name`` can build nothing but a model of timm or torchvision, a detector, or a class of our own networks."""
+    """Whether ``name`` builds nothing but a model of timm or torchvision, a detector, or one of our own networks."""
     source, _, attribute = current_name(name).rpartition(":")
     # Looked up without following dots, and not what the module merely imports: nets:nn.functional... reaches anything.
     ours = {module.__name__: module for module in (nets, cifar_nets)}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from fastkd.trainer.imports import import_object
+from fastkd.trainer.models.published import torchvision_weights
 from fastkd.validate import check_choice, check_int, check_number, check_type
 
 DETECTOR = "faster-rcnn"  # what the names of our detectors begin with
@@ -208,17 +209,6 @@ def _told_if_offline(config: ModelConfig, role: str) -> Iterator[None]:
             f"{role}.pretrained: the weights of {config.name!r} cannot be downloaded ({reason}); without a network "
             f"give a local file: {flag}"
         ) from error
-
-
-def torchvision_weights(name: str) -> Any:
-    """The published weights of torchvision that ``NAME`` or ``NAME.WEIGHTS`` means. ValueError if there are none."""
-    import torchvision
-
-    model, _, tag = name.partition(".")
-    published = torchvision.models.get_model_weights(model)
-    if tag and tag not in published.__members__:
-        raise ValueError(f"model.name: got 'torchvision:{name}', expected weights among {list(published.__members__)}")
-    return published[tag] if tag else published.DEFAULT
 
 
 def trained_normalization(config: ModelConfig, model: nn.Module) -> Normalization | None:

@@ -54,17 +54,17 @@ def detection_teacher() -> TrainConfig:
 
 
 def detection() -> TrainConfig:
-    """Your own images with boxes, distilled by DCD from a teacher: ``--teacher.weights RUN``.
+    """Your own images with boxes, distilled by DCD from the run of ``detection-teacher``.
 
-    The rows that are distilled are the regions of interest of the student, background included; ``--detection.regions
-    foreground`` takes those with an object. Other methods: ``--objective.terms "dcd + kd"``, or ``fitnet`` and
-    ``reviewkd`` on the levels of the feature pyramid. The student has 56,000 parameters. The other settings are ours,
-    and the same as in ``detection-teacher``.
+    ``--teacher.weights RUN`` names another run. The rows that are distilled are the student's regions of interest,
+    background included; ``--detection.regions foreground`` takes those with an object. Other methods:
+    ``--objective.terms "dcd + kd"``, or ``fitnet`` and ``reviewkd`` on the levels of the feature pyramid. The student
+    has 56,000 parameters. The other settings are ours, and the same as in ``detection-teacher``.
     """
     return replace(
         detection_teacher(),
         student=SMALL_STUDENT,
-        teacher=SMALL_TEACHER,
+        teacher=replace(SMALL_TEACHER, weights="runs/detection-teacher"),
         objective=ObjectiveConfig(terms="dcd"),
         epochs=24,
         run_dir="runs/detection",
@@ -83,14 +83,18 @@ _SCHEDULE = OptimConfig(
 )
 
 
-def _coco(name: str, student: str, terms: str, **options: Any) -> TrainConfig:
-    """A detector on COCO in ``coco/``, as it is unpacked. The defaults are those of the table's pairs."""
-    own = ModelConfig(name=student, pretrained=True, options={"frozen_norm": True, "frozen_stages": 1, **options})
+def _coco(name: str, backbone: str, terms: str) -> TrainConfig:
+    """A detector on COCO in ``coco/``, as it is unpacked, that begins with torchvision's weights of the backbone."""
+    student = ModelConfig(
+        name=f"faster-rcnn:torchvision:{backbone}.IMAGENET1K_V1",
+        pretrained=True,
+        options={"frozen_norm": True, "frozen_stages": 1},
+    )
     layout = {"train": "train2017", "val": "val2017", "annotations": "annotations/instances_{part}.json"}
     sides = (640, 672, 704, 736, 768, 800)
     return TrainConfig(
         task="detection",
-        student=own,
+        student=student,
         data=DataConfig(
             name="coco",
             options={"root": "coco", **layout, "short_side": sides},
@@ -110,20 +114,19 @@ def _coco(name: str, student: str, terms: str, **options: Any) -> TrainConfig:
 def coco_r101_teacher() -> TrainConfig:
     """ResNet-101 with a feature pyramid on COCO, the teacher of ``coco-r101-r18`` and ``coco-r101-r50``.
 
-    torchvision publishes no such detector. The network is torchvision's Faster R-CNN on its ResNet-101, and the schedule
-    is that of the students, for which mdistiller takes Detectron2's file of a schedule three times as long. So this
-    teacher is weaker than theirs (42.0 mAP).
+    torchvision publishes no such detector, and this recipe is ours. The network is torchvision's Faster R-CNN on its
+    ResNet-101. The schedule is that of the students. mdistiller's teacher is Detectron2's, which was trained three
+    times as long (42.0 mAP), so this one is weaker.
     """
-    return _coco("coco-r101-teacher", "faster-rcnn:torchvision:resnet101.IMAGENET1K_V1", "detector")
+    return _coco("coco-r101-teacher", "resnet101", "detector")
 
 
-def _pair(name: str, student: str, teacher: ModelConfig) -> TrainConfig:
+def _pair(name: str, student: str, teacher: ModelConfig | None = None) -> TrainConfig:
+    """``teacher``: None is the one that ``coco-r101-teacher`` trains."""
+    trained = coco_r101_teacher()
+    if teacher is None and trained.student is not None:
+        teacher = replace(trained.student, weights=trained.run_dir)
     return replace(_coco(name, student, "dcd"), teacher=teacher)
-
-
-_RESNET101 = ModelConfig(
-    name="faster-rcnn:torchvision:resnet101", options={"frozen_norm": True}, weights="runs/coco-r101-teacher"
-)
 
 
 def coco_r101_r18() -> TrainConfig:
@@ -134,19 +137,23 @@ def coco_r101_r18() -> TrainConfig:
     175,904 steps. These choices are ours: DCD at weight 1 on all regions, torchvision's Faster R-CNN in place of
     Detectron2's, bf16, and a teacher from ``coco-r101-teacher``, which has to be trained first.
     """
-    return _pair("coco-r101-r18", "faster-rcnn:torchvision:resnet18.IMAGENET1K_V1", _RESNET101)
+    return _pair("coco-r101-r18", "resnet18")
 
 
 def coco_r101_r50() -> TrainConfig:
-    """ResNet-101 -> ResNet-50 on COCO by DCD: a pair of table 4 of arXiv 2407.11802, otherwise as coco-r101-r18."""
-    return _pair("coco-r101-r50", "faster-rcnn:torchvision:resnet50.IMAGENET1K_V1", _RESNET101)
+    """ResNet-101 -> ResNet-50 on COCO by DCD: a pair of table 4 of arXiv 2407.11802.
+
+    The settings are ours and mdistiller's, as for coco-r101-r18.
+    """
+    return _pair("coco-r101-r50", "resnet50")
 
 
 def coco_r50_mobilenetv2() -> TrainConfig:
-    """ResNet-50 -> MobileNetV2 on COCO by DCD: a pair of table 4 of arXiv 2407.11802, otherwise as coco-r101-r18.
+    """ResNet-50 -> MobileNetV2 on COCO by DCD: a pair of table 4 of arXiv 2407.11802.
 
-    The teacher is torchvision's ``fasterrcnn_resnet50_fpn_v2`` with its published weights (46.7 mAP), which is our
-    choice: mdistiller's is Detectron2's (40.2 mAP).
+    The settings are ours and mdistiller's, as for coco-r101-r18. The teacher is torchvision's
+    ``fasterrcnn_resnet50_fpn_v2`` with its published weights (46.7 mAP), which is our choice. mdistiller's is
+    Detectron2's (40.2 mAP).
     """
     teacher = ModelConfig(name="torchvision:fasterrcnn_resnet50_fpn_v2", pretrained=True, min_accuracy=0.44)
-    return _pair("coco-r50-mv2", "faster-rcnn:torchvision:mobilenet_v2.IMAGENET1K_V1", teacher)
+    return _pair("coco-r50-mv2", "mobilenet_v2", teacher)

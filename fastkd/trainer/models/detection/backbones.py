@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from fastkd.trainer.models.published import torchvision_weights
+
 STRIDES = (4, 8, 16, 32)
 _SIDE = 128  # of the image that tells a network's strides
 
@@ -20,8 +22,8 @@ Norm = Callable[[int], nn.Module] | None
 class Body(NamedTuple):
     """A network that gives maps from fine to coarse, as a list or a dict.
 
-    ``channels`` and ``strides`` are those of its last maps, which are used. ``mean`` and ``std`` are those of the images
-    that its published weights were trained with, None without such weights.
+    ``channels`` and ``strides`` are those of its last maps, which are used. ``mean`` and ``std`` normalise
+    the images as its published weights want it. They are None without such weights.
     """
 
     network: nn.Module
@@ -131,8 +133,6 @@ def torchvision_body(name: str, pretrained: bool = False) -> Body:
     """
     import torchvision
 
-    from fastkd.trainer.models.build import torchvision_weights
-
     known, _, _ = name.partition(".")
     if known not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(f"got 'torchvision:{name}', expected a classifier of torchvision")
@@ -174,7 +174,8 @@ def _chain(model: nn.Module) -> nn.Module:
         if isinstance(getattr(model, name, None), nn.Sequential):
             return model.get_submodule(name)
     if hasattr(model, "trunk_output"):  # RegNet
-        return nn.Sequential(OrderedDict([("stem", model.stem), *model.trunk_output.named_children()]))
+        stages = model.get_submodule("trunk_output").named_children()
+        return nn.Sequential(OrderedDict([("stem", model.get_submodule("stem")), *stages]))
     return model
 
 

@@ -22,6 +22,7 @@ from fastkd.trainer.models.detection.backbones import (
     timm_body,
     torchvision_body,
 )
+from fastkd.trainer.models.published import torchvision_weights
 from fastkd.validate import check_int, check_type
 
 # What torchvision's FasterRCNN takes as numbers: how many regions are proposed, sampled and kept.
@@ -30,13 +31,15 @@ NUMBERS = tuple(
     for name, parameter in inspect.signature(FasterRCNN.__init__).parameters.items()
     if name.startswith(("rpn_", "box_")) and isinstance(parameter.default, int | float)
 )
+COCO = 81  # outputs for COCO's 80 classes and the background
+GAP = "N/A"  # torchvision's name of a number that stands for no category
 _BACKBONES = "'timm:NAME', 'torchvision:NAME' or 'small'"
 
 
 def faster_rcnn(
     backbone: str,
     *,
-    num_classes: int | None = None,
+    num_classes: int = COCO,
     pretrained: bool = False,
     v2: bool = False,
     fpn_channels: int = 256,
@@ -59,19 +62,20 @@ def faster_rcnn(
 
     Args:
         backbone: ``timm:NAME``, ``torchvision:NAME`` or ``small``, a small network for small images.
-        num_classes: C + 1, where the first one is the background.
+        num_classes: C + 1, where the first one is the background. In a run it comes from the data.
         pretrained: begin with the published weights of the backbone.
         v2: the heads of ``fasterrcnn_resnet50_fpn_v2``: two convolutions that propose, four convolutions with batch
             norm and a linear layer in the box head, and batch norm in the pyramid.
         fpn_channels: channels of the pyramid's levels.
         head_width: the width D of the box head, whose output are the features that are distilled.
         roi_size: positions of a pooled region along each side.
-        anchor_sizes: sides of the anchors in pixels, one per level of the pyramid. None: eight times the level's stride.
+        anchor_sizes: sides of the anchors in pixels, one per level. None: eight times the level's stride.
         aspect_ratios: heights of the anchors divided by their widths.
         frozen_stages: this many stages of the backbone are not trained, nor what is before them.
             torchvision freezes one where it begins with published weights.
         frozen_norm: the batch norms of the backbone keep their statistics and weights.
-        width, depth, norm: of the backbone ``small``: channels of the first map, number of maps, ``batch`` or ``group``.
+        width, depth, norm: of the backbone ``small``: channels of its first map, number of its maps, ``batch`` or
+            ``group``.
         numbers: those of torchvision's FasterRCNN whose names begin with ``rpn_`` or ``box_``, such as
             ``box_batch_size_per_image``, the number of regions that are sampled of each image, 512.
 
@@ -84,8 +88,6 @@ def faster_rcnn(
         >>> model.roi_heads.box_predictor.cls_score
         Linear(in_features=64, out_features=5, bias=True)
     """
-    if num_classes is None:
-        raise ValueError("num_classes: got None, expected the number of classes and one for the background")
     check_int("num_classes", num_classes, 2)
     for name, number in (("fpn_channels", fpn_channels), ("head_width", head_width), ("roi_size", roi_size)):
         check_int(name, number, 1)
@@ -110,7 +112,7 @@ def faster_rcnn(
         box_head = FastRCNNConvFCHead(shape, [fpn_channels] * 4, [head_width], norm_layer=nn.BatchNorm2d)
     pyramid = PyramidBackbone(body, fpn_channels, nn.BatchNorm2d if v2 else None)
     freeze(pyramid, frozen_stages, frozen_norm)
-    return FasterRCNN(
+    model = FasterRCNN(
         pyramid,
         rpn_anchor_generator=anchors,
         rpn_head=RPNHead(fpn_channels, anchors.num_anchors_per_location()[0], conv_depth=2 if v2 else 1),
@@ -121,6 +123,9 @@ def faster_rcnn(
         image_std=body.std,
         **numbers,
     )
+    if hasattr(body.network, "pretrained_cfg"):
+        model.pretrained_cfg = body.network.pretrained_cfg  # as timm's models have it
+    return model
 
 
 def _body(backbone: str, pretrained: bool, width: int, depth: int, norm: str) -> Body:
@@ -136,12 +141,12 @@ def _body(backbone: str, pretrained: bool, width: int, depth: int, norm: str) ->
     return small_body(width, depth, norm)
 
 
-def published_detector(name: str, *, num_classes: int | None = None, pretrained: bool = False, **options: Any) -> Any:
+def published_detector(name: str, *, num_classes: int = COCO, pretrained: bool = False, **options: Any) -> Any:
     """A ``fasterrcnn_...`` of torchvision, with its weights for COCO if ``pretrained``.
 
     As published, the batch norms of the backbone are frozen, but for those of the version 2. With the published weights
-    and no ``num_classes``, or the 81 of COCO, the outputs are those of COCO's 80 classes in the order of their numbers.
-    torchvision's have 91, of which ten mean nothing. Another ``num_classes`` gives a new last layer for other classes.
+    and 81 outputs, they are those of COCO's 80 classes in the order of their numbers. torchvision's have 91, ten of
+    which mean nothing. Another ``num_classes`` gives a new last layer for other classes.
 
     Args:
         name: ``fasterrcnn_...``, or that with ``.WEIGHTS``.
@@ -155,8 +160,6 @@ def published_detector(name: str, *, num_classes: int | None = None, pretrained:
     """
     import torchvision
 
-    from fastkd.trainer.models.build import torchvision_weights
-
     known, _, _ = name.partition(".")
     if known not in torchvision.models.list_models(module=torchvision.models.detection, include="fasterrcnn*"):
         raise ValueError(f"got {name!r}, expected a Faster R-CNN of torchvision")
@@ -164,22 +167,18 @@ def published_detector(name: str, *, num_classes: int | None = None, pretrained:
     frozen_stages = options.pop("frozen_stages", 0)
     if unknown := sorted(set(options) - set(NUMBERS)):
         raise ValueError(f"got the option {unknown[0]!r}, which a detector does not have; expected some of {NUMBERS}")
-    outputs = num_classes or (_named(pretrained and torchvision_weights(name)) if pretrained else None)
-    if outputs is None:
-        raise ValueError("num_classes: got None, expected the number of classes and one for the background")
-    if not pretrained:
-        model = torchvision.models.get_model(known, weights=None, weights_backbone=None, num_classes=outputs, **options)
-    else:
-        weights = torchvision_weights(name)
-        categories = weights.meta["categories"]
-        model = torchvision.models.get_model(
-            known, weights=None, weights_backbone=None, num_classes=len(categories), **options
-        )
+    weights = torchvision_weights(name) if pretrained else None
+    categories = [] if weights is None else weights.meta["categories"]
+    check_int("num_classes", num_classes, 2)
+    bare: dict[str, Any] = {"weights": None, "weights_backbone": None}
+    model = torchvision.models.get_model(known, num_classes=len(categories) or num_classes, **bare, **options)
+    if weights is not None:
         # Those of frozen norms have no count of batches.
         found = model.load_state_dict(weights.get_state_dict(check_hash=True), strict=False)
         wrong = [key for key in found.missing_keys if not key.endswith("num_batches_tracked")]
-        assert not wrong and not found.unexpected_keys, (wrong, found.unexpected_keys)
-        set_classes(model, outputs, categories)
+        wrong += found.unexpected_keys
+        assert not wrong, wrong
+        set_classes(model, num_classes, categories)
     freeze(model.backbone, frozen_stages, frozen_norm)
     if frozen_norm and known == "fasterrcnn_resnet50_fpn":  # whose weights were trained so
         for module in model.modules():
@@ -188,15 +187,11 @@ def published_detector(name: str, *, num_classes: int | None = None, pretrained:
     return model
 
 
-def _named(weights: Any) -> int:
-    return len([name for name in weights.meta["categories"] if name != "N/A"])
-
-
 def set_classes(model: FasterRCNN, num_classes: int, categories: Sequence[str]) -> None:
     """Give the detector ``num_classes`` outputs: those of the ``categories`` that are not "N/A", or new ones."""
     old: Any = model.roi_heads.box_predictor
     new = FastRCNNPredictor(old.cls_score.in_features, num_classes)
-    kept = torch.tensor([place for place, name in enumerate(categories) if name != "N/A"])
+    kept = torch.tensor([place for place, name in enumerate(categories) if name != GAP])
     if num_classes == len(kept):
         for layer, before, values in ((new.cls_score, old.cls_score, 1), (new.bbox_pred, old.bbox_pred, 4)):
             rows = (kept[:, None] * values + torch.arange(values)).flatten()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class DetectorModel(FeatureModel):
     def like(self, module: nn.Module) -> DetectorModel:
         """The same wrapper around another module of this kind, such as a moving average."""
         other = DetectorModel(module, taps=self.tap_names, optional=self.optional)
-        other.channels_last, other.levels_read = self.channels_last, self.levels_read
+        other.channels_last = self.channels_last
         if self.conversion is not None:
             other.take_images(*self.conversion)
         return other
@@ -92,32 +93,31 @@ class DetectorModel(FeatureModel):
             "compile: got True for a detector, whose numbers of boxes change with every batch; expected False"
         )
 
-    def measure(
-        self, batch: DetectionBatch, *, feature_map: bool = False, taps: bool = False, preactivations: bool = False
-    ) -> ModelShapes:
+    def measure(self, images: Any, **reads: bool) -> ModelShapes:
         """The widths of features and logits and, with ``taps``, the shapes of the levels for images of this size.
 
-        Raises ValueError: a term needs a last feature map; there is no level of a name in ``taps``.
+        ``images`` is a ``DetectionBatch``. ``reads`` is what the terms read, as for ``measure_shapes``.
+
+        Raises ValueError: a term reads the last feature map, or there is no level of a name in ``taps``.
         """
-        if feature_map:
+        if reads.get("feature_map"):
             raise ValueError("objective.terms: a term reads the last feature map, and a detector has none for its rows")
         layer = self.classifier
         assert isinstance(layer, nn.Linear)
         shapes = ModelShapes(features=layer.in_features, classes=layer.out_features)
         self.levels_read = ()
-        if not taps:
+        if not reads.get("taps"):
             return shapes
-        with evaluating(self), self._precision(batch):
-            levels = self._levels(batch.to(layer.weight.device))
+        with evaluating(self), self._precision(images):
+            levels = self._levels(images.to(layer.weight.device))
         self.levels_read = self.tap_names or tuple(name for name in levels if name != POOL)
         if unknown := [name for name in self.levels_read if name not in levels]:
             raise ValueError(f"taps: got {unknown[0]!r}, expected levels of the feature pyramid: {' '.join(levels)}")
-        maps = tuple(tuple(levels[name].shape[1:]) for name in self.levels_read)
+        maps: tuple[Any, ...] = tuple(tuple(levels[name].shape[1:]) for name in self.levels_read)
         layers = tuple(f"level {name}" for name in self.levels_read)
-        found = TapShapes(  # type: ignore[arg-type]
-            maps=maps, stem=maps[0], preactivations=maps, layers=layers, norms=(None,) * len(maps), pooled=False
-        )
-        return ModelShapes(features=shapes.features, classes=shapes.classes, taps=found)
+        norms = (None,) * len(maps)
+        taps = TapShapes(maps=maps, stem=maps[0], preactivations=maps, layers=layers, norms=norms, pooled=False)
+        return replace(shapes, taps=taps)
 
     def forward(self, given: Any) -> Any:
         """See the class."""
@@ -153,8 +153,8 @@ class DetectorModel(FeatureModel):
         images = images.to(next(self.model.parameters()).dtype)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        levels = self.model.backbone(images)  # type: ignore[operator]
-        return levels if isinstance(levels, dict) else OrderedDict({"0": levels})
+        levels: Tensor | OrderedDict[str, Tensor] = self.model.backbone(images)  # type: ignore[operator]
+        return OrderedDict({"0": levels}) if isinstance(levels, Tensor) else levels
 
     def _look(self, levels: OrderedDict[str, Tensor], regions: Regions) -> tuple[DetectorOutput, Tensor]:
         """The rows of these regions and their box regression [R, 4 (C + 1)]."""

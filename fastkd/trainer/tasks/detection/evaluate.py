@@ -46,9 +46,10 @@ def evaluate(
     found in a crowd counts neither as right nor as wrong.
 
     Leaves ``model`` in eval mode. With several ``ranks`` the values cover the images of all ranks' loaders, and are
-    those of one process. ``per_class`` gets ``classes``, the names, ``samples``, the numbers of their boxes without
-    crowds, and ``scores``, their AP; it is None for a class of which there is no box. Once ``stop`` is requested the
-    remaining batches are left out, and the values mean nothing.
+    those of one process. Once ``stop`` is requested the remaining batches are left out, and the values mean nothing.
+
+    ``per_class`` gets ``classes``, the names; ``scores``, their AP; and ``samples``, the number of their boxes. The AP
+    of a class of which there is no box is None.
 
     Raises:
         ValueError: the evaluation set is empty, or has no box that is not a crowd.
@@ -77,10 +78,8 @@ def evaluate(
     values, by_label = ranks.on_main(lambda: average_precision(everything))
     if per_class is not None:
         names = names_of_classes(loader.dataset) or [str(label) for label in range(1, max(by_label) + 1)]
-        labels = range(1, len(names) + 1)
-        boxes = Counter(label for _, one in everything for label in one["labels"][one["iscrowd"] == 0].tolist())
-        per_class |= {"classes": names, "scores": [by_label.get(label) for label in labels]}
-        per_class["samples"] = [boxes[label] for label in labels]
+        known = [by_label.get(label, (None, 0)) for label in range(1, len(names) + 1)]
+        per_class |= {"classes": names, "scores": [ap for ap, _ in known], "samples": [boxes for _, boxes in known]}
     return values
 
 
@@ -89,7 +88,7 @@ def _in_pixels_on_disk(found: list[dict[str, Tensor]], batch: DetectionBatch) ->
     results = []
     for one, target in zip(found, batch.targets, strict=True):
         scale = target["scale"].cpu().repeat(2)
-        finding = {"boxes": one["boxes"].float().cpu() / scale, "scores": one["scores"].float().cpu()}
+        finding = {"boxes": one["boxes"].cpu() / scale, "scores": one["scores"].float().cpu()}
         finding["labels"] = one["labels"].cpu()
         there = {name: target[name].cpu() for name in ("labels", "iscrowd", "area")}
         there["boxes"] = target["boxes"].cpu() / scale
@@ -101,8 +100,11 @@ def _each(boxes: Boxes, function: Callable[[Any], Any]) -> Boxes:
     return {name: function(value) for name, value in boxes.items()}
 
 
-def average_precision(results: list[tuple[Boxes, Boxes]]) -> tuple[dict[str, float], dict[int, float]]:
-    """The values of ``evaluate``, and the AP of each label that has a box, of (what was found, what is there)."""
+def average_precision(results: list[tuple[Boxes, Boxes]]) -> tuple[dict[str, float], dict[int, tuple[float, int]]]:
+    """The values of ``evaluate``, and of each label that has a box its AP and the number of its boxes.
+
+    ``results`` are (what was found, what is there) of all images.
+    """
     from torchmetrics.detection import MeanAveragePrecision
 
     if not results:
@@ -118,9 +120,10 @@ def average_precision(results: list[tuple[Boxes, Boxes]]) -> tuple[dict[str, flo
         raise ValueError("eval_data: got no box of an object, expected at least one")
     # torchmetrics gives a single class without its axis.
     curves = found["precision"][:, :, :, 0, -1]  # [10 IoUs, 101 recalls, labels]; -1 where there is no box
+    boxes = Counter(itertools.chain.from_iterable(one["labels"][one["iscrowd"] == 0].tolist() for one in there))
     by_label = {
-        int(label): curve.mean().item()
-        for label, curve in zip(found["classes"].reshape(-1), curves.unbind(2), strict=True)
-        if curve.min() > -1
+        label: (curve.mean().item(), boxes[label])
+        for label, curve in zip(found["classes"].reshape(-1).tolist(), curves.unbind(2), strict=True)
+        if boxes[label]
     }
     return {name: value for name, value in values.items() if name in ALWAYS or value >= 0}, by_label

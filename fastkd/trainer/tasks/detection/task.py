@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastkd.trainer.batches import DetectionBatch, collate_detection
 from fastkd.trainer.config import TrainConfig
