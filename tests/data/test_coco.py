@@ -19,7 +19,7 @@ from fastkd.trainer.batches import DetectionBatch, collate_detection
 from fastkd.trainer.data.coco.reader import CocoImages, load_coco
 from fastkd.trainer.data.coco.shapes import make_shapes
 from fastkd.trainer.data.datasets import build_datasets, names_of_classes
-from fastkd.trainer.data.loader import draws_nothing, eval_loader, fetch_seeded, train_loader
+from fastkd.trainer.data.loader import draws_nothing, eval_loader, fetch_seeded, first_images, train_loader
 from tests.helpers.images import CATEGORIES, box, write_part
 
 CPU = torch.device("cpu")
@@ -355,3 +355,5 @@ def test_samples_are_read_by_their_numbers(root: Path) -> None:
     samples = fetch_seeded(train, [1, 0], np.array([5, 5]))
     assert [int(target["image_id"]) for _, target, _ in samples] == [900000000001, 7]
     assert samples[0][2] == samples[1][2]  # drawn from the same state
+    with pytest.raises(TypeError, match=r"train_data: gives images with boxes, expected \(images, labels\)"):
+        first_images(train)  # as classification asks for them

@@ -159,7 +159,10 @@ def draws_nothing(dataset: Any) -> bool:
 
 def first_images(dataset: Any) -> Tensor:
     """The first two images of a dataset as a batch. TypeError if its samples are not (image, label)."""
-    batch = collate(fetch(dataset, [0, 1 % len(dataset)]))
+    found = fetch(dataset, [0, 1 % len(dataset)])
+    if isinstance(found, list) and isinstance(found[0], tuple) and any(isinstance(part, dict) for part in found[0]):
+        raise TypeError("train_data: gives images with boxes, expected (images, labels), or --task detection")
+    batch = collate(found)
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[0], Tensor):
         got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
         raise TypeError(f"train_data: a batch of it is {got}, expected (images, labels)")
