@@ -181,7 +181,7 @@ def test_what_does_not_go_with_embeddings_is_said_before_the_run(tmp_path: Path,
     one = images()["eval_data"]
     sentences = {"student": TextEncoder(4), "teacher": TextEncoder(6)}
     sentences |= {"train_data": Sentences(20), "eval_data": Sentences(9, 20)}
-    deep = nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Flatten(2))
+    deep, deepest = nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Flatten(2)), SmallConvNet(0, width=3, depth=3)
     for changes, message in (
         ({"objective": ObjectiveConfig(terms="dcd + kd")},
          r"objective.terms: got 'kd' with the task 'embeddings', .* among ab, at, cc, dcd, .*info_nce, .*sp, vid$"),
@@ -193,6 +193,8 @@ def test_what_does_not_go_with_embeddings_is_said_before_the_run(tmp_path: Path,
          r"feature_map: got 'y' with the task 'embeddings', expected None"),
         ({"given": images(eval_data=TensorImages(one.images[:1], one.labels[:1]))}, r"eval_data: got 1 samples, exp"),
         ({"given": images(eval_data=TensorImages(one.images, torch.arange(20)))}, r"eval_data: got no label twice"),
+        ({"data": DataConfig(batch_size=17, drop_last=False), "given": images(student=deepest)},
+         r"data.batch_size: got 17 .* batch norm .*'features.7'"),
         ({"given": sentences, "chunks": 2}, r"chunks: got 2 with inputs of type dict, expected 1, or tensors"),
         ({"given": sentences, "objective": ObjectiveConfig(terms="sp")}, r"of feature maps with inputs of type dict"),
     ):  # fmt: skip

@@ -63,7 +63,8 @@ class Classification(Task):
         resumed: bool,
     ) -> None:
         check_rows(objective, batches)
-        self.classes = check_labels_and_chunks(self.config, student, objective, sample, batches, train_set, eval_set)
+        self.classes = check_chunks(self.config, student, sample, batches)
+        check_label_range(self.config, self.classes, objective, train_set, eval_set)
         if not resumed:
             check_outputs(self.classes, names_of_classes(train_set))
         self.mix = BatchMix(self.config.data, self.classes)
@@ -129,20 +130,11 @@ def check_rows(objective: Objective, batches: GlobalBatches) -> None:
             )
 
 
-def check_labels_and_chunks(
-    config: TrainConfig,
-    student: FeatureModel,
-    objective: Objective,
-    images: Tensor,
-    batches: GlobalBatches,
-    train_set: Any,
-    eval_set: Any,
-) -> int:
+def check_chunks(config: TrainConfig, student: FeatureModel, images: Tensor, batches: GlobalBatches) -> int:
     """The number of the student's outputs.
 
-    Raises ValueError for a label that the student has no class for, as far as the datasets expose their labels, and for
-    a chunk of one row, of which batch norm would get a single value per channel. Called with images that the student
-    can take, before its input, its precision and its layout are those of the run.
+    Raises ValueError for a chunk of one row, of which batch norm would get a single value per channel. Called with
+    images that the student can take, before its input, its precision and its layout are those of the run.
     """
     rows = batches.rows(len(batches) - 1) // batches.world_size  # the fewest of any rank
     rows //= min(config.chunks, rows)
@@ -153,6 +145,11 @@ def check_labels_and_chunks(
             f"drop_last={batches.drop_last} on {batches.world_size} rank(s), whose smallest chunk has one row, of "
             f"which batch norm ({single[0]!r} of the student) gets one value per channel; expected at least two rows"
         )
+    return classes
+
+
+def check_label_range(config: TrainConfig, classes: int, objective: Objective, train_set: Any, eval_set: Any) -> None:
+    """Raise ValueError for a label that the student has no class for, as far as the datasets expose their labels."""
     labelled = {"train_data": train_set, "eval_data": eval_set}
     if "ce" not in objective.weights:
         del labelled["train_data"]  # without cross-entropy its labels may mean anything
@@ -167,7 +164,6 @@ def check_labels_and_chunks(
                 f"student.num_classes: the student has {classes} classes, but {name} has the label {largest}; expected "
                 f"labels in [0, {classes}), or --student.num-classes {largest + 1}"
             )
-    return classes
 
 
 def check_outputs(outputs: int, names: list[str] | None) -> None:

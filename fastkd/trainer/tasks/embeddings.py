@@ -19,7 +19,7 @@ from fastkd.trainer.precision import autocast
 from fastkd.trainer.ranks import Ranks
 from fastkd.trainer.signals import StopRequest
 from fastkd.trainer.tasks.base import Rows, Task
-from fastkd.trainer.tasks.classification import check_rows
+from fastkd.trainer.tasks.classification import check_chunks, check_rows
 from fastkd.trainer.tasks.recall import nearest_of, recall, same_label
 from fastkd.validate import NO_LABEL
 
@@ -91,7 +91,9 @@ class Embeddings(Task):
         check_rows(objective, batches)
         if objective.additions:
             raise ValueError(f"objective.terms: got a term that reads {objective.additions} with the task 'embeddings'")
-        if self.config.chunks > 1 and not isinstance(sample, Tensor):
+        if isinstance(sample, Tensor):
+            check_chunks(self.config, student, sample, batches)
+        elif self.config.chunks > 1:
             kind = type(sample).__name__
             raise ValueError(f"chunks: got {self.config.chunks} with inputs of type {kind}, expected 1, or tensors")
         if len(eval_set) < 2:
