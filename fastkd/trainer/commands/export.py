@@ -117,7 +117,8 @@ def _write_detector(reopened: Reopened, path: Path, shape: tuple[int, ...] | Non
     except (RuntimeError, TypeError, IndexError) as error:  # torch.onnx.errors and onnxruntime's are RuntimeErrors
         reason = str(error).strip().partition("\n")[0]
         raise ExportError(
-            f"{path}: torch's exporter cannot follow this detector ({reason}); expected a name that ends in .safetensors"
+            f"{path}: torch's exporter cannot follow this detector ({reason}), expected a name that ends in "
+            ".safetensors"
         ) from error
     if not found[0] <= ONNX_TOLERANCE:
         raise ExportError(f"{path}: what it finds differs by {found[0]:.2g}, at most {ONNX_TOLERANCE} is right")

@@ -112,8 +112,8 @@ def reopen_teacher(reopened: Reopened, trust_code: bool = False) -> tuple[nn.Mod
     A teacher with published weights is read from the library's cache, or downloaded.
 
     Raises:
-        CheckpointError: the teacher was given as a module, its weights are not there or are no longer those that the run
-            was trained with, or it needs ``trust_code``.
+        CheckpointError: the teacher was given as a module, it needs ``trust_code``, or its weights are not there or are
+            no longer those that the run was trained with.
     """
     manifest, config, path = reopened.checkpoint.manifest, reopened.config.teacher, reopened.checkpoint.path
     if manifest.get("teacher_sha256") is None:

@@ -62,7 +62,8 @@ def write_run_report(
     is left out with a warning, and named on the page.
 
     The page of a detector has ``pictures`` of what it finds in some evaluation images. For these the models of its
-    newest checkpoint are rebuilt. ``trust_code`` allows their config to import and call any ``package.module:callable``.
+    newest checkpoint are rebuilt. ``trust_code`` allows their config to import and call any
+    ``package.module:callable``.
 
     Raises:
         ValueError: no run can be read, a folder is given twice, or ``out`` is no ``.html`` file.

@@ -1,4 +1,4 @@
-"""Pictures for the page about runs of detectors: evaluation images with the boxes of annotations, students and teachers.
+"""Pictures for the page about detectors: evaluation images with the boxes of annotations, students and teachers.
 
 The models are rebuilt from their checkpoints and look at a few images, on the CPU. What cannot be rebuilt or read is
 told on the page, and never keeps the rest of it from being written.
