@@ -86,8 +86,8 @@ def difference(one: Sequence[Tensor], other: Sequence[Tensor], side: int) -> flo
     For each box it is the distance to the nearest one of the same label: the largest of the differences of the four
     sides, divided by ``side``, and of the scores. It is infinite where there is none.
     """
-    points = [torch.cat([boxes / side, scores[:, None]], dim=1).double() for boxes, scores, _ in (one, other)]
-    distance = torch.cdist(*points, p=math.inf)
+    left, right = (torch.cat([boxes / side, scores[:, None]], dim=1).double() for boxes, scores, _ in (one, other))
+    distance = torch.cdist(left, right, p=math.inf)
     distance = distance.masked_fill(one[2][:, None] != other[2], math.inf)
     found = 0.0
     for by_row, scores in ((distance, one[1]), (distance.T, other[1])):

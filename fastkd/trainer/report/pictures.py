@@ -178,9 +178,8 @@ def _boxes(boxes: Tensor, image: Tensor, texts: list[str]) -> list[Box]:
     height, width = image.shape[-2:]
     found = []
     for (left, top, right, bottom), text in zip(boxes.float().tolist(), texts, strict=True):
-        across, down = 100 / width, 100 / height
-        sides = (left * across, top * down, (right - left) * across, (bottom - top) * down)
-        found.append(Box(*(round(side, 2) for side in sides), text))
+        x, y = round(left / width * 100, 2), round(top / height * 100, 2)
+        found.append(Box(x, y, round((right - left) / width * 100, 2), round((bottom - top) / height * 100, 2), text))
     return found
 
 
