@@ -25,6 +25,7 @@ usage: fastkd COMMAND ...
   eval CHECKPOINT    accuracy of a checkpoint or of the newest one of a run folder
   export CHECKPOINT OUT   its student as .safetensors or .onnx, checked
   probe CHECKPOINT   linear probe of its frozen features on other data
+  cache-teacher RECIPE --output FOLDER ...   run its teacher once, for several runs with --teacher.cache
   study NAME ...     a table or figure of a paper: a grid of runs, resumed, beside the published numbers
   shards --root FOLDER --out DIR   a folder of images as WebDataset shards, smaller if asked for
   report RUN ...     an HTML page about a run, or several compared, from their folders
@@ -39,6 +40,7 @@ _COMMANDS = {
     "eval": "fastkd.trainer.commands.evaluate_checkpoint:eval_command",
     "export": "fastkd.trainer.commands.export:export_command",
     "probe": "fastkd.trainer.commands.linear_probe:probe_command",
+    "cache-teacher": "fastkd.trainer.commands.cache_teacher:cache_teacher_command",
     "shards": "fastkd.trainer.commands.shards:shards_command",
     "report": "fastkd.trainer.report.page:report_command",
     "study": "fastkd.study.command:study_command",
@@ -99,7 +101,7 @@ def _run(command: str, arguments: list[str]) -> int:
     import tyro
 
     function = pkgutil.resolve_name(_COMMANDS[command])
-    if command in ("train", "study"):  # their flags depend on the recipe or the study
+    if command in ("train", "study", "cache-teacher"):  # their flags depend on the recipe or the study
         return function(arguments)
     from fastkd.trainer.commands.messages import errors_in_one_line
 

@@ -50,7 +50,7 @@ def measure_costs(configs: Mapping[str, TrainConfig]) -> dict[str, Cost]:
     }
 
 
-def timed(step: Callable[[], None]) -> float:
+def timed(step: Callable[[], object]) -> float:
     """The seconds that ``step`` takes, the work that it leaves to a GPU included."""
     _synchronize()
     begun = time.perf_counter()
@@ -84,6 +84,21 @@ def training_step(config: TrainConfig, rows: int | None = None) -> Callable[[], 
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # last, so that a step frees the gradients that it made
+
+    return step
+
+
+def teaching_step(config: TrainConfig, rows: int) -> Callable[[], int]:
+    """A function that runs the teacher alone on the images of ``training_step``; it returns the features' width."""
+    torch.manual_seed(config.seed)
+    device = choose_device(config.device, config.precision)
+    _, images, _ = _first_batch(config, rows)
+    distiller, images = build_bare(config, images).to(device), images.to(device)
+
+    def step() -> int:
+        output = distiller.teach(images)
+        assert output is not None
+        return output.features.shape[1]
 
     return step
 

@@ -38,6 +38,7 @@ class Options:
         out: the folder of the study, by default runs/NAME. The same command goes on in it.
         workers: processes that run cells at the same time; by default one per GPU, else one per core and at most four.
         device: auto, cpu, cuda, ...
+        cache_teacher: a folder for caches of the teachers, which are then run once for all methods of a seed.
         dry_run: say what would run, how long it takes and what is missing, and stop.
     """
 
@@ -47,6 +48,7 @@ class Options:
     out: Path | None = None
     workers: int | None = None
     device: str = "auto"
+    cache_teacher: Path | None = None
     dry_run: bool = False
 
     def __post_init__(self) -> None:

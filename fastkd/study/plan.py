@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fastkd.study import cached
 from fastkd.study.costs import timed, training_step
 from fastkd.study.grid import Cell, Job, Study
 from fastkd.study.jobs import Training
@@ -42,7 +43,7 @@ def plan(study: Study, folder: Path, workers: int) -> list[str]:
     reasons = [(f"not available: {job}", cell) for cell in left if isinstance(job := jobs[cell.place], str)]
     lines += _grouped(reasons)
     lines += missing(study, folder, [job for cell in ready if not isinstance(job := jobs[cell.place], str)])
-    return [*lines, *_times(study, folder, ready, jobs, workers)]
+    return [*lines, *_times(study, folder, ready, jobs, workers), *cached.lines(study, jobs, ROWS, STEPS)]
 
 
 def missing(study: Study, folder: Path, jobs: Iterable[Job]) -> list[str]:

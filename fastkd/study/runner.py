@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fastkd.study.cached import Caches, as_begun
 from fastkd.study.grid import Cell, Options, Study
 from fastkd.study.records import Record, check_same_settings, job_of, one_line, read_record, records
 from fastkd.trainer.files import FolderLock, replace_text
@@ -54,7 +55,7 @@ def run_cells(build: Build, options: Options, tell: Tell = print) -> int:
     left = [cell for cell in cells if _unfinished(folder / cell.place, begun)]
     workers = 1 if study.sequential else min(count_workers(options), len(left))
     if workers <= 1 or _alone():
-        return work(study, folder, begun, tell)
+        return work(study, folder, begun, tell, options.cache_teacher)
     context = multiprocessing.get_context("spawn")
     console = Console()
     shared = (workers, begun, tell is print and not console.is_terminal)  # a terminal has the bar instead of lines
@@ -105,7 +106,8 @@ def _worker(build: Build, options: Options, number: int, workers: int, begun: fl
     threading.Thread(target=_end_with_parent, daemon=True).start()
     study = build(options)
     with contextlib.suppress(KeyboardInterrupt):
-        work(study, folder_of(study, options), begun, partial(print, flush=True) if speaks else lambda line: None)
+        told = partial(print, flush=True) if speaks else lambda line: None
+        work(study, folder_of(study, options), begun, told, options.cache_teacher)
 
 
 def _end_with_parent() -> None:
@@ -116,12 +118,13 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)  # the run writes a checkpoint and ends
 
 
-def work(study: Study, folder: Path, begun: float, tell: Tell) -> int:
+def work(study: Study, folder: Path, begun: float, tell: Tell, cache_folder: Path | None = None) -> int:
     """Take one cell after the other until none is left; the signal that stopped a run, 0 if none did.
 
-    ``begun``: cells that failed before this time are run again.
+    ``begun``: cells that failed before this time are run again. ``cache_folder``: see ``Options.cache_teacher``.
     """
     cells = study.in_order_of_need()
+    caches = None if cache_folder is None else Caches(cache_folder, study, folder)
     while waiting := [cell for cell in cells if _unfinished(folder / cell.place, begun)]:
         for cell in waiting:
             before = [read_record(folder / other) for other in cell.after]
@@ -136,7 +139,7 @@ def work(study: Study, folder: Path, begun: float, tell: Tell) -> int:
                     break
                 lock.keep()
                 failed = next((record.error for record in before if record and record.status == "failed"), None)
-                stopped = _run(cell, folder, failed)
+                stopped = _run(cell, folder, failed, caches)
             if stopped:
                 return stopped
             record = read_record(folder / cell.place)
@@ -154,7 +157,7 @@ def _unfinished(place: Path, begun: float) -> bool:
     return record is None or (record.status == "failed" and record.at < begun)
 
 
-def _run(cell: Cell, study_folder: Path, failed: str | None) -> int:
+def _run(cell: Cell, study_folder: Path, failed: str | None, caches: Caches | None) -> int:
     """Run one cell and write its record; the signal that stopped it, else 0."""
     folder = study_folder / cell.place
     if failed is not None:
@@ -165,6 +168,10 @@ def _run(cell: Cell, study_folder: Path, failed: str | None) -> int:
         Record(status="failed", error=f"not available: {job}").write(folder)
         return 0
     try:
+        given = as_begun(job, folder) or (job if caches is None else caches.give(job))
+        if isinstance(given, int):
+            return given
+        job = given
         outcome = job.run(folder)
     except Exception as error:
         replace_text(folder / ERROR, traceback.format_exc())

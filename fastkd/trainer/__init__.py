@@ -12,6 +12,7 @@ from fastkd.trainer.extras import require_extras
 
 if TYPE_CHECKING:
     from fastkd.trainer.callbacks import Callback
+    from fastkd.trainer.commands.cache_teacher import cache_teacher
     from fastkd.trainer.commands.evaluate_checkpoint import EvalResult, evaluate_checkpoint, evaluate_model
     from fastkd.trainer.commands.evaluate_task import TaskResult, evaluate_task
     from fastkd.trainer.config import DetectionConfig, TrainConfig
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "callbacks": ("Callback",),
+    "commands.cache_teacher": ("cache_teacher",),
     "commands.evaluate_checkpoint": ("EvalResult", "evaluate_checkpoint", "evaluate_model"),
     "commands.evaluate_task": ("TaskResult", "evaluate_task"),
     "config": ("DetectionConfig", "TrainConfig"),
@@ -165,6 +167,7 @@ __all__ = [
     "VIDConfig",
     "WSLDConfig",
     "build_model",
+    "cache_teacher",
     "evaluate",
     "evaluate_checkpoint",
     "evaluate_model",

@@ -22,10 +22,12 @@ from fastkd.validate import check_choice, check_int, check_number, check_type
 # What may differ between a run and its resumption: nothing that changes what it computes. The teacher's file and the
 # data may have moved, because hashes of the weights and of the labels are compared. What the run began with may have
 # moved, because it is in the checkpoint. ``chunks`` only changes the order of sums; it may differ so that fewer GPUs
-# can take over. With more epochs the schedule follows the new total.
+# can take over. With more epochs the schedule follows the new total. A cache of the teacher may be used or dropped
+# where it is exact; ``Identity`` compares the dtype of one that is not.
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "resume_or_start", "keep", "max_skipped", "tensorboard", "progress", "quiet", "device"),
     *("log_every", "save_every_steps", "save_every_epochs", "chunks", "teacher.weights", "teacher.min_accuracy"),
+    "teacher.cache",
     *("data.options.root", "data.options.max_broken", "data.options.download", "data.eval_batch_size"),
     *("data.num_workers", "epochs", "track", "rank_timeout", "student.weights", "objective.ft.paraphraser"),
 )
@@ -48,6 +50,10 @@ class DetectionConfig:
     Attributes:
         regions: which of the student's sampled regions of interest are distilled: ``all``, those that match an object
             (``foreground``), or those that match none (``background``). The detector's own loss always takes all.
+
+    Example:
+        >>> DetectionConfig(regions="foreground")
+        DetectionConfig(regions='foreground')
     """
 
     regions: Literal["all", "foreground", "background"] = "all"
@@ -162,6 +168,8 @@ class TrainConfig:
                 raise ValueError("student.fold: got True, expected False: its batch norms are trained")
             if self.student.min_accuracy is not None:
                 raise ValueError(f"student.min_accuracy: got {self.student.min_accuracy}, expected None")
+            if self.student.cache is not None:
+                raise ValueError(f"student.cache: got {self.student.cache!r}, expected None: its features change")
         self._own_term()
         self._check_mix()
         check_seed("seed", self.seed)

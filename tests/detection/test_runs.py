@@ -39,6 +39,7 @@ def configured(root: Path, run_dir: Path, terms: str, **changes: Any) -> TrainCo
         ),
         "objective": ObjectiveConfig(terms=terms),
         "epochs": 2,
+        "eval_every": 2,
         "run_dir": str(run_dir),
         "quiet": True,
         "tensorboard": False,

@@ -100,6 +100,12 @@ def test_a_run_resumes_on_another_number_of_ranks(
     assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 19))
 
 
+def test_a_cache_that_two_ranks_have_written_gives_the_run_of_two_ranks(tmp_path: Path) -> None:
+    write_teacher(tmp_path / "teacher.safetensors")
+    files = [".lock", "epoch-0000.npy", "manifest.json"]
+    assert succeeded(run_ranks(2, programs.cached, str(tmp_path), timeout=60)) == [(True, files)] * 2
+
+
 def test_rank_0_alone_prints_and_writes(tmp_path: Path) -> None:
     results = succeeded(run(2, {"run_dir": str(tmp_path / "run"), "epochs": 1}))
     printed, other = (result["printed"] for result in results)

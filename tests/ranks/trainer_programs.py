@@ -142,6 +142,25 @@ def staged(rank: int, folder: str, resume: bool) -> list[tuple[str, bool]]:
     return [(str(result.path), result.already_finished) for result in train_stages(stages)]
 
 
+def cached(rank: int, folder: str) -> tuple[bool, list[str]]:
+    """Whether a run from the cache that all ranks have written has the bits of the run with its teacher; the files."""
+    from dataclasses import replace
+
+    from fastkd.trainer.commands.cache_teacher import cache_teacher
+    from fastkd.trainer.run.loop import train as run
+    from tests.helpers.trainer_runs import convolutional, same, tiny_config
+
+    torch.set_num_threads(1)
+    config = replace(
+        tiny_config(Path(folder), run_dir=None, epochs=1), data=replace(tiny_config(Path(folder)).data, batch_size=10)
+    )
+    cache_teacher(config, Path(folder) / "cache", dtype="float32", **convolutional())
+    assert config.teacher is not None
+    other = replace(config, teacher=replace(config.teacher, cache=str(Path(folder) / "cache")))
+    with_teacher, from_cache = (run(each, **convolutional()).distiller.state_dict() for each in (config, other))
+    return same(with_teacher, from_cache), sorted(path.name for path in Path(folder, "cache").iterdir())
+
+
 def evaluated_detector(rank: int, world_size: int) -> Any:
     """What ``evaluate`` of a detector gives on a rank; the precisions are replaced by the scores, in their order."""
     from fastkd.trainer.ranks import Ranks

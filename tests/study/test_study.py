@@ -16,12 +16,15 @@ import pytest
 from fastkd.cli import main
 from fastkd.study import aggregate, runner
 from fastkd.study.aggregate import entries, improvements, paired
+from fastkd.study.cached import as_begun, cache_key
 from fastkd.study.command import run_study
 from fastkd.study.grid import Cell, Options, Outcome, Study
-from fastkd.study.records import job_of, read_record
+from fastkd.study.plan import plan
+from fastkd.study.records import check_same_settings, job_of, read_record
 from fastkd.study.runner import run_cells
 from fastkd.study.studies import STUDIES
 from fastkd.study.studies.cifar import CifarOptions
+from fastkd.study.studies.digits import DigitsOptions, digits
 from fastkd.study.studies.pictures import class_means, correlation_differences, embeddings_of_logits
 from fastkd.study.studies.published import PAIRS, TABLE1
 from fastkd.trainer.files import FolderLock
@@ -237,6 +240,28 @@ def test_paired_differences_and_the_relative_improvement_of_the_paper() -> None:
     assert shares["dcd"] == (None, pytest.approx(20.31, abs=0.005))  # as the paper says
     assert shares["dcd+kd"] == (None, pytest.approx(73.87, abs=0.005))
     assert len(PAIRS) == 13
+
+
+def test_a_study_runs_its_teacher_once_for_all_methods_of_a_seed(tmp_path):
+    out = tmp_path / "out"
+    chosen = {"methods": ("kd", "dcd"), "seeds": 1, "epochs": 1, "teacher_epochs": 1, "workers": 1}
+    options = DigitsOptions(out=out, cache_teacher=tmp_path / "caches", **chosen)
+    (told,) = (line for line in plan(digits(options), out, 1) if line.startswith("teacher "))
+    assert re.search(r": 2 runs share it, 0.000306 GB in float16, \d+% of their time saved; it ", told)
+    run_cells(digits, options, lambda line: None)
+    (cache,) = (tmp_path / "caches").iterdir()
+    for method in chosen["methods"]:
+        record = read_record(out / "digits" / method / "seed-0")
+        assert record is not None
+        assert record.status == "finished"
+        assert record.settings["teacher"]["cache"] == str(cache)
+    (_, *begun) = (cell for cell in digits(options).cells)
+    resumed = [as_begun(job_of(cell, out), out / cell.place) for cell in begun]  # also where the option is not given
+    assert [job.config.teacher.cache for job in resumed] == [str(cache)] * 2
+    assert as_begun(job_of(begun[0], out), tmp_path) is None
+    check_same_settings(digits(replace(options, cache_teacher=None)), out)  # a study without caches keeps them
+    attention = digits(replace(options, methods=("at", "mlkd")))
+    assert {cache_key(job_of(cell, out)) for cell in attention.cells} == {None}
 
 
 def test_a_dry_run_says_what_runs_how_long_and_what_is_missing(

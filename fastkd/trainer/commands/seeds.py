@@ -13,6 +13,7 @@ from fastkd.trainer.ranks import join_ranks
 from fastkd.trainer.run.loop import TrainResult, train
 from fastkd.trainer.run.saved.log import RUN, SEED_FOLDER
 from fastkd.trainer.run.stages import train_stages
+from fastkd.trainer.run.teacher_cache import TeacherCache
 
 
 def train_seeds(config: TrainConfig | Mapping[str, TrainConfig], seeds: Sequence[int]) -> list[TrainResult]:
@@ -33,6 +34,11 @@ def train_seeds(config: TrainConfig | Mapping[str, TrainConfig], seeds: Sequence
     first = next(iter(stages.values()))
     if first.run_dir is not None and (Path(first.run_dir) / RUN).exists():
         raise ValueError(f"run_dir: got {first.run_dir!r}, which holds a run, expected a folder for those of --seeds")
+    for stage in stages.values():
+        cache = None if stage.teacher is None else stage.teacher.cache
+        own = None if cache is None else TeacherCache(cache).manifest["made_of"].get("seed")
+        if own is not None and set(seeds) != {own}:
+            raise ValueError(f"teacher.cache: {cache} is of the seed {own}, expected no other in --seeds")
     ranks = join_ranks(first.rank_timeout)  # once for all runs: torchrun's store serves one process group
     results: list[TrainResult] = []
     for seed in seeds:

@@ -101,7 +101,7 @@ def train_command(arguments: list[str]) -> int:
             print("\n".join([*([f"stage {name}:"] if name else []), *plan(stage, ranks)]))
         return 0
     for stage in stages.values():
-        _check_teacher_is_there(stage)
+        check_teacher_is_there(stage)
     speaks = not config.quiet and os.environ.get("RANK", "0") == "0"
     if flags.seeds:
         result = train_seeds(stages.get("", stages), flags.seeds)[-1]
@@ -383,7 +383,7 @@ def _with_parts(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     return config
 
 
-def _check_teacher_is_there(config: TrainConfig) -> None:
+def check_teacher_is_there(config: TrainConfig) -> None:
     """Raise ValueError if a published teacher, or one that another recipe trains, is not there. It says what to do."""
     weights = None if config.teacher is None else config.teacher.weights
     if weights is None or Path(weights).exists() or config.resume:

@@ -27,6 +27,8 @@ class Additions:
     strong         [B, C, H, W]      the image read once more, with new random numbers, and then changed strongly
     ============== ================= ==================================================================================
 
+    ``features``, a function of the epoch and the numbers of samples, gives a further one, ``teacher_features`` [B, D].
+
     A term that asks for ``strong`` gets the student's output for these images, and with ``strong_teacher`` it gets the
     teacher's.
 
@@ -40,10 +42,18 @@ class Additions:
         TypeError: ``contrast_index`` of a dataset that does not expose its labels.
     """
 
-    def __init__(self, names: Sequence[str], dataset: Any, negatives: int = 16384, mode: Mode = "exact") -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        dataset: Any,
+        negatives: int = 16384,
+        mode: Mode = "exact",
+        features: Callable[[int, Sequence[int]], Tensor] | None = None,
+    ) -> None:
         for name in names:
             check_choice("additions", name, ADDITIONS)
         self.names, self.normalization = tuple(names), normalization_of(dataset)
+        self.features = features
         self.draw: CRDIndices | None = None
         if "contrast_index" in names:
             try:
@@ -70,6 +80,8 @@ class Additions:
         if "strong" in self.names:
             images = read_again()
             found["strong"] = strong_views(images, self.normalization, [mix_seed(seed, epoch, i, 1) for i in indices])
+        if self.features is not None:
+            found["teacher_features"] = self.features(epoch, indices)
         return found
 
 

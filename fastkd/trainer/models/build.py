@@ -44,6 +44,8 @@ class ModelConfig:
         fold: compute a teacher with its batch norms folded into its convolutions, where that can be done: faster, and
             equal up to rounding. A student never is.
         min_accuracy: the top-1 accuracy in [0, 1] that a teacher must reach before training starts.
+        cache: the folder in which ``fastkd cache-teacher`` has kept what this teacher's classifier reads. Only the
+            classifier is then run in training.
         options: further keyword arguments of the builder.
 
     Example:
@@ -62,6 +64,7 @@ class ModelConfig:
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     fold: bool = False
     min_accuracy: float | None = None
+    cache: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,6 +89,7 @@ class ModelConfig:
             raise ValueError(f"model.fold: got True with dtype {self.dtype!r}, expected 'fp32'")
         if self.min_accuracy is not None:
             check_number("model.min_accuracy", self.min_accuracy, 0.0, 1.0)
+        check_type("model.cache", self.cache, (str, type(None)))
 
     def without_weights(self) -> ModelConfig:
         """The same model as its builder initialises it, for weights that come from elsewhere."""

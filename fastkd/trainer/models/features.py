@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -231,6 +231,17 @@ class FeatureModel(nn.Module):
         if self.tap_sources is not None:
             found.taps = self.tap_sources.read(tapped_values)
         return found
+
+    def finish(self, features: Tensor) -> ModelOutput:
+        """The output that belongs to ``features`` [B, D], without maps: only the classifier is run.
+
+        It is that of ``forward`` where the classifier gives the logits and reads nothing but the features.
+        """
+        layer = self.classifier
+        assert layer is not None
+        weight = next(self.model.parameters(), features)
+        with torch.autocast(features.device.type, enabled=False) if weight.dtype != torch.float32 else nullcontext():
+            return ModelOutput(layer(features), features, layer)
 
     def _called(self, times: int) -> RuntimeError:
         """The error of a classifier layer that was not called once."""

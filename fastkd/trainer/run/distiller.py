@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -77,10 +78,19 @@ class FrozenModel(nn.Module):
     @torch.no_grad()
     def forward(self, images: Any) -> ModelOutput:
         """The model's output, without a graph."""
+        self._stay_frozen()
+        return self.computing(images)
+
+    @torch.no_grad()
+    def finish(self, features: Tensor) -> ModelOutput:
+        """The output that belongs to the features [B, D], of which only the classifier is run."""
+        self._stay_frozen()
+        return self.computing.finish(features)
+
+    def _stay_frozen(self) -> None:
         # Someone may have called train() on the wrapped model itself, or on one of its batch norms.
         if any(module.training for module in self._every):
             self.model.eval()
-        return self.computing(images)
 
 
 class Trained(nn.Module):
@@ -99,7 +109,8 @@ class Trained(nn.Module):
 
     def forward(self, batch: Any, rank_weight: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         """The total loss of a batch of the task, and its named terms. ``rank_weight``: see ``Objective.forward``."""
-        rows = self.task.forward(self._learn, self._teach, batch, self.objective.additions)
+        teach = partial(self._teach, features=_of_a_cache(batch))
+        rows = self.task.forward(self._learn, teach, batch, self.objective.additions)
         weight = rank_weight if rows.weight is None else rows.weight
         return self.objective(rows.student, rows.teacher, rows.labels, weight, rows.additions, rank_weight)
 
@@ -108,9 +119,17 @@ class Trained(nn.Module):
             return self.student(images)
         return in_chunks(lambda part: recomputed(self.student, part), images, self.chunks)
 
-    def _teach(self, images: Any) -> ModelOutput | None:
+    def _teach(self, images: Any, features: Tensor | None = None) -> ModelOutput | None:
         (teacher,) = self._teachers
-        return None if teacher is None else in_chunks(teacher, images, self.chunks)
+        if teacher is None or features is None:
+            return None if teacher is None else in_chunks(teacher, images, self.chunks)
+        return in_chunks(teacher.finish, features, self.chunks)
+
+
+def _of_a_cache(batch: Any) -> Tensor | None:
+    """The teacher's features in a batch (images, labels, additions), where they come from a cache."""
+    additions = batch[2] if isinstance(batch, tuple | list) and len(batch) == 3 else None
+    return additions.get("teacher_features") if isinstance(additions, dict) else None
 
 
 class Distiller(nn.Module):

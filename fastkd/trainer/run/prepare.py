@@ -36,6 +36,7 @@ from fastkd.trainer.run.distiller import (
     weights_hash,
 )
 from fastkd.trainer.run.state import Identity
+from fastkd.trainer.run.teacher_cache import TeacherCache, every_epoch_alike, made_of, open_cache
 from fastkd.trainer.tasks.base import Task
 
 
@@ -52,6 +53,7 @@ class RunData:
     set_epoch: Callable[[int, int], None]
     eval_loader: DataLoader[Any]
     sample: Any
+    cache: TeacherCache | None = None
 
     @property
     def batches(self) -> GlobalBatches:
@@ -76,10 +78,14 @@ def open_data(
     train_set, eval_set = choose_data(config.data, train_data, eval_data)
     place = (ranks.rank, ranks.world_size)
     names, crd = additions_of(config.objective, terms), config.objective.crd
-    additions = Additions(names, train_set, crd.negatives, crd.mode) if names else None
+    cache = open_cache(config, terms)
+    features = None if cache is None else cache.rows
+    additions = Additions(names, train_set, crd.negatives, crd.mode, features) if names or cache else None
     loader, set_epoch = train_loader(train_set, config.data, config.seed, device, *place, additions, task.collate)
     evaluation = eval_loader(eval_set, config.data, device, *place, task.collate)
-    return RunData(train_set, eval_set, loader, set_epoch, evaluation, task.sample(train_set))
+    if cache is not None:
+        set_epoch = cache.verifying(set_epoch, ranks)
+    return RunData(train_set, eval_set, loader, set_epoch, evaluation, task.sample(train_set), cache)
 
 
 def with_classes(
@@ -158,13 +164,14 @@ def build_models(
     if distiller.teacher is not None and config.teacher is not None and config.teacher.fold:
         told.append(distiller.teacher.fold(distiller.teacher.model.normalized(data.sample.to(device))))
     lines = prepare(distiller, config, device, ranks, normalization_of(data.train_set))
+    told += [] if data.cache is None else data.cache.note
     return distiller, [*told, *([note] if note else []), *lines]
 
 
 def identify(config: TrainConfig, data: RunData, distiller: Distiller, objects: dict[str, Any]) -> Identity:
     """The run's identity; ``objects`` are the arguments of ``train`` that may replace what the config would build."""
     normalization = normalization_of(data.train_set)
-    return Identity(
+    identity = Identity(
         config=config.to_dict(),
         given_as_objects=[name for name, value in objects.items() if value is not None],
         train_samples=len(data.train_set),
@@ -173,7 +180,13 @@ def identify(config: TrainConfig, data: RunData, distiller: Distiller, objects: 
         classes=names_of_classes(data.train_set),
         normalization=None if normalization is None else [list(map(float, values)) for values in normalization],
         augmentation=None if draws_nothing(data.train_set) else AUGMENTATION,
+        teacher_cache=None if data.cache is None or data.cache.dtype == "float32" else data.cache.dtype,
     )
+    if data.cache is not None:
+        alike = every_epoch_alike(config, data.train_set, "data" in identity.given_as_objects)
+        data.cache.check(made_of(identity, distiller, alike), config.epochs)
+        data.cache.compare(distiller, data.train_set, config)
+    return identity
 
 
 def prepare(

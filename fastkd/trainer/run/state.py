@@ -35,7 +35,8 @@ class Identity:
     ``given_as_objects`` names the arguments of ``train`` that replaced what the config would build; the config does not
     describe those. ``classes`` are the names of the classes, ``normalization`` the means and the deviations of
     the images' channels; each is None if the data do not say. ``augmentation`` is the version of how images are read
-    and augmented, None where that draws nothing.
+    and augmented, None where that draws nothing. ``teacher_cache`` is the dtype of a cache of the teacher. It is None
+    without a cache, and for float32, which gives the same run.
     """
 
     config: dict[str, Any]
@@ -46,6 +47,7 @@ class Identity:
     classes: list[str] | None = None
     normalization: list[list[float]] | None = None
     augmentation: int | None = None
+    teacher_cache: str | None = None
 
     def check(self, checkpoint: Checkpoint) -> None:
         """CheckpointError when the data or the teacher are not those that the checkpoint was written with."""
@@ -61,6 +63,9 @@ class Identity:
                 f"{self.augmentation}: this version of fastkd gives the samples other random numbers; finish the run "
                 "with the version that began it (see run.json), or begin it anew"
             )
+        if saved.get("teacher_cache") != self.teacher_cache:
+            was, own = (kind or "float32 or none" for kind in (saved.get("teacher_cache"), self.teacher_cache))
+            raise CheckpointError(f"{checkpoint.path}: was written with a teacher.cache of {was}, this run has {own}")
         before, now = ("data" in given for given in (saved["given_as_objects"], self.given_as_objects))
         if before != now:
             raise CheckpointError(
@@ -113,6 +118,7 @@ def check_resumable(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
         "classes",
         "normalization",
         "augmentation",
+        "teacher_cache",
     }  # of later versions
     if missing := sorted(needed - manifest.keys()):
         raise CheckpointError(f"{checkpoint.path / MANIFEST}: lacks {', '.join(missing)}")
