@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastkd.cli import main
 from fastkd.trainer import CheckpointError, NonFiniteLossError, ObjectiveConfig, OptimConfig, load_weights, train
 from fastkd.trainer.run.saved.checkpoint import EMA, LOSS, STUDENT, find_checkpoint, list_checkpoints, read_checkpoint
 from tests.helpers.ranks import under_torchrun
@@ -230,7 +231,7 @@ def test_the_moving_average_copies_integers_and_infinite_buffers():
     torch.testing.assert_close(average.module.weight, torch.full((3,), 1 + 6e-4), rtol=1e-6, atol=1e-6)
 
 
-def test_the_command_exits_as_a_process_that_the_signal_ended(tmp_path):
+def test_the_command_exits_as_a_process_that_the_signal_ended(tmp_path, capsys):
     """And --resume-or-start goes on with what it left."""
     code = (
         "import sys, fastkd.trainer.run.step as s, os, signal\n"
@@ -257,10 +258,10 @@ def test_the_command_exits_as_a_process_that_the_signal_ended(tmp_path):
     first = run_python("-c", code, *flags)
     assert first.returncode == 128 + signal.SIGTERM, first.stderr
     assert "stopped at step 5 of 10; resume from" in first.stdout
-    second = run_python("-c", "import sys; from fastkd.cli import main; sys.exit(main(sys.argv[1:]))", *flags)
-    assert second.returncode == 0, second.stderr
-    assert "resumed from" in second.stdout
-    assert "at step 5 of 10" in second.stdout
+    assert main(flags) == 0
+    second = capsys.readouterr().out
+    assert "resumed from" in second
+    assert "at step 5 of 10" in second
 
 
 def test_a_restart_by_torchrun_resumes_by_itself(tmp_path, monkeypatch):
