@@ -24,10 +24,13 @@ ROOMS = [line.split() for line in """
     fastkd.trainer.strict_json  fastkd.trainer.text
     fastkd.trainer.optim  fastkd.trainer.imports  fastkd.trainer.rng  fastkd.trainer.signals  fastkd.trainer.precision
     fastkd.trainer.pulse
+    fastkd.trainer.ranks
     fastkd.trainer.callbacks
+    fastkd.trainer.batches
     fastkd.trainer.data  fastkd.trainer.models
     fastkd.trainer.objective
     fastkd.trainer.config  fastkd.trainer.files
+    fastkd.trainer.tasks
     fastkd.trainer.run  fastkd.trainer.recipes
     fastkd.trainer.commands  fastkd.trainer.report
     fastkd.trainer

@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDS = {
     "own_loop": (),
     "two_towers": (),
+    "two_towers_trainer": ("safetensors",),
     "timm_task": ("timm.task",),
     "accelerate_loop": ("accelerate",),
     "lightning_module": ("lightning",),

@@ -12,7 +12,7 @@ from fastkd.study.tables import Table, failed, grids, remarks
 from fastkd.trainer.report.curves import draw, look
 from fastkd.trainer.report.records import Group, read_run
 from fastkd.trainer.report.style import render_page, write_atomically
-from fastkd.trainer.report.tables import ACCURACY
+from fastkd.trainer.report.tables import METRICS
 
 PAGE = "report.html"
 LOOKS = 24  # curves that can be told apart
@@ -75,6 +75,6 @@ def draw_curves(study: Study, table: Table, folder: Path) -> list[tuple[str, str
             groups.append(Group(study.display(row), folder, runs))
         lengths = {run.info["config"]["epochs"] for group in groups for run in group.runs}
         if len(lengths) == 1:
-            panel = draw(groups, ACCURACY, f"curves{number}")
+            panel = draw(groups, METRICS[groups[0].runs[0].metric][0], f"curves{number}")
             drawn += [(column, panel.svg)] if panel.svg is not None else []
     return drawn

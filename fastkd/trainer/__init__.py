@@ -13,7 +13,8 @@ from fastkd.trainer.extras import require_extras
 if TYPE_CHECKING:
     from fastkd.trainer.callbacks import Callback
     from fastkd.trainer.commands.evaluate_checkpoint import EvalResult, evaluate_checkpoint, evaluate_model
-    from fastkd.trainer.config import TrainConfig
+    from fastkd.trainer.commands.evaluate_task import TaskResult, evaluate_task
+    from fastkd.trainer.config import DetectionConfig, TrainConfig
     from fastkd.trainer.data.config import DataConfig
     from fastkd.trainer.data.labels import labelled_subset
     from fastkd.trainer.data.readers.encoded import BrokenImagesError
@@ -54,22 +55,30 @@ if TYPE_CHECKING:
         SRRLConfig,
         VIDConfig,
     )
-    from fastkd.trainer.objective.options.relations import CCConfig, CRDConfig, PKTConfig, RKDConfig, SPConfig
+    from fastkd.trainer.objective.options.relations import (
+        CCConfig,
+        CRDConfig,
+        InfoNCEConfig,
+        PKTConfig,
+        RKDConfig,
+        SPConfig,
+    )
     from fastkd.trainer.objective.terms.registry import TERMS
     from fastkd.trainer.optim import OptimConfig
     from fastkd.trainer.pulse import RankLostError
     from fastkd.trainer.recipes import RECIPES
     from fastkd.trainer.run.distiller import Distiller, weights_hash
-    from fastkd.trainer.run.evaluate import evaluate
     from fastkd.trainer.run.loop import TrainResult, train
     from fastkd.trainer.run.meter import NonFiniteLossError
     from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint, load_weights
     from fastkd.trainer.run.stages import train_stages
+    from fastkd.trainer.tasks.evaluate import evaluate
 
 _HOME = {
     "callbacks": ("Callback",),
     "commands.evaluate_checkpoint": ("EvalResult", "evaluate_checkpoint", "evaluate_model"),
-    "config": ("TrainConfig",),
+    "commands.evaluate_task": ("TaskResult", "evaluate_task"),
+    "config": ("DetectionConfig", "TrainConfig"),
     "data.config": ("DataConfig",),
     "data.readers.encoded": ("BrokenImagesError",),
     "data.labels": ("labelled_subset",),
@@ -82,7 +91,7 @@ _HOME = {
     "objective.options.logits": (
         *("CTKDConfig", "DISTConfig", "DKDConfig", "IPWDConfig", "LSKDConfig", "MLKDConfig", "WSLDConfig"),
     ),
-    "objective.options.relations": ("CCConfig", "CRDConfig", "PKTConfig", "RKDConfig", "SPConfig"),
+    "objective.options.relations": (*("CCConfig", "CRDConfig", "InfoNCEConfig", "PKTConfig", "RKDConfig", "SPConfig"),),
     "objective.options.maps": (
         *("ABConfig", "ATConfig", "FitNetConfig", "FTConfig", "NORMConfig", "NSTConfig", "OFDConfig"),
         *("ParaphraserConfig", "ReviewKDConfig", "SimKDConfig", "SRRLConfig", "VIDConfig"),
@@ -94,7 +103,7 @@ _HOME = {
     "recipes": ("RECIPES",),
     "run.saved.checkpoint": ("CheckpointError", "find_checkpoint", "load_weights"),
     "run.distiller": ("Distiller", "weights_hash"),
-    "run.evaluate": ("evaluate",),
+    "tasks.evaluate": ("evaluate",),
     "run.loop": ("TrainResult", "train"),
     "run.meter": ("NonFiniteLossError",),
     "run.stages": ("train_stages",),
@@ -118,12 +127,14 @@ __all__ = [
     "DISTConfig",
     "DKDConfig",
     "DataConfig",
+    "DetectionConfig",
     "Distiller",
     "EvalResult",
     "FTConfig",
     "FeatureModel",
     "FitNetConfig",
     "IPWDConfig",
+    "InfoNCEConfig",
     "KDConfig",
     "LSKDConfig",
     "MLKDConfig",
@@ -147,6 +158,7 @@ __all__ = [
     "SPConfig",
     "SRRLConfig",
     "SimKDConfig",
+    "TaskResult",
     "TensorImages",
     "TrainConfig",
     "TrainResult",
@@ -156,6 +168,7 @@ __all__ = [
     "evaluate",
     "evaluate_checkpoint",
     "evaluate_model",
+    "evaluate_task",
     "find_checkpoint",
     "find_classifier",
     "labelled_subset",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -36,6 +37,29 @@ FROM_THE_DATA = ("student.num_classes", "teacher.num_classes", "objective.crd.sa
 RENAMED = {"objective.msdcrd.sample_weight": "sample_term_weight"}
 
 
+# The student's own loss: the term that is part of every sum which does not name it.
+OWN_TERM = {"classification": "ce", "detection": "detector", "embeddings": None}
+
+
+@dataclass(kw_only=True, frozen=True)
+class DetectionConfig:
+    """Settings of detection alone.
+
+    Attributes:
+        regions: which of the student's sampled regions of interest are distilled: ``all``, those that match an object
+            (``foreground``), or those that match none (``background``). The detector's own loss always takes all.
+
+    Example:
+        >>> DetectionConfig(regions="foreground")
+        DetectionConfig(regions='foreground')
+    """
+
+    regions: Literal["all", "foreground", "background"] = "all"
+
+    def __post_init__(self) -> None:
+        check_choice("detection.regions", self.regions, ("all", "foreground", "background"))
+
+
 @dataclass(kw_only=True, frozen=True)
 class TrainConfig:
     """All settings of one training run::
@@ -49,6 +73,9 @@ class TrainConfig:
         )
 
     Attributes:
+        task: what a row of the losses is: an image with a class (``classification``), a region of an image
+            (``detection``), or any input without a label (``embeddings``).
+        detection: settings of that task.
         student: the model that is trained. None if a module is given to ``train`` instead.
         teacher: the trained model that it learns from. None if there is none, or if a module is given to ``train``.
         data: what it is trained on.
@@ -81,6 +108,8 @@ class TrainConfig:
         quiet: print nothing.
     """
 
+    task: Literal["classification", "detection", "embeddings"] = "classification"
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
     student: ModelConfig | None = None
     teacher: ModelConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
@@ -119,6 +148,7 @@ class TrainConfig:
             ("data", self.data, DataConfig),
             ("objective", self.objective, ObjectiveConfig),
             ("optim", self.optim, OptimConfig),
+            ("detection", self.detection, DetectionConfig),
         ):
             check_type(name, part, kind)
         for name, model in (("student", self.student), ("teacher", self.teacher)):
@@ -128,12 +158,15 @@ class TrainConfig:
                     f"{name}: got a module ({kind}), expected a ModelConfig; or train(config, {name}=module)"
                 )
             check_type(name, model, (ModelConfig, type(None)))
+            if model is not None and model.num_classes == 0 and self.task != "embeddings":
+                raise ValueError(f"{name}.num_classes: got 0 with the task {self.task!r}, expected at least 1")
         if self.student is not None:
             check_choice("student.dtype", self.student.dtype, ("fp32",))
             if self.student.fold:
                 raise ValueError("student.fold: got True, expected False: its batch norms are trained")
             if self.student.min_accuracy is not None:
                 raise ValueError(f"student.min_accuracy: got {self.student.min_accuracy}, expected None")
+        self._own_term()
         self._check_mix()
         check_seed("seed", self.seed)
         check_number("rank_timeout", self.rank_timeout, 1, 604800)  # a week
@@ -151,6 +184,22 @@ class TrainConfig:
         for name in ("resume", "resume_or_start"):
             if getattr(self, name) and self.run_dir is None:
                 raise ValueError(f"run_dir: got None with {name}=True, expected the folder of the run to resume")
+
+    def _own_term(self) -> None:
+        """Let the sum of terms begin with the loss of the task, where that is not cross-entropy."""
+        check_choice("task", self.task, tuple(OWN_TERM))
+        own, text = OWN_TERM[self.task], self.objective.terms
+        if own == "ce":
+            return
+        if "ce" not in (names := re.findall(r"[A-Za-z_]\w*", text)):
+            text = f"0*ce + {text}"
+        if own is not None and own not in names:
+            text = f"{own} + {text}"
+        if text != self.objective.terms:
+            object.__setattr__(self, "objective", dataclasses.replace(self.objective, terms=text))
+        if "ce" in self.objective.weights:
+            has = "has no labels" if own is None else f"has a loss of its own, {own!r}"
+            raise ValueError(f"objective.terms: got 'ce' with the task {self.task!r}, which {has}; leave it out")
 
     def _check_mix(self) -> None:
         """Mixed batches have class probabilities, and no labels of single samples."""

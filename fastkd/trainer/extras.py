@@ -6,6 +6,7 @@ import importlib.util
 EXTRAS = {
     "train": ("timm", "torchvision", "safetensors", "rich", "tyro", "yaml", "numpy", "PIL", "huggingface_hub"),
     "report": ("matplotlib", "jinja2", "sklearn", "scipy", "threadpoolctl", "tensorboard"),
+    "detection": ("torchmetrics", "faster_coco_eval"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,22 @@ MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 32
 
 
-def read_json_object(file: Path, fields: Mapping[str, type | tuple[type, ...]] | None = None) -> dict[str, Any]:
+def read_json_object(
+    file: Path,
+    fields: Mapping[str, type | tuple[type, ...]] | None = None,
+    most: int | None = None,
+    each: Callable[[dict[str, Any]], Any] | None = None,
+) -> dict[str, Any]:
     """The JSON object in ``file``, whose ``fields`` must be there and of these types. ValueError that names the file.
 
-    FileNotFoundError if there is no such file.
+    FileNotFoundError if there is no such file. It may have ``most`` bytes, MAX_BYTES if not given. ``each``: see
+    ``parse_json``.
     """
-    if file.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{file}: has {file.stat().st_size} bytes, expected at most {MAX_BYTES} of JSON")
+    most = MAX_BYTES if most is None else most
+    if file.stat().st_size > most:
+        raise ValueError(f"{file}: has {file.stat().st_size} bytes, expected at most {most} of JSON")
     try:
-        values = parse_json(file.read_bytes())
+        values = parse_json(file.read_bytes(), each)
     except ValueError as error:
         raise ValueError(f"{file}: is not JSON: truncated or corrupted ({error})") from None
     if not isinstance(values, dict):
@@ -28,10 +35,13 @@ def read_json_object(file: Path, fields: Mapping[str, type | tuple[type, ...]] |
     return values
 
 
-def parse_json(data: bytes | str) -> Any:
-    """The value that ``data`` is the JSON of. ValueError for no JSON, deep nesting, or an integer of over 64 bits."""
+def parse_json(data: bytes | str, each: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """The value that ``data`` is the JSON of. ValueError for no JSON, deep nesting, or an integer of over 64 bits.
+
+    What ``each`` gives for an object takes its place, as soon as it is read.
+    """
     try:
-        value = json.loads(data, parse_int=_int64)
+        value = json.loads(data, parse_int=_int64, object_hook=each)
     except RecursionError:
         value = None
         too_deep = True

@@ -27,7 +27,7 @@ from fastkd.trainer import (
 from fastkd.trainer.data.loader import eval_loader
 from fastkd.trainer.data.readers.memory import TensorImages
 from fastkd.trainer.models.features import FeatureModel
-from fastkd.trainer.run.evaluate import evaluate
+from fastkd.trainer.tasks.evaluate import evaluate
 from tests.helpers.trainer_runs import DropoutNet, noisy_data, one_thread, seal, tiny_config  # noqa: F401
 
 

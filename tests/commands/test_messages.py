@@ -58,7 +58,7 @@ ROWS = {
     f"train digits-scratch {FAST} --student.name nope": ["student.name: got 'nope'", "timm or torchvision"],
     "train digist": ["got the recipe 'digist'", "did you mean digits", "fastkd recipes"],
     "train --epochs 3": ["got '--epochs', expected a recipe first", "--config FILE"],
-    "train digits-scratch --data.name nope": ["data.name: got 'nope'", "'cifar', 'digits', 'images'"],
+    "train digits-scratch --data.name nope": ["data.name: got 'nope'", "'cifar', 'coco', 'digits', 'images'"],
     "train digits --data.name torchvision:CIFAR10 --data.options.root x --no-teacher": [
         "torchvision:CIFAR10",
         "--data.name cifar",

@@ -175,7 +175,7 @@ def test_names_of_classes_are_escaped_and_have_their_accuracies(run):
     many = {"step": 26, "classes": list(range(30)), "right": list(range(30)), "samples": [30] * 30}
     (run / "classes.json").write_text(json.dumps(many))
     page = page_of(run)
-    assert "These are the 20 classes with the lowest accuracy of 30" in page.text
+    assert "These are the 20 classes with the lowest values of 30" in page.text
     assert page.numbers("19") == [19 / 30]
     assert "20" not in [heading for heading, _ in page.rows]
 

@@ -15,9 +15,9 @@ from fastkd.trainer.data.readers.memory import TensorImages
 from fastkd.trainer.data.strong import strong_views
 from fastkd.trainer.models.build import Normalization
 from fastkd.trainer.models.features import FeatureModel
+from fastkd.trainer.ranks import Ranks
 from fastkd.trainer.run.distiller import build_distiller
 from fastkd.trainer.run.prepare import prepare
-from fastkd.trainer.run.ranks import Ranks
 from tests.helpers.checks import assert_close
 from tests.trainer.test_prepare import CPU, DATA, OWN, Net, build, config, images, run_settings
 

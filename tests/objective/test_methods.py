@@ -19,6 +19,7 @@ from fastkd.trainer import (
     Distiller,
     DKDConfig,
     FeatureModel,
+    InfoNCEConfig,
     IPWDConfig,
     LSKDConfig,
     MLKDConfig,
@@ -85,7 +86,7 @@ def test_every_method_trains_on_the_digits(method: str, digits: Any) -> None:
     "terms",
     [
         "dcd + dkd + 2*dist + lskd + wsld + ctkd + ipwd + 0.1*ce_strong + 0.9*mlkd",
-        "dcd + 0.02*cc + 0.1*rkd + 100*pkt + 10*sp + 0.8*crd",
+        "dcd + 0.02*cc + 0.1*rkd + 100*pkt + 10*sp + 0.8*crd + info_nce",
     ],
     ids=["logits", "relations"],
 )
@@ -103,7 +104,8 @@ def test_every_method_resumes_bit_for_bit(terms: str, tmp_path: Path, monkeypatc
 
 def test_each_term_is_its_module_on_what_the_models_give() -> None:
     sums = {"dkd": 2.0, "dist": 0.5, "lskd": 3.0, "wsld": 1.0, "ctkd": 0.9, "mlkd": 0.7, "ipwd": 1.0,
-            "ce_strong": 0.1, "cc": 0.02, "rkd": 1.0, "pkt": 300.0, "sp": 30.0, "crd": 0.8}  # fmt: skip
+            "ce_strong": 0.1, "cc": 0.02, "rkd": 1.0, "pkt": 300.0, "sp": 30.0, "crd": 0.8,
+            "info_nce": 0.6}  # fmt: skip
     config = ObjectiveConfig(
         terms="0*ce + " + " + ".join(f"{weight}*{name}" for name, weight in sums.items()),
         dkd=DKDConfig(beta=2.0, warmup_epochs=0),
@@ -112,6 +114,7 @@ def test_each_term_is_its_module_on_what_the_models_give() -> None:
         mlkd=MLKDConfig(reading="paper", temperatures=(2.0,)),
         ipwd=IPWDConfig(ratio="class/kd"),
         crd=dataclasses.replace(CRD, samples=20),
+        info_nce=InfoNCEConfig(temperature=0.2, embedding_dim=3),
     )
     distiller = build(config)
     distiller.begin_epoch(2)
@@ -125,6 +128,7 @@ def test_each_term_is_its_module_on_what_the_models_give() -> None:
     strong_s, strong_t = distiller.student(given["strong"]), distiller.teacher(given["strong"])
     logits, features = (s.logits, t.logits), (s.features, t.features)
     head = terms["ipwd"].class_head(s.features)
+    query, key = (F.normalize(layer(x)) for layer, x in zip(terms["info_nce"].heads, features, strict=True))
     expected = {
         "dkd": losses.DKDLoss(beta=2.0)(*logits, labels),
         "dist": losses.DISTLoss(4.0)(*logits),
@@ -140,6 +144,7 @@ def test_each_term_is_its_module_on_what_the_models_give() -> None:
         "pkt": losses.PKTLoss()(*features),
         "sp": losses.SPLoss()(s.taps.maps[-1], t.taps.maps[-1]),
         "crd": terms["crd"].loss(*features, given["index"], given["contrast_index"]),
+        "info_nce": {"info_nce": F.cross_entropy(query @ key.T / 0.2, torch.arange(len(query)))},
     }  # fmt: skip
     flat = {part if part == name else f"{name}/{part}": x for name, parts in expected.items()
             for part, x in parts.items()}  # fmt: skip
@@ -289,6 +294,12 @@ def test_what_a_run_cannot_do_is_said_before_it_begins(tmp_path: Path) -> None:
         (lambda: LSKDConfig(temperature=0.0), r"lskd\.temperature: got 0\.0"),
         (lambda: CRDConfig(negatives=0), r"crd\.negatives: got 0"),
         (lambda: CRDConfig(mode="any"), r"crd\.mode: got 'any'"),
+        (lambda: InfoNCEConfig(temperature=0.0), r"info_nce\.temperature: got 0\.0"),
+        (lambda: InfoNCEConfig(embedding_dim=0), r"info_nce\.embedding_dim: got 0"),
+        (
+            lambda: build(ObjectiveConfig(terms="info_nce", info_nce=InfoNCEConfig(embedding_dim=None))),
+            r"info_nce\.embedding_dim: got None, but the student's features have \d+ dimensions and the teacher's",
+        ),
         (lambda: RKDConfig(group="own"), r"rkd\.group: got 'own', expected one of \['global', 'local'\]"),
         (lambda: MLKDConfig(temperatures=(4.0,)), r"mlkd\.temperatures: got 1, expected at least 4"),
     ):

@@ -49,7 +49,7 @@ def test_every_number_of_ranks_takes_the_same_steps(world_size: int, one_process
 SUMS = {
     "fused and maps": "10*ckd + pckd + msdcrd + kd + at + nst + vid + paraphraser",
     "logits": "dkd + 2*dist + lskd + wsld + 0.9*ctkd + 0.1*ce_strong + 0.9*mlkd",
-    "relations": "0.02*cc + 0.1*rkd + 100*pkt + 10*sp + 0.8*crd",
+    "relations": "0.02*cc + 0.1*rkd + 100*pkt + 10*sp + 0.8*crd + info_nce",
 }
 
 
@@ -192,3 +192,9 @@ def test_the_parts_of_the_ranks_are_the_batches_of_one_process(drop_last: bool) 
         joined = [list(itertools.chain(*batch)) for batch in zip(*parts, strict=True)]
         assert joined == whole
         assert all(max(map(len, batch)) - min(map(len, batch)) <= 1 for batch in zip(*parts, strict=True))
+
+
+def test_a_detector_is_evaluated_on_ranks_as_in_one_process() -> None:
+    expected = succeeded(run_ranks(1, programs.evaluated_detector, 1))
+    assert succeeded(run_ranks(2, programs.evaluated_detector, 2)) == expected * 2
+    assert len(expected[0][0]) == 7

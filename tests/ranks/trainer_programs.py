@@ -101,7 +101,7 @@ def reductions(rank: int, changes: dict[str, Any]) -> tuple[int, list[int], int]
     """The number of trained parameters, the sizes of all all-reduces of more than 64 numbers, and the steps."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    from fastkd.trainer.run.ranks import Ranks
+    from fastkd.trainer.ranks import Ranks
 
     sizes: list[int] = []
     all_reduce, wrap = dist.all_reduce, Ranks.wrap
@@ -140,3 +140,16 @@ def staged(rank: int, folder: str, resume: bool) -> list[tuple[str, bool]]:
 
     stages = {name: replace(config, resume=resume) for name, config in two_stages(Path(folder)).items()}
     return [(str(result.path), result.already_finished) for result in train_stages(stages)]
+
+
+def evaluated_detector(rank: int, world_size: int) -> Any:
+    """What ``evaluate`` of a detector gives on a rank; the precisions are replaced by the scores, in their order."""
+    from fastkd.trainer.ranks import Ranks
+    from fastkd.trainer.tasks.detection import evaluate as evaluation
+    from tests.tasks.test_average_precision import results_of
+
+    def scores(results: Any) -> Any:
+        return [found["scores"].tolist() for found, _ in results], {1: (float(rank), 2)}
+
+    patches.setattr(evaluation, "average_precision", scores)
+    return results_of(rank, world_size, Ranks(rank, world_size))

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from fastkd.trainer import ModelConfig, TensorImages, TrainConfig
-from fastkd.trainer.run.check import check_outputs
 from fastkd.trainer.run.prepare import with_classes
+from fastkd.trainer.tasks.classification import Classification, check_outputs
+
+TASK = Classification(TrainConfig())
 
 
 def fixed() -> nn.Module:
@@ -21,7 +23,7 @@ NET = "fastkd.trainer.models.small:SmallConvNet"
 
 
 def decided(student: ModelConfig, teacher: ModelConfig | None = None, saved: dict | None = None) -> list[int | None]:
-    config = with_classes(TrainConfig(student=student, teacher=teacher), DATA, DATA, saved)
+    config = with_classes(TrainConfig(student=student, teacher=teacher), TASK, DATA, DATA, saved)
     return [model.num_classes for model in (config.student, config.teacher) if model is not None]
 
 
@@ -37,14 +39,14 @@ def test_the_labels_decide_unless_something_else_is_said():
 
 def test_a_class_that_only_the_evaluation_set_has_counts():
     more = TensorImages(DATA.images, DATA.labels + 2)
-    config = with_classes(TrainConfig(student=ModelConfig(name="timm:resnet18")), DATA, more, None)
+    config = with_classes(TrainConfig(student=ModelConfig(name="timm:resnet18")), TASK, DATA, more, None)
     assert config.student.num_classes == 5
 
 
 def test_names_of_classes_count_for_more_than_labels():
     data = TensorImages(DATA.images, DATA.labels)
     data.classes = ["a", "b", "c", "none of them"]
-    config = with_classes(TrainConfig(student=ModelConfig(name="timm:resnet18")), data, data, None)
+    config = with_classes(TrainConfig(student=ModelConfig(name="timm:resnet18")), TASK, data, data, None)
     assert config.student.num_classes == 4
     check_outputs(4, data.classes)
     check_outputs(1000, None)

@@ -21,15 +21,16 @@ from safetensors.torch import load_file, save_file
 
 from fastkd.trainer import CheckpointError, TrainConfig, train
 from fastkd.trainer.commands.reopen import reopen
+from fastkd.trainer.ranks import Ranks
 from fastkd.trainer.rng import rng_state
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.meter import Meter
 from fastkd.trainer.run.prepare import RunData, build_models, identify, open_data
-from fastkd.trainer.run.ranks import Ranks
 from fastkd.trainer.run.saved.checkpoint import Checkpoint, read_checkpoint
 from fastkd.trainer.run.saved.folder import open_run
 from fastkd.trainer.run.state import Identity, Progress, RunState
 from fastkd.trainer.run.step import TrainStep
+from fastkd.trainer.tasks.base import find_task
 from tests.helpers.trainer_runs import one_thread, same, seal, tiny_config  # noqa: F401
 
 EXAMPLES = int(os.environ.get("FASTKD_EXAMPLES", "0"))
@@ -55,7 +56,7 @@ class Target:
         self.config = tiny_config(folder, save_every_steps=5, save_every_epochs=0, ema=0.9, keep=20)
         train(self.config)
         self.good = read_checkpoint(folder / "run" / "checkpoints" / "step-00000020")
-        self.data: RunData = open_data(self.config, None, None, CPU, Ranks())
+        self.data: RunData = open_data(self.config, find_task(self.config), None, None, CPU, Ranks())
         self.identity, self.state = self.build()
         self.expected = self.resume(self.copy())
         assert same(self.expected["weights"], self.good.weights)
@@ -66,11 +67,19 @@ class Target:
 
     def build(self) -> tuple[Identity, RunState]:
         built: tuple[Distiller, list[str]] = build_models(
-            self.config, self.data, CPU, Ranks(), resumed=True, student=None, teacher=None, terms=None
+            self.config,
+            find_task(self.config),
+            self.data,
+            CPU,
+            Ranks(),
+            resumed=True,
+            student=None,
+            teacher=None,
+            terms=None,
         )
         distiller = built[0]
         identity = identify(self.config, self.data, distiller, {"student": None, "teacher": None, "data": None})
-        step = TrainStep(distiller, self.config, CPU, Ranks())
+        step = TrainStep(distiller, self.config, CPU, Ranks(), find_task(self.config))
         return identity, RunState(distiller, step, Meter(), Progress())
 
     def copy(self) -> Path:

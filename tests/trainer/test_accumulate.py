@@ -9,13 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.study.costs import peak_bytes
+from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.models.features import FeatureModel, ModelShapes
 from fastkd.trainer.models.small import SmallConvNet
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.objective.objective import Objective
 from fastkd.trainer.run.accumulate import join_outputs
 from fastkd.trainer.run.distiller import Distiller, Trained
+from fastkd.trainer.tasks.classification import Classification
 from tests.helpers.checks import assert_close
+
+TASK = Classification(TrainConfig())
 
 
 class Net(nn.Module):
@@ -67,8 +71,7 @@ def test_gradients_are_those_of_one_graph_over_all_chunks(chunks: int, rows: int
     labels = torch.randint(5, (rows,))
     chunked = copy.deepcopy(distiller)
     seed()
-    taught = chunked.teach(images, chunks)
-    loss, terms = Trained(chunked.student, chunked.objective, chunks)(images, taught, labels)
+    loss, terms = Trained(chunked, TASK, chunks)((images, labels))
     loss.backward()
     drawn = draw()
 
@@ -98,8 +101,7 @@ def test_the_activations_of_one_chunk_are_in_memory_at_a_time() -> None:
 
     def peak(chunks: int) -> int:
         def step() -> None:
-            taught = distiller.teach(images, chunks)
-            Trained(student, distiller.objective, chunks)(images, taught, labels)[0].backward()
+            Trained(distiller, TASK, chunks)((images, labels))[0].backward()
 
         step()  # makes the gradients
         return peak_bytes(step)
@@ -111,7 +113,7 @@ def test_more_chunks_than_images_are_as_many_as_images() -> None:
     distiller = build()
     distiller.student.eval()
     images, labels = torch.randn(3, 3, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 2])
-    loss, _ = Trained(distiller.student, distiller.objective, 10)(images, distiller.teach(images, 10), labels)
+    loss, _ = Trained(distiller, TASK, 10)((images, labels))
     loss.backward()
     assert loss.isfinite()
 
@@ -124,7 +126,7 @@ def test_weights_converted_by_autocast_get_the_gradients_of_the_whole_batch(chun
     images, labels = torch.randn(8, 3, 2, 2), torch.randint(5, (8,))
     for model, count in ((distiller, chunks), (whole, 1)):
         with torch.autocast("cpu", torch.bfloat16):
-            loss, _ = Trained(model.student, model.objective, count)(images, model.teach(images), labels)
+            loss, _ = Trained(model, TASK, count)((images, labels))
         loss.backward()
     found, wanted = gradients(distiller), gradients(whole)
     assert found.keys() == wanted.keys() >= {f"student.{name}" for name, _ in distiller.student.named_parameters()}

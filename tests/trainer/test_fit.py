@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 from fastkd.trainer import DataConfig, Distiller, FeatureModel, Objective, ObjectiveConfig, TensorImages, TrainConfig
 from fastkd.trainer.data.loader import EpochSampler, GlobalBatches
 from fastkd.trainer.models.features import ModelShapes
-from fastkd.trainer.run.check import check_fit
+from fastkd.trainer.tasks.classification import Classification
 from tests.helpers.trainer_runs import DropoutNet
 
 
@@ -41,7 +41,9 @@ def fit(
     config = TrainConfig(data=DataConfig(**data), chunks=chunks)
     batches = GlobalBatches(EpochSampler(samples, 0), samples, config.data, 0, world_size)
     train = TensorImages(torch.randn(samples, 1, 4, 4), torch.arange(samples) % labels)
-    check_fit(config, distiller, train.images[:2], batches, Subset(train, range(samples)), train)
+    sets = (Subset(train, range(samples)), train)
+    task = Classification(config)
+    task.check_fit(distiller.student, distiller.objective, train.images[:2], batches, *sets, resumed=False)
 
 
 ONE_ROW = [

@@ -27,10 +27,11 @@ from fastkd.trainer.data.loader import eval_loader
 from fastkd.trainer.data.options import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.trainer.models.build import torchvision_weights, trained_normalization
 from fastkd.trainer.models.features import ModelOutput, measure_shapes
+from fastkd.trainer.ranks import Ranks
 from fastkd.trainer.run.check import check_teacher
 from fastkd.trainer.run.distiller import Trained, build_distiller, weights_hash
 from fastkd.trainer.run.prepare import prepare
-from fastkd.trainer.run.ranks import Ranks
+from fastkd.trainer.tasks.base import find_task
 from tests.helpers.checks import assert_close
 
 CPU = torch.device("cpu")
@@ -184,11 +185,11 @@ def test_the_teacher_must_reach_its_floor_on_the_evaluation_set(capsys):
     labels = torch.where(torch.arange(40) < 30, right, (right + 1) % 5)
     loader = eval_loader(TensorImages(images(40), labels), DataConfig(eval_batch_size=16), CPU)
     settings = dataclasses.replace(config(teacher={"min_accuracy": 0.75}), quiet=False)
-    assert check_teacher(distiller, settings, loader, CPU, "fp32", Ranks()) == 0.75
+    assert check_teacher(distiller, find_task(settings), loader, CPU, Ranks()) == 0.75
     assert capsys.readouterr().out == "teacher accuracy 0.7500 (at least 0.75)\n"
     with pytest.raises(ValueError, match=r"teacher\.min_accuracy: the teacher reaches 0\.7500 .* at least 0\.76"):
-        check_teacher(distiller, config(teacher={"min_accuracy": 0.76}), loader, CPU, "fp32", Ranks())
-    assert check_teacher(distiller, config(), loader, CPU, "fp32", Ranks()) == 0.75
+        check_teacher(distiller, find_task(config(teacher={"min_accuracy": 0.76})), loader, CPU, Ranks())
+    assert check_teacher(distiller, find_task(config()), loader, CPU, Ranks()) == 0.75
 
 
 def test_the_floor_is_checked_with_the_teachers_own_normalization():
@@ -197,9 +198,9 @@ def test_the_floor_is_checked_with_the_teachers_own_normalization():
     prepare(distiller, settings, CPU, Ranks(), DATA)
     batch = images(100) + 3 * torch.randn(100, 3, 1, 1, generator=torch.Generator().manual_seed(2))
     loader = eval_loader(TensorImages(batch, distiller.teach(batch).logits.argmax(1)), DataConfig(), CPU)
-    assert check_teacher(distiller, settings, loader, CPU, "fp32", Ranks()) == 1.0
+    assert check_teacher(distiller, find_task(settings), loader, CPU, Ranks()) == 1.0
     with pytest.raises(ValueError, match=r"teacher\.min_accuracy"):
-        check_teacher(plain, settings, loader, CPU, "fp32", Ranks())
+        check_teacher(plain, find_task(settings), loader, CPU, Ranks())
 
 
 def test_sync_batchnorm_needs_several_ranks_on_cuda():
@@ -385,8 +386,8 @@ def test_chunks_of_a_compiled_student_give_the_gradients_of_the_whole_batch(comp
     prepare(chunked, settings, CPU, Ranks())
     for distiller, chunks in ((chunked, 2), (whole, 1)):
         distiller.student.eval()  # batch norm would normalise with a chunk's own rows
-        trained = Trained(distiller.student, distiller.objective, chunks)
-        trained(images(), distiller.teach(images()), torch.arange(8) % 5)[0].backward()
+        trained = Trained(distiller, find_task(settings), chunks)
+        trained((images(), torch.arange(8) % 5))[0].backward()
     for one, other in zip(chunked.parameters(), whole.parameters(), strict=True):
         if one.requires_grad:
             assert_close(one.grad, other.grad, torch.float32)

@@ -18,8 +18,8 @@ from fastkd.trainer.data.loader import eval_loader
 from fastkd.trainer.models.build import build_model
 from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.precision import choose_device
-from fastkd.trainer.run.evaluate import take_images_of
 from fastkd.trainer.run.saved.checkpoint import load_weights
+from fastkd.trainer.tasks.evaluate import take_images_of
 
 LIMIT = 3.0  # of the colour scale, as in the authors' script
 CLASSES, PERPLEXITY, ITERATIONS = 20, 40, 300

@@ -27,6 +27,7 @@ from fastkd.trainer.precision import DTYPES
 from fastkd.trainer.run.distiller import Distiller, build_distiller
 from fastkd.trainer.run.prepare import with_classes, with_samples
 from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint
+from fastkd.trainer.tasks.base import find_task
 
 MIB = 2**20
 LEFT_OUT = (
@@ -41,9 +42,12 @@ def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
     Raises:
         ValueError: training would refuse the config: a model is unknown, terms do not fit it, or a batch is too small.
     """
-    config, samples, shape, is_bytes, unreadable = _data(config)
     if config.student is None:
         raise ValueError("student: got None, expected a model")
+    if config.task != "classification":
+        return _without_memory(config, world_size)
+    config, samples, shape, is_bytes, unreadable = _data(config)
+    assert config.student is not None
     fewest, rows = config.data.batch_size // world_size, -(-config.data.batch_size // world_size)
     if fewest == 0:
         raise ValueError(f"data.batch_size: got {config.data.batch_size}, expected at least a row for each rank")
@@ -79,6 +83,35 @@ def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
     return [*lines, *LEFT_OUT]
 
 
+def _without_memory(config: TrainConfig, world_size: int) -> list[str]:
+    """The lines for a task whose memory is not estimated: what a step holds depends on what is in its images."""
+    task, samples, unreadable = find_task(config), None, ""
+    try:
+        train_set, eval_set = choose_data(without_download(config.data), None, None)
+        config, samples = with_classes(config, task, train_set, eval_set, None), len(train_set)
+    except (ValueError, OSError) as error:
+        unreadable = str(error)
+    lines = []
+    with torch.device("meta"):
+        for role, model in (("student", config.student), ("teacher", config.teacher)):
+            if model is not None:
+                lines.append(_model(role, model, build_model(model.without_weights(), role)))
+    if needs("teacher", config.objective) and config.teacher is None:
+        raise ValueError(f"teacher: got None, expected a model: objective.terms={config.objective.terms!r} needs one")
+    batch = config.data.batch_size
+    options = [] if config.ema is None else [f"moving average {config.ema:g}"]
+    return [
+        *lines,
+        f"task {config.task}, evaluated by {task.title}",
+        f"loss {describe_terms(config.objective.weights)}",
+        f"global batch {batch} on {world_size} rank{'s' if world_size > 1 else ''}",
+        _steps(config, samples, unreadable),
+        _rule(config),
+        ", ".join([f"precision {config.precision}", *options]),
+        "memory of a rank: not estimated for this task",
+    ]
+
+
 def _data(config: TrainConfig) -> tuple[TrainConfig, int | None, tuple[int, ...], bool, str]:
     """The config with the data's classes; the number of training samples; an image's shape, and whether it is of bytes;
     why the data cannot be read. The number is None in that case, and the reason is empty otherwise.
@@ -92,7 +125,7 @@ def _data(config: TrainConfig) -> tuple[TrainConfig, int | None, tuple[int, ...]
         if shape is None:
             raise
         return with_samples(config, 50_000), None, shape, named, str(error)  # as many as CIFAR has
-    config = with_classes(config, train_set, eval_set, None)
+    config = with_classes(config, find_task(config), train_set, eval_set, None)
     if shape is not None:
         return config, len(train_set), shape, named, ""
     images = first_images(train_set)

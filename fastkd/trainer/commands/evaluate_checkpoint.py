@@ -11,6 +11,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from fastkd.trainer.commands.evaluate_task import evaluate_task, task_of
 from fastkd.trainer.commands.reopen import other_data, reopen
 from fastkd.trainer.commands.train import parse_json
 from fastkd.trainer.data.config import DataConfig
@@ -23,8 +24,8 @@ from fastkd.trainer.models.features import FeatureModel, measure_shapes
 from fastkd.trainer.models.weights import Origin
 from fastkd.trainer.precision import choose_device
 from fastkd.trainer.run.check import origin_of
-from fastkd.trainer.run.evaluate import evaluate, take_images_of
 from fastkd.trainer.run.saved.checkpoint import find_weights
+from fastkd.trainer.tasks.evaluate import evaluate, take_images_of
 from fastkd.trainer.text import printable
 
 
@@ -116,13 +117,16 @@ def evaluate_checkpoint(
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or it needs ``trust_code``; or its student or data were
             given to ``train`` as objects, which no config names, and are not given here.
-        ValueError: the data have classes that the run does not know, or images that the model cannot take.
+        ValueError: the run is of another task (see ``evaluate_task``), or the data have classes that it does not know,
+            or images that the model cannot take.
 
     Example:
         >>> accuracy = evaluate_checkpoint("runs/digits").accuracy  # doctest: +SKIP
         >>> best = evaluate_checkpoint("runs/mine", model=MyNet(), eval_data=my_test_set)  # doctest: +SKIP
     """
     reopened = reopen(path, best=best, model=model, data=data, eval_data=eval_data, trust_code=trust_code)
+    if reopened.config.task != "classification":
+        raise ValueError(f"{path}: is a run of the task {reopened.config.task!r}, expected evaluate_task for it")
     return _measure(
         FeatureModel(reopened.model, optional=True),
         reopened.eval_data,
@@ -321,6 +325,12 @@ def eval_command(
             folders = [str(Path(data_of.options.get("root", "")).resolve()) for data_of in (own, chosen)]
             if own.name == chosen.name == "images" and chosen.options.get("val") == "." and len(set(folders)) == 1:
                 print(f"{root}: the run was trained on most of these images; without --root it reads the others")
+        if task_of(checkpoint, best) != "classification":
+            found = evaluate_task(checkpoint, best=best, data=chosen, device=device, trust_code=trust_code)
+            print("\n".join(found.lines()))
+            if json is not None:
+                Path(json).write_text(dumps(found.to_dict(), indent=1) + "\n")
+            return
         result = evaluate_checkpoint(checkpoint, best=best, data=chosen, device=device, trust_code=trust_code)
     else:
         weights = None if model is None else checkpoint

@@ -20,11 +20,12 @@ from fastkd.trainer.commands.reopen import Reopened, reopen
 from fastkd.trainer.data.labels import normalization_of
 from fastkd.trainer.data.loader import collate, fetch
 from fastkd.trainer.extras import require_extras
+from fastkd.trainer.models.encoder import EncoderModel
 from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.models.weights import save_tensors
 from fastkd.trainer.run.check import input_of
 from fastkd.trainer.run.describe import versions
-from fastkd.trainer.run.evaluate import take_images_of
+from fastkd.trainer.tasks.evaluate import take_images_of
 
 SAMPLES = 8
 # Relative to the largest logit. Other kernels sum in another order, and a deep network amplifies that.
@@ -80,7 +81,7 @@ def export(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".onnx":
-            error, sides = _write_onnx(model, temporary, _images(reopened, image_shape), _metadata(reopened))
+            error, sides = _write_onnx(reopened, temporary, _images(reopened, image_shape), _metadata(reopened))
         else:
             _write_safetensors(model, temporary, _metadata(reopened))
         temporary.replace(out)
@@ -101,12 +102,12 @@ def _write_safetensors(model: nn.Module, path: Path, metadata: dict[str, str]) -
                 raise ExportError(f"{path}: {name} reads back differently")
 
 
-def _write_onnx(model: nn.Module, path: Path, images: Tensor, metadata: dict[str, str]) -> tuple[float, str]:
+def _write_onnx(reopened: Reopened, path: Path, images: Tensor, metadata: dict[str, str]) -> tuple[float, str]:
     """The largest error, and the sides of the images that the file takes, such as ``3 x H x W``."""
     require_extras("export", by="the export to ONNX")  # torch's exporter imports onnx and onnxscript
     import onnxruntime  # type: ignore[import-not-found,unused-ignore]
 
-    logits = _Logits(model)
+    name, computing = _computing(reopened, images)
 
     def write(dynamic: bool) -> list[Any]:
         """The sides of the images that the written file takes; those that any number will do for are strings."""
@@ -116,10 +117,10 @@ def _write_onnx(model: nn.Module, path: Path, images: Tensor, metadata: dict[str
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own deprecations
             program: Any = torch.onnx.export(
-                logits,
+                computing,
                 (images,),
                 input_names=["images"],
-                output_names=["logits"],
+                output_names=[name],
                 dynamic_shapes=(shape,),
                 dynamo=True,
                 verbose=False,
@@ -132,14 +133,14 @@ def _write_onnx(model: nn.Module, path: Path, images: Tensor, metadata: dict[str
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         with torch.no_grad():
             return max(
-                _difference(torch.from_numpy(session.run(None, {"images": part.numpy()})[0]), logits(part))
+                _difference(torch.from_numpy(session.run(None, {"images": part.numpy()})[0]), computing(part))
                 for part in samples
             )
 
     def check(samples: Sequence[Tensor]) -> float:
         if not (largest := differ(samples)) <= ONNX_TOLERANCE:
             raise ExportError(
-                f"{path}: its logits differ by {largest:.2g} of the largest, at most {ONNX_TOLERANCE} is right"
+                f"{path}: its {name} differ by {largest:.2g} of the largest, at most {ONNX_TOLERANCE} is right"
             )
         return largest
 
@@ -158,6 +159,19 @@ def _write_onnx(model: nn.Module, path: Path, images: Tensor, metadata: dict[str
             largest = check(usual)
     shown = [side if isinstance(side, int) else "CHW"[index] for index, side in enumerate(sides[1:])]
     return largest, " x ".join(map(str, shown))
+
+
+def _computing(reopened: Reopened, images: Tensor) -> tuple[str, nn.Module]:
+    """What the outputs are, and the module that computes them."""
+    model, named = reopened.model, reopened.config.student
+    if reopened.config.task != "embeddings":
+        return "logits", _Logits(model)
+    encoder = EncoderModel(model, None if named is None else named.classifier).eval()
+    plain = encoder.plain()
+    with torch.no_grad():
+        if not torch.equal(plain(images), encoder(images).features):
+            raise ExportError(f"student: layer {encoder.classifier_name!r} is not the last, expected that for ONNX")
+    return "embeddings", plain
 
 
 class _Logits(nn.Module):

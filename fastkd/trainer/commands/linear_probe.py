@@ -25,7 +25,8 @@ from fastkd.trainer.data.options import options_class
 from fastkd.trainer.models.features import FeatureModel, measure_shapes
 from fastkd.trainer.precision import choose_device
 from fastkd.trainer.rng import seed_everything
-from fastkd.trainer.run.evaluate import take_images_of
+from fastkd.trainer.tasks.base import find_task
+from fastkd.trainer.tasks.evaluate import take_images_of
 from fastkd.validate import check_int, check_number
 
 
@@ -206,8 +207,12 @@ def probe_command(
         chosen = {"augment": method == "sgd", **chosen}
     reopened = reopen(checkpoint, best=best, with_data=False, trust_code=trust_code)
     config = DataConfig(name=data, options=chosen, eval_batch_size=batch_size, num_workers=num_workers)
+    if reopened.config.task == "detection":
+        raise ValueError(
+            f"checkpoint: {checkpoint} holds a detector, expected a model with one row of features an image"
+        )
     classifier = None if reopened.config.student is None else reopened.config.student.classifier
-    model = FeatureModel(reopened.model, classifier)
+    model = find_task(reopened.config).wrap(reopened.model, {"classifier": classifier}, False)
     sets = build_datasets(config)
     if method == "sgd":
         result = linear_probe_by_sgd(model, *sets, config, choose_device(device), sgd)

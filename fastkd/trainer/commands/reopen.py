@@ -92,6 +92,8 @@ def reopen(
 
 def other_data(config: DataConfig, root: str) -> DataConfig:
     """The images in ``root``, read as ``config`` reads its own: those in ``root/val`` if there is such a folder."""
+    if config.name == "coco":
+        return replace(config, options={**config.options, "root": root})
     options = config.options if config.name == "images" else {}
     part = options.get("val", "val")
     part = part if (Path(root) / part).is_dir() else "."

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.trainer.config import TrainConfig
+from fastkd.trainer.ranks import join_ranks
 from fastkd.trainer.run.loop import TrainResult, train
-from fastkd.trainer.run.ranks import join_ranks
 from fastkd.trainer.run.saved.log import RUN, SEED_FOLDER
 from fastkd.trainer.run.stages import train_stages
 
@@ -47,14 +47,14 @@ def train_seeds(config: TrainConfig | Mapping[str, TrainConfig], seeds: Sequence
         if results[-1].stopped_by is not None:
             print(f"stopped in seed {seeds[len(results) - 1]}; the same command goes on from there")
         else:
-            print("\n".join(summary(seeds, [result.accuracy for result in results])))
+            print("\n".join(summary(seeds, [result.accuracy for result in results], results[0].metric)))
     return results
 
 
-def summary(seeds: Sequence[int], accuracies: Sequence[float]) -> list[str]:
+def summary(seeds: Sequence[int], accuracies: Sequence[float], metric: str = "accuracy") -> list[str]:
     """A line for every seed, and one with the mean and the standard deviation of a sample (divided by n - 1)."""
-    lines = [f"seed {seed}: accuracy {accuracy:.4f}" for seed, accuracy in zip(seeds, accuracies, strict=True)]
+    lines = [f"seed {seed}: {metric} {accuracy:.4f}" for seed, accuracy in zip(seeds, accuracies, strict=True)]
     if len(seeds) > 1:
         mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
-        lines.append(f"accuracy {mean:.4f} ± {deviation:.4f} (mean ± standard deviation of {len(seeds)} seeds)")
+        lines.append(f"{metric} {mean:.4f} ± {deviation:.4f} (mean ± standard deviation of {len(seeds)} seeds)")
     return lines

@@ -113,11 +113,10 @@ def train_command(arguments: list[str]) -> int:
             print(f"go on with: {shlex.join(['fastkd', 'train', *again, '--resume'])}")
         return 128 + result.stopped_by  # what a shell reports for a process that a signal ended
     if speaks and not flags.seeds and not result.already_finished:
-        print(f"last accuracy {result.accuracy:.4f} in {result.seconds:.1f} s; checkpoint {result.path}")
+        print(f"last {result.metric} {result.accuracy:.4f} in {result.seconds:.1f} s; checkpoint {result.path}")
         if result.best is not None:
-            print(
-                f"best accuracy {result.best[0]:.4f}; checkpoint {result.best[1]} (--best for eval, export and probe)"
-            )
+            best, path = result.best
+            print(f"best {result.metric} {best:.4f}; checkpoint {path} (--best for eval, export and probe)")
     return 0
 
 

@@ -20,6 +20,7 @@ DATASETS = {
     "images": "fastkd.trainer.data.images:load_images",
     "cifar": "fastkd.trainer.data.readers.cifar:load_cifar",
     "stl10": "fastkd.trainer.data.readers.stl10:load_stl10",
+    "coco": "fastkd.trainer.data.coco.reader:load_coco",
     "tiny-imagenet": "fastkd.trainer.data.readers.tiny_imagenet:load_tiny_imagenet",
 }
 

@@ -113,8 +113,29 @@ def labels_of(dataset: Any) -> Tensor:
     raise TypeError(f"data.labelled: {type(dataset).__name__} has neither 'labels' nor 'targets' to choose a subset by")
 
 
+def range_of_labels(dataset: Any) -> tuple[int, int] | None:
+    """The smallest and the largest label; None where labels are not exposed, or are changed when they are read."""
+    whole = dataset
+    while isinstance(whole, Subset):
+        whole = whole.dataset
+    if getattr(whole, "target_transform", None) is not None:
+        return None
+    try:
+        labels = labels_of(dataset)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return None
+    if labels.ndim != 1 or labels.numel() == 0 or labels.is_floating_point():
+        return None
+    return int(labels.min()), int(labels.max())
+
+
 def labels_hash(dataset: Any) -> str | None:
-    """The sha256 of the labels, which tells most data sets apart cheaply. None if ``dataset`` does not expose them."""
+    """The sha256 of the labels, which tells most data sets apart cheaply. None if ``dataset`` does not expose them.
+
+    A data set whose labels are no numbers says it itself, by an attribute ``labels_sha256``.
+    """
+    if isinstance(own := getattr(dataset, "labels_sha256", None), str):
+        return own
     try:
         labels = labels_of(dataset).to("cpu", torch.long)
     except (TypeError, ValueError, RuntimeError, IndexError):

@@ -159,7 +159,10 @@ def draws_nothing(dataset: Any) -> bool:
 
 def first_images(dataset: Any) -> Tensor:
     """The first two images of a dataset as a batch. TypeError if its samples are not (image, label)."""
-    batch = collate(fetch(dataset, [0, 1 % len(dataset)]))
+    found = fetch(dataset, [0, 1 % len(dataset)])
+    if isinstance(found, list) and isinstance(found[0], tuple) and any(isinstance(part, dict) for part in found[0]):
+        raise TypeError("train_data: gives images with boxes, expected (images, labels), or --task detection")
+    batch = collate(found)
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[0], Tensor):
         got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
         raise TypeError(f"train_data: a batch of it is {got}, expected (images, labels)")
@@ -179,6 +182,7 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     additions: Additions | None = None,
+    collate: Callable[[Any], Any] = collate,
 ) -> tuple[DataLoader[Any], Callable[[int, int], None]]:
     """The training loader of one rank, and the function that must tell it the epoch, and its first batch before a pass.
 
@@ -224,7 +228,12 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: Any, config: DataConfig, device: torch.device, rank: int = 0, world_size: int = 1
+    dataset: Any,
+    config: DataConfig,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    collate: Callable[[Any], Any] = collate,
 ) -> DataLoader[Any]:
     """A loader of the evaluation set in its order; each of several ranks gets every ``world_size``-th sample."""
     if world_size > 1:

@@ -146,13 +146,7 @@ class TransformOptions:
     augment: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            check_type(f"data.options.{name}", values, (tuple, list))
-            if len(values) != 3:
-                raise ValueError(f"data.options.{name}: got {values}, expected three numbers")
-            for value in values:
-                check_number(f"data.options.{name}", value, 0.0, exclusive=name == "std")
+        _check_normalization(self.mean, self.std)
         check_int("data.options.image_size", self.image_size, 1)
         for name in ("crop", "min_scale"):
             check_number(f"data.options.{name}", getattr(self, name), 0.0, 1.0, exclusive=True)
@@ -201,6 +195,57 @@ class ImagesOptions(TransformOptions, _Folder):
 
 
 @dataclass(kw_only=True, frozen=True)
+class CocoOptions(_Folder):
+    """Images with boxes in the format of COCO: in ``root`` a folder and a JSON file of annotations for each part.
+
+    COCO's own files are read with ``train=train2017, val=val2017, annotations=annotations/instances_{part}.json``.
+
+    Attributes:
+        train: the name of the part for training, which is the folder of its images.
+        val: the name of the part for evaluation.
+        annotations: the annotation file of a part, in ``root``.
+        short_side: an image is scaled to this shorter side. Of several, a training image gets one at random, and an
+            evaluation image gets the largest.
+        max_side: the longer side has at most this many pixels after scaling.
+        flip: the probability that a training image is mirrored.
+        mean: of the channels, to normalise the student's input on its device. A teacher that was trained with other
+            values gets its own.
+        std: standard deviations of the channels, as ``mean``.
+        limit: keep the first training images only, this many. None keeps all.
+        max_broken: this many images may be unreadable. One more ends the run.
+    """
+
+    train: str = "train"
+    val: str = "val"
+    annotations: str = "{part}.json"
+    short_side: tuple[int, ...] = (800,)
+    max_side: int = 1333
+    flip: float = 0.5
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    limit: int | None = None
+    max_broken: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("train", "val", "annotations"):
+            check_type(f"data.options.{name}", getattr(self, name), str)
+        if "{part}" not in self.annotations:
+            raise ValueError(f"data.options.annotations: got {self.annotations!r}, expected {{part}} in it")
+        check_type("data.options.short_side", self.short_side, (tuple, list))
+        if not self.short_side:
+            raise ValueError("data.options.short_side: got no number, expected at least one")
+        for side in self.short_side:
+            check_int("data.options.short_side", side, 1)
+        check_int("data.options.max_side", self.max_side, 1)
+        check_number("data.options.flip", self.flip, 0.0, 1.0)
+        _check_normalization(self.mean, self.std)
+        if self.limit is not None:
+            check_int("data.options.limit", self.limit, 1)
+        check_int("data.options.max_broken", self.max_broken, 0)
+
+
+@dataclass(kw_only=True, frozen=True)
 class TorchvisionOptions(TransformOptions, _Folder):
     """A data set of torchvision, which reads it from ``root``.
 
@@ -216,11 +261,21 @@ class TorchvisionOptions(TransformOptions, _Folder):
         check_type("data.options.download", self.download, bool)
 
 
+def _check_normalization(mean: Any, std: Any) -> None:
+    for name, values in (("mean", mean), ("std", std)):
+        check_type(f"data.options.{name}", values, (tuple, list))
+        if len(values) != 3:
+            raise ValueError(f"data.options.{name}: got {values}, expected three numbers")
+        for value in values:
+            check_number(f"data.options.{name}", value, 0.0, exclusive=name == "std")
+
+
 _OPTIONS: dict[str, type] = {
     "digits": DigitsOptions,
     "images": ImagesOptions,
     "cifar": CifarOptions,
     "stl10": Stl10Options,
+    "coco": CocoOptions,
     "tiny-imagenet": TinyImageNetOptions,
 }
 

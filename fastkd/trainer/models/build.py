@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ class ModelConfig:
             ``package.module:callable``, or a bare name, which is looked up in timm first and then in torchvision. NAME
             may say which published weights are meant, as in ``timm:resnet50.tv_in1k`` and
             ``torchvision:resnet50.IMAGENET1K_V1``; else they are the library's default.
-        num_classes: the width of the logits. None leaves it to the builder.
+        num_classes: the width of the logits. None leaves it to the builder. 0 is for an encoder.
         classifier: the name of the classifier layer, such as ``head.fc``. None finds it.
         feature_map: the name of the layer whose output is the last feature map, such as ``layer4``. None finds it.
         taps: the names of the layers whose outputs are the intermediate maps, from the first stage to the last, such as
@@ -63,7 +64,7 @@ class ModelConfig:
         if not self.name:
             raise ValueError("model.name: got '', expected a model's name")
         if self.num_classes is not None:
-            check_int("model.num_classes", self.num_classes, 1)
+            check_int("model.num_classes", self.num_classes, 0)
         check_type("model.options", self.options, dict)
         if self.taps is not None:
             check_type("model.taps", self.taps, (tuple, list))
@@ -96,6 +97,15 @@ def check_normalization(name: str, value: Any) -> None:
         check_number(name, std, 0.0, exclusive=True)
 
 
+@contextmanager
+def _quiet_if_empty(config: ModelConfig) -> Iterator[None]:
+    """Leaves out the warnings of torch that a classifier layer without outputs needs no initialisation."""
+    with warnings.catch_warnings():
+        if config.num_classes == 0:
+            warnings.filterwarnings("ignore", "Initializing zero-element")
+        yield
+
+
 def build_model(config: ModelConfig, role: str = "model") -> nn.Module:
     """The module that ``config.name`` names. ``config.weights`` are not loaded (see ``load_weights``).
 
@@ -110,6 +120,11 @@ def build_model(config: ModelConfig, role: str = "model") -> nn.Module:
     Example:
         >>> model = build_model(ModelConfig(name="torchvision:resnet18", num_classes=10))
     """
+    with _quiet_if_empty(config):
+        return _build(config, role)
+
+
+def _build(config: ModelConfig, role: str) -> nn.Module:
     options = dict(config.options)
     if config.num_classes is not None:
         options["num_classes"] = config.num_classes

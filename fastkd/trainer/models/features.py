@@ -15,6 +15,9 @@ from fastkd.trainer.models.build import Normalization
 from fastkd.trainer.models.maps import CONVOLUTIONS, MapSource, find_map, pool_features
 from fastkd.trainer.models.taps import Taps, TapShapes, TapSources, find_taps
 
+# What a model returns, and what the hooks caught: inputs of the classifier, last maps, the taps' numbers and values.
+Caught = tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...], tuple[tuple[int, Tensor], ...]]
+
 _HEAD_NAMES = ("fc", "classifier", "head", "heads", "linear")
 _HOW_TO_NAME = "name it with ModelConfig(classifier='...'), or pass FeatureModel(module, '...') as the module"
 
@@ -60,6 +63,11 @@ class ModelShapes:
     classes: int
     feature_map: MapSource | None = None
     taps: TapShapes | None = None
+
+
+def are_bytes(images: Any) -> bool:
+    """Whether what a model takes is of bytes: a tensor of uint8, or an object that has one as ``images``."""
+    return getattr(getattr(images, "images", images), "dtype", None) == torch.uint8
 
 
 def find_classifier(model: nn.Module, name: str | None = None) -> str:
@@ -188,6 +196,16 @@ class FeatureModel(nn.Module):
         self.scale = (std / own_std).float().view(-1, 1, 1).to(device)
         self.shift = ((mean - own_mean) / own_std).float().view(-1, 1, 1).to(device)
 
+    def like(self, model: nn.Module) -> FeatureModel:
+        """``model``, a copy of the wrapped one, with the same input; its features are not needed."""
+        other = FeatureModel(model, self.classifier_name, optional=True)
+        other.take_images(*(self.conversion or (None,)))
+        return other
+
+    def measure(self, images: Any, **reads: bool) -> ModelShapes:
+        """The shapes of this model: see ``measure_shapes``. RuntimeError for images that it cannot take."""
+        return measure_shapes(self, images, **reads)
+
     @property
     def takes_bytes(self) -> bool:
         """Whether images of uint8 are pixels, which this model normalises."""
@@ -195,31 +213,10 @@ class FeatureModel(nn.Module):
 
     def forward(self, images: Tensor) -> ModelOutput:
         """The ``ModelOutput``. RuntimeError unless the classifier layer is called once."""
-        handles = []
         layer, source = self.classifier, self.map_source
-        # Hooked per call, so that the user's module carries nothing of ours before or after it.
-        if layer is not None:
-            handles.append(layer.register_forward_pre_hook(self._note_input))
-        if source is not None:
-            handles.append(self.model.get_submodule(source.layer).register_forward_hook(self._note_map))
-        for number, tap in enumerate(self.tap_sources.every if self.tap_sources else ()):
-            tapped, note = self.model.get_submodule(tap.layer), partial(self._note_tap, number, tap.overwritten)
-            hook = tapped.register_forward_pre_hook if tap.of_input else tapped.register_forward_hook
-            handles.append(hook(note))
-        try:
-            output, captured, maps, tapped_values = (self._compiled or self._traced)(images)
-        finally:
-            for handle in handles:
-                handle.remove()
-            # A compiled graph is valid for lists of the length that it was traced with: empty at the start.
-            self._inputs.clear()
-            self._maps.clear()
-            self._tapped.clear()
+        output, captured, maps, tapped_values = self._caught(images)
         if len(captured) != 1 and not self.optional:
-            raise RuntimeError(
-                f"classifier: layer {self.classifier_name!r} of {type(self.model).__name__} was called {len(captured)} "
-                f"times with positional input in one forward pass, expected once; for another layer, {_HOW_TO_NAME}"
-            )
+            raise self._called(len(captured))
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
@@ -235,6 +232,36 @@ class FeatureModel(nn.Module):
             found.taps = self.tap_sources.read(tapped_values)
         return found
 
+    def _called(self, times: int) -> RuntimeError:
+        """The error of a classifier layer that was not called once."""
+        return RuntimeError(
+            f"classifier: layer {self.classifier_name!r} of {type(self.model).__name__} was called {times} times with "
+            f"positional input in one forward pass, expected once; for another layer, {_HOW_TO_NAME}"
+        )
+
+    def _caught(self, images: Any) -> Caught:
+        """The model's output, the inputs of the classifier layer, the last maps and the values of the taps."""
+        handles = []
+        layer, source = self.classifier, self.map_source
+        # Hooked per call, so that the user's module carries nothing of ours before or after it.
+        if layer is not None:
+            handles.append(layer.register_forward_pre_hook(self._note_input))
+        if source is not None:
+            handles.append(self.model.get_submodule(source.layer).register_forward_hook(self._note_map))
+        for number, tap in enumerate(self.tap_sources.every if self.tap_sources else ()):
+            tapped, note = self.model.get_submodule(tap.layer), partial(self._note_tap, number, tap.overwritten)
+            hook = tapped.register_forward_pre_hook if tap.of_input else tapped.register_forward_hook
+            handles.append(hook(note))
+        try:
+            return (self._compiled or self._traced)(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+            # A compiled graph is valid for lists of the length that it was traced with: empty at the start.
+            self._inputs.clear()
+            self._maps.clear()
+            self._tapped.clear()
+
     @property
     def classifier(self) -> nn.Module | None:
         """The classifier layer."""
@@ -244,9 +271,7 @@ class FeatureModel(nn.Module):
         """Run the model through ``torch.compile`` with these ``options`` from now on. Names and weights stay."""
         self._compiled = torch.compile(self._traced, **options)
 
-    def _traced(
-        self, images: Tensor
-    ) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...], tuple[tuple[int, Tensor], ...]]:
+    def _traced(self, images: Any) -> Caught:
         """The model's output, and what the hooks caught during the call."""
         return self._run(images), tuple(self._inputs), tuple(self._maps), tuple(self._tapped)
 

@@ -140,11 +140,14 @@ def pool_features(features: Tensor, layer: nn.Module) -> Tensor:
 
 
 def trace(run: Callable[[], Tensor], model: nn.Module, classifier: str) -> tuple[list[Call], Tensor, Tensor]:
-    """Every call that ends before the classifier is called, the features, and the classifier's output [B, C]."""
+    """Every call that ends before the classifier is called, the features, and the classifier's output [B, C].
+
+    Without a classifier, named ``""``, every call counts, and the features take the place of its output.
+    """
     calls: list[Call] = []
     outputs: list[Tensor] = []
     versions: dict[int, int] = {}  # of the first argument, by the layer that is being called
-    head = model.get_submodule(classifier)
+    head = model.get_submodule(classifier) if classifier else nn.Identity()
 
     def enter(layer: nn.Module, args: Any) -> None:
         if args and isinstance(args[0], Tensor):
@@ -169,7 +172,7 @@ def trace(run: Callable[[], Tensor], model: nn.Module, classifier: str) -> tuple
     finally:
         for handle in handles:
             handle.remove()
-    return calls, features, outputs[-1]
+    return calls, features, outputs[-1] if classifier else features
 
 
 def _is_channels_last(value: Tensor, width: int) -> bool:

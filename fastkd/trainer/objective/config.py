@@ -32,7 +32,14 @@ from fastkd.trainer.objective.options.maps import (
     SRRLConfig,
     VIDConfig,
 )
-from fastkd.trainer.objective.options.relations import CCConfig, CRDConfig, PKTConfig, RKDConfig, SPConfig
+from fastkd.trainer.objective.options.relations import (
+    CCConfig,
+    CRDConfig,
+    InfoNCEConfig,
+    PKTConfig,
+    RKDConfig,
+    SPConfig,
+)
 from fastkd.validate import check_type
 
 
@@ -66,6 +73,7 @@ class ObjectiveConfig:
         pkt: options of PKT.
         sp: options of SP.
         crd: options of CRD.
+        info_nce: options of InfoNCE between the features of both.
         fitnet: options of FitNet.
         at: options of AT.
         nst: options of NST.
@@ -99,6 +107,7 @@ class ObjectiveConfig:
     pkt: PKTConfig = field(default_factory=PKTConfig)
     sp: SPConfig = field(default_factory=SPConfig)
     crd: CRDConfig = field(default_factory=CRDConfig)
+    info_nce: InfoNCEConfig = field(default_factory=InfoNCEConfig)
     fitnet: FitNetConfig = field(default_factory=FitNetConfig)
     at: ATConfig = field(default_factory=ATConfig)
     nst: NSTConfig = field(default_factory=NSTConfig)

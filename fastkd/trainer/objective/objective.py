@@ -20,15 +20,34 @@ from fastkd.trainer.objective.terms.registry import TERMS
 from fastkd.validate import NO_LABEL
 
 # Names of other values in the same record.
-_RESERVED = {"kind", "step", "epoch", "lr", "loss", "accuracy", "eval_loss", "grad_norm"}
+_RESERVED = {
+    "kind",
+    "step",
+    "epoch",
+    "lr",
+    "loss",
+    "accuracy",
+    "eval_loss",
+    "grad_norm",
+    "recall_1",
+    "recall_5",
+    "left_out",
+}
 
 
 def needs(what: str, config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> bool:
     """Whether any term has ``needs_WHAT``, such as ``"teacher"`` or ``"taps"``: see ``objective.terms.base``."""
+    return bool(needing(what, config, terms))
+
+
+def needing(
+    what: str, config: ObjectiveConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None
+) -> list[str]:
+    """The names of the terms that have ``needs_WHAT``, in their order."""
     known = {**TERMS, **(terms or {})}
     default = what in ("teacher", "features")
-    found = [getattr(known.get(name), f"needs_{what}", default) for name in config.weights]
-    return any(value(config) if callable(value) else value for value in found)
+    found = {name: getattr(known.get(name), f"needs_{what}", default) for name in config.weights}
+    return [name for name, value in found.items() if (value(config) if callable(value) else value)]
 
 
 def extended_student(

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.recipes import cifar, digits, imagenet, images
+from fastkd.trainer.recipes import cifar, digits, embeddings, imagenet, images
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "images": images.images,
     "images-kd": images.images_kd,
+    "embeddings": embeddings.embeddings,
+    "embeddings-images": embeddings.embeddings_images,
     "digits": digits.digits,
     "digits-scratch": digits.digits_scratch,
     "digits-teacher": digits.digits_teacher,

@@ -74,7 +74,7 @@ def draw(groups: Sequence[Group], quantity: Quantity, key: str) -> Panel:
         axis.set_xlim(0, 1.02 * max(last, 1))
         axis.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
         axis.set_xlabel("epoch")
-        teachers = _teachers(groups) if quantity.name == "accuracy" else {}
+        teachers = _teachers(groups) if quantity.name == groups[0].runs[0].metric else {}
         for accuracy, colour in teachers.items():
             axis.axhline(accuracy, color=colour, linestyle=(0, (4, 3)), linewidth=1, clip_on=False)
         for line in axis.lines:
@@ -122,7 +122,7 @@ def _lines(group: Group, quantity: Quantity, index: int, groups: int) -> list[_L
 
 
 def _teachers(groups: Sequence[Group]) -> dict[float, str]:
-    """The accuracies of the teachers in percent, with a colour: the group's, where teachers differ."""
+    """The values of the teachers' metric in percent, with a colour: the group's, where teachers differ."""
     found = {
         100 * run.teacher_accuracy: look(index)[0]
         for index, group in enumerate(groups)

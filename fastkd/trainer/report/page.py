@@ -20,17 +20,35 @@ from fastkd.trainer.objective.config import describe_terms
 from fastkd.trainer.report.curves import MAX_POINTS, Panel, Quantity, draw, look
 from fastkd.trainer.report.records import Group, RecordedRun, read_groups
 from fastkd.trainer.report.style import render_page, write_atomically
-from fastkd.trainer.report.tables import ACCURACY, Cell, class_table, comparison_table, epoch_rows, with_teacher
+from fastkd.trainer.report.tables import (
+    METRICS,
+    Cell,
+    class_table,
+    comparison_table,
+    epoch_rows,
+    short_name,
+    with_teacher,
+)
 from fastkd.trainer.text import flatten, printable
 
 LOSS = Quantity("loss", "Training loss, weighted sum", mean=True)
 TOP5 = Quantity("top5", "Accuracy, top-5 (%)", percent=True)
+FURTHER = (  # beside the metrics
+    TOP5,
+    Quantity("map_50", "mAP, IoU 0.5 (%)", percent=True),
+    Quantity("map_75", "mAP, IoU 0.75 (%)", percent=True),
+    Quantity("map_small", "mAP of small objects (%)", percent=True),
+    Quantity("map_medium", "mAP of medium objects (%)", percent=True),
+    Quantity("map_large", "mAP of large objects (%)", percent=True),
+    Quantity("recall_5", "Recall@5 (%)", percent=True),
+)
 EVAL_LOSS = Quantity("eval_loss", "Evaluation loss (nats)", log=True)
 SPEED = Quantity("images_per_second", "Images a second")
 WAIT = Quantity("data_wait", "Time spent waiting for data (%)", percent=True)
 RATE = Quantity("lr", "Learning rate")
 NORM = Quantity("grad_norm", "Gradient norm before clipping", log=True)
-KNOWN = {quantity.name: quantity for quantity in (LOSS, ACCURACY, TOP5, EVAL_LOSS, SPEED, WAIT, RATE, NORM)}
+EVALUATED = [*(quantity for quantity, _ in METRICS.values()), *FURTHER]
+KNOWN = {quantity.name: quantity for quantity in (*EVALUATED, LOSS, EVAL_LOSS, SPEED, WAIT, RATE, NORM)}
 
 
 def write_run_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -89,6 +107,7 @@ def render(groups: Sequence[Group], problems: Sequence[str] = ()) -> str:
         comparison=comparison(groups),
         epochs={run.name: epoch_table(run) for run in runs},
         classes=class_table(groups),
+        metric=short_name(runs[0].metric),
         sections=draw_sections(groups),
         facts=side_by_side([merged([facts(run) for run in group.runs]) for group in groups]),
         settings=settings,
@@ -110,7 +129,7 @@ def sections_of(runs: Sequence[RecordedRun]) -> dict[str, list[Quantity]]:
         names = [name for name in names if name != TOP5.name]  # it is always 100 %
     weighted = {name for run in runs for name in run.info["loss_weights"]}
     found: dict[str, list[Quantity]] = {
-        "Accuracy": [ACCURACY, TOP5],
+        short_name(runs[0].metric): EVALUATED,
         "Loss": [LOSS, EVAL_LOSS],
         "Terms of the loss, before weights": [],
         "Temperature": [],
@@ -167,7 +186,7 @@ def facts(run: RecordedRun) -> dict[str, str]:
         "student": _model(info["student"]),
         "teacher": "none" if info["teacher"] is None else _model(info["teacher"]),
         "teacher, sha256 of its weights": info["teacher_sha256"] or "none",
-        "teacher's accuracy": with_teacher(run),
+        f"teacher's {'accuracy' if run.metric == 'accuracy' else short_name(run.metric)}": with_teacher(run),
         "data": f"{data}: {info['train_samples']:,} training samples, {info['eval_samples']:,} evaluation samples",
         "labels, sha256": "unknown (no checkpoint)" if run.manifest is None else run.manifest["labels_sha256"],
         "loss": describe_terms(info["loss_weights"]),
@@ -220,7 +239,7 @@ def epoch_table(run: RecordedRun) -> tuple[list[str], list[tuple[str, list[Cell]
 
 
 def comparison(groups: Sequence[Group]) -> tuple[list[str], list[list[Cell]]]:
-    """Headings and one row per run or group of seeds; the accuracy comes first, as narrow screens show the first."""
+    """Headings and one row per run or group of seeds; the metric comes first, as narrow screens show the first."""
     present = [
         item for items in sections_of([run for group in groups for run in group.runs]).values() for item in items
     ]

@@ -35,7 +35,8 @@ class RecordedRun:
         steps, epochs: the records of ``metrics.jsonl`` in the order of their steps, with NaN for null. ``epochs`` also
             have the values of ``speed.jsonl``.
         cut: the last line of ``metrics.jsonl`` is incomplete.
-        classes: ``classes.json``: the counts of every class at the last evaluation. None if there are none yet.
+        classes: ``classes.json``: what the last evaluation found for every class, ``classes`` being their names. Beside
+            them are ``samples``, and ``right`` ones or ``scores`` in [0, 1]. None if there are none yet.
     """
 
     name: str
@@ -46,6 +47,11 @@ class RecordedRun:
     epochs: list[dict[str, Any]]
     cut: bool
     classes: dict[str, Any] | None = None
+
+    @property
+    def metric(self) -> str:
+        """The name of the value by which epochs are compared. Runs of earlier versions are all of classifiers."""
+        return str(self.info.get("metric", "accuracy"))
 
     @property
     def steps_per_epoch(self) -> float:
@@ -65,17 +71,17 @@ class RecordedRun:
     @property
     def evaluated(self) -> dict[str, Any] | None:
         """The record of the last evaluated epoch."""
-        return next((record for record in reversed(self.epochs) if "accuracy" in record), None)
+        return next((record for record in reversed(self.epochs) if self.metric in record), None)
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The record of the first epoch with the highest accuracy."""
-        known = [record for record in self.epochs if math.isfinite(record.get("accuracy", math.nan))]
-        return max(known, key=lambda record: record["accuracy"], default=None)
+        """The record of the first epoch with the highest value of the metric."""
+        known = [record for record in self.epochs if math.isfinite(record.get(self.metric, math.nan))]
+        return max(known, key=lambda record: record[self.metric], default=None)
 
     @property
     def teacher_accuracy(self) -> float | None:
-        """The teacher's accuracy on the evaluation set, in [0, 1]. None without a teacher, or if it is unknown."""
+        """The teacher's value of the metric, in [0, 1]. None without a teacher, or if it is unknown."""
         value = self.info.get("teacher_accuracy")
         return value if isinstance(value, float) and math.isfinite(value) else None
 
@@ -128,6 +134,10 @@ def read_groups(folders: Sequence[str | Path]) -> tuple[list[Group], list[str]]:
         groups += [Group(name, given, runs)] if runs else []
     if not groups:
         raise ValueError(problems[0])
+    metrics = {run.metric: run.name for group in groups for run in group.runs}
+    if len(metrics) > 1:
+        shown = ", ".join(f"{name} has {metric}" for metric, name in metrics.items())
+        raise ValueError(f"runs: got runs of different tasks ({shown}), expected those of one")
     return groups, problems
 
 
@@ -225,18 +235,21 @@ def _newest_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _classes(file: Path) -> dict[str, Any] | None:
-    """The counts per class, checked. None if there is no such file, as in runs of earlier versions."""
+    """The values per class, checked. None if there is no such file, as in runs of earlier versions."""
     if not file.exists():
         return None
     found = _json_object(file)
-    columns = [found.get(key) for key in ("classes", "right", "samples")]
+    values = "scores" if "scores" in found else "right"
+    columns = [found.get(key) for key in ("classes", values, "samples")]
     if (
         not all(isinstance(column, list) for column in columns)
         or len({len(column) for column in columns if column}) > 1
     ):
-        raise ValueError(f"{file}: has no lists classes, right and samples of one length")
-    if not all(map(_is_count, [*found["right"], *found["samples"]])) or not _is_count(found.get("step")):
+        raise ValueError(f"{file}: has no lists classes, {values} and samples of one length")
+    if not all(map(_is_count, [*found.get("right", ()), *found["samples"]])) or not _is_count(found.get("step")):
         raise ValueError(f"{file}: right, samples and step must be counts")
+    if not all(score is None or (isinstance(score, float) and 0 <= score <= 1) for score in found.get("scores", ())):
+        raise ValueError(f"{file}: scores must be null or numbers in [0, 1]")
     return found | {"classes": list(map(str, found["classes"]))}
 
 

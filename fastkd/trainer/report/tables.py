@@ -1,4 +1,4 @@
-"""The tables of numbers: runs compared, the last and the best epoch of a run, accuracy by class."""
+"""The tables of numbers: runs compared, the last and the best epoch of a run, the metric by class."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from typing import Any
 from fastkd.trainer.report.curves import Quantity
 from fastkd.trainer.report.records import Group, RecordedRun
 
-ACCURACY = Quantity("accuracy", "Accuracy, top-1 (%)", percent=True)
-LARGEST_TABLE = 20  # classes; of more, those with the lowest accuracy are shown
+# The metrics of the tasks, with the short names that headings have.
+METRICS = {
+    "accuracy": (Quantity("accuracy", "Accuracy, top-1 (%)", percent=True), "Accuracy"),
+    "map": (Quantity("map", "mAP, IoU 0.5 to 0.95 (%)", percent=True), "mAP"),
+    "recall_1": (Quantity("recall_1", "Recall@1 (%)", percent=True), "Recall@1"),
+}
+LARGEST_TABLE = 20  # classes; of more, the worst are shown
 
 
 @dataclass(frozen=True)
@@ -62,14 +67,16 @@ def epoch_rows(run: RecordedRun, quantities: Sequence[Quantity]) -> tuple[list[s
         values = [[record[item.name]] if item.name in record else None for _, record in records]
         if any(values):
             rows.append((item.title, row_of(values, percent=item.percent)))
-        if item.name == "accuracy" and run.teacher_accuracy is not None:
+        if item.name == run.metric and run.teacher_accuracy is not None:
             gaps = [[found[0] - run.teacher_accuracy] if found else None for found in values]
-            rows.append(("Accuracy minus the teacher's (points)", row_of(gaps, percent=True, sign=True)))
+            rows.append(
+                (f"{short_name(run.metric)} minus the teacher's (points)", row_of(gaps, percent=True, sign=True))
+            )
     return headings, rows
 
 
 def comparison_table(groups: Sequence[Group], quantities: Sequence[Quantity]) -> tuple[list[str], list[list[Cell]]]:
-    """Headings, and one row per group: the values of the last evaluated epoch, and the best accuracy."""
+    """Headings, and one row per group: the values of the last evaluated epoch, and the best one's metric."""
     columns: dict[str, list[Cell]] = {}
 
     def add(heading: str, values: list[list[float] | None], **options: bool) -> None:
@@ -77,18 +84,19 @@ def comparison_table(groups: Sequence[Group], quantities: Sequence[Quantity]) ->
             columns[heading] = row_of(values, **options)
 
     last = [[run.evaluated or (run.epochs[-1] if run.epochs else {}) for run in group.runs] for group in groups]
-    add("Accuracy (%)", [_values("accuracy", records) for records in last], percent=True)
+    metric = groups[0].runs[0].metric
+    add(f"{short_name(metric)} (%)", [_values(metric, records) for records in last], percent=True)
     gaps = [
         [
-            record["accuracy"] - run.teacher_accuracy
+            record[metric] - run.teacher_accuracy
             for run, record in zip(group.runs, records, strict=True)
-            if run.teacher_accuracy is not None and "accuracy" in record
+            if run.teacher_accuracy is not None and metric in record
         ]
         for group, records in zip(groups, last, strict=True)
     ]
     add("To the teacher (points)", [found or None for found in gaps], percent=True, sign=True)
     best = [[run.best or {} for run in group.runs] for group in groups]
-    add("Best (%)", [_values("accuracy", records) for records in best], percent=True)
+    add("Best (%)", [_values(metric, records) for records in best], percent=True)
     columns["in epoch"] = [_epochs(records) for records in best]
     short = {"top5": "Top-5 (%)", "eval_loss": "Eval. loss", "loss": "Train. loss", "images_per_second": "Images/s"}
     for item in quantities:
@@ -119,10 +127,10 @@ def _progress(group: Group) -> Cell:
 
 
 def class_table(groups: Sequence[Group]) -> tuple[list[str], list[tuple[str, list[Cell]]], int]:
-    """Headings and rows: the accuracy by class at the last evaluation, and how many classes there are.
+    """Headings and rows: the metric by class at the last evaluation, and how many classes there are.
 
     Of several seeds the mean and standard deviation. Of more than ``LARGEST_TABLE`` classes, those with the lowest
-    accuracy. A class without samples has none.
+    values. A class without samples has none.
     """
     shares = [[_shares(run) for run in group.runs if run.classes is not None] for group in groups]
     names = list(dict.fromkeys(name for group in groups for run in group.runs for name, *_ in _classes(run)))
@@ -136,30 +144,40 @@ def class_table(groups: Sequence[Group]) -> tuple[list[str], list[tuple[str, lis
     if len(groups) == 1 and len(groups[0].runs) == 1 and groups[0].runs[0].classes is not None:
         counts = {name: samples for name, _, samples in _classes(groups[0].runs[0])}
         rows = [(name, [*cells, Cell(None, f"{counts[name]:,}")]) for name, cells in rows]
-        headings = ["Accuracy (%)", "Samples"]
+        metric = groups[0].runs[0].metric
+        headings = [f"{short_name(metric)} (%)", "Boxes" if metric == "map" else "Samples"]
     return headings, rows, len(names)
 
 
 def _shares(run: RecordedRun) -> dict[str, float]:
-    """The accuracy by class, of those that have samples."""
-    return {name: right / samples for name, right, samples in _classes(run) if samples}
+    """The metric by class, of those that have samples."""
+    return {name: share for name, share, samples in _classes(run) if samples and share is not None}
 
 
-def _classes(run: RecordedRun) -> list[tuple[str, int, int]]:
-    """(name, right samples, samples) of every class. Names that occur twice get the numbers of their classes."""
+def _classes(run: RecordedRun) -> list[tuple[str, float | None, int]]:
+    """(name, metric, samples) of every class. Names that occur twice get the numbers of their classes."""
     if run.classes is None:
         return []
     times = Counter(run.classes["classes"])
     names = [name if times[name] == 1 else f"{name} ({place})" for place, name in enumerate(run.classes["classes"])]
-    return list(zip(names, run.classes["right"], run.classes["samples"], strict=True))
+    samples = run.classes["samples"]
+    shares = run.classes.get("scores") or [
+        right / count if count else None for right, count in zip(run.classes["right"], samples, strict=True)
+    ]
+    return list(zip(names, shares, samples, strict=True))
+
+
+def short_name(metric: str) -> str:
+    """What headings call the metric."""
+    return METRICS[metric][1] if metric in METRICS else metric
 
 
 def with_teacher(run: RecordedRun) -> str:
-    """The teacher's accuracy, and how far the student's last one is from it, as a text."""
+    """The teacher's value of the metric, and how far the student's last one is from it, as a text."""
     accuracy = run.teacher_accuracy
     if accuracy is None:
         return "not measured" if run.info["teacher"] is not None else "none"
     text = f"{100 * accuracy:.2f} %"
-    if run.evaluated is None or not math.isfinite(run.evaluated["accuracy"]):
+    if run.evaluated is None or not math.isfinite(run.evaluated[run.metric]):
         return text
-    return f"{text}; the student is {100 * (run.evaluated['accuracy'] - accuracy):+.2f} points from it"
+    return f"{text}; the student is {100 * (run.evaluated[run.metric] - accuracy):+.2f} points from it"

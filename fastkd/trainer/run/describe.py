@@ -21,6 +21,7 @@ from fastkd.trainer.optim import Schedule
 from fastkd.trainer.run.distiller import Distiller
 from fastkd.trainer.run.saved.checkpoint import Checkpoint
 from fastkd.trainer.run.state import Identity
+from fastkd.trainer.tasks.base import Task
 
 
 def versions() -> dict[str, str]:
@@ -44,6 +45,7 @@ def describe(
     eval_samples: int,
     identity: Identity,
     ranks: int,
+    task: Task,
 ) -> dict[str, Any]:
     """The content of ``run.json``: everything that is needed to tell what a run was."""
 
@@ -63,6 +65,7 @@ def describe(
         "student": model("student", distiller.student, config.student),
         "teacher": None if distiller.teacher is None else model("teacher", distiller.teacher.model, config.teacher),
         "teacher_sha256": identity.teacher_sha256,
+        "metric": task.metric,
         "classes": distiller.classes,
         "train_samples": identity.train_samples,
         "eval_samples": eval_samples,

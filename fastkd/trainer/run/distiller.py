@@ -15,13 +15,15 @@ from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.imports import import_object
 from fastkd.trainer.models.build import ModelConfig, Normalization, build_model
 from fastkd.trainer.models.extended import ExtendedModel, extended_like
-from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShapes, measure_shapes
+from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShapes, are_bytes
 from fastkd.trainer.models.fold import folded
 from fastkd.trainer.objective.objective import Objective, extended_student, needs
 from fastkd.trainer.objective.terms.base import TermFunction
 from fastkd.trainer.objective.terms.maps import FTTerm
 from fastkd.trainer.run.accumulate import in_chunks, recomputed
 from fastkd.trainer.run.saved.checkpoint import LOSS, find_checkpoint, find_weights
+from fastkd.trainer.tasks.base import Task, find_task
+from fastkd.trainer.tasks.classification import rows_of_images
 
 
 class FrozenModel(nn.Module):
@@ -73,7 +75,7 @@ class FrozenModel(nn.Module):
 
     # no_grad, not inference_mode: the outputs are saved for the backward of the losses.
     @torch.no_grad()
-    def forward(self, images: Tensor) -> ModelOutput:
+    def forward(self, images: Any) -> ModelOutput:
         """The model's output, without a graph."""
         # Someone may have called train() on the wrapped model itself, or on one of its batch norms.
         if any(module.training for module in self._every):
@@ -84,37 +86,31 @@ class FrozenModel(nn.Module):
 class Trained(nn.Module):
     """The part of a distiller that is trained: student and objective. DistributedDataParallel wraps this module.
 
-    The teacher stays outside: its parameters and buffers are the same on every rank and never change.
+    The teacher is called here, since it may look at what the student found, but it is no part of the module: its
+    parameters and buffers are the same on every rank and never change.
     """
 
-    def __init__(self, student: FeatureModel, objective: Objective, chunks: int = 1) -> None:
-        """``chunks``: how many parts of the images go through the student one at a time, see ``accumulate``."""
+    def __init__(self, distiller: Distiller, task: Task, chunks: int = 1) -> None:
+        """``chunks``: how many parts of the images go through a model one at a time, see ``accumulate``."""
         super().__init__()
-        self.student = student
-        self.objective = objective
-        self.chunks = chunks
+        self.student, self.objective = distiller.student, distiller.objective
+        self.task, self.chunks = task, chunks
+        self._teachers = (distiller.teacher,)  # in a tuple, which no state dict looks into
 
-    def forward(
-        self,
-        images: Tensor,
-        teacher: ModelOutput | None,
-        labels: Tensor,
-        rank_weight: float = 1.0,
-        additions: Mapping[str, Any] | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total loss and its named terms.
+    def forward(self, batch: Any, rank_weight: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total loss of a batch of the task, and its named terms. ``rank_weight``: see ``Objective.forward``."""
+        rows = self.task.forward(self._learn, self._teach, batch, self.objective.additions)
+        weight = rank_weight if rows.weight is None else rows.weight
+        return self.objective(rows.student, rows.teacher, rows.labels, weight, rows.additions)
 
-        ``teacher`` is the teacher's output, ``rank_weight`` the objective's; ``additions``: see ``Distiller.add``.
-        """
-        student, additions = self._learn(images), dict(additions or {})
-        if "strong" in additions:
-            additions["strong"] = self._learn(additions["strong"])
-        return self.objective(student, teacher, labels, rank_weight, additions)
-
-    def _learn(self, images: Tensor) -> ModelOutput:
+    def _learn(self, images: Any) -> ModelOutput:
         if self.chunks == 1:
             return self.student(images)
         return in_chunks(lambda part: recomputed(self.student, part), images, self.chunks)
+
+    def _teach(self, images: Any) -> ModelOutput | None:
+        (teacher,) = self._teachers
+        return None if teacher is None else in_chunks(teacher, images, self.chunks)
 
 
 class Distiller(nn.Module):
@@ -144,15 +140,9 @@ class Distiller(nn.Module):
             self.teacher.requires_grad_(False)
         return self
 
-    def teach(self, images: Tensor, chunks: int = 1) -> ModelOutput | None:
-        """The teacher's output, without a graph, computed on ``chunks`` parts of the images; None without a teacher."""
-        return None if self.teacher is None else in_chunks(self.teacher, images, chunks)
-
-    def add(self, additions: Mapping[str, Tensor], chunks: int = 1) -> dict[str, Any]:
-        """The additions of a batch, and the teacher's output for its strong view if a term reads that."""
-        if "strong" not in additions or "strong_teacher" not in self.objective.additions:
-            return dict(additions)
-        return {**additions, "strong_teacher": self.teach(additions["strong"], chunks)}
+    def teach(self, images: Tensor) -> ModelOutput | None:
+        """The teacher's output, without a graph; None without a teacher."""
+        return None if self.teacher is None else self.teacher(images)
 
     def begin_epoch(self, epoch: int) -> None:
         """Switch to training mode and tell the objective's terms the epoch, counted from 0."""
@@ -174,8 +164,8 @@ class Distiller(nn.Module):
 
         ``rank_weight``: see ``Objective.forward``. ``additions``: what ``fastkd.trainer.data.additions`` makes.
         """
-        trained = Trained(self.student, self.objective)
-        return trained(images, self.teach(images), labels, rank_weight, self.add(additions or {}))
+        rows = rows_of_images(self.student, self.teach, (images, labels, additions or {}), self.objective.additions)
+        return self.objective(rows.student, rows.teacher, rows.labels, rank_weight, rows.additions)
 
 
 def load_paraphraser(distiller: Distiller, path: str | None) -> list[str]:
@@ -215,9 +205,10 @@ def weights_hash(model: nn.Module) -> str:
 
 def build_distiller(
     config: TrainConfig,
-    images: Tensor,
+    images: Any,
     normalization: Normalization | None = None,
     *,
+    task: Task | None = None,
     student: nn.Module | None = None,
     teacher: nn.Module | None = None,
     terms: Mapping[str, nn.Module | TermFunction] | None = None,
@@ -227,9 +218,9 @@ def build_distiller(
 
     ``tell`` gets a line for each model whose weights were read.
 
-    ``images`` [B, C, H, W] is a small batch. Where it is uint8, both models normalise such images from now on, as the
-    ``normalization`` of the data says. One forward pass of each model tells its feature dimension and its classes. A
-    second one finds its last map if a term needs maps.
+    ``images`` is the ``task``'s sample: [B, C, H, W], a small batch, for classification, which is the default. Where it
+    is of bytes, both models normalise such images from now on, as the ``normalization`` of the data says. One forward
+    pass of each model tells its feature dimension and its classes. A second one finds its last map if a term needs it.
 
     Raises:
         ValueError: no student; a term needs a teacher and there is none, or the reverse; a teacher without weights;
@@ -242,7 +233,8 @@ def build_distiller(
         "preactivations": needs("preactivations", config.objective, terms),
     }
     optional = not (any(reads.values()) or needs("features", config.objective, terms))
-    student_model = _feature_model("student", config.student, student, optional, tell)
+    task = task or find_task(config)
+    student_model = _feature_model("student", config.student, student, task, optional, tell)
     if student_model is None:
         raise ValueError("student: got None, expected config.student or a module")
     shapes = _measured("student", student_model, images, normalization, reads)
@@ -257,7 +249,7 @@ def build_distiller(
         return Distiller(student_model, None, alone, shapes.classes)
     if teacher is None and config.teacher is not None and not (config.teacher.weights or config.teacher.pretrained):
         raise ValueError("teacher.weights: got None, expected trained weights (or pretrained=True, or a module)")
-    teacher_model = _feature_model("teacher", config.teacher, teacher, optional, tell)
+    teacher_model = _feature_model("teacher", config.teacher, teacher, task, optional, tell)
     assert teacher_model is not None
     _check_nothing_shared(student_model, teacher_model)
     teacher_shapes = _measured("teacher", teacher_model, images, normalization, reads)
@@ -311,13 +303,15 @@ def _built(role: str, config: ModelConfig) -> nn.Module:
 
 
 def _measured(
-    role: str, model: FeatureModel, images: Tensor, normalization: Normalization | None, reads: dict[str, bool]
+    role: str, model: FeatureModel, images: Any, normalization: Normalization | None, reads: dict[str, bool]
 ) -> ModelShapes:
     """The model's shapes. ValueError for images that it cannot take. It normalises bytes from now on."""
-    model.take_images("bytes" if images.dtype == torch.uint8 else None, normalization)
+    model.take_images("bytes" if are_bytes(images) else None, normalization)
     try:
-        return measure_shapes(model, images, **reads)
+        return model.measure(images, **reads)
     except RuntimeError as error:
+        if not isinstance(images, Tensor):
+            raise
         shape = " x ".join(map(str, images.shape[1:]))
         raise ValueError(
             f"{role}: {type(model.model).__name__} cannot take the data's images of {shape} "
@@ -327,7 +321,12 @@ def _measured(
 
 
 def _feature_model(
-    role: str, config: ModelConfig | None, module: nn.Module | None, optional: bool, tell: Callable[[str], None]
+    role: str,
+    config: ModelConfig | None,
+    module: nn.Module | None,
+    task: Task,
+    optional: bool,
+    tell: Callable[[str], None],
 ) -> FeatureModel | None:
     """The given module, or the configured one with its weights; None when there is neither."""
     names: dict[str, Any] = {}
@@ -336,7 +335,7 @@ def _feature_model(
     if module is not None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"{role}: got {type(module).__name__}, expected an nn.Module")
-        return module if isinstance(module, FeatureModel) else FeatureModel(module, **names, optional=optional)
+        return module if isinstance(module, FeatureModel) else task.wrap(module, names, optional)
     if config is None:
         return None
     model = _built(role, config)
@@ -346,4 +345,4 @@ def _feature_model(
         tell(found.load_into(model, role))
     if isinstance(model, ExtendedModel):  # the names are those of the model in it; it knows its classifier
         names = {"taps": config.taps and tuple(f"model.{name}" for name in config.taps)}
-    return FeatureModel(model, **names, optional=optional)
+    return task.wrap(model, names, optional)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastkd.trainer.callbacks import Callback, built_in
@@ -18,20 +17,20 @@ from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.objective.terms.base import TermFunction
 from fastkd.trainer.optim import Schedule
 from fastkd.trainer.precision import choose_device
+from fastkd.trainer.ranks import Ranks, join_ranks
 from fastkd.trainer.rng import seed_everything
 from fastkd.trainer.run.check import check_teacher, report_broken
 from fastkd.trainer.run.describe import changes, describe, header
 from fastkd.trainer.run.distiller import Distiller
-from fastkd.trainer.run.evaluate import evaluate
 from fastkd.trainer.run.meter import Clock, Meter, NonFiniteLossError
 from fastkd.trainer.run.prepare import build_models, identify, open_data, with_classes
-from fastkd.trainer.run.ranks import Ranks, join_ranks
 from fastkd.trainer.run.saved.checkpoint import best_checkpoint, list_checkpoints, read_manifest
 from fastkd.trainer.run.saved.folder import OpenRun, RunFolder, open_run
 from fastkd.trainer.run.saved.log import FAILED
 from fastkd.trainer.run.state import Progress, RunState
 from fastkd.trainer.run.step import TrainStep
 from fastkd.trainer.signals import StopRequest
+from fastkd.trainer.tasks.base import find_task
 
 
 @dataclass
@@ -41,11 +40,12 @@ class TrainResult:
         result = train(RECIPES["digits-teacher"]())
         print(f"{result.accuracy:.1%} after {result.seconds:.0f} s, saved in {result.path}")
 
-    ``accuracy``: top-1 on the evaluation set after the last epoch, in [0, 1]. ``history``: one dict per epoch (epoch,
-    step, lr, the epoch's means of loss and terms, ``dcd/tau``, ``dcd/scale``, accuracy, top5, eval_loss). ``seconds``:
-    wall-clock of training, resumed parts included. ``parameters``: of the student. ``path``: the last checkpoint, None
-    without run_dir. ``distiller``: student, teacher and objective, in eval mode. ``deployed``: the model that was
-    evaluated, the student or its moving average. ``resumed_from``: the step, None for a new run.
+    ``accuracy``: the metric of the task on the evaluation set after the last epoch, in [0, 1]: top-1 of a classifier,
+    ``map`` of a detector, ``recall_1`` of embeddings. ``metric``: what people call it. ``history``: one dict per epoch
+    (epoch, step, lr, the epoch's means of loss and terms, ``dcd/tau``, ``dcd/scale``, accuracy, top5, eval_loss).
+    ``seconds``: wall-clock of training, resumed parts included. ``parameters``: of the student. ``path``: the last
+    checkpoint, None without run_dir. ``distiller``: student, teacher and objective, in eval mode. ``deployed``: the
+    model that was evaluated, the student or its moving average. ``resumed_from``: the step, None for a new run.
     ``already_finished``: there was nothing left to do. ``stopped_by``: the signal that ended the run early, else None.
     """
 
@@ -59,6 +59,7 @@ class TrainResult:
     resumed_from: int | None
     already_finished: bool
     stopped_by: signal.Signals | None = None
+    metric: str = "accuracy"
 
     @property
     def best(self) -> tuple[float, Path] | None:
@@ -90,7 +91,7 @@ def train(
     teacher is left frozen: in eval mode and without gradient. ``train_data`` / ``eval_data`` are map-style datasets of
     (image, label), given together. ``terms`` are own objective terms. ``callbacks`` watch the run: see ``Callback``.
     Reseeds torch's, Python's and numpy's generators. Under ``torchrun`` every rank calls this and gets the same result:
-    see ``fastkd.trainer.run.ranks``. SIGTERM and SIGUSR1 end the run after the step they fall into, with a checkpoint
+    see ``fastkd.trainer.ranks``. SIGTERM and SIGUSR1 end the run after the step they fall into, with a checkpoint
     to resume from.
 
     Raises:
@@ -124,13 +125,14 @@ def _train(
 
     # What is trained: data, models, schedule.
     seed_everything(config.seed)
-    data = open_data(config, train_data, eval_data, device, ranks, terms)
+    task = find_task(config)
+    data = open_data(config, task, train_data, eval_data, device, ranks, terms)
     saved = None if checkpoint is None else checkpoint.manifest["config"]
-    config = with_classes(config, data.train_set, data.eval_set, saved)
+    config = with_classes(config, task, data.train_set, data.eval_set, saved)
     initial = config if checkpoint is None else without_initial_weights(config)
     resumed = checkpoint is not None
     distiller, prepared = build_models(
-        initial, data, device, ranks, resumed=resumed, student=student, teacher=teacher, terms=terms
+        initial, task, data, device, ranks, resumed=resumed, student=student, teacher=teacher, terms=terms
     )
     per_epoch = len(data.batches)
     total = per_epoch * config.epochs
@@ -139,16 +141,16 @@ def _train(
     )
     identity = identify(config, data, distiller, {"student": student, "teacher": teacher, "data": train_data})
     ranks.check_same(vars(identity))
-    info = describe(config, distiller, device, schedule, len(data.eval_set), identity, ranks.world_size)
+    info = describe(config, distiller, device, schedule, len(data.eval_set), identity, ranks.world_size, task)
     if checkpoint is None:
-        info["teacher_accuracy"] = check_teacher(distiller, config, data.eval_loader, device, config.precision, ranks)
+        info["teacher_accuracy"] = check_teacher(distiller, task, data.eval_loader, device, ranks)
     else:
         info["teacher_accuracy"] = checkpoint.manifest.get("teacher_accuracy")
 
     # Where it stands: at the beginning, or as the checkpoint has it. The same generator state begins every run of a
     # seed, whatever the construction above drew from it.
     seed_everything(config.seed, ranks.rank)
-    step = TrainStep(distiller, config, device, ranks)
+    step = TrainStep(distiller, config, device, ranks, task)
     meter = Meter(ranks.mean, max_skipped=config.max_skipped, scaled=config.precision == "fp16")
     state = RunState(distiller, step, meter, Progress())
     if checkpoint is not None:
@@ -159,7 +161,7 @@ def _train(
         done = -(-progress.step // per_epoch)
         raise ValueError(f"epochs: got {config.epochs}, expected at least the {done} that the checkpoint has begun")
     result = TrainResult(
-        accuracy=progress.history[-1].get("accuracy", math.nan) if progress.history else math.nan,
+        accuracy=progress.history[-1].get(task.metric, math.nan) if progress.history else math.nan,
         history=progress.history,
         seconds=progress.seconds,
         parameters=info["student"]["parameters"],
@@ -168,11 +170,12 @@ def _train(
         deployed=step.deployed,
         resumed_from=None if checkpoint is None else progress.step,
         already_finished=progress.epoch >= config.epochs,
+        metric=task.title,
     )
     if result.already_finished:
         distiller.eval()
         if ranks.is_main and not config.quiet:
-            print(f"{path}: the run is already finished ({total} steps, accuracy {result.accuracy:.4f})")
+            print(f"{path}: the run is already finished ({total} steps, {task.title} {result.accuracy:.4f})")
         return result
 
     folder = RunFolder(opened, config, identity, info, state, ranks, watching)
@@ -200,13 +203,11 @@ def _train(
                 distiller.begin_epoch(epoch)
                 clock = Clock()
                 # A run that was stopped before its evaluation has the steps of this epoch behind it.
-                for images, labels, *more in clock.watch(data.loader) if progress.step < end else ():
+                for batch in clock.watch(data.loader) if progress.step < end else ():
                     lr = schedule(progress.step)
                     rows = data.batches.rows(progress.step % per_epoch)
-                    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                    images, labels = data.mix(images, labels)
-                    added = {name: x.to(device, non_blocking=True) for part in more for name, x in part.items()}
-                    meter.add(progress.step + 1, *step(images, labels, ranks.weight(len(labels), rows), lr, added))
+                    rank_weight = ranks.weight(task.rows(batch), rows)
+                    meter.add(progress.step + 1, *step(task.to(batch, device), rank_weight, lr))
                     clock.images += rows
                     progress.step += 1
 
@@ -230,15 +231,16 @@ def _train(
                 record = {"epoch": epoch, "lr": schedule(end - 1), **meter.means(), **distiller.scalars()}
                 finished = epoch + 1 == config.epochs
                 if finished or (epoch + 1) % config.eval_every == 0:
-                    counts = torch.zeros((2, distiller.classes), dtype=torch.long, device=device)
-                    watched: dict[str, Any] = {"per_class": counts, "stop": stop}
-                    record.update(evaluate(step.deployed, data.eval_loader, device, config.precision, ranks, **watched))
+                    per_class: dict[str, Any] = {}
+                    watched: dict[str, Any] = {"per_class": per_class, "stop": stop}
+                    values = task.evaluate(step.deployed, data.eval_loader, device, config.precision, ranks, **watched)
+                    record.update(values)
                     stopping = ranks.largest(stop.signal)
                     if stopping:
                         folder.save()
                         break
-                    result.accuracy = record["accuracy"]
-                    folder.write_classes(counts, getattr(data.eval_set, "classes", None))
+                    result.accuracy = record[task.metric]
+                    folder.write_classes(per_class)
                     shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "epoch")
                     log.print(f"epoch {epoch + 1}/{config.epochs}  {shown}")
                 progress.epoch = epoch + 1
@@ -248,7 +250,7 @@ def _train(
                 by_epoch = config.save_every_epochs and progress.epoch % config.save_every_epochs == 0
                 by_step = config.save_every_steps and progress.step % config.save_every_steps == 0
                 if finished or by_epoch or by_step or stopping:
-                    folder.save(record.get("accuracy"))
+                    folder.save(record.get(task.metric))
                 if stopping:
                     break
             if progress.epoch < config.epochs:

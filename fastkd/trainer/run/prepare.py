@@ -20,15 +20,14 @@ from fastkd.trainer.data.loader import (
     GlobalBatches,
     draws_nothing,
     eval_loader,
-    first_images,
     train_loader,
 )
-from fastkd.trainer.data.mix import BatchMix
 from fastkd.trainer.models.build import Normalization, check_normalization, trained_normalization
 from fastkd.trainer.objective.objective import additions_of
 from fastkd.trainer.objective.terms.base import TermFunction
 from fastkd.trainer.precision import DTYPES
-from fastkd.trainer.run.check import check_classes, check_fit, check_outputs, origin_of, range_of_labels
+from fastkd.trainer.ranks import Ranks
+from fastkd.trainer.run.check import check_classes, origin_of, outputs_of
 from fastkd.trainer.run.distiller import (
     Distiller,
     build_distiller,
@@ -36,16 +35,15 @@ from fastkd.trainer.run.distiller import (
     takes_classes,
     weights_hash,
 )
-from fastkd.trainer.run.ranks import Ranks
 from fastkd.trainer.run.state import Identity
+from fastkd.trainer.tasks.base import Task
 
 
 @dataclass
 class RunData:
-    """The data of a run: both datasets, this rank's loaders, and the images of a batch of two.
+    """The data of a run: both datasets, this rank's loaders, and the task's sample for the models.
 
-    ``set_epoch`` tells ``loader`` the epoch, and the batch to begin with, before each pass. ``mix`` is what a batch of
-    it goes through then.
+    ``set_epoch`` tells ``loader`` the epoch, and the batch to begin with, before each pass.
     """
 
     train_set: Any
@@ -53,8 +51,7 @@ class RunData:
     loader: DataLoader[Any]
     set_epoch: Callable[[int, int], None]
     eval_loader: DataLoader[Any]
-    sample: Tensor
-    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda images, labels: (images, labels)
+    sample: Any
 
     @property
     def batches(self) -> GlobalBatches:
@@ -65,6 +62,7 @@ class RunData:
 
 def open_data(
     config: TrainConfig,
+    task: Task,
     train_data: Any,
     eval_data: Any,
     device: torch.device,
@@ -79,12 +77,14 @@ def open_data(
     place = (ranks.rank, ranks.world_size)
     names, crd = additions_of(config.objective, terms), config.objective.crd
     additions = Additions(names, train_set, crd.negatives, crd.mode) if names else None
-    loader, set_epoch = train_loader(train_set, config.data, config.seed, device, *place, additions)
-    evaluation = eval_loader(eval_set, config.data, device, *place)
-    return RunData(train_set, eval_set, loader, set_epoch, evaluation, first_images(train_set))
+    loader, set_epoch = train_loader(train_set, config.data, config.seed, device, *place, additions, task.collate)
+    evaluation = eval_loader(eval_set, config.data, device, *place, task.collate)
+    return RunData(train_set, eval_set, loader, set_epoch, evaluation, task.sample(train_set))
 
 
-def with_classes(config: TrainConfig, train_set: Any, eval_set: Any, saved: dict[str, Any] | None) -> TrainConfig:
+def with_classes(
+    config: TrainConfig, task: Task, train_set: Any, eval_set: Any, saved: dict[str, Any] | None
+) -> TrainConfig:
     """The config with what the data say: ``num_classes``, for models of whose classes it says nothing, and the number
     of samples, for CRD's memories.
 
@@ -92,13 +92,15 @@ def with_classes(config: TrainConfig, train_set: Any, eval_set: Any, saved: dict
     others that have no argument ``num_classes``, and teachers with published weights.
     """
     config = with_samples(config, len(train_set))
-    classes = count_classes(train_set, eval_set)
+    classes = task.outputs(train_set, eval_set)
     for role in ("student", "teacher"):
         model: Any = getattr(config, role)
         if model is None or model.num_classes is not None or "num_classes" in model.options:
             continue
         if saved is not None:
             chosen = (saved.get(role) or {}).get("num_classes")
+        elif classes == 0 and (model.pretrained or model.weights):
+            chosen = outputs_of(model.weights)  # an encoder may be a classifier's
         else:
             chosen = classes if takes_classes(model) and not (role == "teacher" and model.pretrained) else None
         config = replace(config, **{role: replace(model, num_classes=chosen)})
@@ -113,17 +115,9 @@ def with_samples(config: TrainConfig, samples: int) -> TrainConfig:
     return replace(config, objective=replace(config.objective, crd=crd))
 
 
-def count_classes(train_set: Any, eval_set: Any) -> int | None:
-    """As many as the training set names, else the largest label and one. None if it tells neither."""
-    names = names_of_classes(train_set)
-    if names is not None:
-        return len(names)
-    largest = [found[1] for found in map(range_of_labels, (train_set, eval_set)) if found is not None]
-    return max(largest) + 1 if largest and max(largest) > 0 else None
-
-
 def build_models(
     config: TrainConfig,
+    task: Task,
     data: RunData,
     device: torch.device,
     ranks: Ranks,
@@ -139,26 +133,27 @@ def build_models(
         config,
         data.sample,
         normalization_of(data.train_set),
+        task=task,
         student=student,
         teacher=teacher,
         terms=terms,
         tell=told.append,
     ).to(device)
+    task.teacher = distiller.teacher
     if not resumed:
         told += load_paraphraser(distiller, config.objective.ft.paraphraser)
-    outputs = check_fit(config, distiller, data.sample, data.batches, data.train_set, data.eval_set)
-    if not resumed:
-        check_outputs(outputs, names_of_classes(data.train_set))
-    data.mix = BatchMix(config.data, outputs)
+    sets = (data.train_set, data.eval_set)
+    task.check_fit(distiller.student, distiller.objective, data.sample, data.batches, *sets, resumed=resumed)
     note = getattr(data.train_set, "note", None)
     if teacher is None and config.teacher is not None and config.teacher.weights is not None:
         origin = origin_of(config.teacher.weights)
-        check_classes(config.teacher.weights, origin, names_of_classes(data.train_set))
+        if distiller.classes:
+            check_classes(config.teacher.weights, origin, names_of_classes(data.train_set))
         mean, std = origin.input.get("mean"), origin.input.get("std")
         if config.teacher.normalization is None and mean and std and normalization_of(data.train_set) is not None:
             config = replace(config, teacher=replace(config.teacher, normalization=(mean, std)))
         size = origin.input.get("image_size")
-        if size and size != data.sample.shape[-1]:
+        if size and isinstance(data.sample, Tensor) and size != data.sample.shape[-1]:
             told.append(f"teacher: was trained on images of {size} pixels, the data's have {data.sample.shape[-1]}")
     if distiller.teacher is not None and config.teacher is not None and config.teacher.fold:
         told.append(distiller.teacher.fold(distiller.teacher.model.normalized(data.sample.to(device))))

@@ -13,8 +13,8 @@ from fastkd.trainer.callbacks import Callback
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.files import replace_text
 from fastkd.trainer.optim import Schedule
+from fastkd.trainer.ranks import join_ranks
 from fastkd.trainer.run.loop import TrainResult, train
-from fastkd.trainer.run.ranks import join_ranks
 from fastkd.trainer.run.saved.checkpoint import STAGES, CheckpointError, stage_folders
 from fastkd.trainer.run.saved.log import RUN
 

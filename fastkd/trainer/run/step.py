@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.optim import build_optimizer, restore_optimizer, set_learning_rate
 from fastkd.trainer.precision import autocast
+from fastkd.trainer.ranks import Ranks
 from fastkd.trainer.run.distiller import Distiller, Trained
-from fastkd.trainer.run.ranks import Ranks
+from fastkd.trainer.tasks.base import Task
 from fastkd.validate import check_int, check_number
 
 
@@ -50,7 +49,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 class TrainStep:
-    """``step(images, labels, rank_weight, lr, additions)`` -> loss, named terms, gradient norm.
+    """``step(batch, rank_weight, lr)`` -> loss, named terms, gradient norm.
 
     All three stay on the device, and nothing waits for it. (LARS and LAMB have no fused update: with them each step
     waits.) A loss or a gradient that is not finite leaves weights, optimiser and running statistics as they are. In
@@ -60,7 +59,9 @@ class TrainStep:
     the config asks for one, else the student.
     """
 
-    def __init__(self, distiller: Distiller, config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
+    def __init__(
+        self, distiller: Distiller, config: TrainConfig, device: torch.device, ranks: Ranks, task: Task
+    ) -> None:
         self.distiller, self.config, self.device = distiller, config, device
         self.optimizer = build_optimizer(distiller, config.optim, device)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -72,26 +73,16 @@ class TrainStep:
         self.deployed = distiller.student
         if config.ema is not None:
             self.ema = MovingAverage(distiller.student.model, config.ema)
-            self.deployed = FeatureModel(self.ema.module, distiller.student.classifier_name, optional=True)
-            self.deployed.take_images(*(distiller.student.conversion or (None,)))
-        self.trained: nn.Module | None = ranks.wrap(Trained(distiller.student, distiller.objective, config.chunks))
+            self.deployed = distiller.student.like(self.ema.module)
+        self.trained: nn.Module | None = ranks.wrap(Trained(distiller, task, config.chunks))
 
-    def __call__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        rank_weight: float,
-        lr: float,
-        additions: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def __call__(self, batch: Any, rank_weight: float, lr: float) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         assert self.trained is not None
         set_learning_rate(self.optimizer, lr)
         before = [buffer.clone() for buffer in self.statistics]
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.config.precision):
-            teacher = self.distiller.teach(images, self.config.chunks)
-            added = self.distiller.add(additions or {}, self.config.chunks)
-            loss, terms = self.trained(images, teacher, labels, rank_weight, added)
+            loss, terms = self.trained(batch, rank_weight)
         # A loss that is not finite turns every gradient into NaN on all ranks, so the scaler skips the step everywhere.
         self.scaler.scale(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)).backward()
         self.scaler.unscale_(self.optimizer)

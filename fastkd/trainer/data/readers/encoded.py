@@ -8,6 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,44 +40,30 @@ class BrokenImagesError(RuntimeError):
     """
 
 
-class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
-    """The images in ``root``: a sample is a transformed image, uint8 [3, H, W], and its label.
+class EncodedImages(Dataset[Any], ABC):
+    """The images in ``root``, where an image that cannot be read is replaced by the next one that can.
 
-    An image that cannot be decoded is replaced by the next one that can, together with its label. The replacement
-    depends on the index alone, so that a resumed run sees the same images. A broken image is counted once, however
-    often it comes up and whichever worker process finds it. Broken are also files of other formats than FORMATS, and
-    images that are larger than MAX_BYTES and MAX_PIXELS allow.
+    The replacement depends on the index alone, so that a resumed run sees the same images. A broken image is counted
+    once, however often it comes up and whichever worker process finds it. Broken are also files of other formats than
+    FORMATS, and images that are larger than MAX_BYTES and MAX_PIXELS allow. A subclass calls ``hold``.
 
     Args:
         root: the folder. A subclass says how the images lie in it.
-        transform: what an image, uint8 [3, H, W], goes through.
         normalization: (means, standard deviations) of the channels, for the model that the images are given to.
         max_broken: this many images may be broken. One more raises BrokenImagesError.
 
     Attributes:
-        labels: [N], int64.
         classes: the names of the classes.
         broken: the number of images found broken so far, in all worker processes.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        transform: Callable[[Tensor], Tensor],
-        normalization: Normalization,
-        max_broken: int = 100,
-    ) -> None:
+    classes: list[str]
+
+    def __init__(self, root: str | Path, normalization: Normalization, max_broken: int = 100) -> None:
         check_int("data.options.max_broken", max_broken, 0)
         self.root = Path(root)
-        self.transform = transform
         self.normalization = normalization
         self.max_broken = max_broken
-        self.labels, self.classes = self.find_samples()
-        self._broken = torch.zeros(len(self.labels), dtype=torch.uint8).share_memory_()
-
-    @abstractmethod
-    def find_samples(self) -> tuple[Tensor, list[str]]:
-        """The label of every sample in ``root``, and the names of the classes."""
 
     @abstractmethod
     def encoded(self, index: int) -> bytes:
@@ -86,24 +73,31 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
     def describe(self, index: int) -> str:
         """Where sample ``index`` comes from, for messages."""
 
+    def hold(self, samples: int) -> None:
+        """Have this many samples, of which none is known to be broken."""
+        self._broken = torch.zeros(samples, dtype=torch.uint8).share_memory_()
+
     @property
     def broken(self) -> int:
         return int(self._broken.count_nonzero())
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._broken)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def read(self, index: int) -> tuple[int, Tensor]:
+        """The first sample from ``index`` on whose image can be read, and this image, uint8 [3, H, W]."""
         for chosen in range(index, index + len(self)):
             chosen %= len(self)
             if not self._broken[chosen]:
                 try:
-                    image = decode(self.encoded(chosen))
+                    return chosen, self.decoded(chosen)
                 except Exception as error:  # decoders raise almost anything on damaged files
                     self._report(chosen, error)
-                    continue
-                return self.transform(image), self.labels[chosen]
         raise BrokenImagesError(f"data: none of the {len(self)} images can be read")
+
+    def decoded(self, index: int) -> Tensor:
+        """The image of sample ``index``, uint8 [3, H, W]. Any exception says that it is broken."""
+        return decode(self.encoded(index))
 
     def _report(self, index: int, error: Exception) -> None:
         self._broken[index] = 1
@@ -114,7 +108,40 @@ class ImageSamples(Dataset[tuple[Tensor, Tensor]], ABC):
                 f"data: {found} images cannot be read, expected at most {self.max_broken} (data.options.max_broken); "
                 f"the last one: {what}"
             ) from error
-        warnings.warn(f"{what}; the next image takes its place", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{what}; the next image takes its place", RuntimeWarning, stacklevel=4)
+
+
+class ImageSamples(EncodedImages):
+    """Labelled images: a sample is a transformed image, uint8 [3, H, W], and its label.
+
+    With a replaced image comes the label of the one that takes its place.
+
+    Args:
+        transform: what an image, uint8 [3, H, W], goes through. The others are those of ``EncodedImages``.
+
+    Attributes:
+        labels: [N], int64.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        transform: Callable[[Tensor], Tensor],
+        normalization: Normalization,
+        max_broken: int = 100,
+    ) -> None:
+        super().__init__(root, normalization, max_broken)
+        self.transform = transform
+        self.labels, self.classes = self.find_samples()
+        self.hold(len(self.labels))
+
+    @abstractmethod
+    def find_samples(self) -> tuple[Tensor, list[str]]:
+        """The label of every sample in ``root``, and the names of the classes."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        chosen, image = self.read(index)
+        return self.transform(image), self.labels[chosen]
 
 
 def decode(encoded: bytes) -> Tensor:

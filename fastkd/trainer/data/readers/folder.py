@@ -47,7 +47,7 @@ class FolderImages(ImageSamples):
     def keep(self, chosen: Tensor) -> Self:
         """Leave out all samples but the ``chosen`` ones; the classes and their numbers stay. Returns itself."""
         self._names, self.labels = self._names[chosen.numpy()], self.labels[chosen]
-        self._broken = torch.zeros(len(chosen), dtype=torch.uint8).share_memory_()
+        self.hold(len(chosen))
         return self
 
     @property

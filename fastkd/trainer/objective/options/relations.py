@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fastkd.losses import CCLoss, CRDLoss, PKTLoss, RKDLoss, SPLoss
+from fastkd.losses import CCLoss, CRDLoss, InfoNCELoss, PKTLoss, RKDLoss, SPLoss
 from fastkd.trainer.objective.options.check import GroupName, check_options
-from fastkd.validate import check_choice
+from fastkd.validate import check_choice, check_int
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -90,6 +90,30 @@ class SPConfig:
 
     def __post_init__(self) -> None:
         check_options("sp", self, SPLoss)
+
+
+@dataclass(kw_only=True, frozen=True)
+class InfoNCEConfig:
+    """The options of the term ``info_nce``: ``fastkd.losses.InfoNCELoss`` between linear embeddings of both features.
+
+    Attributes:
+        embedding_dim: width of the embeddings. None compares the features themselves, of equal widths, so that the
+            student learns to give what the teacher gives.
+        temperature: divides the cosines.
+        group: the negatives are the samples of all ranks, or those of each rank alone.
+
+    Example:
+        >>> config = ObjectiveConfig(terms="ce + 0.8*info_nce", info_nce=InfoNCEConfig(temperature=0.1))
+    """
+
+    embedding_dim: int | None = 128
+    temperature: float = 0.07
+    group: GroupName = "global"
+
+    def __post_init__(self) -> None:
+        check_options("info_nce", self, InfoNCELoss)
+        if self.embedding_dim is not None:
+            check_int("info_nce.embedding_dim", self.embedding_dim, 1)
 
 
 @dataclass(kw_only=True, frozen=True)

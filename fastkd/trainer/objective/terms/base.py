@@ -5,6 +5,8 @@ weights. These attributes, of its class or of a user's module or function, say m
 
     needs_teacher, needs_features   whether it reads them; True by default
     needs_maps                      whether it reads the last feature maps; False by default
+    needs_classes                   whether it reads logits, classifiers or labels, which embeddings do not have; False
+                                    by default, but True for a ``LossTerm``
     additions                       names of what else it reads of a batch, as keyword arguments: those of
                                     ``fastkd.trainer.data.additions``; ``strong`` is then the student's output for the
                                     strong view, and ``strong_teacher`` the teacher's
@@ -47,6 +49,7 @@ class LossTerm(nn.Module):
     the first epoch there.
     """
 
+    needs_classes = True
     epoch = 0
     warmup_epochs = 0
     first_epoch = 1

@@ -30,6 +30,7 @@ class CETerm(nn.Module):
 
     needs_teacher = False
     needs_features = False
+    needs_classes = True
     unlabelled = False
 
     def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:
@@ -91,6 +92,8 @@ class CKDTerm(RelationalTerm):
 
 class DCDTerm(RelationalTerm):
     """``DCDLoss`` on the penultimate features; owns both projection heads and tau."""
+
+    needs_classes = False
 
     def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> DCDLoss:
         return DCDLoss(student.features, teacher.features, **loss_options(config.dcd, DCDLoss))

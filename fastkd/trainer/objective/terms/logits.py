@@ -135,6 +135,7 @@ class StrongCETerm(nn.Module):
 
     needs_teacher = False
     needs_features = False
+    needs_classes = True
     additions = ("strong",)
 
     def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:

@@ -43,6 +43,7 @@ class TapTerm(LossTerm):
 
     name: str
     needs_features = False
+    needs_classes = False
     needs_taps = True
     of_student: Literal["maps", "preactivations"] = "maps"
     of_teacher: Literal["maps", "preactivations"] = "maps"
@@ -273,6 +274,7 @@ class SimKDTerm(nn.Module):
     """``SimKDLoss`` on the last maps. The projector is the student's: it predicts with the teacher's classifier."""
 
     needs_maps = True
+    needs_classes = True
 
     def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:
         super().__init__()

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastkd.losses import CCLoss, CRDLoss, PKTLoss, RKDLoss, SPLoss
+from fastkd.losses import CCLoss, CRDLoss, InfoNCELoss, PKTLoss, RKDLoss, SPLoss
 from fastkd.trainer.models.features import ModelOutput, ModelShapes
 from fastkd.trainer.objective.config import ObjectiveConfig
 from fastkd.trainer.objective.options.check import loss_options
-from fastkd.trainer.objective.terms.base import LossTerm, RelationalTerm, TermBuilder
+from fastkd.trainer.objective.terms.base import LossTerm, RelationalTerm, TermBuilder, one_dtype
 
 
 class FeatureRelationTerm(RelationalTerm):
     """A loss that relates the pooled features of samples."""
+
+    needs_classes = False
 
     def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:
         super().__init__(config, student, teacher)
@@ -59,6 +61,7 @@ class SPTerm(RelationalTerm):
     """``SPLoss`` of the last maps."""
 
     needs_features = False
+    needs_classes = False
     needs_taps = True
 
     def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> SPLoss:
@@ -74,6 +77,35 @@ class SPTerm(RelationalTerm):
 
     def columns_sent(self, classes: int) -> int:
         """How many numbers per row go to the other ranks: both models' maps."""
+        return self._columns
+
+
+class InfoNCETerm(RelationalTerm):
+    """``InfoNCELoss`` with the student's features as queries and the teacher's as keys; owns both embeddings."""
+
+    needs_classes = False
+
+    def __init__(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> None:
+        super().__init__(config, student, teacher)
+        width = config.info_nce.embedding_dim
+        if width is None and student.features != teacher.features:
+            raise ValueError(
+                f"info_nce.embedding_dim: got None, but the student's features have {student.features} dimensions and "
+                f"the teacher's {teacher.features}, expected a width of both embeddings, such as 128"
+            )
+        self.heads = nn.ModuleList(nn.Linear(shapes.features, width) for shapes in (student, teacher) if width)
+        self._columns = width or student.features
+
+    def build(self, config: ObjectiveConfig, student: ModelShapes, teacher: ModelShapes) -> InfoNCELoss:
+        return InfoNCELoss(**loss_options(config.info_nce, InfoNCELoss))
+
+    def inputs(self, student: ModelOutput, teacher: ModelOutput, labels: Tensor) -> tuple[Any, ...]:
+        pair = self.for_layers(student.features, teacher.features)
+        query, key = (head(x) for head, x in zip(self.heads, pair, strict=True)) if self.heads else pair
+        return one_dtype(query, key)
+
+    def columns_sent(self, classes: int) -> int:
+        """How many numbers per row go to the other ranks: the keys."""
         return self._columns
 
 
@@ -100,4 +132,11 @@ class CRDTerm(LossTerm):
         return 2 * self.loss.embed_student.out_features
 
 
-TERMS: dict[str, TermBuilder] = {"cc": CCTerm, "rkd": RKDTerm, "pkt": PKTTerm, "crd": CRDTerm, "sp": SPTerm}
+TERMS: dict[str, TermBuilder] = {
+    "cc": CCTerm,
+    "rkd": RKDTerm,
+    "pkt": PKTTerm,
+    "crd": CRDTerm,
+    "sp": SPTerm,
+    "info_nce": InfoNCETerm,
+}

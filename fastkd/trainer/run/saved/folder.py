@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
 from fastkd.trainer.callbacks import TENSORBOARD, Callback, Outcome
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.files import refuse_link, replace_text
+from fastkd.trainer.ranks import Ranks
 from fastkd.trainer.rng import rng_state
 from fastkd.trainer.run.meter import check_finite
-from fastkd.trainer.run.ranks import Ranks
 from fastkd.trainer.run.saved.checkpoint import (
     CHECKPOINTS,
     Checkpoint,
@@ -176,18 +175,11 @@ class RunFolder:
         """Tell the callbacks that the run has ended. What one of them raised is raised here, on every rank."""
         self.ranks.on_main(lambda: self.log.end(outcome, self.newest))
 
-    def write_classes(self, per_class: Tensor, names: Sequence[Any] | None) -> None:
-        """Write ``classes.json``: of how many samples of each class how many were right in the evaluation at this step.
-
-        ``per_class``: [2, C], as ``evaluate`` fills it. ``names`` are those of the classes if the data have C names.
-        """
-        if self.path is None or not self.ranks.is_main:
+    def write_classes(self, per_class: dict[str, Any]) -> None:
+        """Write ``classes.json``: what the evaluation at this step found for every class, as the task filled it."""
+        if self.path is None or not self.ranks.is_main or not per_class:
             return
-        right, samples = per_class.tolist()
-        known = isinstance(names, list | tuple) and len(names) == len(samples)
-        shown = [str(name) for name in names] if known and names else [str(number) for number in range(len(samples))]
-        values = {"step": self.state.progress.step, "classes": shown, "right": right, "samples": samples}
-        replace_text(self.path / CLASSES, json.dumps(values))
+        replace_text(self.path / CLASSES, json.dumps({"step": self.state.progress.step, **per_class}))
 
     def save(self, accuracy: float | None = None) -> None:
         """Write a checkpoint of the present state; ``accuracy`` if it was evaluated.

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fastkd.trainer.data.labels import normalization_of
 from fastkd.trainer.data.loader import first_images
-from fastkd.trainer.models.features import FeatureModel
+from fastkd.trainer.models.features import FeatureModel, are_bytes
 from fastkd.trainer.precision import autocast
-from fastkd.trainer.run.ranks import Ranks
+from fastkd.trainer.ranks import Ranks
 from fastkd.trainer.signals import StopRequest
 from fastkd.validate import check_labels
 
@@ -19,7 +19,7 @@ from fastkd.validate import check_labels
 def take_images_of(model: FeatureModel, dataset: Any) -> Tensor:
     """Let ``model`` normalise the bytes that ``dataset`` gives, if it does; returns the first two images."""
     images = first_images(dataset)
-    model.take_images("bytes" if images.dtype == torch.uint8 else None, normalization_of(dataset))
+    model.take_images("bytes" if are_bytes(images) else None, normalization_of(dataset))
     return images
 
 

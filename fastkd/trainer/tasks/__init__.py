@@ -1,0 +1,1 @@
+"""What differs between classification, detection and embeddings: see ``fastkd.trainer.tasks.base``."""
