@@ -21,13 +21,15 @@ from fastkd.trainer.recipes.methods import PRETRAINING
 from fastkd.trainer.recipes.stages import pretrained
 from fastkd.trainer.run.loop import train
 from fastkd.trainer.run.stages import train_stages
+from fastkd.trainer.tasks.base import find_task
 
 
 @dataclass(frozen=True)
 class Training:
     """A run of the trainer in the folder of the cell, resumed from its newest checkpoint if there is one.
 
-    Its values: ``accuracy`` after the last epoch and ``best``, both in percent, ``seconds`` and ``parameters``.
+    Its values: ``accuracy`` after the last epoch (for another task its metric, such as ``map`` of detectors) and
+    ``best``, both in percent, ``seconds`` and ``parameters``.
 
     With ``stages``, which are in ``config``'s place, they are run one after the other, as ``train_stages`` does it. The
     values are those of the last one, and ``seconds`` are of all.
@@ -44,9 +46,10 @@ class Training:
         result = results[-1]
         if result.stopped_by is not None:
             return Outcome({}, int(result.stopped_by))
-        evaluated = [record["accuracy"] for record in result.history if "accuracy" in record]
+        metric = find_task(self.config).metric
+        evaluated = [record[metric] for record in result.history if metric in record]
         seconds = sum(one.seconds for one in results)
-        values = {"accuracy": 100 * result.accuracy, "best": 100 * max(evaluated), "seconds": seconds}
+        values = {metric: 100 * result.accuracy, "best": 100 * max(evaluated), "seconds": seconds}
         return Outcome(values | {"parameters": result.parameters})
 
     def settings(self) -> dict[str, Any]:

@@ -179,6 +179,8 @@ def _said(study: Study, record: Record | None) -> str:
     """The end of a cell in words."""
     if record is None or record.status == "failed":
         return f"failed: {record.error}" if record else "no result"
+    if study.measure not in record.values:  # a cell that others need, and no run
+        return "done"
     seconds = f" in {record.values['seconds']:.1f} s" if "seconds" in record.values else ""
     return f"{record.values[study.measure]:.2f} {study.unit}{seconds}"
 

@@ -42,6 +42,12 @@ class Ranks:
     started_here: bool = False
     pulse: Pulse | None = None
 
+    @classmethod
+    def present(cls) -> Self:
+        """The ranks of the default process group, where there is one."""
+        several = dist.is_available() and dist.is_initialized()
+        return cls(dist.get_rank(), dist.get_world_size()) if several else cls()
+
     def __enter__(self) -> Self:
         if self.pulse is not None:
             self.pulse.start()
@@ -143,11 +149,18 @@ class Ranks:
 
     def largest(self, value: int) -> int:
         """The largest ``value`` of all ranks."""
+        return self._reduced(value, dist.ReduceOp.MAX)
+
+    def total(self, value: int) -> int:
+        """The sum of ``value`` over the ranks."""
+        return self._reduced(value, dist.ReduceOp.SUM)
+
+    def _reduced(self, value: int, operation: Any) -> int:
         if self.world_size == 1:
             return value
         on_cpu = "cpu:" in dist.get_backend_config()
         found = torch.tensor(value, device=None if on_cpu else torch.device("cuda", torch.cuda.current_device()))
-        dist.all_reduce(found, dist.ReduceOp.MAX)
+        dist.all_reduce(found, operation)
         return int(found)
 
     def broadcast_buffers(self, model: nn.Module) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from fastkd.study.grid import Study
-from fastkd.study.studies import dcd, digits, imagenet, others, sweeps
+from fastkd.study.studies import dcd, digits, imagenet, others, shapes, sweeps
 
 STUDIES: dict[str, Callable[[Any], Study]] = {
     "digits": digits.digits,
+    "shapes": shapes.shapes,
     "dcd-table1": dcd.table1,
     "dcd-table2": dcd.table2,
     "dcd-table3": imagenet.table3,

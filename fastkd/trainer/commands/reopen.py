@@ -15,7 +15,7 @@ from fastkd.trainer.data.datasets import build_datasets, is_known_data, names_of
 from fastkd.trainer.imports import current_name
 from fastkd.trainer.models import cifar as cifar_nets
 from fastkd.trainer.models import small as nets
-from fastkd.trainer.models.build import ModelConfig, build_model
+from fastkd.trainer.models.build import ModelConfig, build_model, is_detector
 from fastkd.trainer.models.extended import extended_like
 from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.models.weights import load_into
@@ -117,13 +117,13 @@ def _build_student(config: ModelConfig, manifest: Path, trust_code: bool) -> nn.
 
 
 def is_known_model(name: str) -> bool:
-    """Whether ``name`` can build nothing but a model of timm or torchvision, or a class of our own networks."""
+    """Whether ``name`` builds nothing but a model of timm or torchvision, a detector, or one of our own networks."""
     source, _, attribute = current_name(name).rpartition(":")
     # Looked up without following dots, and not what the module merely imports: nets:nn.functional... reaches anything.
     ours = {module.__name__: module for module in (nets, cifar_nets)}
     found = vars(ours[source]).get(attribute) if source in ours else None
     own = isinstance(found, type) and issubclass(found, nn.Module) and f"{found.__module__}.".startswith(f"{source}.")
-    return own or source in ("timm", "torchvision", "cifar", "")
+    return own or is_detector(name) or source in ("timm", "torchvision", "cifar", "")
 
 
 def _check_trust(path: Path, name: str, known: bool, trust_code: bool) -> None:

@@ -11,8 +11,10 @@ from typing import Any, Literal
 from torch import nn
 
 from fastkd.trainer.imports import import_object
+from fastkd.trainer.models.published import torchvision_weights
 from fastkd.validate import check_choice, check_int, check_number, check_type
 
+DETECTOR = "faster-rcnn"  # what the names of our detectors begin with
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -24,7 +26,9 @@ class ModelConfig:
         name: ``timm:NAME``, ``torchvision:NAME``, ``cifar:NAME`` (``fastkd.trainer.models.cifar.NETWORKS``),
             ``package.module:callable``, or a bare name, which is looked up in timm first and then in torchvision. NAME
             may say which published weights are meant, as in ``timm:resnet50.tv_in1k`` and
-            ``torchvision:resnet50.IMAGENET1K_V1``; else they are the library's default.
+            ``torchvision:resnet50.IMAGENET1K_V1``; else they are the library's default. Detectors are
+            ``faster-rcnn:timm:NAME``, ``faster-rcnn:torchvision:NAME``, ``faster-rcnn:small`` and
+            ``torchvision:fasterrcnn_...``: see ``fastkd.trainer.models.detection.build``.
         num_classes: the width of the logits. None leaves it to the builder. 0 is for an encoder.
         classifier: the name of the classifier layer, such as ``head.fc``. None finds it.
         feature_map: the name of the layer whose output is the last feature map, such as ``layer4``. None finds it.
@@ -32,6 +36,7 @@ class ModelConfig:
             ``layer1 layer2 layer3``. None finds them. Student and teacher need equally many.
         weights: a file of weights (``.safetensors``, or what ``torch.save`` wrote), a fastkd checkpoint or run folder.
         pretrained: take the published weights of timm / torchvision, which are downloaded. ``weights`` switch it off.
+            A ``faster-rcnn:...`` takes those of its backbone.
         normalization: (means, standard deviations) of the channels of the images that the weights were trained with.
             None asks timm / torchvision about their published weights; other weights are taken to have been trained
             with the normalisation of the data.
@@ -129,6 +134,9 @@ def _build(config: ModelConfig, role: str) -> nn.Module:
     if config.num_classes is not None:
         options["num_classes"] = config.num_classes
     source, _, name = config.name.rpartition(":")
+    if is_detector(config.name):
+        with _told_if_offline(config, role):
+            return _detector(config, role, options)
     if source in ("timm", ""):
         import timm
 
@@ -162,6 +170,22 @@ def _build(config: ModelConfig, role: str) -> nn.Module:
     return model
 
 
+def is_detector(name: str) -> bool:
+    """Whether a model of this name is one of our detectors, or one that torchvision publishes."""
+    return name.startswith((f"{DETECTOR}:", "torchvision:fasterrcnn_"))
+
+
+def _detector(config: ModelConfig, role: str, options: dict[str, Any]) -> nn.Module:
+    from fastkd.trainer.models.detection.build import faster_rcnn, published_detector
+
+    source, _, name = config.name.partition(":")
+    build = faster_rcnn if source == DETECTOR else published_detector
+    try:
+        return build(name, pretrained=config.pretrained, **options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{role}.name {config.name!r} with --{role}.options: {error}") from error
+
+
 def _cifar_network(name: str, role: str) -> Callable[..., nn.Module]:
     from fastkd.trainer.models.cifar import NETWORKS
 
@@ -187,23 +211,15 @@ def _told_if_offline(config: ModelConfig, role: str) -> Iterator[None]:
         ) from error
 
 
-def torchvision_weights(name: str) -> Any:
-    """The published weights of torchvision that ``NAME`` or ``NAME.WEIGHTS`` means. ValueError if there are none."""
-    import torchvision
-
-    model, _, tag = name.partition(".")
-    published = torchvision.models.get_model_weights(model)
-    if tag and tag not in published.__members__:
-        raise ValueError(f"model.name: got 'torchvision:{name}', expected weights among {list(published.__members__)}")
-    return published[tag] if tag else published.DEFAULT
-
-
 def trained_normalization(config: ModelConfig, model: nn.Module) -> Normalization | None:
     """The normalisation that the weights of ``model``, built from ``config``, were trained with. None if unknown."""
     if config.normalization is not None:
         mean, std = config.normalization
     elif not config.pretrained:
         return None
+    elif is_detector(config.name):
+        transform: Any = model.transform
+        mean, std = transform.image_mean, transform.image_std
     elif hasattr(model, "pretrained_cfg"):
         import timm
 

@@ -40,6 +40,8 @@ class TapShapes:
         maps, stem, preactivations: see ``Taps``. The shapes of the preactivations are always known.
         layers: the names of the layers that give the maps.
         norms: the batch norm that each preactivation comes out of, None where there is none.
+        pooled: the features are a further map of 1 x 1 of the same images. Those of a detector are not: they are of
+            regions.
     """
 
     maps: tuple[Shape, ...]
@@ -47,6 +49,7 @@ class TapShapes:
     preactivations: tuple[Shape, ...]
     layers: tuple[str, ...]
     norms: tuple[nn.Module | None, ...]
+    pooled: bool = True
 
 
 @dataclass(frozen=True)

@@ -144,12 +144,15 @@ class Objective(nn.Module):
         labels: Tensor,
         rank_weight: float = 1.0,
         additions: Mapping[str, Any] | None = None,
+        image_weight: float | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and every named term before weights, detached (``ce``, ``kd``, ``dcd/contrast``, ...).
 
         ``rank_weight``: with several ranks W n / N, by which means over this rank's n of N rows are multiplied, so that
         the average over the W ranks is the mean over the global batch. The values of a term whose attribute
-        ``spans_ranks`` is true contain it already. ``additions``: what the terms' attributes of this name ask for.
+        ``spans_ranks`` is true contain it already. ``image_weight`` takes its place for terms that read intermediate
+        maps, of which there is one per image, where rows are no images. ``additions``: what the terms' attributes of
+        this name ask for.
         """
         total: Tensor | None = None
         named = {}
@@ -164,6 +167,8 @@ class Objective(nn.Module):
             together.update(zip(pair, values or (), strict=False))
         for name, term in self.terms.items():
             given = labels if hasattr(term, "unlabelled") else classes
+            reads_maps = getattr(term, "needs_taps", False)
+            weight = rank_weight if image_weight is None or not reads_maps else image_weight
             values = together.get(name)
             if values is None:
                 values = term(student, teacher, given, **self._additions(name, additions or {}))
@@ -176,8 +181,8 @@ class Objective(nn.Module):
                 if not isinstance(value, Tensor) or value.ndim != 0:
                     got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                     raise TypeError(f"terms: {name!r} returned {got} for {part!r}, expected a 0-dim tensor")
-                if rank_weight != 1.0 and not getattr(term, "spans_ranks", False):
-                    value = rank_weight * value
+                if weight != 1.0 and not getattr(term, "spans_ranks", False):
+                    value = weight * value
                 named[name if part == name else f"{name}/{part}"] = value.detach()
                 weighted = self.weights[name] * getattr(term, "warmth", 1.0) * value
                 total = weighted if total is None else total + weighted

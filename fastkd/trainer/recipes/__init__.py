@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastkd.trainer.config import TrainConfig
-from fastkd.trainer.recipes import cifar, digits, embeddings, imagenet, images
+from fastkd.trainer.recipes import cifar, detection, digits, embeddings, imagenet, images
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "images": images.images,
@@ -37,6 +37,12 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "imagenet-r34-r18-ckd": imagenet.resnet34_resnet18_ckd,
     "imagenet-r34-r18-pckd": imagenet.resnet34_resnet18_pckd,
     "imagenet-large-batch": imagenet.large_batch,
+    "detection-teacher": detection.detection_teacher,
+    "detection": detection.detection,
+    "coco-r101-teacher": detection.coco_r101_teacher,
+    "coco-r101-r18": detection.coco_r101_r18,
+    "coco-r101-r50": detection.coco_r101_r50,
+    "coco-r50-mv2": detection.coco_r50_mobilenetv2,
 }
 # Those of several runs, one after the other: by the names of the stages.
 STAGED_RECIPES: dict[str, Callable[[], dict[str, TrainConfig]]] = {

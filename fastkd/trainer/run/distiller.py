@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastkd.trainer.config import TrainConfig
 from fastkd.trainer.imports import import_object
-from fastkd.trainer.models.build import ModelConfig, Normalization, build_model
+from fastkd.trainer.models.build import ModelConfig, Normalization, build_model, is_detector
 from fastkd.trainer.models.extended import ExtendedModel, extended_like
 from fastkd.trainer.models.features import FeatureModel, ModelOutput, ModelShapes, are_bytes
 from fastkd.trainer.models.fold import folded
@@ -101,7 +101,7 @@ class Trained(nn.Module):
         """The total loss of a batch of the task, and its named terms. ``rank_weight``: see ``Objective.forward``."""
         rows = self.task.forward(self._learn, self._teach, batch, self.objective.additions)
         weight = rank_weight if rows.weight is None else rows.weight
-        return self.objective(rows.student, rows.teacher, rows.labels, weight, rows.additions)
+        return self.objective(rows.student, rows.teacher, rows.labels, weight, rows.additions, rank_weight)
 
     def _learn(self, images: Any) -> ModelOutput:
         if self.chunks == 1:
@@ -277,7 +277,7 @@ def _check_nothing_shared(student: FeatureModel, teacher: FeatureModel) -> None:
 def takes_classes(config: ModelConfig) -> bool:
     """Whether the builder of this model has an argument ``num_classes``. Those that are found by a name have it."""
     source = config.name.rpartition(":")[0]
-    if source in ("timm", "torchvision", "cifar", ""):
+    if is_detector(config.name) or source in ("timm", "torchvision", "cifar", ""):
         return True
     try:
         return "num_classes" in inspect.signature(import_object(config.name, "model.name")).parameters

@@ -177,7 +177,10 @@ class OFDTerm(TapTerm):
 
 
 class ReviewKDTerm(TapTerm):
-    """``ReviewKDLoss``: the student's maps, the teacher's before their activations, and the pooled features of both."""
+    """``ReviewKDLoss``: the student's maps, the teacher's before their activations, and the pooled features of both.
+
+    The features of a detector belong to regions, and are left out.
+    """
 
     name = "reviewkd"
     needs_features = True
@@ -193,10 +196,15 @@ class ReviewKDTerm(TapTerm):
 
     def made_of(self, config: ObjectiveConfig, student: TapShapes, teacher: TapShapes) -> ReviewKDLoss:
         own, other = _channels(student.maps), _channels(teacher.preactivations)
-        return ReviewKDLoss([*own, self.features[0]], [*other, self.features[1]], self.options.width)
+        self.pooled = self.needs_two_rows = student.pooled
+        if self.pooled:
+            own, other = [*own, self.features[0]], [*other, self.features[1]]
+        return ReviewKDLoss(own, other, self.options.width)
 
     def inputs(self, student: ModelOutput, teacher: ModelOutput, labels: Tensor) -> tuple[Any, ...]:
         lists = super().inputs(student, teacher, labels)
+        if not self.pooled:
+            return lists
         pooled = self.for_layers(student.features, teacher.features)
         return tuple([*maps, x[:, :, None, None]] for maps, x in zip(lists, pooled, strict=True))
 
