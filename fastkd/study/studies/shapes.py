@@ -5,8 +5,8 @@ what the same terms do to the regions of a detector. Everything was fixed before
 
 - Data: images of 128 pixels with coloured circles, squares, triangles and crosses on noise, in COCO's format, drawn by
   ``fastkd.trainer.data.coco.shapes``: 2,000 for training, of which a student gets the first 300, and 400 for the mAP.
-- Networks and schedule: those of the recipes ``detection-teacher`` and ``detection``, with 12 epochs for the teacher and
-  40 for a student, one of them to warm up.
+- Networks and schedule: those of the recipes ``detection-teacher`` and ``detection``, with 12 epochs for the teacher,
+  40 for a student, and one of each to warm up.
 - Losses: every term has weight 1, KD the temperature 1 that mdistiller's detectors have. Nothing was tuned.
 - mAP is measured after the last epoch, so the evaluation images pick nothing.
 
