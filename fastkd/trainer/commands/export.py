@@ -114,7 +114,9 @@ def _write_safetensors(model: nn.Module, path: Path, metadata: dict[str, str]) -
 def _write_detector(reopened: Reopened, path: Path, shape: tuple[int, ...] | None) -> tuple[float, str]:
     try:
         found = write_onnx_detector(reopened.model, path, _images_alone(reopened, shape), _metadata(reopened))
-    except (RuntimeError, TypeError, IndexError) as error:  # torch.onnx.errors and onnxruntime's are RuntimeErrors
+    except (ImportError, OSError):  # a package is missing, a full disk
+        raise
+    except Exception as error:  # the exporter and the runtime raise anything
         reason = str(error).strip().partition("\n")[0]
         raise ExportError(
             f"{path}: torch's exporter cannot follow this detector ({reason}), expected a name that ends in "

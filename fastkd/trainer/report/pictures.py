@@ -23,6 +23,7 @@ from fastkd.trainer.data.loader import fetch
 from fastkd.trainer.report.curves import look
 from fastkd.trainer.report.records import Group, RecordedRun
 from fastkd.trainer.report.style import PALETTE
+from fastkd.trainer.run.distiller import weights_hash
 from fastkd.trainer.tasks.base import Task, find_task
 from fastkd.trainer.text import printable
 
@@ -89,8 +90,10 @@ def pictures_of(groups: Sequence[Group], trust_code: bool = False) -> Pictures |
             found.add(run, student, look(index)[0])
         except Exception as error:  # what was moved, is damaged or was given as an object raises anything
             found.shown.problems.append(_reason(f"{run.name}: no boxes of it", error))
-    for picture, views in zip(found.shown.items, found.of_teachers, strict=True):
-        picture.views += views
+    for sha256, views in found.teachers.items():
+        if sha256 not in found.students:  # the run of the teacher itself may be among them
+            for picture, view in zip(found.shown.items, views, strict=True):
+                picture.views.append(view)
     return found.shown
 
 
@@ -100,8 +103,8 @@ class _Looking:
     def __init__(self, trust_code: bool) -> None:
         self.trust_code, self.shown = trust_code, Pictures()
         self.data: str | None = None  # the hash of the annotations, of which all runs must have the same
-        self.of_teachers: list[list[View]] = []
-        self.teachers: set[str] = set()
+        self.students: set[str] = set()  # hashes of weights
+        self.teachers: dict[str, list[View]] = {}
 
     def add(self, run: RecordedRun, title: str, colour: str) -> None:
         """The boxes of a run's student, and of its teacher if no other run had the same one."""
@@ -117,24 +120,20 @@ class _Looking:
         if not self.shown.items:
             self.data = data
             self.shown.items = [_picture(sample, names_of_classes(dataset)) for sample in samples]
-            self.of_teachers = [[] for _ in samples]
         for picture, view in zip(self.shown.items, own, strict=True):
             picture.views.append(view)
+        self.students.add(weights_hash(reopened.model))
         sha256 = run.info["teacher_sha256"]
         if sha256 is None or sha256 in self.teachers:
             return
-        self.teachers.add(sha256)
-        title = "teacher" if title == "student" or len(self.teachers) == 1 else f"teacher of {title}"
+        title = f"teacher of {title}" if self.teachers else "teacher"
         try:
             teacher = reopen_teacher(reopened, self.trust_code)
             assert teacher is not None
             model, normal = teacher
-            views = _views(title, TEACHER, task, model, normal or normalization, samples, names)
+            self.teachers[sha256] = _views(title, TEACHER, task, model, normal or normalization, samples, names)
         except Exception as error:
             self.shown.problems.append(_reason(f"{run.name}: no boxes of its teacher", error))
-            return
-        for found, view in zip(self.of_teachers, views, strict=True):
-            found.append(view)
 
 
 def _reason(what: str, error: Exception) -> str:
