@@ -96,6 +96,7 @@ def test_runs_are_compared_on_the_same_images_and_a_common_teacher_is_drawn_once
     result: TrainResult,
     teacher: ModelConfig,  # noqa: F811
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, before, again = folder(result), Path(str(teacher.weights)), tmp_path / "again"
     shutil.copytree(run, again)
@@ -108,6 +109,11 @@ def test_runs_are_compared_on_the_same_images_and_a_common_teacher_is_drawn_once
     # The teacher's own run is beside it.
     titles = [view.title for view in shown(run, before).items[0].views]
     assert titles == ["annotations", run.name, before.name]
+    hashes = iter(("one", "other"))
+    monkeypatch.setattr(pictures, "labels_hash", lambda data: next(hashes))
+    found = shown(run, again)
+    assert found.problems == [f"{again.name}: no boxes of it (its evaluation data are not those of the first run)"]
+    assert [view.title for view in found.items[0].views] == ["annotations", run.name, "teacher"]
 
 
 def test_what_cannot_be_shown_is_a_line(
