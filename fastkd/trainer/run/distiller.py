@@ -330,7 +330,7 @@ def _measured(
     try:
         return model.measure(images, **reads)
     except RuntimeError as error:
-        if not isinstance(images, Tensor):
+        if not isinstance(images, Tensor) or images.ndim < 2:
             raise
         shape = " x ".join(map(str, images.shape[1:]))
         raise ValueError(
