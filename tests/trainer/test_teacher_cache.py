@@ -156,7 +156,7 @@ def test_a_cache_that_was_killed_goes_on_within_the_epoch(tmp_path, place, monke
     killed_at(8, lambda: cache_teacher(config_in(place), cache, dtype="float32"))
     manifest = json.loads((cache / "manifest.json").read_text())
     assert list(manifest["epochs"]) == ["0"]
-    assert manifest["begun"] == {"epoch": 1, "batches": 2}
+    assert (manifest["begun"]["epoch"], manifest["begun"]["batches"]) == (1, 2)
     with pytest.raises(ValueError, match="has 1 epochs, expected the 2 of the run"):
         train(config_in(place, cache))
     read, seen = SeededFetch.__getitems__, []
@@ -172,6 +172,16 @@ def test_a_cache_that_was_killed_goes_on_within_the_epoch(tmp_path, place, monke
     for path in (place / "cache").glob("*.npy"):
         assert (cache / path.name).read_bytes() == path.read_bytes()
     assert {path.name for path in cache.iterdir()} == {"epoch-0000.npy", "epoch-0001.npy", "manifest.json", ".lock"}
+
+
+def test_an_epoch_that_was_begun_in_the_order_of_another_seed_is_begun_anew(tmp_path, place, monkeypatch):
+    monkeypatch.setattr(writing, "SAVE_EVERY", 0.0)
+    config = _option(config_in(place, epochs=1), augment=False)  # every epoch is alike, so that any seed may go on
+    killed_at(3, lambda: cache_teacher(config, tmp_path, dtype="float32"))
+    killed_at(1, lambda: cache_teacher(replace(config, seed=1), tmp_path, dtype="float32"))
+    assert json.loads((tmp_path / "manifest.json").read_text())["begun"] is None
+    cache_teacher(config, tmp_path, dtype="float32")
+    assert (np.load(tmp_path / "epoch-0000.npy") != 0).any(1).all()
 
 
 def test_a_run_that_was_killed_while_it_read_goes_on_with_the_cache_or_without(tmp_path, place, expected):
@@ -326,7 +336,8 @@ def test_the_command_takes_a_run_and_a_signal(tmp_path, place, capsys, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(StopRequest, "__enter__", stopped)
         assert main(command) == 128 + signal.SIGTERM
-    assert json.loads((tmp_path / "cache" / "manifest.json").read_text())["begun"] == {"epoch": 0, "batches": 1}
+    begun = json.loads((tmp_path / "cache" / "manifest.json").read_text())["begun"]
+    assert (begun["epoch"], begun["batches"]) == (0, 1)
     assert main(command) == 0
     told = capsys.readouterr().out
     assert "1 epoch of 21 samples x 12 features in int8, 3.36e-07 GB; 1 to write" in told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import os
 import shutil
@@ -250,8 +251,16 @@ class _Writer:
         kind, shape = layout(self.manifest["dtype"], self.samples, self.manifest["features"])
         arrays: list[np.memmap[Any, Any]] = []  # rank 0's
 
+        self.set_epoch(epoch, 0)
+        # Every epoch alike has no seed of its own, but the seed decides which samples the first batches held.
+        place = {"epoch": epoch, "order": hashlib.sha256(np.asarray(self._order(), "<i8").tobytes()).hexdigest()}
+
         def begin() -> int:
-            done = begun["batches"] if begun.get("epoch") == epoch and _is_array(part, kind, shape) else 0
+            same = all(begun.get(name) == value for name, value in place.items())
+            done = begun["batches"] if same and _is_array(part, kind, shape) else 0
+            if begun and not done:  # what it tells of is about to be written over
+                self.manifest["begun"] = None
+                write_manifest(self.folder, self.manifest)
             with writing(part):
                 arrays.append(_array(part, kind, shape, anew=not done))
             return done
@@ -272,7 +281,7 @@ class _Writer:
             stopping = self.ranks.largest(stop.signal)
             if array is not None and (stopping or time.monotonic() - saved > SAVE_EVERY):
                 array.flush()
-                self.manifest["begun"] = {"epoch": epoch, "batches": number + 1}
+                self.manifest["begun"] = place | {"batches": number + 1}
                 write_manifest(self.folder, self.manifest)
                 saved = time.monotonic()
             yield self.batches.rows(number) if number < len(self.batches) else left

@@ -161,7 +161,10 @@ class TeacherCache:
     def _verify(self, epoch: int) -> None:
         path = self._file(epoch)
         if file_hash(path) != self.manifest["epochs"][str(epoch)]["sha256"]:
-            raise ValueError(f"teacher.cache: {path} is damaged: its bytes are not those that were written")
+            raise ValueError(
+                f"teacher.cache: {path} is damaged: its bytes are not those that were written; remove it, and the same "
+                "fastkd cache-teacher command writes it again"
+            )
 
     def _file(self, epoch: int) -> Path:
         """The file of an epoch. ValueError unless it is there and as long as it was written."""
