@@ -33,6 +33,7 @@ from fastkd.trainer import (
 )
 from fastkd.trainer.commands import cache_teacher as writing
 from fastkd.trainer.commands.cache_teacher import cache_teacher
+from fastkd.trainer.commands.dry_run import plan
 from fastkd.trainer.commands.seeds import train_seeds
 from fastkd.trainer.data.loader import SeededFetch
 from fastkd.trainer.models.small import SmallConvNet
@@ -345,6 +346,22 @@ def test_the_command_takes_a_run_and_a_signal(tmp_path, place, capsys, monkeypat
     assert f"use it with --teacher.cache {tmp_path / 'cache'}" in told
     assert main(["cache-teacher", "digits"]) == 1
     assert capsys.readouterr().err == "fastkd cache-teacher: --output: is missing, expected the folder of the cache\n"
+    for further, message in (
+        {"--dry-run": "--dry-run: is no flag here", "--seeds=0": "--seeds: is no flag here"}
+    ).items():
+        assert main([*command, further]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["cache-teacher", "cifar100-ab", "--output", str(tmp_path)]) == 1
+    assert "got a recipe of the stages" in capsys.readouterr().err
+
+
+def test_the_plan_of_a_run_says_whether_its_cache_is_there(place):
+    assert any(
+        f"its features from {place / 'cache'} (found)" in line for line in plan(config_in(place, place / "cache"))
+    )
+    assert any("its features from nowhere (not found)" in line for line in plan(config_in(place, "nowhere")))
+    with pytest.raises(ValueError, match="with the term 'at', which reads"):
+        plan(_change(config_in(place, "nowhere"), "objective", terms="at"))
 
 
 class _Scaled(SmallConvNet):

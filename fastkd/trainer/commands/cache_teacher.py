@@ -20,7 +20,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from fastkd.trainer.commands.train import check_teacher_is_there, parse_flags
+from fastkd.trainer.commands.train import check_teacher_is_there, parse_stages
 from fastkd.trainer.config import TrainConfig, without_initial_weights
 from fastkd.trainer.data.additions import Additions
 from fastkd.trainer.data.loader import GlobalBatches, SeededFetch, train_loader
@@ -81,7 +81,14 @@ def cache_teacher_command(arguments: list[str]) -> int:
         rest = ["--config", str(Path(rest[0]) / CONFIG), *rest[1:]]
     if not rest:
         raise ValueError("got no recipe, expected one (fastkd recipes lists them), or a run folder")
-    config = parse_flags(rest).settings
+    stages = parse_stages(rest)
+    flags = next(iter(stages.values()))
+    if "" not in stages:
+        raise ValueError(f"got a recipe of the stages {', '.join(stages)}, expected one of a single run")
+    for flag, is_given in (("seeds", flags.seeds), ("dry-run", flags.dry_run)):
+        if is_given:
+            raise ValueError(f"--{flag}: is no flag here; a folder has the cache of one --seed, and is written at once")
+    config = flags.settings
     check_teacher_is_there(config)
     stopped = cache_teacher(config, given.output, dtype=given.dtype)
     if os.environ.get("RANK", "0") == "0" and not config.quiet:
