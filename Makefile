@@ -24,7 +24,9 @@ help:
 ## Creates .venv with everything pinned in constraints.txt, and installs fastkd editable with its extension.
 setup: .venv/.installed
 
-# Python compiles a module when it is first imported, and most modules of most packages never are.
+# Python compiles a module when it is first imported, and most modules of most packages never are. It has to keep what it
+# compiled: without that, a process that imports torch and timm takes three times as long, and the tests start hundreds.
+unexport PYTHONDONTWRITEBYTECODE
 .venv/.installed: pyproject.toml setup.py constraints.txt fastkd/native.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fastkd needs Python >= 3.11, found $$($(PYTHON) --version 2>&1); run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }

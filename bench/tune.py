@@ -179,7 +179,7 @@ def compiled(hardware: str, entry: Entry, config: LaunchConfig) -> tuple[LaunchC
     from bench.aot.jobs import jobs
 
     with table_with(hardware, entry, config):
-        results = [aot.examine(job) for job in jobs(hardware) if _compiles(job, entry, config)]
+        results = [aot.examine(job, instructions=False) for job in jobs(hardware) if _compiles(job, entry, config)]
     assert results, entry
     spills = max(result.spills for result in results)
     if spills > MOST_SPILLS or any(dataclasses.replace(result, spills=0).failures() for result in results):

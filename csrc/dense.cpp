@@ -2,19 +2,22 @@
 // those of the blocked backend's dense/*.py, where their legends are. Here every element-wise step is part of a loop
 // that runs over a row once: with few rows, starting torch's operations takes as long as what they do.
 #include "dense.h"
-#include "module.h"
+#include "functions.h"
 #include "simd.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/mm.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
 namespace fastkd {
-
-using at::Tensor;
 
 namespace {
 
@@ -75,6 +78,8 @@ double raw_rows(double* grad, const double* rows, const double* inverse_norm, in
   return raw_rows_loop(grad, rows, inverse_norm, n, D, scale);
 }
 
+}  // namespace
+
 // Unit rows of the sides, [sides, n, D], and their inverse norms [sides, n, 1]; nothing where a norm is not between the
 // bounds. The sides are contiguous and of one shape, in float or double.
 std::optional<std::pair<Tensor, Tensor>> unit_rows_of(const std::vector<Tensor>& sides, double shortest,
@@ -98,8 +103,6 @@ std::optional<std::pair<Tensor, Tensor>> unit_rows_of(const std::vector<Tensor>&
   return std::make_pair(units, inverse_norm);
 }
 
-}  // namespace
-
 Tensor product(const Tensor& x, const Tensor& w, int64_t min_linear, double scale) {
   const double largest = x.scalar_type() == at::kDouble ? std::numeric_limits<double>::max()
                                                         : double(std::numeric_limits<float>::max());
@@ -113,7 +116,7 @@ Tensor product(const Tensor& x, const Tensor& w, int64_t min_linear, double scal
           .findSchemaOrThrow("mkldnn::_linear_pointwise", "")
           .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view, Scalars,
                         std::optional<std::string_view>)>();
-  return linear.call(scale == 1.0 ? x : x * scale, w, std::nullopt, "none", Scalars(), "");
+  return linear.call(scale == 1.0 ? x : x.mul(scale), w, std::nullopt, "none", Scalars(), "");
 }
 
 Tensor transposed_product(const Tensor& x, const Tensor& w, int64_t min_linear) {
@@ -141,13 +144,7 @@ Tensor number(double value, const Tensor& like) { return at::full({}, rounded(va
 
 Tensor row_factors(const std::optional<Tensor>& weight, double factor, int64_t n, const Tensor& like) {
   if (!weight) return at::full({n}, rounded(factor, like), like.options());
-  return (weight->to(like.scalar_type()) * factor).contiguous();
-}
-
-void define_dense(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.def("unit_rows", &unit_rows_of, py::arg("sides"), py::arg("shortest"), py::arg("longest"),
-             py::call_guard<py::gil_scoped_release>());
+  return weight->to(like.scalar_type()).mul(factor).contiguous();
 }
 
 }  // namespace fastkd

@@ -1,7 +1,7 @@
 // What the operations of few rows share.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <optional>
 

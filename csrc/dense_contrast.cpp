@@ -1,18 +1,17 @@
 // contrast of few rows on a CPU. The legend is in dense/contrast.py of the blocked backend.
 #include "dense.h"
-#include "module.h"
+#include "functions.h"
 #include "simd.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <limits>
 
 namespace fastkd {
 namespace {
-
-using at::Tensor;
-using Optional = std::optional<Tensor>;
 
 // Which keys count as what for a query; what is absent is null.
 struct Mask {
@@ -113,6 +112,8 @@ const int64_t* numbers(const Optional& x, Tensor& holder) {
   return holder.const_data_ptr<int64_t>();
 }
 
+}  // namespace
+
 // The weighted sum, two numbers per query, and the gradients of the raw queries and keys (empty where not wanted) and of
 // the scale. needs: whether queries and keys want theirs; empty: nobody does, and then there is no gradient at all.
 std::tuple<Tensor, Tensor, std::vector<Tensor>> dense_contrast(
@@ -159,17 +160,6 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> dense_contrast(
   }
   gradients[2] = number(of_scale, X);
   return {total, stats, gradients};
-}
-
-}  // namespace
-
-void define_dense_contrast(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.def("dense_contrast", &dense_contrast, py::arg("queries"), py::arg("keys"), py::arg("scale"),
-             py::arg("query_labels"), py::arg("key_labels"), py::arg("positive_index"), py::arg("by_label"),
-             py::arg("exclude_self"), py::arg("is_bounded"), py::arg("weight"), py::arg("factor"),
-             py::arg("inverse_q"), py::arg("inverse_k"), py::arg("needs"), py::arg("min_linear"),
-             py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastkd

@@ -1,16 +1,17 @@
 // dual_softmax of few rows on a CPU. The legend is in dense/dual_softmax.py of the blocked backend.
 #include "dense.h"
-#include "module.h"
+#include "functions.h"
 #include "simd.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <limits>
 
 namespace fastkd {
 namespace {
-
-using at::Tensor;
 
 constexpr double kMaxSharedScale = 40.0;
 
@@ -109,6 +110,8 @@ void gradient(const double* U, double* V, double* W, Coefficients<double> c, int
   gradient_loop(U, V, W, c, n, is_bounded);
 }
 
+}  // namespace
+
 // The sums of contrast and consistency, the numbers of every row, and the gradients of the raw rows and of the scale.
 // needs: of which side the gradient is wanted; empty: of none, and then there is no gradient at all.
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> dense_dual_softmax(
@@ -147,15 +150,6 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> dense_dual_softmax(
   }
   gradients[2] = number(of_scale, U);
   return {contrast, consistency, stats, gradients};
-}
-
-}  // namespace
-
-void define_dense_dual_softmax(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.def("dense_dual_softmax", &dense_dual_softmax, py::arg("units"), py::arg("inverse_norm"), py::arg("scale"),
-             py::arg("weight"), py::arg("factors"), py::arg("is_swapped"), py::arg("needs"), py::arg("min_linear"),
-             py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastkd

@@ -1,17 +1,18 @@
 // soft_target of few logits on a CPU. The legend is in dense/soft_target.py of the blocked backend.
 #include "dense.h"
-#include "module.h"
+#include "functions.h"
 #include "simd.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <limits>
 
 namespace fastkd {
 namespace {
-
-using at::Tensor;
 
 // Sums over more classes are added in double: after thousands of additions float32 has lost digits.
 constexpr int64_t kBlock = 1024;
@@ -108,6 +109,8 @@ std::pair<double, double> rows(const double* x, const double* t, const double* w
   return rows_loop(x, t, w, of_kd, of_ce, n, classes, options);
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, std::vector<Tensor>> dense_soft_target(
     const Tensor& student_logits, const Tensor& teacher_logits, const std::optional<Tensor>& labels,
     const std::optional<Tensor>& weight, double temperature, double label_smoothing, double factor, bool needs_grad) {
@@ -126,15 +129,6 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> dense_soft_target(
                 x.size(0), x.size(1), options);
   });
   return {number(ce, x), number(kd, x), needs_grad ? gradients : std::vector<Tensor>{}};
-}
-
-}  // namespace
-
-void define_dense_soft_target(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.def("dense_soft_target", &dense_soft_target, py::arg("student_logits"), py::arg("teacher_logits"),
-             py::arg("labels"), py::arg("weight"), py::arg("temperature"), py::arg("label_smoothing"),
-             py::arg("factor"), py::arg("needs_grad"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastkd

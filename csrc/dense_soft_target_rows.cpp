@@ -1,9 +1,12 @@
 // soft_target_rows on a CPU. The legend is in soft_target_rows.py of the blocked backend.
 #include "dense.h"
-#include "module.h"
+#include "functions.h"
 #include "simd.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <limits>
@@ -11,8 +14,6 @@
 
 namespace fastkd {
 namespace {
-
-using at::Tensor;
 
 constexpr int64_t kBlock = 1024;  // as in dense_soft_target.cpp
 constexpr int64_t kBase = 5, kPerView = 5;
@@ -239,6 +240,8 @@ struct Inputs {
   }
 };
 
+}  // namespace
+
 std::pair<Tensor, Tensor> soft_target_rows(const Tensor& student_logits, const Tensor& teacher_logits,
                                            const std::optional<Tensor>& labels, const Tensor& student_scale,
                                            const Tensor& teacher_scale, bool exclude_label, std::optional<double> eps,
@@ -272,19 +275,6 @@ Tensor soft_target_rows_gradient(const Tensor& student_logits, const Tensor& tea
              upstream.const_data_ptr<scalar_t>(), grad.mutable_data_ptr<scalar_t>());
   });
   return grad.to(student_logits.scalar_type());
-}
-
-}  // namespace
-
-void define_dense_soft_target_rows(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.def("soft_target_rows", &soft_target_rows, py::arg("student_logits"), py::arg("teacher_logits"),
-             py::arg("labels"), py::arg("student_scale"), py::arg("teacher_scale"), py::arg("exclude_label"),
-             py::arg("eps"), py::arg("moments"), py::call_guard<py::gil_scoped_release>());
-  module.def("soft_target_rows_gradient", &soft_target_rows_gradient, py::arg("student_logits"),
-             py::arg("teacher_logits"), py::arg("labels"), py::arg("student_scale"), py::arg("teacher_scale"),
-             py::arg("kept"), py::arg("upstream"), py::arg("exclude_label"), py::arg("eps"),
-             py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastkd

@@ -1,15 +1,13 @@
 // A pair of tiles of dual_softmax on a CPU, where one plain exponential per logit is safe. The legend is in
 // dual_softmax.py of the blocked backend, which takes as many passes as there are operations here.
-#include "module.h"
+#include "functions.h"
 #include "simd.h"
 
-#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
 namespace fastkd {
 namespace {
-
-using at::Tensor;
 
 // Sums of a row: of 2^X_ij, of 2^X_ij (X_ij - Y_ij), and of 2^Y_ij.
 template <class T>
@@ -78,6 +76,8 @@ void check(const Tensor& tile, const Tensor& X) {
                     "dual_softmax_pair: expected contiguous tiles of one shape and dtype");
 }
 
+}  // namespace
+
 // Adds a pair's sums to those of all rows: p, weighted, q, [n] each. The pair's rows and columns start at these indices.
 void pair_sums(const Tensor& X, const Tensor& Y, const Tensor& p, const Tensor& weighted, const Tensor& q,
                int64_t first_row, int64_t first_column) {
@@ -107,17 +107,6 @@ void pair_gradients(const Tensor& X, const Tensor& Y, const Tensor& G, const Ten
     gradients(X.const_data_ptr<T>(), Y.const_data_ptr<T>(), G.mutable_data_ptr<T>(), mirrored.mutable_data_ptr<T>(),
               X.size(0), X.size(1), from(first_row), from(first_column));
   });
-}
-
-}  // namespace
-
-void define_dual_softmax_tiles(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.def("dual_softmax_pair_sums", &pair_sums, py::arg("X"), py::arg("Y"), py::arg("p"), py::arg("weighted"),
-             py::arg("q"), py::arg("first_row"), py::arg("first_column"), py::call_guard<py::gil_scoped_release>());
-  module.def("dual_softmax_pair_gradients", &pair_gradients, py::arg("X"), py::arg("Y"), py::arg("G"),
-             py::arg("mirrored"), py::arg("r"), py::arg("x"), py::arg("k"), py::arg("k_of_d"), py::arg("first_row"),
-             py::arg("first_column"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastkd

@@ -1,15 +1,13 @@
 // A tile of two Gram matrices on a CPU, for blocked/gram_sums.py: its sums, and its part of the gradient.
-#include "module.h"
+#include "functions.h"
 #include "simd.h"
 
-#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
 
 namespace fastkd {
 namespace {
-
-using at::Tensor;
 
 // Sums of squares of S and of T, and of their products: for rows, and, if by_column, for columns. In double, because the
 // loss is the difference of such sums.
@@ -78,6 +76,8 @@ void check(const Tensor& S, const Tensor& Y, const Tensor& numbers, at::ScalarTy
                     "gram_tile: expected numbers of all rows");
 }
 
+}  // namespace
+
 // Adds a tile's sums to those of all rows, [3, N] in double. A tile on the diagonal has none for its columns.
 void tile_sums(const Tensor& S, const Tensor& Y, const Tensor& of_rows, int64_t first_row, int64_t first_column) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;  // nothing here is differentiated
@@ -101,16 +101,6 @@ void tile_gradient(const Tensor& S, const Tensor& Y, const Tensor& factors, int6
     gradient(S.mutable_data_ptr<scalar_t>(), Y.const_data_ptr<scalar_t>(), S.size(0), S.size(1), a + first_row,
              a + first_column, b + first_row, b + first_column);
   });
-}
-
-}  // namespace
-
-void define_gram_tiles(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.def("gram_tile_sums", &tile_sums, py::arg("S"), py::arg("T"), py::arg("sums"), py::arg("first_row"),
-             py::arg("first_column"), py::call_guard<py::gil_scoped_release>());
-  module.def("gram_tile_gradient", &tile_gradient, py::arg("S"), py::arg("T"), py::arg("factors"),
-             py::arg("first_row"), py::arg("first_column"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastkd

@@ -4,10 +4,13 @@
 // cache. Every anchor i passes over a tile before the next tile comes. Threads share out the tiles, and each has its own
 // sums per anchor; these are added in the order of the threads.
 #include "dense.h"
-#include "module.h"
+#include "functions.h"
 #include "simd.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <system_error>
@@ -16,8 +19,6 @@
 
 namespace fastkd {
 namespace {
-
-using at::Tensor;
 
 constexpr int64_t kTileRows = 32, kTileColumns = 64;  // of ends j and k
 
@@ -149,6 +150,8 @@ double all_tiles(Side<T> s, Side<T> t, std::vector<Gradients<T>> per_worker, Ran
   return total;
 }
 
+}  // namespace
+
 // The sum of the losses, and ends, of_gram and of_inverse of Gradients.
 std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_angles(const Tensor& gram_s, const Tensor& inverse_s,
                                                           const Tensor& gram_t, const Tensor& inverse_t, int64_t first,
@@ -177,15 +180,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_angles(const Tensor& gram_s, 
   });
   const Tensor added = workers == 1 ? sums[0] : sums.sum(0);
   return {number(total, gram_s), ends, added[0], added[1]};
-}
-
-}  // namespace
-
-void define_triplet_angles(pybind11::module_& module) {
-  namespace py = pybind11;
-  module.def("triplet_angles", &triplet_angles, py::arg("gram_s"), py::arg("inverse_s"), py::arg("gram_t"),
-             py::arg("inverse_t"), py::arg("first"), py::arg("last"), py::arg("threads"),
-             py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastkd

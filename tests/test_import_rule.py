@@ -32,7 +32,8 @@ ROOMS = [line.split() for line in """
     fastkd.trainer.config  fastkd.trainer.files
     fastkd.trainer.tasks
     fastkd.trainer.run  fastkd.trainer.recipes
-    fastkd.trainer.commands  fastkd.trainer.report
+    fastkd.trainer.commands
+    fastkd.trainer.report
     fastkd.trainer
     fastkd.study
     fastkd.demo

@@ -20,7 +20,7 @@ def row(result: Result) -> str:
         f"{job.hardware:7}{job.name:50}{tile:>9}{job.num_warps:>3}w{job.num_stages:>2}s{result.registers:>5}"
         f"{result.spills:>5}{result.shared:>8}{counts['matrix']:>5}{counts['exp']:>5}{counts['fp32']:>6}{counts['all']:>6}"
     )
-    if job.hardware == "sm_90" and job.matrix_dtype:
+    if job.hardware == "sm_90" and job.matrix_dtype and counts:
         c = clocks(result)
         line += "".join(f"{c[x]:>7.0f}" for x in ("matrix", "exp", "issue", "shared", "L2", "bound", "serial"))
         line += f"{c['matrix'] / c['bound']:>6.0%}"
@@ -56,19 +56,22 @@ def predictions(times: dict[str, tuple[float, float]]) -> Iterator[str]:
             yield f"{loss}, N = {ROWS}: {each} ms: {bound:.2f} to {serial:.2f} ms, mean {(bound + serial) / 2:.2f} ms"
 
 
-def run(hardware: list[str], workers: int, select: Callable[[list[Job]], list[int]]) -> int:
-    """Compiles the jobs whose numbers ``select`` returns. Prints the table; returns how many failed."""
+def run(hardware: list[str], workers: int, select: Callable[[list[Job]], list[int]], instructions: bool = True) -> int:
+    """Compiles the jobs whose numbers ``select`` returns. Prints the table; returns how many failed.
+
+    Without ``instructions`` the gate is the same, and the table has no counts and no times.
+    """
     everything = [job for name in hardware for job in jobs(name)]
     chosen = select(everything)
     work = [everything[index] for index in chosen]
     print(HEADER)
     failed, times = [], {}
     with ProcessPoolExecutor(workers) as pool:
-        tasks = ((hardware, index) for index in chosen)
+        tasks = ((hardware, index, instructions) for index in chosen)
         for job, measured in zip(work, pool.map(_measure, tasks), strict=True):
             result = Result(job=job, **measured)
             print(row(result), flush=True)
-            if job.hardware == "sm_90" and job.matrix_dtype:
+            if job.hardware == "sm_90" and job.matrix_dtype and instructions:
                 times[job.name] = milliseconds(result, ROWS)
             failed += [f"{job.hardware} {job.name}: {failure}" for failure in result.failures()]
     for line in failed:
@@ -79,10 +82,10 @@ def run(hardware: list[str], workers: int, select: Callable[[list[Job]], list[in
     return len(failed)
 
 
-def _measure(task: tuple[list[str], int]) -> dict[str, Any]:
+def _measure(task: tuple[list[str], int, bool]) -> dict[str, Any]:
     """What :func:`examine` found of the job of a number: kernels themselves do not travel between processes."""
-    hardware, index = task
-    fields = vars(examine([job for name in hardware for job in jobs(name)][index]))
+    hardware, index, instructions = task
+    fields = vars(examine([job for name in hardware for job in jobs(name)][index], instructions))
     del fields["job"]
     return fields
 

@@ -111,7 +111,7 @@ def dtypes_and_widths(hardware: str, entry: Entry) -> Iterator[tuple[str, int, b
 class Result:
     job: Job
     registers: int = 0
-    spills: int = 0
+    spills: int = 0  # registers that are stored in and loaded from local memory, and those that always lie there
     shared: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # instructions of the main loop, or of all if there is none
     hgmma_bytes: int = 0  # read from shared memory by a warpgroup's matrix instructions, in the main loop
@@ -138,14 +138,30 @@ class Result:
         return found
 
 
-def examine(job: Job) -> Result:
+def examine(job: Job, instructions: bool = True) -> Result:
+    """What the compilers made of a job. Without ``instructions`` none are counted, and nothing is disassembled.
+
+    What ``failures`` needs is in the log and in the PTX code too. To disassemble takes half as long as to compile.
+    """
     compiled, log = job.compile_with_log()
     result = Result(job=job, shared=compiled.metadata.shared, log=log)
     if job.hardware == "gfx942":
         _read_gcn(compiled.asm["amdgcn"], result)
-    else:
+        return result
+    result.registers, result.spills = _read_log(log)
+    result.has_hgmma = "wgmma.mma_async" in compiled.asm["ptx"]
+    if instructions:
         _read_sass(compiled.asm["cubin"], result)
     return result
+
+
+def _read_log(log: str) -> tuple[int, int]:
+    """Registers of a thread, and how many of them it keeps in local memory, from what ptxas said."""
+    used = re.search(r"Used (\d+) registers", log)
+    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert used, log
+    assert stack, log
+    return int(used[1]), -(-sum(map(int, stack.groups())) // 4)
 
 
 def _read_gcn(text: str, result: Result) -> None:
@@ -168,15 +184,10 @@ def _read_sass(cubin: bytes, result: Result) -> None:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _cuobjdump("-res-usage", file.name)
-        text = _cuobjdump("-sass", file.name)
-    match = re.search(r"REG:(\d+)", usage)
-    assert match, usage
-    result.registers = int(match[1])
+        command = [str(BINARIES / "cuobjdump"), "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", text)
     code = [(int(address, 16), operation, operands) for address, operation, operands in lines]
-    result.spills = sum(operation.split(".")[0] in ("LDL", "STL") for _, operation, _ in code)
-    result.has_hgmma = any(operation.startswith("HGMMA") for _, operation, _ in code)
     loop = _main_loop(code)
     result.counts = Counter({"all": len(loop)})
     for operation, operands in loop:
@@ -188,11 +199,6 @@ def _read_sass(cubin: bytes, result: Result) -> None:
             n, k = int(shape[1]), int(shape[2])
             a_is_shared = re.match(r"\s*R\d+,\s*gdesc", operands) is not None
             result.hgmma_bytes += (n + 64 * a_is_shared) * k * (4 if "TF32" in operation else 2)
-
-
-def _cuobjdump(option: str, path: str) -> str:
-    command = [str(BINARIES / "cuobjdump"), option, path]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _kind(operation: str) -> str:

@@ -20,9 +20,9 @@ MAIN = "sm_90"
 
 
 def one_of_each(work: list[aot.Job]) -> list[int]:
-    """The variant with the most flags: of every kernel on every target; on sm_90 of each of its dtypes and widths.
+    """The variant with the most flags: of every kernel; on sm_90 of each of its dtypes, widths and tiles.
 
-    make aot has all.
+    Other NVIDIA targets differ in how matrices are multiplied: there it is of the kernels that do. make aot has all.
     """
     chosen: dict[tuple[object, ...], tuple[int, int]] = {}
     for index, job in enumerate(work):
@@ -34,6 +34,8 @@ def one_of_each(work: list[aot.Job]) -> list[int]:
         if job.hardware == MAIN:
             sizes = (job.constants.get(name) for name in ("BLOCK_M", "BLOCK_N", "BOUNDED"))
             keys = [(*kernel, dtype), (*kernel, *rest[:1], *sizes)]
+        elif job.hardware.startswith("sm") and not (job.matrix_dtype or kernel[0].startswith("pool")):
+            continue
         for key in keys:
             chosen[key] = max(chosen.get(key, (-1, 0)), (flags, -index))
     return sorted({-index for _, index in chosen.values()})
@@ -42,7 +44,7 @@ def one_of_each(work: list[aot.Job]) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_entry_of_the_launch_table_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    failures = command.run(list(aot.TARGETS), workers=2, select=one_of_each)
+    failures = command.run(list(aot.TARGETS), workers=2, select=one_of_each, instructions=False)
     output = capsys.readouterr().out
     assert failures == 0, output
     assert len(launch.TABLE[MAIN]) <= output.count(f"{MAIN:7}")

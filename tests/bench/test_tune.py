@@ -85,7 +85,7 @@ def test_a_candidate_of_every_operation_is_compiled_for_its_registers(pattern: s
 
 
 def test_the_number_of_programs_that_an_entry_asks_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aot, "examine", lambda job: aot.Result(job=job, registers=64, has_hgmma=True))
+    monkeypatch.setattr(aot, "examine", lambda job, instructions: aot.Result(job=job, registers=64, has_hgmma=True))
     entry = entry_of("contrast_self:2:64")
     asked, unasked = (tune.compiled("sm_90", entry, LaunchConfig(64, 32, 4, 2, ctas_per_sm=n)) for n in (2, 1))
     assert asked == (LaunchConfig(64, 32, 4, 2, ctas_per_sm=2), 0)
@@ -99,7 +99,7 @@ def test_a_candidate_may_spill_a_little_and_must_fit(
     spills: int, shared: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = {"registers": 255, "spills": spills, "shared": shared}
-    monkeypatch.setattr(aot, "examine", lambda job: aot.Result(job=job, **result))
+    monkeypatch.setattr(aot, "examine", lambda job, instructions: aot.Result(job=job, **result))
     found = tune.compiled("sm_90", entry_of("soft_target_backward:2:1024:5"), LaunchConfig(1, 2048, 4, 1))
     assert (found and found[1]) == expected
 

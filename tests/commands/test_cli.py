@@ -134,7 +134,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_the_package_runs_as_a_module():
-    assert "\ndigits " in run_python("-m", "fastkd", "recipes").stdout
+    assert run_python("-m", "fastkd", "--version").stdout.startswith("fastkd ")
 
 
 @pytest.mark.slow
@@ -160,8 +160,8 @@ def imported_by(rooms: tuple[str, ...]) -> set[str]:
 
 
 def test_the_extras_hold_what_is_imported_and_no_more():
-    # torch's exporter imports onnx and onnxscript, and torchmetrics imports faster_coco_eval.
-    indirect = {"onnx", "onnxscript", "faster_coco_eval"}
+    # torch's exporter imports onnxscript, and torchmetrics imports faster_coco_eval.
+    indirect = {"onnxscript", "faster_coco_eval"}
     known = {package for packages in EXTRAS.values() for package in packages} - indirect
     assert imported_by(("trainer", "study", "demo")) == known
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from fastkd.cli import main
+from fastkd.trainer.data.coco.shapes import make_shapes
 from tests.helpers.trainer_runs import one_thread  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +25,7 @@ NOT_RUN = {
 # Flags that make a command small. They are put behind the printed ones.
 SMALL = {
     "images": "--data.options.image-size 32 --data.batch-size 9 --data.num-workers 0",
+    "detection": "--data.options.short-side 48 --data.batch-size 8",
     "train": "--epochs 1 --optim.warmup-epochs 0 --device cpu --quiet",
     "eval": "--device cpu",
 }
@@ -42,9 +44,13 @@ def run_commands_of(document: str) -> None:
         if line.startswith(tuple(NOT_RUN)):
             continue
         program, command, *flags = shlex.split(line, comments=True)
+        if (program, *flags[:-1]) == ("python", "fastkd.trainer.data.coco.shapes"):
+            make_shapes(flags[-1], train=8, val=2)
+            continue
         assert program == "fastkd", line
         flags += SMALL.get(command, "").split()
-        flags += SMALL["images"].split() if command == "train" and flags[0].startswith("images") else []
+        for recipe in ("images", "detection"):
+            flags += SMALL[recipe].split() if command == "train" and flags[0].startswith(recipe) else []
         assert main([command, *flags]) == 0, line
 
 
@@ -59,11 +65,14 @@ def photos(folder: Path, classes: int = 3, per_class: int = 12) -> None:
 
 
 @pytest.mark.slow
-def test_own_images_as_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_images_and_shapes_as_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     photos(tmp_path / "photos")
     run_commands_of("README.md")
     assert (tmp_path / "student.safetensors").exists()
+    report = (tmp_path / "comparison.html").read_text()
+    assert report.count("data:image/jpeg") == 2
+    assert "no boxes of" not in report
     assert set(commands("docs/howto/own_data.md")) <= set(commands("README.md"))
 
 

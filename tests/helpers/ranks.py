@@ -15,7 +15,9 @@ import random
 import tempfile
 import time
 import traceback
+import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 from unittest import mock
@@ -24,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fastkd.distributed.group import configure
 
@@ -73,6 +76,22 @@ def run_ranks(
         if environment is not None or not results or not all(map(_ended_well, results)):
             ranks.end()
     return results
+
+
+def under_torchrun(program: Callable[..., Any], *arguments: Any, max_restarts: int = 0) -> list[Any]:
+    """What ``program(*arguments)`` returns on two ranks that torchrun's agent starts, watches and restarts.
+
+    The agent runs in this process, and the ranks' processes are forks of the server, because three imports of torch and
+    the trainer would take most of the time. ChildFailedError where a rank failed and is not restarted.
+    """
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=max_restarts, start_method="forkserver",
+        run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+    )  # fmt: skip
+    # In the main thread it would take over the handling of signals.
+    with ThreadPoolExecutor(1) as thread:
+        results = thread.submit(elastic_launch(config, program), *arguments).result()
+    return [results[rank] for rank in sorted(results)]
 
 
 class Failure:

@@ -33,10 +33,14 @@ def test_one_launch_a_side_equals_one_for_both(monkeypatch: pytest.MonkeyPatch) 
 FEW_ROWS, ONE_ROW, EDGE = (13, 37, (19, 20)), (36, 37, (19, 20)), (1, 37, (33, 34))
 
 
-@pytest.mark.parametrize("bounded", [True, False], ids=["bounded", "online"])
 @pytest.mark.parametrize(
-    ("kernels", "splits", "start", "stop", "cuts"),
-    [(streaming, 1, *own) for own in (FEW_ROWS, ONE_ROW, EDGE)] + [(streaming, 3, *EDGE), (wide, 1, *FEW_ROWS)],
+    ("kernels", "splits", "bounded", "start", "stop", "cuts"),
+    [
+        *((streaming, 1, bounded, *EDGE) for bounded in (True, False)),
+        (streaming, 1, True, *ONE_ROW),
+        (streaming, 3, False, *FEW_ROWS),
+        *((wide, 1, bounded, *FEW_ROWS) for bounded in (True, False)),
+    ],
 )
 def test_own_rows_against_columns_that_arrive_in_chunks(
     kernels: ModuleType, bounded: bool, start: int, stop: int, cuts: tuple[int, int], splits: int,

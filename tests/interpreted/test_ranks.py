@@ -28,8 +28,7 @@ def key_sizes(mode: str) -> tuple[int, ...]:
     return (0, 17, 4) if mode == "label" else (1, 17, 4)
 
 
-@pytest.mark.parametrize("bound", [40.0, math.inf], ids=["bounded", "online"])
-@pytest.mark.parametrize("consistency", CONSISTENCIES)
+@pytest.mark.parametrize(("consistency", "bound"), zip(CONSISTENCIES, (40.0, math.inf), strict=True))
 def test_dcd(consistency: str, bound: float, route: str) -> None:
     inputs = *embeddings(sum(SIZES), 20), torch.tensor(6.0, dtype=torch.float64)
     expected = value_and_grads(lambda *x: dcd_loss(*x, consistency=consistency, backend="reference"), *inputs)

@@ -23,8 +23,9 @@ def samples(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "weighted"), [(torch.float64, True), (torch.float32, False), (torch.bfloat16, True)], ids=str
+)
 def test_opcheck(dtype: torch.dtype, weighted: bool) -> None:
     a, b, c, weight = samples(7, 5, dtype)
     w = weight if weighted else None
@@ -56,8 +57,7 @@ def test_rows(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(("dtype", "weighted"), [(torch.float64, True), (torch.bfloat16, False)], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_contrast(mode: str, weighted: bool, dtype: torch.dtype) -> None:
     p = problem(mode, 7, 7, 4, dtype, scale=5.0)
@@ -74,9 +74,10 @@ def test_contrast(mode: str, weighted: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "normalize"), [(torch.float64, True), (torch.float32, False), (torch.bfloat16, True)], ids=str
+)
 def test_multiscale_pool(dtype: torch.dtype, memory_format: torch.memory_format, normalize: bool) -> None:
     x = feature_map(2, 3, 5, 6, dtype=dtype).contiguous(memory_format=memory_format)
     windows, strides = [5, 6, 2, 2], [1, 1, 2, 2]

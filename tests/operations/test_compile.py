@@ -17,8 +17,7 @@ from tests.helpers.checks import assert_close, embeddings, relative_error, value
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "blocked"])
-@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize(("backend", "dynamic"), [("reference", None), ("blocked", None), ("blocked", True)])
 def test_compiles_as_one_graph_for_changing_shapes_and_floats(backend: str, dynamic: bool | None) -> None:
     torch.compiler.reset()
 

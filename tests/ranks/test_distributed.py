@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 from typing import Any
 
 import pytest
@@ -103,14 +104,16 @@ def test_the_triton_kernels_equal_one_process() -> None:
     """In the interpreter, which computes float32: what one rank's block leaves is carried on to the next."""
     cases = [
         Case("dcd", (5, 0, 18), {"consistency": consistency}, **settings)
-        for settings in (
-            {"d": 20},  # padded
-            {"d": 16, "scale": 60.0, "ring": True, "weighted": False},
-            {"d": 16, "frozen": ("key",), "weighted": False},
-            {"d": 16, "frozen": ("scale",), "bounded": True},
-            {"d": 300, "weighted": False},  # wider than a tile
+        for consistency, settings in zip(
+            itertools.cycle(CONSISTENCIES),  # tests/interpreted/test_ranks.py has both everywhere
+            (
+                {"d": 20},  # padded
+                {"d": 16, "scale": 60.0, "ring": True, "weighted": False},
+                {"d": 16, "frozen": ("key",), "weighted": False},
+                {"d": 16, "frozen": ("scale",), "bounded": True},
+                {"d": 300, "weighted": False},  # wider than a tile
+            ),
         )
-        for consistency in CONSISTENCIES
     ]
     # Ranks without queries, without keys, and in a ring.
     sizes, other = (5, 0, 3), {"sizes": (4, 0, 2), "key_sizes": (1, 3, 19)}

@@ -66,7 +66,7 @@ def test_chunks_equal_one_process_and_both_paths_give_the_same_bits(
     sizes: tuple[int, ...], settings: dict[str, Any], library: Path, device: str
 ) -> None:
     """On a CPU; a GPU sums a row's squares in another order."""
-    ways = [(chunks, path) for chunks in (1, 2, 4) for path in (str(library), None)]
+    ways = [(chunks, path) for chunks in (1, 3) for path in (str(library), None)]
     cases = [
         Case(name, sizes, options, chunks=chunks, extension=path, device=device, **settings)
         for name, options in KINDS

@@ -1,6 +1,7 @@
 """What a run does on a bad day: steps that are not finite, signals, restarts, folders that cannot be written."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastkd.cli import main
 from fastkd.trainer import CheckpointError, NonFiniteLossError, ObjectiveConfig, OptimConfig, load_weights, train
 from fastkd.trainer.run.saved.checkpoint import EMA, LOSS, STUDENT, find_checkpoint, list_checkpoints, read_checkpoint
+from tests.helpers.ranks import under_torchrun
 from tests.helpers.trainer_runs import lines, one_thread, run_python, same, tiny_config  # noqa: F401
 
 pytestmark = pytest.mark.slow
@@ -228,7 +231,7 @@ def test_the_moving_average_copies_integers_and_infinite_buffers():
     torch.testing.assert_close(average.module.weight, torch.full((3,), 1 + 6e-4), rtol=1e-6, atol=1e-6)
 
 
-def test_the_command_exits_as_a_process_that_the_signal_ended(tmp_path):
+def test_the_command_exits_as_a_process_that_the_signal_ended(tmp_path, capsys):
     """And --resume-or-start goes on with what it left."""
     code = (
         "import sys, fastkd.trainer.run.step as s, os, signal\n"
@@ -255,10 +258,10 @@ def test_the_command_exits_as_a_process_that_the_signal_ended(tmp_path):
     first = run_python("-c", code, *flags)
     assert first.returncode == 128 + signal.SIGTERM, first.stderr
     assert "stopped at step 5 of 10; resume from" in first.stdout
-    second = run_python("-c", "import sys; from fastkd.cli import main; sys.exit(main(sys.argv[1:]))", *flags)
-    assert second.returncode == 0, second.stderr
-    assert "resumed from" in second.stdout
-    assert "at step 5 of 10" in second.stdout
+    assert main(flags) == 0
+    second = capsys.readouterr().out
+    assert "resumed from" in second
+    assert "at step 5 of 10" in second
 
 
 def test_a_restart_by_torchrun_resumes_by_itself(tmp_path, monkeypatch):
@@ -275,26 +278,25 @@ def test_a_restart_by_torchrun_resumes_by_itself(tmp_path, monkeypatch):
             train(config)
 
 
+def killed_once(config):
+    """A rank of two. Rank 1 is killed at its eighth step, and not when it has been restarted."""
+    import fastkd.trainer.run.step as module
+
+    torch.set_num_threads(1)
+    call, steps = module.TrainStep.__call__, itertools.count(1)
+
+    def step(self, *arguments):
+        if (next(steps), os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (8, "1", "0"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(self, *arguments)
+
+    module.TrainStep.__call__ = step
+    return train(config).resumed_from
+
+
 def test_a_rank_that_is_killed_is_restarted_by_torchrun_and_the_run_goes_on(tmp_path):
     config = tiny_config(tmp_path, save_every_steps=3)
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    (tmp_path / "run.py").write_text(
-        "import json, os, signal, sys\n"
-        "import fastkd.trainer.run.step as s\n"
-        "from fastkd.trainer import TrainConfig, train\n"
-        "call, count = s.TrainStep.__call__, [0]\n"
-        "def step(self, *a):\n"
-        "    count[0] += 1\n"
-        "    if (count[0], os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']) == (8, '1', '0'):\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return call(self, *a)\n"
-        "s.TrainStep.__call__ = step\n"
-        "print('resumed from', train(TrainConfig.from_dict(json.load(open(sys.argv[1])))).resumed_from)\n"
-    )
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    done = run_python(*launch, str(tmp_path / "run.py"), str(tmp_path / "config.json"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("resumed from 6") == 2
+    assert under_torchrun(killed_once, config, max_restarts=1) == [6, 6]
     assert [line["step"] for line in lines(config.run_dir) if line["kind"] == "step"] == list(range(1, 27))
 
 

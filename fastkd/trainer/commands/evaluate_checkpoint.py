@@ -302,7 +302,7 @@ def eval_command(
             name of a published model such as timm:resnet10t.
         best: of a run folder the checkpoint with the highest accuracy, not the newest.
         root: evaluate on the images in this folder, a folder for each class (in its folder val, if it has one). With
-            --data.name the folder of those data.
+            --data.name the folder of those data; for a detector a folder in COCO's format.
         data: other data.
         model: the model that a file of weights belongs to, such as timm:resnet18.
         num_classes: the model's outputs; as many as the data have classes for a file of weights.

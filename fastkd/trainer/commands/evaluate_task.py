@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,8 @@ def evaluate_task(
         >>> dict(zip(found.per_class["classes"], found.per_class["scores"]))  # doctest: +SKIP
     """
     reopened = reopen(path, best=best, model=model, data=data, eval_data=eval_data, trust_code=trust_code)
-    config, task = reopened.config, find_task(reopened.config)
+    config = reopened.config
+    task = find_task(replace(config, data=reopened.data))
     known, found = reopened.checkpoint.manifest.get("classes"), names_of_classes(reopened.eval_data)
     if known is not None and found is not None and known != found:
         raise ValueError(f"data: has the classes {found[:10]}, expected those of {path} in their order: {known[:10]}")

@@ -16,6 +16,7 @@ import tyro
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fastkd.trainer.commands.export_detector import OUTPUTS, write_onnx_detector
 from fastkd.trainer.commands.reopen import Reopened, reopen
 from fastkd.trainer.data.labels import normalization_of
 from fastkd.trainer.data.loader import collate, fetch
@@ -25,6 +26,7 @@ from fastkd.trainer.models.features import FeatureModel
 from fastkd.trainer.models.weights import save_tensors
 from fastkd.trainer.run.check import input_of
 from fastkd.trainer.run.describe import versions
+from fastkd.trainer.tasks.base import find_task
 from fastkd.trainer.tasks.evaluate import take_images_of
 
 SAMPLES = 8
@@ -40,13 +42,15 @@ class ExportError(RuntimeError):
 class Exported:
     """A checked file. ``error`` is the largest difference from the student's logits, relative to the largest logit.
 
-    ``sides`` are channels, height and width of the images that an ONNX file takes, a letter for any number.
+    ``sides`` are channels, height and width of the images that an ONNX file takes, a letter for any number. ``outputs``
+    is what it gives: ``logits``, ``embeddings``, or ``boxes, scores, labels``.
     """
 
     path: Path
     bytes: int
     error: float
     sides: str = ""
+    outputs: str = "logits"
 
 
 def export(
@@ -61,7 +65,8 @@ def export(
     A safetensors file holds the model's state dict. It is read back and compared bit for bit. An ONNX file computes the
     logits of images [B, C, H, W], normalised as in training, for any B, and for any H and W where the model allows it.
     It is run with onnxruntime on images of the evaluation set, or on noise of ``image_shape`` (C, H, W) if that is
-    given, and on noise of another size.
+    given, and on noise of another size. Of an encoder it computes the embeddings. Of a detector it computes boxes,
+    scores and labels of one image, see ``OneImage``.
 
     Raises:
         ValueError: ``out`` ends otherwise, or there are neither data nor ``image_shape``.
@@ -77,10 +82,14 @@ def export(
     model = reopened.model.eval().float()
     # Written under another name first, so that a file under the name asked for is always a checked one.
     temporary = out.with_name(f".{out.stem}-{os.getpid()}{out.suffix}")
-    error, sides = 0.0, ""
+    error, sides, outputs = 0.0, "", "logits"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix == ".onnx":
+        if out.suffix == ".onnx" and reopened.config.task == "detection":
+            outputs = ", ".join(OUTPUTS)
+            error, sides = _write_detector(reopened, temporary, image_shape)
+        elif out.suffix == ".onnx":
+            outputs = "embeddings" if reopened.config.task == "embeddings" else outputs
             error, sides = _write_onnx(reopened, temporary, _images(reopened, image_shape), _metadata(reopened))
         else:
             _write_safetensors(model, temporary, _metadata(reopened))
@@ -89,7 +98,7 @@ def export(
         raise ExportError(f"{out}: cannot be written ({failure})") from failure
     finally:
         temporary.unlink(missing_ok=True)
-    return Exported(out, out.stat().st_size, error, sides)
+    return Exported(out, out.stat().st_size, error, sides, outputs)
 
 
 def _write_safetensors(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
@@ -100,6 +109,22 @@ def _write_safetensors(model: nn.Module, path: Path, metadata: dict[str, str]) -
             # Compared as bytes, because NaN is not equal to itself.
             if not torch.equal(file.get_tensor(name).view(-1).view(torch.uint8), value.view(-1).view(torch.uint8)):
                 raise ExportError(f"{path}: {name} reads back differently")
+
+
+def _write_detector(reopened: Reopened, path: Path, shape: tuple[int, ...] | None) -> tuple[float, str]:
+    try:
+        found = write_onnx_detector(reopened.model, path, _images_alone(reopened, shape), _metadata(reopened))
+    except (ImportError, OSError):  # a package is missing, a full disk
+        raise
+    except Exception as error:  # the exporter and the runtime raise anything
+        reason = str(error).strip().partition("\n")[0]
+        raise ExportError(
+            f"{path}: torch's exporter cannot follow this detector ({reason}), expected a name that ends in "
+            ".safetensors"
+        ) from error
+    if not found[0] <= ONNX_TOLERANCE:
+        raise ExportError(f"{path}: what it finds differs by {found[0]:.2g}, at most {ONNX_TOLERANCE} is right")
+    return found
 
 
 def _write_onnx(reopened: Reopened, path: Path, images: Tensor, metadata: dict[str, str]) -> tuple[float, str]:
@@ -201,12 +226,23 @@ def _images(reopened: Reopened, shape: tuple[int, ...] | None) -> Tensor:
     return model.normalized(collate(fetch(reopened.eval_data, indices))[0]).float()
 
 
+def _images_alone(reopened: Reopened, shape: tuple[int, ...] | None) -> list[Tensor]:
+    """Images [1, 3, H, W] of different sizes, normalised as in training."""
+    if shape is not None or reopened.eval_data is None:
+        return list(_images(reopened, shape).split(1))
+    samples = fetch(reopened.eval_data, list(range(min(SAMPLES, len(reopened.eval_data)))))
+    model = find_task(reopened.config).wrap(reopened.model, {}, True)
+    model.take_images("bytes", normalization_of(reopened.eval_data))
+    return [model.normalized(image[None]).float() for image, *_ in samples]
+
+
 def _metadata(reopened: Reopened) -> dict[str, str]:
     """What the file says about itself, as the strings that safetensors and ONNX keep."""
     manifest = reopened.checkpoint.manifest
     found = {
         "format": "pt",
         "model": json.dumps(manifest["config"].get("student")),
+        "task": manifest["config"].get("task", "classification"),
         "step": str(manifest["step"]),
         "accuracy": str(manifest.get("accuracy") or ""),
         "teacher_sha256": str(manifest.get("teacher_sha256")),
@@ -233,7 +269,8 @@ def export_command(
 
     Args:
         checkpoint: a checkpoint folder, or a run folder for its newest one.
-        out: the file to write: .safetensors (the state dict) or .onnx (images to logits, any batch size).
+        out: the file to write: .safetensors (the state dict) or .onnx (images to logits or
+            embeddings, any batch size; of a detector one image to boxes, scores and labels).
         best: of a run folder the checkpoint with the highest accuracy, not the newest.
         overwrite: replace the file if it is there, once the new one is whole and checked.
         image_shape: C H W of an image, where the run's data cannot be read. For ONNX.
@@ -242,6 +279,6 @@ def export_command(
     with_data = out.endswith(".onnx") and image_shape is None
     reopened = reopen(checkpoint, best=best, with_data=with_data, trust_code=trust_code)
     written = export(reopened, out, image_shape=image_shape, overwrite=overwrite)
-    how = "bit for bit" if written.path.suffix == ".safetensors" else f"logits within {written.error:.1e}"
+    how = "bit for bit" if written.path.suffix == ".safetensors" else f"{written.outputs} within {written.error:.1e}"
     takes = f", images of {written.sides}" if written.sides else ""
     print(f"{written.path}: {written.bytes:,} bytes, checked {how}{takes}")

@@ -15,11 +15,27 @@ from fastkd.trainer.data.datasets import build_datasets, is_known_data, names_of
 from fastkd.trainer.imports import current_name
 from fastkd.trainer.models import cifar as cifar_nets
 from fastkd.trainer.models import small as nets
-from fastkd.trainer.models.build import ModelConfig, build_model, is_detector
+from fastkd.trainer.models.build import (
+    ModelConfig,
+    Normalization,
+    build_model,
+    is_detector,
+    trained_normalization,
+)
 from fastkd.trainer.models.extended import extended_like
 from fastkd.trainer.models.features import FeatureModel
-from fastkd.trainer.models.weights import load_into
-from fastkd.trainer.run.saved.checkpoint import MANIFEST, Checkpoint, CheckpointError, find_checkpoint, read_checkpoint
+from fastkd.trainer.models.weights import Origin, load_into
+from fastkd.trainer.precision import DTYPES
+from fastkd.trainer.run.check import origin_of
+from fastkd.trainer.run.distiller import weights_hash
+from fastkd.trainer.run.saved.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    CheckpointError,
+    find_checkpoint,
+    find_weights,
+    read_checkpoint,
+)
 
 # An option of a timm or torchvision builder of this name may name a file or an address to load from.
 _LOADS = re.compile("weights|pretrained|checkpoint|path|file|url")
@@ -74,7 +90,7 @@ def reopen(
     if model is None:
         if config.student is None or "student" in given:
             raise CheckpointError(f"{checkpoint.path}: its student was given as a module; pass it as model=...")
-        model = _build_student(config.student, checkpoint.path / MANIFEST, trust_code)
+        model = _build(config.student, "student", checkpoint.path / MANIFEST, trust_code)
     elif isinstance(model, FeatureModel):
         model = model.model
     train_data = None
@@ -90,6 +106,38 @@ def reopen(
     return Reopened(checkpoint, config, model, train_data, eval_data, data or config.data)
 
 
+def reopen_teacher(reopened: Reopened, trust_code: bool = False) -> tuple[nn.Module, Normalization | None] | None:
+    """The teacher of the run on the CPU, and how images are normalised for it. None for a run without a teacher.
+
+    A teacher with published weights is read from the library's cache, or downloaded.
+
+    Raises:
+        CheckpointError: the teacher was given as a module, it needs ``trust_code``, or its weights are not there or are
+            no longer those that the run was trained with.
+    """
+    manifest, config, path = reopened.checkpoint.manifest, reopened.config.teacher, reopened.checkpoint.path
+    if manifest.get("teacher_sha256") is None:
+        return None
+    if config is None or "teacher" in manifest.get("given_as_objects", []):
+        raise CheckpointError(f"{path}: its teacher was given as a module")
+    origin = Origin()
+    if config.weights is None:
+        _check_trust(path, config.name, is_known_model(config.name), trust_code)
+        model = build_model(config, "teacher")
+    else:
+        model = _build(config, "teacher", path / MANIFEST, trust_code)
+        origin = origin_of(config.weights)
+        find_weights(config.weights).load_into(model, "teacher")
+    if config.dtype is not None:  # the hash is that of the weights as they were used
+        model.to(DTYPES[config.dtype])
+    if weights_hash(model) != manifest["teacher_sha256"]:
+        raise CheckpointError(f"{config.weights or config.name}: is no longer the teacher that {path} was trained with")
+    own = trained_normalization(config, model)
+    if own is None and origin.input.get("mean") and origin.input.get("std"):
+        own = (origin.input["mean"], origin.input["std"])
+    return model, own
+
+
 def other_data(config: DataConfig, root: str) -> DataConfig:
     """The images in ``root``, read as ``config`` reads its own: those in ``root/val`` if there is such a folder."""
     if config.name == "coco":
@@ -100,8 +148,8 @@ def other_data(config: DataConfig, root: str) -> DataConfig:
     return replace(config, name="images", options={**options, "root": root, "train": part, "val": part})
 
 
-def _build_student(config: ModelConfig, manifest: Path, trust_code: bool) -> nn.Module:
-    """The student that a checkpoint's config names. CheckpointError if it cannot be built, or would load something."""
+def _build(config: ModelConfig, role: str, manifest: Path, trust_code: bool) -> nn.Module:
+    """The model that a checkpoint's config names. CheckpointError if it cannot be built, or would load something."""
     _check_trust(manifest.parent, config.name, is_known_model(config.name), trust_code)
     loading = sorted(name for name, value in config.options.items() if _LOADS.search(name) and value)
     if loading and not trust_code:
@@ -110,10 +158,10 @@ def _build_student(config: ModelConfig, manifest: Path, trust_code: bool) -> nn.
             "(--trust-code)"
         )
     try:
-        return build_model(config.without_weights(), "student")
+        return build_model(config.without_weights(), role)
     except Exception as error:  # the options come from a file, and builders raise anything on bad ones
         reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{manifest}: its student {config.name!r} cannot be built ({reason})") from error
+        raise CheckpointError(f"{manifest}: its {role} {config.name!r} cannot be built ({reason})") from error
 
 
 def is_known_model(name: str) -> bool:

@@ -18,6 +18,7 @@ from fastkd.trainer.config import FREE_TO_CHANGE
 from fastkd.trainer.imports import current_name
 from fastkd.trainer.objective.config import describe_terms
 from fastkd.trainer.report.curves import MAX_POINTS, Panel, Quantity, draw, look
+from fastkd.trainer.report.pictures import SCORE, Pictures, pictures_of
 from fastkd.trainer.report.records import Group, RecordedRun, read_groups
 from fastkd.trainer.report.style import render_page, write_atomically
 from fastkd.trainer.report.tables import (
@@ -51,12 +52,18 @@ EVALUATED = [*(quantity for quantity, _ in METRICS.values()), *FURTHER]
 KNOWN = {quantity.name: quantity for quantity in (*EVALUATED, LOSS, EVAL_LOSS, SPEED, WAIT, RATE, NORM)}
 
 
-def write_run_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+def write_run_report(
+    runs: Sequence[str | Path], out: str | Path | None = None, *, pictures: bool = True, trust_code: bool = False
+) -> Path:
     """Write the page about the run folders ``runs`` to ``out`` and return its path.
 
     A folder may also be that of ``fastkd train --seeds``, which holds a run per seed. ``out`` is by default
     ``report.html`` in the folder if it is one, and ``comparison.html`` here for several. What cannot be read of several
     is left out with a warning, and named on the page.
+
+    The page of a detector has ``pictures`` of what it finds in some evaluation images. For these the models of its
+    newest checkpoint are rebuilt. ``trust_code`` allows their config to import and call any
+    ``package.module:callable``.
 
     Raises:
         ValueError: no run can be read, a folder is given twice, or ``out`` is no ``.html`` file.
@@ -70,27 +77,35 @@ def write_run_report(runs: Sequence[str | Path], out: str | Path | None = None) 
     # A slip such as `--out run.json` must not cost the run.
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise ValueError(f"out: got {str(out)!r}, expected a file that ends in .html")
-    page = render(groups, problems)
+    page = render(groups, problems, pictures_of(groups, trust_code) if pictures else None)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
     return out
 
 
-def report_command(runs: tyro.conf.Positional[tuple[str, ...]], out: str | None = None) -> None:
+def report_command(
+    runs: tyro.conf.Positional[tuple[str, ...]],
+    out: str | None = None,
+    pictures: bool = True,
+    trust_code: bool = False,
+) -> None:
     """An HTML page about a training run, or about several compared: curves, results, settings.
 
     Args:
         runs: run folders, or those of `train --seeds`. A run may still be going on.
         out: the .html file; by default report.html in the run folder, comparison.html here for several.
+        pictures: of a detector, show some evaluation images with the boxes of the annotations, the student and the
+            teacher.
+        trust_code: allow the configs of detectors to import and call package.module:callable, for these pictures.
     """
     with warnings.catch_warnings(record=True, action="always", category=RuntimeWarning) as caught:
-        written = write_run_report(runs, out)
+        written = write_run_report(runs, out, pictures=pictures, trust_code=trust_code)
     for warning in caught:
         print(f"fastkd report: {printable(str(warning.message))}", file=sys.stderr)
     print(written)
 
 
-def render(groups: Sequence[Group], problems: Sequence[str] = ()) -> str:
+def render(groups: Sequence[Group], problems: Sequence[str] = (), pictures: Pictures | None = None) -> str:
     """The page as HTML text; ``problems`` are lines about folders that are left out."""
     settings = side_by_side([merged([shown_settings(run) for run in group.runs]) for group in groups])
     runs = [run for group in groups for run in group.runs]
@@ -108,6 +123,8 @@ def render(groups: Sequence[Group], problems: Sequence[str] = ()) -> str:
         epochs={run.name: epoch_table(run) for run in runs},
         classes=class_table(groups),
         metric=short_name(runs[0].metric),
+        pictures=pictures,
+        least_score=SCORE,
         sections=draw_sections(groups),
         facts=side_by_side([merged([facts(run) for run in group.runs]) for group in groups]),
         settings=settings,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -94,8 +95,8 @@ def faster_rcnn(
     check_int("frozen_stages", frozen_stages, 0)
     for name, flag in (("v2", v2), ("frozen_norm", frozen_norm)):
         check_type(name, flag, bool)
-    if unknown := sorted(set(numbers) - set(NUMBERS)):
-        raise ValueError(f"got the option {unknown[0]!r}, which a detector does not have; expected some of {NUMBERS}")
+    own = [name for name in inspect.signature(faster_rcnn).parameters if name not in ("backbone", "numbers")]
+    _check_options(numbers, (*own, *NUMBERS))
     if (width, depth, norm) != (16, 3, "batch") and backbone != "small":
         raise ValueError(f"width, depth and norm: got them with the backbone {backbone!r}, expected 'small'")
     body = _body(backbone, pretrained, width, depth, norm)
@@ -165,8 +166,7 @@ def published_detector(name: str, *, num_classes: int = COCO, pretrained: bool =
         raise ValueError(f"got {name!r}, expected a Faster R-CNN of torchvision")
     frozen_norm = options.pop("frozen_norm", not known.endswith("_v2"))
     frozen_stages = options.pop("frozen_stages", 0)
-    if unknown := sorted(set(options) - set(NUMBERS)):
-        raise ValueError(f"got the option {unknown[0]!r}, which a detector does not have; expected some of {NUMBERS}")
+    _check_options(options, NUMBERS)
     weights = torchvision_weights(name) if pretrained else None
     categories = [] if weights is None else weights.meta["categories"]
     check_int("num_classes", num_classes, 2)
@@ -185,6 +185,13 @@ def published_detector(name: str, *, num_classes: int = COCO, pretrained: bool =
             if type(module).__name__ == "FrozenBatchNorm2d":
                 module.eps = 0.0
     return model
+
+
+def _check_options(options: Collection[str], known: Sequence[str]) -> None:
+    for name in sorted(set(options) - set(known)):
+        near = difflib.get_close_matches(name, known, 3)
+        expected = f"did you mean {' or '.join(near)}?" if near else f"expected some of {', '.join(known)}"
+        raise ValueError(f"got the option {name!r}, which this detector does not have, {expected}")
 
 
 def set_classes(model: FasterRCNN, num_classes: int, categories: Sequence[str]) -> None:
