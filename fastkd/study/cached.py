@@ -103,8 +103,8 @@ def as_begun(job: Job, folder: Path) -> Job | None:
     return replace(job, config=replace(job.config, teacher=replace(job.config.teacher, cache=cache)))
 
 
-def cache_of(job: Job) -> str | None:
-    """The folder that the job reads its teacher from."""
+def cache_of(job: Job | int) -> str | None:
+    """The folder that the job reads its teacher from. None for a signal."""
     return None if not isinstance(job, Training) or job.config.teacher is None else job.config.teacher.cache
 
 
