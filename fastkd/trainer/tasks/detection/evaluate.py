@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +18,6 @@ from fastkd.trainer.ranks import Ranks
 from fastkd.trainer.signals import StopRequest
 
 Boxes = dict[str, Any]  # of one image: a tensor or an array for each of several names
-# COCO's own. torchmetrics has them in float32, by which a recall of 0.2 does not reach the point 0.2.
-IOUS, RECALLS = np.linspace(0.5, 0.95, 10).tolist(), np.linspace(0, 1, 101).tolist()
 ALWAYS, WHERE_KNOWN = ("map", "map_50", "map_75"), ("map_small", "map_medium", "map_large")
 
 
@@ -113,13 +110,7 @@ def average_precision(results: list[tuple[Boxes, Boxes]]) -> tuple[dict[str, flo
     if not results:
         raise ValueError("eval_data: got an empty dataset, expected at least one sample")
     # ``extended_summary`` gives the precisions themselves. Asking for classes would evaluate each one anew.
-    metric = MeanAveragePrecision(
-        iou_thresholds=IOUS,
-        rec_thresholds=RECALLS,
-        backend="faster_coco_eval",
-        extended_summary=True,
-        sync_on_compute=False,
-    )
+    metric = MeanAveragePrecision(backend="faster_coco_eval", extended_summary=True, sync_on_compute=False)
     metric.warn_on_many_detections = False
     findings, there = zip(*results, strict=True)
     metric.update([_each(one, torch.as_tensor) for one in findings], [_each(one, torch.as_tensor) for one in there])
