@@ -83,10 +83,12 @@ def _worth(study: Study, caches: list[list[TrainConfig]], rows: int, steps: int)
         if study.samples is None:
             raise
         samples = study.samples
-    size = 2 * features * samples * epochs / 1e9
-    each = f"{runs} runs share it" if len(caches) == 1 else f"{runs} runs of a seed share it, {len(caches)} caches"
+    size = f"{2 * features * samples * epochs / 1e9:,.3g} GB"
+    shared = f"{runs} runs share it, {size}"
+    if len(caches) > 1:
+        shared = f"{runs} runs of a seed share it, {len(caches)} caches of {size} each"
     pays = "it pays: --cache-teacher FOLDER" if saved >= PAYS else "it does not pay"
-    return f"{each}, {size:,.3g} GB in float16, {saved:.0%} of their time saved; {pays}"
+    return f"{shared} in float16, {saved:.0%} of their time saved; {pays}"
 
 
 def as_begun(job: Job, folder: Path) -> Job | None:
@@ -101,6 +103,11 @@ def as_begun(job: Job, folder: Path) -> Job | None:
     return replace(job, config=replace(job.config, teacher=replace(job.config.teacher, cache=cache)))
 
 
+def cache_of(job: Job | int) -> str | None:
+    """The folder that the job reads its teacher from. None for a signal."""
+    return None if not isinstance(job, Training) or job.config.teacher is None else job.config.teacher.cache
+
+
 class Caches:
     """The caches in ``folder`` that the runs of ``study`` share; each is written when the first of them needs it."""
 
@@ -109,18 +116,24 @@ class Caches:
         self._written: set[str] = set()
         self.shared = sharing(job_of(cell, study_folder) for cell in study.in_order_of_need())
 
+    def place(self, job: Job) -> Path | None:
+        """The folder of the job's cache. None for a job that shares its teacher with no other."""
+        key = cache_key(job)
+        if key is None or key not in self.shared or not isinstance(job, Training) or job.config.teacher is None:
+            return None
+        name = job.config.teacher.name.rpartition(":")[2]
+        return self.folder / f"{name}-seed-{job.config.seed}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
     def give(self, job: Job) -> Job | int:
         """The job with its teacher's cache, which is written first; or the signal that stopped the writing.
 
         A job that shares its teacher with no other stays as it is.
         """
-        key = cache_key(job)
-        if key is None or key not in self.shared or not isinstance(job, Training):
+        key, place = cache_key(job), self.place(job)
+        if key is None or place is None or not isinstance(job, Training):
             return job
         config = job.config
         assert config.teacher is not None
-        name = config.teacher.name.rpartition(":")[2]
-        place = self.folder / f"{name}-seed-{config.seed}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
         longest = replace(config, epochs=max(other.epochs for other in self.shared[key]), quiet=True, progress=False)
         while key not in self._written:
             try:

@@ -23,8 +23,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastkd.study.cached import Caches, as_begun
-from fastkd.study.grid import Cell, Options, Study
+from fastkd.study.cached import Caches, as_begun, cache_of
+from fastkd.study.grid import Cell, Job, Options, Study
 from fastkd.study.records import Record, check_same_settings, job_of, one_line, read_record, records
 from fastkd.trainer.files import FolderLock, replace_text
 from fastkd.trainer.models.weights import CheckpointError
@@ -168,7 +168,10 @@ def _run(cell: Cell, study_folder: Path, failed: str | None, caches: Caches | No
         Record(status="failed", error=f"not available: {job}").write(folder)
         return 0
     try:
-        given = as_begun(job, folder) or (job if caches is None else caches.give(job))
+        given: Job | int = as_begun(job, folder) or job
+        # A cache of this study is written again where a part of it was lost; that of another one is read as it is.
+        if caches is not None and (given is job or cache_of(given) == str(caches.place(job))):
+            given = caches.give(job)
         if isinstance(given, int):
             return given
         job = given

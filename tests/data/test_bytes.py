@@ -52,6 +52,8 @@ def test_each_model_normalises_bytes_for_itself(dtype):
     assert torch.equal(distiller.student(images()).logits, plain.student(images()).logits)
     build_distiller(dataclasses.replace(config(terms="ce"), teacher=None), images(), DATA, student=distiller.student)
     assert not distiller.student.takes_bytes
+    with pytest.raises(ValueError, match=r"cannot take .*; bytes need an attribute 'normalization' of the data set"):
+        build_distiller(dataclasses.replace(config(terms="ce"), teacher=None), pixels(), None)
 
 
 def test_a_run_on_bytes_sees_the_same_images_in_any_chunks_and_is_evaluated_as_it_was_trained(tmp_path):

@@ -20,7 +20,7 @@ from fastkd.study.cached import as_begun, cache_key
 from fastkd.study.command import run_study
 from fastkd.study.grid import Cell, Options, Outcome, Study
 from fastkd.study.plan import plan
-from fastkd.study.records import check_same_settings, job_of, read_record
+from fastkd.study.records import RESULT, check_same_settings, job_of, read_record
 from fastkd.study.runner import run_cells
 from fastkd.study.studies import STUDIES
 from fastkd.study.studies.cifar import CifarOptions
@@ -260,6 +260,10 @@ def test_a_study_runs_its_teacher_once_for_all_methods_of_a_seed(tmp_path):
     assert [job.config.teacher.cache for job in resumed] == [str(cache)] * 2
     assert as_begun(job_of(begun[0], out), tmp_path) is None
     check_same_settings(digits(replace(options, cache_teacher=None)), out)  # a study without caches keeps them
+    (cache / "epoch-0000.npy").unlink()
+    (out / begun[1].place / RESULT).unlink()
+    run_cells(digits, options, lambda line: None)  # a run that has begun finds its cache written again
+    assert read_record(out / begun[1].place).status == "finished"
     attention = digits(replace(options, methods=("at", "mlkd")))
     assert {cache_key(job_of(cell, out)) for cell in attention.cells} == {None}
 

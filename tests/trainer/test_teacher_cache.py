@@ -33,6 +33,7 @@ from fastkd.trainer import (
 )
 from fastkd.trainer.commands import cache_teacher as writing
 from fastkd.trainer.commands.cache_teacher import cache_teacher
+from fastkd.trainer.commands.dry_run import plan
 from fastkd.trainer.commands.seeds import train_seeds
 from fastkd.trainer.data.loader import SeededFetch
 from fastkd.trainer.models.small import SmallConvNet
@@ -156,7 +157,7 @@ def test_a_cache_that_was_killed_goes_on_within_the_epoch(tmp_path, place, monke
     killed_at(8, lambda: cache_teacher(config_in(place), cache, dtype="float32"))
     manifest = json.loads((cache / "manifest.json").read_text())
     assert list(manifest["epochs"]) == ["0"]
-    assert manifest["begun"] == {"epoch": 1, "batches": 2}
+    assert (manifest["begun"]["epoch"], manifest["begun"]["batches"]) == (1, 2)
     with pytest.raises(ValueError, match="has 1 epochs, expected the 2 of the run"):
         train(config_in(place, cache))
     read, seen = SeededFetch.__getitems__, []
@@ -172,6 +173,16 @@ def test_a_cache_that_was_killed_goes_on_within_the_epoch(tmp_path, place, monke
     for path in (place / "cache").glob("*.npy"):
         assert (cache / path.name).read_bytes() == path.read_bytes()
     assert {path.name for path in cache.iterdir()} == {"epoch-0000.npy", "epoch-0001.npy", "manifest.json", ".lock"}
+
+
+def test_an_epoch_that_was_begun_in_the_order_of_another_seed_is_begun_anew(tmp_path, place, monkeypatch):
+    monkeypatch.setattr(writing, "SAVE_EVERY", 0.0)
+    config = _option(config_in(place, epochs=1), augment=False)  # every epoch is alike, so that any seed may go on
+    killed_at(3, lambda: cache_teacher(config, tmp_path, dtype="float32"))
+    killed_at(1, lambda: cache_teacher(replace(config, seed=1), tmp_path, dtype="float32"))
+    assert json.loads((tmp_path / "manifest.json").read_text())["begun"] is None
+    cache_teacher(config, tmp_path, dtype="float32")
+    assert (np.load(tmp_path / "epoch-0000.npy") != 0).any(1).all()
 
 
 def test_a_run_that_was_killed_while_it_read_goes_on_with_the_cache_or_without(tmp_path, place, expected):
@@ -326,7 +337,8 @@ def test_the_command_takes_a_run_and_a_signal(tmp_path, place, capsys, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(StopRequest, "__enter__", stopped)
         assert main(command) == 128 + signal.SIGTERM
-    assert json.loads((tmp_path / "cache" / "manifest.json").read_text())["begun"] == {"epoch": 0, "batches": 1}
+    begun = json.loads((tmp_path / "cache" / "manifest.json").read_text())["begun"]
+    assert (begun["epoch"], begun["batches"]) == (0, 1)
     assert main(command) == 0
     told = capsys.readouterr().out
     assert "1 epoch of 21 samples x 12 features in int8, 3.36e-07 GB; 1 to write" in told
@@ -334,6 +346,22 @@ def test_the_command_takes_a_run_and_a_signal(tmp_path, place, capsys, monkeypat
     assert f"use it with --teacher.cache {tmp_path / 'cache'}" in told
     assert main(["cache-teacher", "digits"]) == 1
     assert capsys.readouterr().err == "fastkd cache-teacher: --output: is missing, expected the folder of the cache\n"
+    for further, message in (
+        {"--dry-run": "--dry-run: is no flag here", "--seeds=0": "--seeds: is no flag here"}
+    ).items():
+        assert main([*command, further]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["cache-teacher", "cifar100-ab", "--output", str(tmp_path)]) == 1
+    assert "got a recipe of the stages" in capsys.readouterr().err
+
+
+def test_the_plan_of_a_run_says_whether_its_cache_is_there(place):
+    assert any(
+        f"its features from {place / 'cache'} (found)" in line for line in plan(config_in(place, place / "cache"))
+    )
+    assert any("its features from nowhere (not found)" in line for line in plan(config_in(place, "nowhere")))
+    with pytest.raises(ValueError, match="with the term 'at', which reads"):
+        plan(_change(config_in(place, "nowhere"), "objective", terms="at"))
 
 
 class _Scaled(SmallConvNet):

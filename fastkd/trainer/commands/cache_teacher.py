@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import os
 import shutil
@@ -19,7 +20,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from fastkd.trainer.commands.train import check_teacher_is_there, parse_flags
+from fastkd.trainer.commands.train import check_teacher_is_there, parse_stages
 from fastkd.trainer.config import TrainConfig, without_initial_weights
 from fastkd.trainer.data.additions import Additions
 from fastkd.trainer.data.loader import GlobalBatches, SeededFetch, train_loader
@@ -80,7 +81,14 @@ def cache_teacher_command(arguments: list[str]) -> int:
         rest = ["--config", str(Path(rest[0]) / CONFIG), *rest[1:]]
     if not rest:
         raise ValueError("got no recipe, expected one (fastkd recipes lists them), or a run folder")
-    config = parse_flags(rest).settings
+    stages = parse_stages(rest)
+    flags = next(iter(stages.values()))
+    if "" not in stages:
+        raise ValueError(f"got a recipe of the stages {', '.join(stages)}, expected one of a single run")
+    for flag, is_given in (("seeds", flags.seeds), ("dry-run", flags.dry_run)):
+        if is_given:
+            raise ValueError(f"--{flag}: is no flag here; a folder has the cache of one --seed, and is written at once")
+    config = flags.settings
     check_teacher_is_there(config)
     stopped = cache_teacher(config, given.output, dtype=given.dtype)
     if os.environ.get("RANK", "0") == "0" and not config.quiet:
@@ -250,8 +258,16 @@ class _Writer:
         kind, shape = layout(self.manifest["dtype"], self.samples, self.manifest["features"])
         arrays: list[np.memmap[Any, Any]] = []  # rank 0's
 
+        self.set_epoch(epoch, 0)
+        # Every epoch alike has no seed of its own, but the seed decides which samples the first batches held.
+        place = {"epoch": epoch, "order": hashlib.sha256(np.asarray(self._order(), "<i8").tobytes()).hexdigest()}
+
         def begin() -> int:
-            done = begun["batches"] if begun.get("epoch") == epoch and _is_array(part, kind, shape) else 0
+            same = all(begun.get(name) == value for name, value in place.items())
+            done = begun["batches"] if same and _is_array(part, kind, shape) else 0
+            if begun and not done:  # what it tells of is about to be written over
+                self.manifest["begun"] = None
+                write_manifest(self.folder, self.manifest)
             with writing(part):
                 arrays.append(_array(part, kind, shape, anew=not done))
             return done
@@ -272,7 +288,7 @@ class _Writer:
             stopping = self.ranks.largest(stop.signal)
             if array is not None and (stopping or time.monotonic() - saved > SAVE_EVERY):
                 array.flush()
-                self.manifest["begun"] = {"epoch": epoch, "batches": number + 1}
+                self.manifest["begun"] = place | {"batches": number + 1}
                 write_manifest(self.folder, self.manifest)
                 saved = time.monotonic()
             yield self.batches.rows(number) if number < len(self.batches) else left

@@ -27,6 +27,7 @@ from fastkd.trainer.precision import DTYPES
 from fastkd.trainer.run.distiller import Distiller, build_distiller
 from fastkd.trainer.run.prepare import with_classes, with_samples
 from fastkd.trainer.run.saved.checkpoint import CheckpointError, find_checkpoint
+from fastkd.trainer.run.teacher_cache import MANIFEST, check_use
 from fastkd.trainer.tasks.base import find_task
 
 MIB = 2**20
@@ -46,6 +47,8 @@ def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
         raise ValueError("student: got None, expected a model")
     if config.task != "classification":
         return _without_memory(config, world_size)
+    if config.teacher is not None and config.teacher.cache is not None:
+        check_use(config)
     config, samples, shape, is_bytes, unreadable = _data(config)
     assert config.student is not None
     fewest, rows = config.data.batch_size // world_size, -(-config.data.batch_size // world_size)
@@ -62,6 +65,9 @@ def plan(config: TrainConfig, world_size: int = 1) -> list[str]:
     lines = [_model("student", config.student, distiller.student.model)]
     if distiller.teacher is not None and config.teacher is not None:
         lines.append(_model("teacher", config.teacher, distiller.teacher.model.model))
+        if config.teacher.cache is not None:
+            there = (Path(config.teacher.cache) / MANIFEST).is_file()
+            lines[-1] += f", its features from {config.teacher.cache} ({'found' if there else 'not found'})"
     lines.append(f"loss {describe_terms(config.objective.weights)}")
     heads = count_parameters(distiller.objective)
     if heads:

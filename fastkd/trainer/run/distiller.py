@@ -333,10 +333,12 @@ def _measured(
         if not isinstance(images, Tensor) or images.ndim < 2:
             raise
         shape = " x ".join(map(str, images.shape[1:]))
+        hint = f"other channels: --{role}.options '{{\"in_chans\": {images.shape[1]}}}' with a timm model"
+        if are_bytes(images) and normalization is None:
+            hint = "bytes need an attribute 'normalization' of the data set, (means, standard deviations)"
         raise ValueError(
             f"{role}: {type(model.model).__name__} cannot take the data's images of {shape} "
-            f"({' '.join(str(error).split())}); other channels: --{role}.options '{{\"in_chans\": {images.shape[1]}}}' "
-            "with a timm model"
+            f"({' '.join(str(error).split())}); {hint}"
         ) from error
 
 

@@ -161,7 +161,10 @@ class TeacherCache:
     def _verify(self, epoch: int) -> None:
         path = self._file(epoch)
         if file_hash(path) != self.manifest["epochs"][str(epoch)]["sha256"]:
-            raise ValueError(f"teacher.cache: {path} is damaged: its bytes are not those that were written")
+            raise ValueError(
+                f"teacher.cache: {path} is damaged: its bytes are not those that were written; remove it, and the same "
+                "fastkd cache-teacher command writes it again"
+            )
 
     def _file(self, epoch: int) -> Path:
         """The file of an epoch. ValueError unless it is there and as long as it was written."""
@@ -191,10 +194,16 @@ def open_cache(config: TrainConfig, terms: Mapping[str, nn.Module | TermFunction
     """
     if config.teacher is None or config.teacher.cache is None:
         return None
+    check_use(config, terms)
+    return TeacherCache(config.teacher.cache)
+
+
+def check_use(config: TrainConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> None:
+    """ValueError for a loss or data to which the features of the cache that ``config`` names do not suffice."""
+    assert config.teacher is not None
     check_data(config, "teacher.cache")
     if (reason := why_not_cached(config, terms)) is not None:
         raise ValueError(f"teacher.cache: got {config.teacher.cache!r} with {reason}, expected no cache")
-    return TeacherCache(config.teacher.cache)
 
 
 def why_not_cached(config: TrainConfig, terms: Mapping[str, nn.Module | TermFunction] | None = None) -> str | None:
