@@ -1,4 +1,4 @@
-"""The study ``shapes``: a small detector distilled on generated images, in a quarter of an hour on two cores.
+"""The study ``shapes``: a small detector distilled on generated images, in twenty minutes on two cores.
 
 The paper's detection needs COCO and days of GPUs. This study shows in its place, with numbers that anyone can repeat,
 what the same terms do to the regions of a detector:
