@@ -27,7 +27,7 @@ SIZES = {7: (60, 80), 2: (50, 50), 900000000001: (40, 120), 5: (64, 64)}
 # The images 5 and 2 have no box of an object, the annotations 13 and 14 no area.
 BOXES = [
     box(11, 7, 90, (10.5, 20, 30, 16), area=200, iscrowd=0),
-    box(12, 7, 3, (60, 50, 40, 40.5)),  # reaches out of the image
+    box(12, 7, 3, (60, 50, 40, 40.5), area=None),  # reaches out of the image
     box(13, 7, 3, (5, 5, 0, 8)),
     box(14, 2, 3, (5, 5, 8, 0)),
     box(15, 900000000001, 1000, (1, 2, 3, 4), segmentation=[[1, 2, 3]]),

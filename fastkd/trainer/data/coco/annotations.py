@@ -108,7 +108,8 @@ def read_annotations(file: Path, folder: Path) -> Annotations:
             raise ValueError(f"{name}: image_id is {entry['image_id']}, expected the id of an image in this file")
         if label is None:
             raise ValueError(f"{name}: category_id is {entry['category_id']}, expected the id of a category")
-        box, area, crowd = entry["bbox"], entry.get("area", 0), entry.get("iscrowd", 0)
+        box, area, crowd = entry["bbox"], entry.get("area"), entry.get("iscrowd", 0)
+        area = 0 if area is None else area  # then it is that of the box
         if len(box) != 4 or not all(map(_is_finite, box)) or box[2] < 0 or box[3] < 0:
             raise ValueError(f"{name}: bbox is {box}, expected four finite numbers: left, top, width >= 0, height >= 0")
         if not _is_finite(area) or area < 0:
