@@ -24,13 +24,13 @@ from fastkd.trainer.report import pictures
 from fastkd.trainer.report.page import render
 from fastkd.trainer.report.records import read_groups
 from tests.commands.conftest import refused  # noqa: F401
-from tests.detection.test_runs import configured, root, teacher  # noqa: F401
+from tests.detection.conftest import configured
 from tests.helpers.pages import read_page
 from tests.helpers.trainer_runs import one_thread  # noqa: F401
 
 
 @pytest.fixture(scope="module")
-def result(root: Path, teacher: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:  # noqa: F811
+def result(root: Path, teacher: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     """A student after three steps."""
     return train(configured(root, tmp_path_factory.mktemp("run"), "dcd", epochs=1, teacher=teacher))
 
@@ -55,7 +55,7 @@ def shown(*runs: Path) -> pictures.Pictures:
 
 def test_the_report_shows_annotations_student_and_teacher(
     result: TrainResult,
-    root: Path,  # noqa: F811
+    root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -94,7 +94,7 @@ def test_the_report_shows_annotations_student_and_teacher(
 
 def test_runs_are_compared_on_the_same_images_and_a_common_teacher_is_drawn_once(
     result: TrainResult,
-    teacher: ModelConfig,  # noqa: F811
+    teacher: ModelConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -118,8 +118,8 @@ def test_runs_are_compared_on_the_same_images_and_a_common_teacher_is_drawn_once
 
 def test_what_cannot_be_shown_is_a_line(
     result: TrainResult,
-    root: Path,  # noqa: F811
-    teacher: ModelConfig,  # noqa: F811
+    root: Path,
+    teacher: ModelConfig,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def without(path: Path) -> pictures.Pictures:
@@ -159,7 +159,7 @@ def test_crowds_unnamed_classes_and_large_images_are_drawn() -> None:
 
 def test_onnx_finds_what_the_student_finds_in_images_of_any_size(
     result: TrainResult,
-    root: Path,  # noqa: F811
+    root: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     refused: Any,  # noqa: F811
